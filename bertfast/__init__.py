@@ -1,0 +1,35 @@
+"""bertfast: the fastest way to run and train BERT-family encoders."""
+
+from .ops import backend
+
+__version__ = "0.1.0"
+
+_MODELS = (
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForSequenceClassification",
+)
+__all__ = ["backend", "build_info", *_MODELS]
+
+
+def __getattr__(name):
+    if name in _MODELS:  # transformers takes seconds to import; operators don't need it
+        from . import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
+
+
+def build_info() -> dict:
+    """What this installation is made of: versions, the extension and its instruction sets."""
+    import platform
+
+    import torch
+
+    from .ops import extension
+
+    info = {"version": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    if extension.C is None:
+        return info | {"extension": None, "error": extension.error}
+    return info | {"extension": extension.C.__file__} | extension.C.build_info()

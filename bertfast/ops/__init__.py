@@ -1,0 +1,24 @@
+"""The operators of a BERT encoder, each with interchangeable backends (see `registry`)."""
+
+from . import registry
+from .add_layer_norm import add_layer_norm
+from .attention import attention
+from .dropout import draw_seeds
+from .embedding_layer_norm import embedding_layer_norm
+from .linear_act import feed_forward, linear_act, qkv_linear
+from .pack import pack, unpack
+from .registry import backend
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "backend",
+    "draw_seeds",
+    "embedding_layer_norm",
+    "feed_forward",
+    "linear_act",
+    "pack",
+    "qkv_linear",
+    "registry",
+    "unpack",
+]

@@ -1,0 +1,184 @@
+"""LN(residual + dropout(x + x_bias)) in one pass (Ba, Kiros & Hinton, arXiv:1607.06450)."""
+
+import torch
+
+from .dropout import as_seed, keep_mask, threshold
+from .extension import C
+from .library import (
+    autograd,
+    check,
+    check_device,
+    check_floating,
+    cpu_limit,
+    define,
+    dense,
+    is_bf16,
+    ptr,
+    wide,
+)
+from .registry import register
+
+
+def add_layer_norm(
+    x, residual, weight, bias, eps, *, x_bias=None, dropout_p=0.0, seed=None
+):
+    """LN(residual + dropout(x + x_bias)) over the last dimension, statistics in fp32.
+
+    Args:
+        x, residual: [tokens, hidden], one dtype; residual may be None.
+        weight, bias, x_bias: [hidden], x's dtype or fp32; x_bias may be None.
+        eps: added to the variance.
+        dropout_p, seed: see `ops.dropout`; row = token, column = hidden index.
+
+    Returns: [tokens, hidden] in x's dtype.
+
+    Raises: ValueError or TypeError for arguments that don't fit together.
+    """
+    check(x.dim() == 2, lambda: f"x has shape {list(x.shape)}, expected [tokens, hidden]")
+    check_floating(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    check_device(x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    if residual is not None:
+        check(
+            residual.shape == x.shape and residual.dtype == x.dtype,
+            lambda: f"residual is {residual.dtype} {list(residual.shape)}, "
+            f"expected {x.dtype} {list(x.shape)}",
+        )
+    for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        check(
+            p is None or p.shape == x.shape[1:],
+            lambda: f"{name} has shape {list(p.shape)}, expected [{x.shape[1]}]",
+        )
+    seed = as_seed(seed, dropout_p, x.device)
+    return torch.ops.bertfast.add_layer_norm(
+        x, residual, weight, bias, float(eps), x_bias, float(dropout_p), seed
+    )[0]
+
+
+def _fake(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
+    stats = x.new_empty((x.shape[0],), dtype=wide(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), stats, stats.clone()
+
+
+def _fake_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
+    def like(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    bias = like(x[:0].sum(0) if x_bias is None else x_bias)
+    return like(x), like(x), like(weight), like(weight), bias
+
+
+define(
+    "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, "
+    "Tensor? x_bias, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    _fake,
+)
+define(
+    "add_layer_norm_backward(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor mean, "
+    "Tensor rstd, Tensor? x_bias, float dropout_p, Tensor? seed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _keep(x, dropout_p, seed):
+    rows = torch.arange(x.shape[0], device=x.device)
+    return keep_mask(seed, rows, x.shape[1], dropout_p)
+
+
+def _sum(x, residual, x_bias, dropout_p, seed):
+    """residual + dropout(x + x_bias) in wide arithmetic."""
+    s = x.to(wide(x.dtype))
+    if x_bias is not None:
+        s = s + x_bias
+    if seed is not None:
+        s = torch.where(_keep(x, dropout_p, seed), s / (1 - dropout_p), 0)
+    return s if residual is None else s + residual
+
+
+@register("add_layer_norm", "reference")
+def _reference(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
+    s = _sum(x, residual, x_bias, dropout_p, seed)
+    mean = s.mean(1)
+    centred = s - mean[:, None]
+    rstd = torch.rsqrt(centred.square().mean(1) + eps)
+    y = centred * rstd[:, None] * weight + bias
+    return y.to(x.dtype), mean, rstd
+
+
+@register("add_layer_norm_backward", "reference")
+def _reference_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
+    s = _sum(x, residual, x_bias, dropout_p, seed)
+    grad = grad.to(s.dtype)
+    normed = (s - mean[:, None]) * rstd[:, None]
+    scaled = grad * weight
+    ds = scaled - scaled.mean(1, keepdim=True) - normed * (scaled * normed).mean(1, keepdim=True)
+    ds = ds * rstd[:, None]
+    dx = ds if seed is None else torch.where(_keep(x, dropout_p, seed), ds / (1 - dropout_p), 0)
+    dw, db = (grad * normed).sum(0), grad.sum(0)
+    dx_bias = dx.sum(0).to(x.dtype if x_bias is None else x_bias.dtype)
+    return dx.to(x.dtype), ds.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype), dx_bias
+
+
+@register("add_layer_norm", "cpu", limit=cpu_limit)
+def _cpu(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
+    tokens, hidden = x.shape
+    x, residual, x_bias = dense(x), dense(residual), dense(x_bias)
+    weight, bias, seed = dense(weight), dense(bias), dense(seed)
+    y = torch.empty((tokens, hidden), dtype=x.dtype)
+    mean, rstd = torch.empty(tokens), torch.empty(tokens)
+    C.add_layer_norm(
+        *(ptr(x), ptr(residual), ptr(weight), ptr(bias), ptr(x_bias), ptr(seed)),
+        *(ptr(y), ptr(mean), ptr(rstd), tokens, hidden, eps, 1 / (1 - dropout_p)),
+        threshold(dropout_p),
+        *(is_bf16(x), is_bf16(weight), is_bf16(bias), is_bf16(x_bias)),
+    )
+    return y, mean, rstd
+
+
+@register("add_layer_norm_backward", "cpu", limit=cpu_limit)
+def _cpu_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
+    tokens, hidden = x.shape
+    grad, x, residual, x_bias = dense(grad), dense(x), dense(residual), dense(x_bias)
+    weight, seed, mean, rstd = dense(weight), dense(seed), dense(mean), dense(rstd)
+    dx = torch.empty((tokens, hidden), dtype=x.dtype)
+    # Without dropout both gradients are one value, yet an operator must not return one tensor twice.
+    ds = torch.empty((tokens, hidden), dtype=x.dtype)
+    columns = torch.empty((3, hidden))  # dweight, dbias, dx_bias
+    C.add_layer_norm_backward(
+        *(ptr(grad), ptr(x), ptr(residual), ptr(weight), ptr(x_bias), ptr(seed)),
+        *(ptr(mean), ptr(rstd), ptr(dx), ptr(ds), ptr(columns), tokens, hidden),
+        *(1 / (1 - dropout_p), threshold(dropout_p)),
+        *(is_bf16(x), is_bf16(weight), is_bf16(x_bias)),
+    )
+    dw, db, dx_bias = (c.clone() for c in columns)
+    bias_dtype = x.dtype if x_bias is None else x_bias.dtype
+    return dx, ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias.to(bias_dtype)
+
+
+def _setup(ctx, inputs, output):
+    x, residual, weight, bias, _, x_bias, ctx.dropout_p, seed = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, residual, weight, output[1], output[2], x_bias, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
+    x, residual, weight, mean, rstd, x_bias, seed = ctx.saved_tensors
+    dx, ds, dw, db, dx_bias = torch.ops.bertfast.add_layer_norm_backward(
+        grad, x, residual, weight, mean, rstd, x_bias, ctx.dropout_p, seed
+    )
+    return (
+        dx,
+        None if residual is None else ds,
+        dw,
+        db.to(ctx.bias_dtype),
+        None,
+        None if x_bias is None else dx_bias,
+        None,
+        None,
+    )
+
+
+autograd("add_layer_norm", _backward, _setup)

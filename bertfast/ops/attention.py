@@ -1,0 +1,252 @@
+"""softmax(Q K^T * scale + bias) V over packed sequences.
+
+The log-sum-exp of each row is kept so that backward recomputes the probabilities instead of
+storing them (Dao et al., arXiv:2205.14135).
+"""
+
+import math
+
+import torch
+
+from .dropout import as_seed, keep_mask, threshold
+from .extension import C
+from .library import autograd, check, check_device, cpu_limit, define, dense, is_bf16, ptr, wide
+from .registry import register
+
+
+def attention(
+    qkv,
+    cu_seqlens,
+    max_seqlen,
+    *,
+    scale=None,
+    dropout_p=0.0,
+    seed=None,
+    causal=False,
+    bias=None,
+):
+    """Self-attention within each packed sequence, dropout on the probabilities.
+
+    Args:
+        qkv: [tokens, 3, heads, head_dim], any strides with a dense last dimension.
+        cu_seqlens: int32 [batch + 1], the sequences' offsets: 0 first, tokens last.
+        max_seqlen: an upper bound of the lengths.
+        scale: of the scores, 1 / sqrt(head_dim) if None.
+        dropout_p, seed: see `ops.dropout`; row = token * heads + head, column = key position.
+        causal: a query sees the keys up to its own position.
+        bias: [batch or 1, heads or 1, max_seqlen, max_seqlen], added to the scores; -inf masks.
+
+    Returns: [tokens, heads, head_dim] in qkv's dtype. A row whose keys are all masked is zeros.
+
+    Raises: ValueError or TypeError for arguments that don't fit together.
+    """
+    check(
+        qkv.dim() == 4 and qkv.shape[1] == 3,
+        lambda: f"qkv has shape {list(qkv.shape)}, expected [tokens, 3, heads, head_dim]",
+    )
+    check(qkv.is_floating_point(), lambda: f"qkv has dtype {qkv.dtype}, expected floats", TypeError)
+    check(
+        cu_seqlens.dtype == torch.int32,
+        lambda: f"cu_seqlens has dtype {cu_seqlens.dtype}, expected torch.int32",
+        TypeError,
+    )
+    check(
+        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
+        lambda: f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [batch + 1]",
+    )
+    check_device(qkv, cu_seqlens=cu_seqlens, bias=bias)
+    heads, batch = qkv.shape[2], cu_seqlens.shape[0] - 1
+    if bias is not None:
+        check(
+            bias.dim() == 4
+            and bias.shape[0] in (1, batch)
+            and bias.shape[1] in (1, heads)
+            and bias.shape[2] >= max_seqlen
+            and bias.shape[3] >= max_seqlen,
+            lambda: f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
+            f"{max_seqlen}, {max_seqlen}]",
+        )
+        check(
+            bias.dtype in (qkv.dtype, torch.float32),
+            lambda: f"bias has dtype {bias.dtype}, expected {qkv.dtype} or torch.float32",
+            TypeError,
+        )
+    scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
+    seed = as_seed(seed, dropout_p, qkv.device)
+    return torch.ops.bertfast.attention(
+        qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias
+    )[0]
+
+
+def _fake(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
+    tokens, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty((heads, tokens), dtype=wide(qkv.dtype))
+    return qkv.new_empty((tokens, heads, head_dim)), lse
+
+
+def _fake_backward(
+    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
+):
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape) if need_dbias else qkv.new_empty(0)
+
+
+_OPTIONS = (
+    "Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, "
+    "bool causal, Tensor? bias"
+)
+define(f"attention(Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor)", _fake)
+define(
+    f"attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool need_dbias) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _check_offsets(cu_seqlens, tokens, max_seqlen):
+    """The offsets' values, where reading them is free of a synchronisation."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    lengths = cu_seqlens.diff()
+    low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
+    check(
+        int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and low >= 0,
+        lambda: f"cu_seqlens is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
+        f"to the {tokens} tokens of qkv",
+    )
+    check(high <= max_seqlen, lambda: f"max_seqlen is {max_seqlen}, a sequence has {high} tokens")
+
+
+def _sequences(cu_seqlens):
+    offsets = cu_seqlens.tolist()
+    return enumerate(zip(offsets, offsets[1:], strict=False))
+
+
+def _scores(q, k, b, scale, causal, bias):
+    """[heads, length, length] of sequence b."""
+    s = torch.einsum("qhd,khd->hqk", q, k) * scale
+    n = s.shape[-1]
+    if bias is not None:
+        s = s + bias[min(b, bias.shape[0] - 1), :, :n, :n]
+    if causal:
+        s = s.masked_fill(torch.ones(n, n, dtype=torch.bool, device=s.device).triu(1), -math.inf)
+    return s
+
+
+def _keep(seed, start, stop, heads, dropout_p):
+    rows = torch.arange(start, stop, device=seed.device) * heads
+    rows = rows + torch.arange(heads, device=seed.device)[:, None]
+    return keep_mask(seed, rows, stop - start, dropout_p)
+
+
+@register("attention", "reference")
+def _reference(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
+    tokens, _, heads, head_dim = qkv.shape
+    _check_offsets(cu_seqlens, tokens, max_seqlen)
+    out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((heads, tokens), dtype=wide(qkv.dtype), device=qkv.device)
+    for b, (i, j) in _sequences(cu_seqlens):
+        q, k, v = qkv[i:j].to(wide(qkv.dtype)).unbind(1)
+        s = _scores(q, k, b, scale, causal, bias)
+        row = torch.logsumexp(s, -1)
+        lse[:, i:j] = row.masked_fill(row == -math.inf, math.inf)  # so exp(s - lse) is 0
+        p = torch.exp(s - lse[:, i:j, None])
+        if seed is not None:
+            p = torch.where(_keep(seed, i, j, heads, dropout_p), p / (1 - dropout_p), 0)
+        out[i:j] = torch.einsum("hqk,khd->qhd", p, v).to(qkv.dtype)
+    return out, lse
+
+
+@register("attention_backward", "reference")
+def _reference_backward(
+    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
+):
+    heads, dtype = qkv.shape[2], wide(qkv.dtype)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dbias = torch.zeros(bias.shape, dtype=dtype, device=qkv.device) if need_dbias else None
+    for b, (i, j) in _sequences(cu_seqlens):
+        q, k, v = qkv[i:j].to(dtype).unbind(1)
+        do = grad[i:j].to(dtype)
+        p = torch.exp(_scores(q, k, b, scale, causal, bias) - lse[:, i:j, None])
+        dp = torch.einsum("qhd,khd->hqk", do, v)
+        dropped = p
+        if seed is not None:
+            keep = _keep(seed, i, j, heads, dropout_p)
+            dp = torch.where(keep, dp / (1 - dropout_p), 0)
+            dropped = torch.where(keep, p / (1 - dropout_p), 0)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        dqkv[i:j, 0] = (torch.einsum("hqk,khd->qhd", ds, k) * scale).to(qkv.dtype)
+        dqkv[i:j, 1] = (torch.einsum("hqk,qhd->khd", ds, q) * scale).to(qkv.dtype)
+        dqkv[i:j, 2] = torch.einsum("hqk,qhd->khd", dropped, do).to(qkv.dtype)
+        if need_dbias:
+            target = dbias[min(b, bias.shape[0] - 1), :, : j - i, : j - i]
+            target += ds.sum_to_size(target.shape)
+    return dqkv, dbias.to(bias.dtype) if need_dbias else qkv.new_empty(0)
+
+
+def _dense_last(t):
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _bias_arguments(bias):
+    """Pointer, the batch, head and query strides (0 where broadcast), and dtype."""
+    if bias is None:
+        return 0, 0, 0, 0, False
+    steps = [0 if n == 1 else s for n, s in zip(bias.shape[:2], bias.stride(), strict=False)]
+    return ptr(bias), *steps, bias.stride(2), is_bf16(bias)
+
+
+@register("attention", "cpu", limit=cpu_limit)
+def _cpu(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
+    tokens, _, heads, head_dim = qkv.shape
+    cu_seqlens, seed = dense(cu_seqlens), dense(seed)
+    _check_offsets(cu_seqlens, tokens, max_seqlen)
+    qkv, bias = _dense_last(qkv), None if bias is None else _dense_last(bias)
+    out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype)
+    lse = torch.empty((heads, tokens))
+    C.attention(
+        *(ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), cu_seqlens.shape[0] - 1, tokens),
+        *(heads, head_dim, scale, *_bias_arguments(bias), ptr(seed), 1 / (1 - dropout_p)),
+        *(threshold(dropout_p), causal, is_bf16(qkv), ptr(out), ptr(lse)),
+    )
+    return out, lse
+
+
+@register("attention_backward", "cpu", limit=cpu_limit)
+def _cpu_backward(
+    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
+):
+    tokens, _, heads, head_dim = qkv.shape
+    cu_seqlens, seed, grad, out, lse = map(dense, (cu_seqlens, seed, grad, out, lse))
+    qkv, bias = _dense_last(qkv), None if bias is None else _dense_last(bias)
+    batch = cu_seqlens.shape[0] - 1
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    # One full square per sequence and head, so that no two threads add to one place.
+    dbias = torch.zeros((batch, heads, *bias.shape[2:])) if need_dbias else None
+    C.attention_backward(
+        *(ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), batch, tokens),
+        *(heads, head_dim, scale, *_bias_arguments(bias), ptr(seed), 1 / (1 - dropout_p)),
+        *(threshold(dropout_p), causal, is_bf16(qkv), ptr(grad), ptr(lse), ptr(dqkv)),
+        *(ptr(dbias), bias.shape[2] if need_dbias else 0, bias.shape[3] if need_dbias else 0),
+    )
+    return dqkv, dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else torch.empty(0)
+
+
+def _setup(ctx, inputs, output):
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed, ctx.causal, bias = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens, seed, bias)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    qkv, out, lse, cu_seqlens, seed, bias = ctx.saved_tensors
+    need_dbias = ctx.needs_input_grad[7]
+    dqkv, dbias = torch.ops.bertfast.attention_backward(
+        *(grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed),
+        *(ctx.causal, bias, need_dbias),
+    )
+    return dqkv, *(None,) * 6, dbias if need_dbias else None
+
+
+autograd("attention", _backward, _setup)

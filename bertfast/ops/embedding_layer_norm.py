@@ -1,0 +1,249 @@
+"""dropout(LN(word[ids] + position[positions] + token_type[types])) on packed ids."""
+
+import torch
+
+from .dropout import as_seed, keep_mask, threshold
+from .extension import C
+from .library import (
+    autograd,
+    check,
+    check_device,
+    check_floating,
+    cpu_limit,
+    define,
+    dense,
+    is_bf16,
+    ptr,
+    wide,
+)
+from .registry import register
+
+
+def embedding_layer_norm(
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word,
+    position,
+    token_type,
+    weight,
+    bias,
+    eps,
+    *,
+    dropout_p=0.0,
+    seed=None,
+):
+    """dropout(LN(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
+
+    Args:
+        input_ids, position_ids, token_type_ids: int64 [tokens]; the last may be None with
+            token_type None (families without types).
+        word [vocabulary, hidden], position [positions, hidden], token_type [types, hidden],
+        weight, bias [hidden]: one dtype.
+        dropout_p, seed: see `ops.dropout`; row = token, column = hidden index.
+
+    Returns: [tokens, hidden] in word's dtype.
+
+    Raises: ValueError for shapes that don't fit, IndexError for an id outside its table (on a
+    CPU; on a GPU the check would cost a synchronisation).
+    """
+    check_floating(word=word, position=position, token_type=token_type, weight=weight, bias=bias)
+    hidden = word.shape[-1]
+    for name, ids in (
+        ("input_ids", input_ids),
+        ("position_ids", position_ids),
+        ("token_type_ids", token_type_ids),
+    ):
+        check(
+            ids is None or (ids.shape == input_ids.shape and ids.dim() == 1),
+            lambda: f"{name} has shape {list(ids.shape)}, expected [tokens] as input_ids",
+        )
+        check(
+            ids is None or ids.dtype == torch.int64,
+            lambda: f"{name} has dtype {ids.dtype}, expected torch.int64",
+            TypeError,
+        )
+    check(
+        (token_type is None) == (token_type_ids is None),
+        "token_type and token_type_ids go together: give both or neither",
+    )
+    check_device(
+        word, input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids,
+        position=position, token_type=token_type, weight=weight, bias=bias,
+    )
+    for name, p in (
+        ("position", position),
+        ("token_type", token_type),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        check(
+            p is None or (p.shape[-1] == hidden and p.dtype == word.dtype),
+            lambda: f"{name} is {p.dtype} {list(p.shape)}, expected {word.dtype} [..., {hidden}]",
+        )
+    seed = as_seed(seed, dropout_p, word.device)
+    return torch.ops.bertfast.embedding_layer_norm(
+        word, input_ids, position_ids, token_type_ids, position, token_type, weight, bias,
+        float(eps), float(dropout_p), seed,
+    )[0]
+
+
+def _fake(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
+    stats = word.new_empty((ids.shape[0],), dtype=wide(word.dtype))
+    return word.new_empty((ids.shape[0], word.shape[1])), stats, stats.clone()
+
+
+def _fake_backward(grad, ids, positions, types, word, position, token_type, weight, mean, rstd,
+                   p, seed):
+    def like(t):
+        return t.new_empty(t.shape)
+
+    types_grad = word.new_empty(0) if token_type is None else like(token_type)
+    return like(word), like(position), types_grad, like(weight), like(weight)
+
+
+define(
+    "embedding_layer_norm(Tensor word, Tensor ids, Tensor positions, Tensor? types, "
+    "Tensor position, Tensor? token_type, Tensor weight, Tensor bias, float eps, "
+    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    _fake,
+)
+define(
+    "embedding_layer_norm_backward(Tensor grad, Tensor ids, Tensor positions, Tensor? types, "
+    "Tensor word, Tensor position, Tensor? token_type, Tensor weight, Tensor mean, Tensor rstd, "
+    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _check_ids(**pairs):
+    for name, (ids, table) in pairs.items():
+        if ids is not None and ids.numel() and ids.device.type == "cpu":
+            low, high = (int(v) for v in ids.aminmax())
+            if low < 0 or high >= table.shape[0]:
+                raise IndexError(
+                    f"{name} run from {low} to {high}, expected 0 to {table.shape[0] - 1}"
+                )
+
+
+def _sum(ids, positions, types, word, position, token_type):
+    s = word[ids].to(wide(word.dtype)) + position[positions]
+    return s if types is None else s + token_type[types]
+
+
+def _keep(ids, hidden, dropout_p, seed):
+    return keep_mask(seed, torch.arange(ids.shape[0], device=ids.device), hidden, dropout_p)
+
+
+@register("embedding_layer_norm", "reference")
+def _reference(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
+    _check_ids(
+        input_ids=(ids, word), position_ids=(positions, position),
+        token_type_ids=(types, token_type),
+    )
+    s = _sum(ids, positions, types, word, position, token_type)
+    mean = s.mean(1)
+    centred = s - mean[:, None]
+    rstd = torch.rsqrt(centred.square().mean(1) + eps)
+    y = centred * rstd[:, None] * weight + bias
+    if seed is not None:
+        y = torch.where(_keep(ids, y.shape[1], p, seed), y / (1 - p), 0)
+    return y.to(word.dtype), mean, rstd
+
+
+@register("embedding_layer_norm_backward", "reference")
+def _reference_backward(grad, ids, positions, types, word, position, token_type, weight, mean,
+                        rstd, p, seed):
+    s = _sum(ids, positions, types, word, position, token_type)
+    grad = grad.to(s.dtype)
+    if seed is not None:
+        grad = torch.where(_keep(ids, s.shape[1], p, seed), grad / (1 - p), 0)
+    normed = (s - mean[:, None]) * rstd[:, None]
+    scaled = grad * weight
+    ds = scaled - scaled.mean(1, keepdim=True) - normed * (scaled * normed).mean(1, keepdim=True)
+    ds = ds * rstd[:, None]
+
+    def scatter(table, rows):
+        if table is None:
+            return word.new_empty(0)
+        out = torch.zeros(table.shape, dtype=ds.dtype, device=ds.device)
+        return out.index_add_(0, rows, ds).to(table.dtype)
+
+    return (
+        scatter(word, ids),
+        scatter(position, positions),
+        scatter(token_type, types),
+        (grad * normed).sum(0).to(weight.dtype),
+        grad.sum(0).to(weight.dtype),
+    )
+
+
+@register("embedding_layer_norm", "cpu", limit=cpu_limit)
+def _cpu(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
+    _check_ids(
+        input_ids=(ids, word), position_ids=(positions, position),
+        token_type_ids=(types, token_type),
+    )
+    word, ids, positions, types = dense(word), dense(ids), dense(positions), dense(types)
+    position, token_type, weight = dense(position), dense(token_type), dense(weight)
+    bias, seed = dense(bias), dense(seed)
+    tokens, hidden = ids.shape[0], word.shape[1]
+    y = torch.empty((tokens, hidden), dtype=word.dtype)
+    mean, rstd = torch.empty(tokens), torch.empty(tokens)
+    C.embedding_layer_norm(
+        *(ptr(ids), ptr(positions), ptr(types), ptr(word), ptr(position), ptr(token_type)),
+        *(ptr(weight), ptr(bias), ptr(seed), ptr(y), ptr(mean), ptr(rstd), tokens, hidden),
+        *(eps, 1 / (1 - p), threshold(p), is_bf16(word)),
+    )
+    return y, mean, rstd
+
+
+@register("embedding_layer_norm_backward", "cpu", limit=cpu_limit)
+def _cpu_backward(grad, ids, positions, types, word, position, token_type, weight, mean, rstd,
+                  p, seed):
+    grad, word, ids, positions = dense(grad), dense(word), dense(ids), dense(positions)
+    types, position, token_type = dense(types), dense(position), dense(token_type)
+    weight, seed, mean, rstd = dense(weight), dense(seed), dense(mean), dense(rstd)
+    tokens, hidden = grad.shape
+    ds, columns = torch.empty((tokens, hidden)), torch.empty((2, hidden))
+    C.embedding_layer_norm_backward(
+        *(ptr(grad), ptr(ids), ptr(positions), ptr(types), ptr(word), ptr(position)),
+        *(ptr(token_type), ptr(weight), ptr(seed), ptr(mean), ptr(rstd), ptr(ds), ptr(columns)),
+        *(tokens, hidden, 1 / (1 - p), threshold(p), is_bf16(word)),
+    )
+
+    def scatter(table, rows):
+        if table is None:
+            return torch.empty(0, dtype=word.dtype)
+        out = torch.empty(table.shape)
+        C.scatter_add(ptr(ds), ptr(rows), ptr(out), tokens, hidden, table.shape[0])
+        return out.to(table.dtype)
+
+    return (
+        scatter(word, ids),
+        scatter(position, positions),
+        scatter(token_type, types),
+        *(c.to(weight.dtype, copy=True) for c in columns),
+    )
+
+
+def _setup(ctx, inputs, output):
+    word, ids, positions, types, position, token_type, weight, _, _, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(
+        ids, positions, types, word, position, token_type, weight, output[1], output[2], seed
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 11
+    *saved, seed = ctx.saved_tensors
+    dword, dposition, dtype, dweight, dbias = torch.ops.bertfast.embedding_layer_norm_backward(
+        grad, *saved, ctx.dropout_p, seed
+    )
+    dtype = None if saved[5] is None else dtype
+    return dword, None, None, None, dposition, dtype, dweight, dbias, None, None, None
+
+
+autograd("embedding_layer_norm", _backward, _setup)

@@ -1,0 +1,140 @@
+"""Padded <-> packed: the tokens that a 0/1 mask keeps, row by row, without the padding."""
+
+import torch
+
+from .extension import C
+from .library import autograd, check, cpu_limit, define, dense, ptr
+from .registry import register
+
+_C_LIMIT = (lambda device, dtype, arguments: cpu_limit(device, torch.float32, ()))
+
+
+def pack(x, attention_mask):
+    """Drop the padding of a batch.
+
+    Args:
+        x: [batch, seqlen, ...], any dtype.
+        attention_mask: [batch, seqlen], bool or number; non-zero keeps a position. Any pattern.
+
+    Returns:
+        packed [tokens, ...], indices [tokens] int64 (into batch * seqlen), cu_seqlens [batch + 1]
+        int32, and max_seqlen: the padded length, a bound that needs no host synchronisation.
+
+    Raises:
+        ValueError: the mask is not [batch, seqlen] of x.
+    """
+    check(
+        attention_mask.dim() == 2 and x.dim() >= 2 and x.shape[:2] == attention_mask.shape,
+        lambda: f"attention_mask has shape {list(attention_mask.shape)}, expected the first two "
+        f"dimensions of x {list(x.shape)}",
+    )
+    indices, cu_seqlens = torch.ops.bertfast.pack_indices(attention_mask)
+    return gather(x, indices), indices, cu_seqlens, attention_mask.shape[1]
+
+
+def gather(x, indices):
+    """Rows `indices` of x [batch, seqlen, ...] seen as [batch * seqlen, ...]."""
+    flat = x.flatten(0, 1)
+    return torch.ops.bertfast.gather_rows(flat, indices)
+
+
+def unpack(packed, indices, batch: int, seqlen: int):
+    """The inverse of `pack`: [tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
+    check(
+        indices.dim() == 1 and packed.dim() >= 1 and packed.shape[0] == indices.shape[0],
+        lambda: f"packed {list(packed.shape)} and indices {list(indices.shape)} differ in tokens",
+    )
+    rows = torch.ops.bertfast.scatter_rows(packed, indices, batch * seqlen)
+    return rows.unflatten(0, (batch, seqlen))
+
+
+def _fake_indices(mask):
+    tokens = torch.library.get_ctx().new_dynamic_size()
+    return (
+        mask.new_empty((tokens,), dtype=torch.int64),
+        mask.new_empty((mask.shape[0] + 1,), dtype=torch.int32),
+    )
+
+
+define("pack_indices(Tensor mask) -> (Tensor, Tensor)", _fake_indices)
+
+
+@register("pack_indices", "reference")
+@register("pack_indices", "cpu", limit=_C_LIMIT)
+def _indices_reference(mask):
+    mask = mask != 0
+    lengths = mask.sum(1, dtype=torch.int32)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return mask.flatten().nonzero().squeeze(1), cu_seqlens
+
+
+define(
+    "gather_rows(Tensor x, Tensor indices) -> Tensor",
+    lambda x, indices: x.new_empty((indices.shape[0], *x.shape[1:])),
+)
+define(
+    "scatter_rows(Tensor x, Tensor indices, SymInt rows) -> Tensor",
+    lambda x, indices, rows: x.new_empty((rows, *x.shape[1:])),
+)
+
+
+def _check_indices(indices, rows):
+    if indices.numel() and indices.device.type == "cpu":
+        low, high = indices.aminmax()
+        if low < 0 or high >= rows:
+            raise ValueError(f"indices run from {low} to {high}, expected 0 to {rows - 1}")
+
+
+@register("gather_rows", "reference")
+def _gather_reference(x, indices):
+    return x.index_select(0, indices)
+
+
+@register("scatter_rows", "reference")
+def _scatter_reference(x, indices, rows):
+    return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, indices, x)
+
+
+def _row_bytes(x):
+    return x[0].numel() * x.element_size() if x.shape[0] else 0
+
+
+@register("gather_rows", "cpu", limit=_C_LIMIT)
+def _gather_cpu(x, indices):
+    x, indices = dense(x), dense(indices)
+    _check_indices(indices, x.shape[0])
+    out = torch.empty((indices.shape[0], *x.shape[1:]), dtype=x.dtype)
+    C.gather_rows(ptr(x), ptr(indices), ptr(out), indices.shape[0], _row_bytes(x))
+    return out
+
+
+@register("scatter_rows", "cpu", limit=_C_LIMIT)
+def _scatter_cpu(x, indices, rows):
+    x, indices = dense(x), dense(indices)
+    _check_indices(indices, rows)
+    out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype)
+    if out.numel():
+        C.scatter_rows(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes)
+    return out
+
+
+def _gather_setup(ctx, inputs, output):
+    ctx.rows = inputs[0].shape[0]
+    ctx.save_for_backward(inputs[1])
+
+
+def _gather_backward(ctx, grad):
+    return torch.ops.bertfast.scatter_rows(grad, ctx.saved_tensors[0], ctx.rows), None
+
+
+def _scatter_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ctx, grad):
+    return torch.ops.bertfast.gather_rows(grad, ctx.saved_tensors[0]), None, None
+
+
+# Each is the other's adjoint because `pack` makes indices without repeats.
+autograd("gather_rows", _gather_backward, _gather_setup)
+autograd("scatter_rows", _scatter_backward, _scatter_setup)

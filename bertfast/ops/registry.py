@@ -1,0 +1,92 @@
+"""Which backend serves which operator.
+
+Each operator file registers one function per backend; all have the operator's own signature.
+`select` picks by device, in the order of `ORDER`, the first whose `limit` lets it serve.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+
+class Entry(NamedTuple):
+    function: Callable
+    limit: Callable  # (device, dtype, arguments) -> why it can't serve, or None
+
+
+_table: dict[str, dict[str, Entry]] = {}
+_forced: list[str] = []  # process-wide, since autograd runs backward in threads of its own
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def backend(name: str):
+    """Force every operator inside the block, in all threads, to one backend.
+
+    A backend that can't serve a call raises `RuntimeError` naming the limit: there is no fallback.
+    The environment variable `BERTFAST_BACKEND` does the same for a whole process.
+    """
+    _forced.append(_check_name(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced() -> str | None:
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("BERTFAST_BACKEND")
+    return _check_name(name) if name else None
+
+
+def register(operator: str, name: str, limit: Callable | None = None):
+    """Decorator: the function serves `operator` as backend `name` where `limit` gives None."""
+
+    def add(function):
+        _table.setdefault(operator, {})[name] = Entry(function, limit or (lambda *_: None))
+        return function
+
+    return add
+
+
+def select(operator: str, tensor: torch.Tensor, *arguments) -> Callable:
+    """The function that serves this call; `tensor` decides device and dtype."""
+    entries, device, dtype = _table[operator], tensor.device.type, tensor.dtype
+    name = forced()
+    if name is not None:
+        entry = entries.get(name)
+        why = f"it has no {operator}" if entry is None else entry.limit(device, dtype, arguments)
+        if why:
+            raise RuntimeError(f"backend {name!r} can't serve {operator}: {why}")
+        return entry.function
+    for name in ORDER.get(device, ("reference",)):
+        entry = entries.get(name)
+        if entry is not None and entry.limit(device, dtype, arguments) is None:
+            return entry.function
+    raise RuntimeError(f"no backend serves {operator} on {device} in {dtype}")
+
+
+def served() -> dict[str, list[str]]:
+    """{operator: the backends that serve it on this machine in fp32, the default first}."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        operator: [
+            name
+            for name in ORDER[device]
+            if name in entries and entries[name].limit(device, torch.float32, ()) is None
+        ]
+        for operator, entries in sorted(_table.items())
+        if not operator.endswith("_backward")
+    }
