@@ -1,0 +1,28 @@
+"""Text in, padded batches out: tables, cleaning, splitting, labels, tokenisation, a report.
+
+Imports numpy and torch only; pyarrow is loaded where a Parquet file is read.
+"""
+
+from .batching import batches, collate, encode
+from .clean import clean_text
+from .errors import DataError
+from .examples import Examples, load_classification
+from .labels import LabelSet
+from .report import Report, dataset_report
+from .splitting import split
+from .tables import read_table
+
+__all__ = [
+    "DataError",
+    "Examples",
+    "LabelSet",
+    "Report",
+    "batches",
+    "clean_text",
+    "collate",
+    "dataset_report",
+    "encode",
+    "load_classification",
+    "read_table",
+    "split",
+]

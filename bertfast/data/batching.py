@@ -1,0 +1,74 @@
+"""Token ids, batches of positions and padded tensors."""
+
+import numpy as np
+import torch
+
+_CHUNK = 1024  # texts in one call of the tokenizer, which bounds its memory
+
+
+def encode(tokenizer, texts, pairs=None, max_length: int | None = None) -> list[dict]:
+    """Token ids of each text (or pair), specials included, cut to max_length tokens (None: whole).
+
+    A pair loses tokens of its longer side first. Each row: input_ids and, where the tokenizer
+    makes them, token_type_ids, lists of int.
+    """
+    specials = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+    if max_length is not None and max_length <= specials:
+        raise ValueError(
+            f"max_length is {max_length}, of which {specials} are special tokens; make it larger"
+        )
+    rows = []
+    for start in range(0, len(texts), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        out = tokenizer(
+            list(texts[part]),
+            None if pairs is None else list(pairs[part]),
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        fields = [k for k in ("input_ids", "token_type_ids") if k in out]
+        rows += [
+            dict(zip(fields, values, strict=True))
+            for values in zip(*(out[k] for k in fields), strict=True)
+        ]
+    return rows
+
+
+def collate(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest: int64 [batch, seqlen] ids, mask and types.
+
+    Labels, where the rows have them: int64 [batch] for class ids, float32 [batch] for numbers,
+    float32 [batch, classes] for rows of flags.
+    """
+    lengths = np.array([len(row["input_ids"]) for row in batch], np.int64)
+    shape = len(batch), int(lengths.max(initial=0))
+    ids, types = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
+    for i, row in enumerate(batch):
+        ids[i, : lengths[i]] = row["input_ids"]
+        if "token_type_ids" in row:
+            types[i, : lengths[i]] = row["token_type_ids"]
+    mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+    out = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    if batch and "labels" in batch[0]:
+        labels = np.asarray([row["labels"] for row in batch])
+        whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+        out["labels"] = labels.astype(np.int64 if whole else np.float32)
+    return {name: torch.from_numpy(array) for name, array in out.items()}
+
+
+def batches(lengths, batch_size: int, seed: int | None = None, epoch: int = 0) -> list[list[int]]:
+    """Positions 0..n-1 in batches, the last one possibly smaller.
+
+    With a seed: a plain shuffle, the same for the same (seed, epoch), for training. Without:
+    sorted from long to short, which pads least and meets the largest batch first.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    if seed is None:
+        order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    else:
+        order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    order = order.tolist()
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

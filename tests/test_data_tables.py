@@ -1,0 +1,169 @@
+"""Reading tables: formats, and one clear error for each kind of bad file."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bertfast.data import DataError, read_table
+
+
+def _write(tmp_path, name, content):
+    path = tmp_path / name
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+def _refused(path, *parts, columns=None):
+    with pytest.raises(DataError) as e:
+        read_table(path, columns)
+    for part in (str(path), *parts):
+        assert part in str(e.value)
+
+
+ROWS = {"text": ["a\u2028b", 'say "hi", é', "x"], "label": ["p", "q", "p"]}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_every_format_reads_the_same_rows(tmp_path, kind, suffix):
+    if kind == "jsonl":
+        content = "\n".join(
+            json.dumps(dict(zip(ROWS, row, strict=True)), ensure_ascii=False)
+            for row in zip(*ROWS.values(), strict=True)
+        )
+    elif kind == "csv":
+        content = 'text,label\na\u2028b,p\n"say ""hi"", é",q\nx,p\n'
+    elif kind == "tsv":
+        content = 'text\tlabel\na\u2028b\tp\nsay "hi", é\tq\nx\tp\n'
+    else:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        sink = io.BytesIO()
+        pq.write_table(pa.table(ROWS), sink)
+        content = sink.getvalue()
+    path = _write(tmp_path, f"t.{kind}{suffix}", content)
+    assert read_table(path) == ROWS
+    assert read_table(path, ["label"]) == {"label": ROWS["label"]}
+    _refused(path, "no column 'txt'", "'text', 'label'", columns=["txt"])
+
+
+def test_quotes_in_tsv_are_plain_characters(tmp_path):
+    path = _write(tmp_path, "t.tsv", 'text\tlabel\n"open\ta\n""\tb\n')
+    assert read_table(path) == {"text": ['"open', '""'], "label": ["a", "b"]}
+
+
+def test_csv_quoted_line_breaks_crlf_bom_blank_lines_and_long_fields(tmp_path):
+    long = "w " * 200_000  # csv's own limit is 131,072 characters
+    path = _write(tmp_path, "t.csv", f'\ufefftext,label\r\n"a\nb",p\r\n\r\n{long},q\r\n')
+    assert read_table(path) == {"text": ["a\nb", long], "label": ["p", "q"]}
+
+
+def test_gzip_is_recognised_by_content_and_bom_is_dropped_from_jsonl(tmp_path):
+    path = _write(tmp_path, "t.jsonl", gzip.compress('\ufeff{"text": "a"}\n\n'.encode()))
+    assert read_table(path) == {"text": ["a"]}
+
+
+def test_jsonl_rows_with_other_keys_are_filled_with_none(tmp_path):
+    path = _write(tmp_path, "t.jsonl", '{"a": 1}\n{"b": 2}\n{"a": 3, "b": 4}\n')
+    assert read_table(path) == {"a": [1, None, 3], "b": [None, 2, 4]}
+
+
+def test_standard_input_is_jsonl(monkeypatch):
+    raw = io.BufferedReader(io.BytesIO(b'{"text": "a"}\n'))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw))
+    assert read_table("-") == {"text": ["a"]}
+    assert not raw.closed
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.tsv", "t.csv.gz"])
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
+def test_empty_file(tmp_path, name, content):
+    _refused(_write(tmp_path, name, content), "is empty")
+
+
+def test_header_without_rows(tmp_path):
+    _refused(_write(tmp_path, "t.csv", "text,label\n"), "no rows", "'text', 'label'")
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
+def test_not_utf8_names_line_byte_and_offset(tmp_path, name):
+    first = b'{"text": "x"}\n' if name == "t.jsonl" else b"text\n"
+    path = _write(tmp_path, name, first + b"caf\xe9\n")
+    _refused(path, "not UTF-8", "0xe9", "line 2", f"byte offset {len(first) + 3}")
+
+
+def test_not_utf8_after_a_byte_order_mark(tmp_path):
+    path = _write(tmp_path, "t.csv", b"\xef\xbb\xbfa\xff\n")
+    _refused(path, "0xff at line 1, byte offset 4")
+
+
+@pytest.mark.parametrize(
+    "line", ["{'text': 1}", '{"text": "a"', "[" * 100_000, '{"n": ' + "9" * 5000 + "}"]
+)
+def test_malformed_json_names_the_line(tmp_path, line):
+    _refused(_write(tmp_path, "t.jsonl", '{"text": "a"}\n\n' + line), "line 3", "JSON")
+
+
+def test_json_line_that_is_no_object(tmp_path):
+    _refused(_write(tmp_path, "t.jsonl", '{"a": 1}\n["a"]\n'), "line 2", "list", "one object")
+
+
+@pytest.mark.parametrize("name, sep", [("t.csv", ","), ("t.tsv", "\t")])
+def test_ragged_rows(tmp_path, name, sep):
+    good = f"text{sep}label\na{sep}b\n"
+    _refused(_write(tmp_path, name, good + f"a{sep}b{sep}c\n"), "line 3 has 3 fields", "has 2")
+    _refused(_write(tmp_path, name, good + "a\n"), "line 3 has 1 fields")
+
+
+def test_ragged_row_is_named_by_its_first_line(tmp_path):
+    _refused(_write(tmp_path, "t.csv", 'a,b\n"1\n2",3\n"4\n5"\n'), "line 4 has 1 fields")
+
+
+def test_unclosed_quote_names_where_it_begins(tmp_path):
+    path = _write(tmp_path, "t.csv", 'text,label\na,b\n"open,c\nd,e\n')
+    _refused(path, "begins at line 3", "malformed")
+
+
+def test_column_twice(tmp_path):
+    _refused(_write(tmp_path, "t.csv", "text,text\na,b\n"), "'text' stands twice")
+
+
+def test_missing_file_folder_and_unknown_format(tmp_path):
+    _refused(tmp_path / "none.jsonl", "No such file")
+    (tmp_path / "d.csv").mkdir()
+    _refused(tmp_path / "d.csv", "cannot be read")
+    _refused(tmp_path / "t.xlsx", "unknown format '.xlsx'", ".jsonl, .csv, .tsv, .parquet")
+    _refused(tmp_path / "t", "without a suffix")
+
+
+def test_truncated_and_damaged_gzip(tmp_path):
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    (tmp_path / "t.jsonl.gz").write_bytes(whole[:-12])
+    _refused(tmp_path / "t.jsonl.gz", "gzip")
+    (tmp_path / "t.jsonl.gz").write_bytes(whole[:-8] + b"\0" * 8)
+    _refused(tmp_path / "t.jsonl.gz", "gzip")
+
+
+def test_damaged_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    _refused(_write(tmp_path, "t.parquet", b"PAR1 no parquet"), "not a readable Parquet file")
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    _refused(_write(tmp_path, "t.parquet", b"x"), "pip install 'bertfast[train]'")
+
+
+def test_import_loads_no_heavy_library():
+    code = (
+        "import sys, bertfast.data; "
+        "print({'transformers', 'sklearn', 'pyarrow', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
