@@ -19,9 +19,7 @@ from .library import (
 from .registry import register
 
 
-def add_layer_norm(
-    x, residual, weight, bias, eps, *, x_bias=None, dropout_p=0.0, seed=None
-):
+def add_layer_norm(x, residual, weight, bias, eps, *, x_bias=None, dropout_p=0.0, seed=None):
     """LN(residual + dropout(x + x_bias)) over the last dimension, statistics in fp32.
 
     Args:
@@ -40,8 +38,10 @@ def add_layer_norm(
     if residual is not None:
         check(
             residual.shape == x.shape and residual.dtype == x.dtype,
-            lambda: f"residual is {residual.dtype} {list(residual.shape)}, "
-            f"expected {x.dtype} {list(x.shape)}",
+            lambda: (
+                f"residual is {residual.dtype} {list(residual.shape)}, "
+                f"expected {x.dtype} {list(x.shape)}"
+            ),
         )
     for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         check(

@@ -63,8 +63,10 @@ def attention(
             and bias.shape[1] in (1, heads)
             and bias.shape[2] >= max_seqlen
             and bias.shape[3] >= max_seqlen,
-            lambda: f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
-            f"{max_seqlen}, {max_seqlen}]",
+            lambda: (
+                f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
+                f"{max_seqlen}, {max_seqlen}]"
+            ),
         )
         check(
             bias.dtype in (qkv.dtype, torch.float32),
@@ -110,8 +112,10 @@ def _check_offsets(cu_seqlens, tokens, max_seqlen):
     low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
     check(
         int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and low >= 0,
-        lambda: f"cu_seqlens is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
-        f"to the {tokens} tokens of qkv",
+        lambda: (
+            f"cu_seqlens is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
+            f"to the {tokens} tokens of qkv"
+        ),
     )
     check(high <= max_seqlen, lambda: f"max_seqlen is {max_seqlen}, a sequence has {high} tokens")
 

@@ -28,8 +28,10 @@ def as_seed(seed, dropout_p: float, device) -> torch.Tensor | None:
         return torch.tensor([seed, 0], dtype=torch.int64, device=device)
     check(
         seed.dtype == torch.int64 and seed.shape == (2,) and seed.device == device,
-        lambda: f"seed is {seed.dtype} {list(seed.shape)} on {seed.device}, "
-        f"expected an int or int64 [2] (seed, offset) on {device}",
+        lambda: (
+            f"seed is {seed.dtype} {list(seed.shape)} on {seed.device}, "
+            f"expected an int or int64 [2] (seed, offset) on {device}"
+        ),
     )
     return seed
 

@@ -68,8 +68,14 @@ def embedding_layer_norm(
         "token_type and token_type_ids go together: give both or neither",
     )
     check_device(
-        word, input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids,
-        position=position, token_type=token_type, weight=weight, bias=bias,
+        word,
+        input_ids=input_ids,
+        position_ids=position_ids,
+        token_type_ids=token_type_ids,
+        position=position,
+        token_type=token_type,
+        weight=weight,
+        bias=bias,
     )
     for name, p in (
         ("position", position),
@@ -83,8 +89,17 @@ def embedding_layer_norm(
         )
     seed = as_seed(seed, dropout_p, word.device)
     return torch.ops.bertfast.embedding_layer_norm(
-        word, input_ids, position_ids, token_type_ids, position, token_type, weight, bias,
-        float(eps), float(dropout_p), seed,
+        word,
+        input_ids,
+        position_ids,
+        token_type_ids,
+        position,
+        token_type,
+        weight,
+        bias,
+        float(eps),
+        float(dropout_p),
+        seed,
     )[0]
 
 
@@ -93,8 +108,9 @@ def _fake(word, ids, positions, types, position, token_type, weight, bias, eps, 
     return word.new_empty((ids.shape[0], word.shape[1])), stats, stats.clone()
 
 
-def _fake_backward(grad, ids, positions, types, word, position, token_type, weight, mean, rstd,
-                   p, seed):
+def _fake_backward(
+    grad, ids, positions, types, word, position, token_type, weight, mean, rstd, p, seed
+):
     def like(t):
         return t.new_empty(t.shape)
 
@@ -138,7 +154,8 @@ def _keep(ids, hidden, dropout_p, seed):
 @register("embedding_layer_norm", "reference")
 def _reference(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
     _check_ids(
-        input_ids=(ids, word), position_ids=(positions, position),
+        input_ids=(ids, word),
+        position_ids=(positions, position),
         token_type_ids=(types, token_type),
     )
     s = _sum(ids, positions, types, word, position, token_type)
@@ -152,8 +169,9 @@ def _reference(word, ids, positions, types, position, token_type, weight, bias, 
 
 
 @register("embedding_layer_norm_backward", "reference")
-def _reference_backward(grad, ids, positions, types, word, position, token_type, weight, mean,
-                        rstd, p, seed):
+def _reference_backward(
+    grad, ids, positions, types, word, position, token_type, weight, mean, rstd, p, seed
+):
     s = _sum(ids, positions, types, word, position, token_type)
     grad = grad.to(s.dtype)
     if seed is not None:
@@ -181,7 +199,8 @@ def _reference_backward(grad, ids, positions, types, word, position, token_type,
 @register("embedding_layer_norm", "cpu", limit=cpu_limit)
 def _cpu(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
     _check_ids(
-        input_ids=(ids, word), position_ids=(positions, position),
+        input_ids=(ids, word),
+        position_ids=(positions, position),
         token_type_ids=(types, token_type),
     )
     word, ids, positions, types = dense(word), dense(ids), dense(positions), dense(types)
@@ -199,8 +218,9 @@ def _cpu(word, ids, positions, types, position, token_type, weight, bias, eps, p
 
 
 @register("embedding_layer_norm_backward", "cpu", limit=cpu_limit)
-def _cpu_backward(grad, ids, positions, types, word, position, token_type, weight, mean, rstd,
-                  p, seed):
+def _cpu_backward(
+    grad, ids, positions, types, word, position, token_type, weight, mean, rstd, p, seed
+):
     grad, word, ids, positions = dense(grad), dense(word), dense(ids), dense(positions)
     types, position, token_type = dense(types), dense(position), dense(token_type)
     weight, seed, mean, rstd = dense(weight), dense(seed), dense(mean), dense(rstd)

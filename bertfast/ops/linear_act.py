@@ -83,8 +83,10 @@ def _check_linear(x, weight, bias):
     check_device(x, weight=weight, bias=bias)
     check(
         weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-        lambda: f"x {list(x.shape)} does not fit weight {list(weight.shape)}: "
-        "expected x [..., in] and weight [out, in]",
+        lambda: (
+            f"x {list(x.shape)} does not fit weight {list(weight.shape)}: "
+            "expected x [..., in] and weight [out, in]"
+        ),
     )
     check(
         bias is None or bias.shape == weight.shape[:1],
@@ -220,7 +222,7 @@ def _gemm(a, b, c, bias=(None,), z=None, activation=0, a_t=False, b_t=True, spli
     b and bias are tuples: parts stacked along n, or along k if split_k; z takes the
     pre-activation. Everything 2-D with any strides, but c and z with a dense last dimension.
     """
-    k, m = (a.shape if a_t else a.shape[::-1])
+    k, m = a.shape if a_t else a.shape[::-1]
     a_strides = a.stride()[::-1] if a_t else a.stride()
     b_strides = b[0].stride() if b_t else b[0].stride()[::-1]
     C.gemm(
@@ -295,9 +297,7 @@ def _qkv_cpu_backward(grad, x, wq, wk, wv, bq, need):
     dx = torch.empty(x.shape if need & _DX else (0,), dtype=x.dtype)
     if need & _DX:
         _gemm(grad, _common_strides(wq, wk, wv), dx, b_t=False, split_k=True)
-    dws = tuple(
-        torch.empty(w.shape if need & _DW else (0,), dtype=w.dtype) for w in (wq, wk, wv)
-    )
+    dws = tuple(torch.empty(w.shape if need & _DW else (0,), dtype=w.dtype) for w in (wq, wk, wv))
     if need & _DW:
         for g, dw in zip(grad.chunk(3, 1), dws, strict=True):
             _gemm(g, (x,), dw, a_t=True, b_t=False)

@@ -6,7 +6,7 @@ from .extension import C
 from .library import autograd, check, cpu_limit, define, dense, ptr
 from .registry import register
 
-_C_LIMIT = (lambda device, dtype, arguments: cpu_limit(device, torch.float32, ()))
+_C_LIMIT = lambda device, dtype, arguments: cpu_limit(device, torch.float32, ())
 
 
 def pack(x, attention_mask):
@@ -25,8 +25,10 @@ def pack(x, attention_mask):
     """
     check(
         attention_mask.dim() == 2 and x.dim() >= 2 and x.shape[:2] == attention_mask.shape,
-        lambda: f"attention_mask has shape {list(attention_mask.shape)}, expected the first two "
-        f"dimensions of x {list(x.shape)}",
+        lambda: (
+            f"attention_mask has shape {list(attention_mask.shape)}, expected the first two "
+            f"dimensions of x {list(x.shape)}"
+        ),
     )
     indices, cu_seqlens = torch.ops.bertfast.pack_indices(attention_mask)
     return gather(x, indices), indices, cu_seqlens, attention_mask.shape[1]

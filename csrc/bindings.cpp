@@ -1,0 +1,204 @@
+// bertfast._C: the C++ kernels on raw pointers (integers); bertfast/ops checks what it passes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace py = pybind11;
+using namespace bertfast;
+using ptr = std::uintptr_t;
+
+template <class T = const void>
+T* at(ptr p) {
+  return reinterpret_cast<T*>(p);
+}
+
+static Dropout dropout(ptr seed, float scale, uint32_t threshold) {
+  return {at<const int64_t>(seed), scale, threshold};
+}
+
+static void gemm(int64_t m, int64_t n, int64_t k, ptr a, int64_t a_row, int64_t a_k, bool a_bf16,
+                 const std::vector<ptr>& b, int64_t b_row, int64_t b_k, bool b_bf16, bool split_k,
+                 const std::vector<ptr>& bias, bool bias_bf16, ptr c, int64_t c_row, bool c_bf16,
+                 ptr z, int activation) {
+  if (b.empty() || b.size() > 3 || (split_k ? k : n) % int64_t(b.size()) ||
+      (!bias.empty() && bias.size() != b.size()))
+    throw std::invalid_argument("gemm: parts do not divide the product");
+  GemmArgs g{};
+  g.m = m, g.n = n, g.k = k, g.a = at(a), g.a_row = a_row, g.a_k = a_k, g.a_bf16 = a_bf16;
+  g.parts = int(b.size()), g.b_row = b_row, g.b_k = b_k, g.b_bf16 = b_bf16, g.split_k = split_k;
+  for (size_t i = 0; i < b.size(); ++i) g.b[i] = at(b[i]);
+  for (size_t i = 0; i < bias.size(); ++i) g.bias[i] = at(bias[i]);
+  g.bias_bf16 = bias_bf16, g.c = at<void>(c), g.c_row = c_row, g.c_bf16 = c_bf16;
+  g.z = at<void>(z), g.activation = activation;
+  py::gil_scoped_release release;
+  kernels().gemm(g);
+}
+
+static void activation_backward(ptr grad, int64_t grad_row, ptr z, ptr dz, ptr column_sum,
+                                int64_t m, int64_t n, bool bf16, int activation) {
+  const ActivationBackwardArgs g{at(grad), grad_row, at(z), at<void>(dz), at<float>(column_sum),
+                                 m,        n,        bf16,  activation};
+  py::gil_scoped_release release;
+  kernels().activation_backward(g);
+}
+
+static AttentionArgs attention_args(ptr qkv, int64_t token, int64_t part, int64_t head,
+                                    ptr cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
+                                    int64_t dim, float scale, ptr bias, int64_t bias_batch,
+                                    int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
+                                    float keep_scale, uint32_t threshold, bool causal, bool bf16) {
+  AttentionArgs g{};
+  g.qkv = at(qkv), g.token = token, g.part = part, g.head = head;
+  g.cu_seqlens = at<const int32_t>(cu_seqlens), g.batch = batch, g.tokens = tokens;
+  g.heads = heads, g.dim = dim, g.scale = scale;
+  g.bias = at(bias), g.bias_batch = bias_batch, g.bias_head = bias_head;
+  g.bias_query = bias_query, g.bias_bf16 = bias_bf16;
+  g.dropout = dropout(seed, keep_scale, threshold), g.causal = causal, g.bf16 = bf16;
+  return g;
+}
+
+static void attention(ptr qkv, int64_t token, int64_t part, int64_t head, ptr cu_seqlens,
+                      int64_t batch, int64_t tokens, int64_t heads, int64_t dim, float scale,
+                      ptr bias, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
+                      bool bias_bf16, ptr seed, float keep_scale, uint32_t threshold, bool causal,
+                      bool bf16, ptr out, ptr lse) {
+  AttentionArgs g = attention_args(qkv, token, part, head, cu_seqlens, batch, tokens, heads, dim,
+                                   scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
+                                   keep_scale, threshold, causal, bf16);
+  g.out = at<void>(out), g.lse = at<float>(lse);
+  py::gil_scoped_release release;
+  kernels().attention(g);
+}
+
+static void attention_backward(ptr qkv, int64_t token, int64_t part, int64_t head, ptr cu_seqlens,
+                               int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                               float scale, ptr bias, int64_t bias_batch, int64_t bias_head,
+                               int64_t bias_query, bool bias_bf16, ptr seed, float keep_scale,
+                               uint32_t threshold, bool causal, bool bf16, ptr grad, ptr lse,
+                               ptr dqkv, ptr dbias, int64_t dbias_rows, int64_t dbias_cols) {
+  AttentionArgs g = attention_args(qkv, token, part, head, cu_seqlens, batch, tokens, heads, dim,
+                                   scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
+                                   keep_scale, threshold, causal, bf16);
+  g.grad = at(grad), g.lse = at<float>(lse), g.dqkv = at<void>(dqkv);
+  g.dbias = at<float>(dbias), g.dbias_rows = dbias_rows, g.dbias_cols = dbias_cols;
+  py::gil_scoped_release release;
+  kernels().attention_backward(g);
+}
+
+static void add_layer_norm(ptr x, ptr residual, ptr weight, ptr bias, ptr x_bias, ptr seed, ptr y,
+                           ptr mean, ptr rstd, int64_t tokens, int64_t hidden, float eps,
+                           float keep_scale, uint32_t threshold, bool bf16, bool weight_bf16,
+                           bool bias_bf16, bool x_bias_bf16) {
+  AddLayerNormArgs g{};
+  g.x = at(x), g.residual = at(residual), g.weight = at(weight), g.bias = at(bias);
+  g.x_bias = at(x_bias), g.dropout = dropout(seed, keep_scale, threshold);
+  g.tokens = tokens, g.hidden = hidden, g.eps = eps, g.bf16 = bf16, g.weight_bf16 = weight_bf16;
+  g.bias_bf16 = bias_bf16, g.x_bias_bf16 = x_bias_bf16;
+  g.y = at<void>(y), g.mean = at<float>(mean), g.rstd = at<float>(rstd);
+  py::gil_scoped_release release;
+  kernels().add_layer_norm(g);
+}
+
+static void add_layer_norm_backward(ptr grad, ptr x, ptr residual, ptr weight, ptr x_bias,
+                                    ptr seed, ptr mean, ptr rstd, ptr dx, ptr dresidual,
+                                    ptr columns, int64_t tokens, int64_t hidden, float keep_scale,
+                                    uint32_t threshold, bool bf16, bool weight_bf16,
+                                    bool x_bias_bf16) {
+  AddLayerNormArgs g{};
+  g.grad = at(grad), g.x = at(x), g.residual = at(residual), g.weight = at(weight);
+  g.x_bias = at(x_bias), g.dropout = dropout(seed, keep_scale, threshold);
+  g.mean = at<float>(mean), g.rstd = at<float>(rstd);
+  g.dx = at<void>(dx), g.dresidual = at<void>(dresidual), g.columns = at<float>(columns);
+  g.tokens = tokens, g.hidden = hidden, g.bf16 = bf16, g.weight_bf16 = weight_bf16;
+  g.x_bias_bf16 = x_bias_bf16;
+  py::gil_scoped_release release;
+  kernels().add_layer_norm_backward(g);
+}
+
+static EmbeddingArgs embedding_args(ptr ids, ptr positions, ptr types, ptr word, ptr position,
+                                    ptr type, ptr weight, ptr seed, ptr mean, ptr rstd,
+                                    int64_t tokens, int64_t hidden, float keep_scale,
+                                    uint32_t threshold, bool bf16) {
+  EmbeddingArgs g{};
+  g.ids = at<const int64_t>(ids), g.positions = at<const int64_t>(positions);
+  g.types = at<const int64_t>(types), g.word = at(word), g.position = at(position);
+  g.type = at(type), g.weight = at(weight), g.dropout = dropout(seed, keep_scale, threshold);
+  g.mean = at<float>(mean), g.rstd = at<float>(rstd), g.tokens = tokens, g.hidden = hidden;
+  g.bf16 = bf16;
+  return g;
+}
+
+static void embedding_layer_norm(ptr ids, ptr positions, ptr types, ptr word, ptr position,
+                                 ptr type, ptr weight, ptr bias, ptr seed, ptr y, ptr mean,
+                                 ptr rstd, int64_t tokens, int64_t hidden, float eps,
+                                 float keep_scale, uint32_t threshold, bool bf16) {
+  EmbeddingArgs g = embedding_args(ids, positions, types, word, position, type, weight, seed, mean,
+                                   rstd, tokens, hidden, keep_scale, threshold, bf16);
+  g.bias = at(bias), g.y = at<void>(y), g.eps = eps;
+  py::gil_scoped_release release;
+  kernels().embedding_layer_norm(g);
+}
+
+static void embedding_layer_norm_backward(ptr grad, ptr ids, ptr positions, ptr types, ptr word,
+                                          ptr position, ptr type, ptr weight, ptr seed, ptr mean,
+                                          ptr rstd, ptr ds, ptr columns, int64_t tokens,
+                                          int64_t hidden, float keep_scale, uint32_t threshold,
+                                          bool bf16) {
+  EmbeddingArgs g = embedding_args(ids, positions, types, word, position, type, weight, seed, mean,
+                                   rstd, tokens, hidden, keep_scale, threshold, bf16);
+  g.grad = at(grad), g.ds = at<float>(ds), g.columns = at<float>(columns);
+  py::gil_scoped_release release;
+  kernels().embedding_layer_norm_backward(g);
+}
+
+static void scatter_add(ptr x, ptr rows, ptr out, int64_t tokens, int64_t hidden, int64_t table) {
+  py::gil_scoped_release release;
+  kernels().scatter_add(at<const float>(x), at<const int64_t>(rows), at<float>(out), tokens, hidden,
+                        table);
+}
+
+static void gather_rows(ptr x, ptr rows, ptr out, int64_t tokens, int64_t row_bytes) {
+  py::gil_scoped_release release;
+  kernels().gather_rows(at<const char>(x), at<const int64_t>(rows), at<char>(out), tokens,
+                        row_bytes);
+}
+
+static void scatter_rows(ptr x, ptr rows, ptr out, int64_t tokens, int64_t out_rows,
+                         int64_t row_bytes) {
+  py::gil_scoped_release release;
+  kernels().scatter_rows(at<const char>(x), at<const int64_t>(rows), at<char>(out), tokens,
+                         out_rows, row_bytes);
+}
+
+static py::dict build_info() {
+  py::dict info;
+  info["cpu_isa"] = kernels().isa;
+  info["isas_built"] = built_isas();
+#ifdef BERTFAST_WITH_CUDA
+  info["cuda_built"] = true;
+#else
+  info["cuda_built"] = false;
+#endif
+  return info;
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "bertfast's C++ kernels; call them through bertfast.ops";
+  kernels();  // a wrong BERTFAST_CPU_ISA shows at import
+  m.def("build_info", &build_info);
+  m.def("gemm", &gemm);
+  m.def("activation_backward", &activation_backward);
+  m.def("attention", &attention);
+  m.def("attention_backward", &attention_backward);
+  m.def("add_layer_norm", &add_layer_norm);
+  m.def("add_layer_norm_backward", &add_layer_norm_backward);
+  m.def("embedding_layer_norm", &embedding_layer_norm);
+  m.def("embedding_layer_norm_backward", &embedding_layer_norm_backward);
+  m.def("scatter_add", &scatter_add);
+  m.def("gather_rows", &gather_rows);
+  m.def("scatter_rows", &scatter_rows);
+}

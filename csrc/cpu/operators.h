@@ -1,0 +1,19 @@
+// The operators of one instruction set, a .cpp each; arguments in kernels.h.
+#pragma once
+#include "../kernels.h"
+
+namespace bertfast::BERTFAST_ISA {
+
+void gemm(const GemmArgs&);
+void activation_backward(const ActivationBackwardArgs&);
+void attention(const AttentionArgs&);
+void attention_backward(const AttentionArgs&);
+void add_layer_norm(const AddLayerNormArgs&);
+void add_layer_norm_backward(const AddLayerNormArgs&);
+void embedding_layer_norm(const EmbeddingArgs&);
+void embedding_layer_norm_backward(const EmbeddingArgs&);
+void scatter_add(const float*, const int64_t*, float*, int64_t, int64_t, int64_t);
+void gather_rows(const char*, const int64_t*, char*, int64_t, int64_t);
+void scatter_rows(const char*, const int64_t*, char*, int64_t, int64_t, int64_t);
+
+}  // namespace bertfast::BERTFAST_ISA

@@ -1,0 +1,25 @@
+// This instruction set's kernels.
+#include "operators.h"
+
+#define BERTFAST_STRING_(x) #x
+#define BERTFAST_STRING(x) BERTFAST_STRING_(x)
+
+namespace bertfast::BERTFAST_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    BERTFAST_STRING(BERTFAST_ISA),
+    gemm,
+    activation_backward,
+    attention,
+    attention_backward,
+    add_layer_norm,
+    add_layer_norm_backward,
+    embedding_layer_norm,
+    embedding_layer_norm_backward,
+    scatter_add,
+    gather_rows,
+    scatter_rows,
+};
+
+}  // namespace bertfast::BERTFAST_ISA

@@ -1,0 +1,164 @@
+// The register tile that every product here is made of, and the packing that feeds it.
+//
+// A panel holds TILE rows, k-major: unit[k][TILE], zero-padded. A unit is 32 bits: one float, or
+// two bf16 of neighbouring k for the bf16 dot-product instruction. See Goto & van de Geijn,
+// "Anatomy of high-performance matrix multiplication", 2008.
+#pragma once
+#include <utility>
+
+#include "vec.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace bertfast::BERTFAST_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int MR = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int MR = 6;  // 12 accumulators of 16 registers
+#endif
+constexpr int NV = 2, NR = NV * W;
+
+enum class Math { fp32, bf16 };
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16 = true;
+#else
+constexpr bool kHasBf16 = false;  // bf16 inputs are widened when packed
+#endif
+template <Math math>
+constexpr int kPerUnit = math == Math::bf16 ? 2 : 1;
+
+template <Math math>
+inline vf multiply_add(vf acc, float a, vf b) {
+#if defined(__AVX512BF16__)
+  if constexpr (math == Math::bf16) {
+    const __m512 as = _mm512_set1_ps(a);
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)as, (__m512bh)(__m512)b);
+  }
+#endif
+  return acc + a * b;
+}
+
+// out[i, 0:NR] (+)= sum_k a[i][k * step] b[k, 0:NR], i < MR.
+// rows: where each row of a starts; unit bf16 pairs travel as floats' bits.
+template <Math math, class Rows>
+inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t units, float* out,
+                         int64_t out_row, bool accumulate) {
+  vf acc[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(out + i * out_row + j * W) : vf{};
+  for (int64_t k = 0; k < units; ++k) {
+    vf bk[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) bk[j] = load(b + k * NR + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const float a = rows(i)[k * step];
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<math>(acc[i][j], a, bk[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) store(out + i * out_row + j * W, acc[i][j]);
+}
+
+// a is a packed panel: its rows lie side by side.
+template <Math math>
+void tile_packed(const float* a, const float* b, int64_t units, float* out, int64_t out_row,
+                 bool accumulate) {
+  tile_product<math>([a](int i) { return a + i; }, MR, b, units, out, out_row, accumulate);
+}
+
+// a is a matrix with any strides and `valid` rows; the tile's other rows repeat the last.
+inline void tile_strided(const float* a, int64_t row, int64_t step, int64_t valid, const float* b,
+                         int64_t k, float* out, int64_t out_row, bool accumulate) {
+  const float* start[MR];
+  for (int i = 0; i < MR; ++i) start[i] = a + (i < valid ? i : valid - 1) * row;
+  tile_product<Math::fp32>([&](int i) { return start[i]; }, step, b, k, out, out_row, accumulate);
+}
+
+// --- packing ---
+
+template <int S, int... J>
+inline void swap_blocks(vf& a, vf& b, std::integer_sequence<int, J...>) {
+  const vf low = __builtin_shufflevector(a, b, ((J & S) ? W + J - S : J)...);
+  b = __builtin_shufflevector(a, b, ((J & S) ? W + J : J + S)...);
+  a = low;
+}
+template <int S>
+inline void transpose_stage(vf* r) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) swap_blocks<S>(r[i], r[i + S], std::make_integer_sequence<int, W>{});
+  if constexpr (S > 1) transpose_stage<S / 2>(r);
+}
+// W registers as a W x W matrix.
+inline void transpose(vf* r) { transpose_stage<W / 2>(r); }
+
+inline vf pair_up(vf even, vf odd) {  // two bf16 in each 32-bit unit
+  return (vf)(round_bf16(even) | (round_bf16(odd) << 16));
+}
+
+template <int TILE>
+inline void store_rows(float* to, vf v, int lane0) {
+  constexpr int n = TILE < W ? TILE : W;
+  __builtin_memcpy(to + lane0, &v, n * 4);
+}
+
+// One panel: rows [0, valid) of src, k [0, count), into dst[ceil(count / per unit)][TILE].
+template <Math math, int TILE, class T>
+void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
+                int64_t count) {
+  constexpr int per = kPerUnit<math>;
+  int64_t k = 0;  // the elements along k done so far
+  if (kstep == 1 && valid > 0) {
+    for (; k + W <= count; k += W) {
+#pragma GCC unroll 2
+      for (int lane = 0; lane < TILE; lane += W) {
+        vf r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+          r[i] = lane + i < valid ? load(src + (lane + i) * row + k) : vf{};
+        transpose(r);
+        float* to = dst + k / per * TILE;
+        if constexpr (math == Math::bf16) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; i += 2)
+            store_rows<TILE>(to + i / 2 * TILE, pair_up(r[i], r[i + 1]), lane);
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) store_rows<TILE>(to + i * TILE, r[i], lane);
+        }
+      }
+    }
+  } else if (row == 1 && valid == TILE) {
+    for (; k + per <= count; k += per) {
+#pragma GCC unroll 2
+      for (int lane = 0; lane < TILE; lane += W) {
+        const int n = TILE - lane < W ? TILE - lane : W;
+        const T* from = src + k * kstep + lane;
+        vf v = n == W ? load(from) : load_n(from, n);
+        if constexpr (math == Math::bf16)
+          v = pair_up(v, n == W ? load(from + kstep) : load_n(from + kstep, n));
+        store_rows<TILE>(dst + k / per * TILE, v, lane);
+      }
+    }
+  }
+  for (; k < count; k += per)  // what the fast forms leave
+    for (int i = 0; i < TILE; ++i) {
+      const bool in = i < valid;
+      vf v = splat(in ? to_float(src[i * row + k * kstep]) : 0.f);
+      if constexpr (math == Math::bf16)
+        v = pair_up(v, splat(in && k + 1 < count ? to_float(src[i * row + (k + 1) * kstep]) : 0.f));
+      dst[k / per * TILE + i] = v[0];
+    }
+}
+
+}  // namespace
+}  // namespace bertfast::BERTFAST_ISA

@@ -1,0 +1,88 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace bertfast {
+
+#define BERTFAST_DECLARE(isa) \
+  namespace isa {             \
+  extern const Kernels table; \
+  }
+#ifdef BERTFAST_HAS_baseline
+BERTFAST_DECLARE(baseline)
+#endif
+#ifdef BERTFAST_HAS_avx2
+BERTFAST_DECLARE(avx2)
+#endif
+#ifdef BERTFAST_HAS_avx512
+BERTFAST_DECLARE(avx512)
+#endif
+#ifdef BERTFAST_HAS_avx512_bf16
+BERTFAST_DECLARE(avx512_bf16)
+#endif
+
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool supported;
+};
+
+// Best first.
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> list;
+#ifdef BERTFAST_HAS_avx512_bf16
+  list.push_back({&avx512_bf16::table,
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vnni")});
+#endif
+#ifdef BERTFAST_HAS_avx512
+  list.push_back({&avx512::table, __builtin_cpu_supports("avx512dq") &&
+                                      __builtin_cpu_supports("avx512vl") &&
+                                      __builtin_cpu_supports("avx512bw")});
+#endif
+#ifdef BERTFAST_HAS_avx2
+  list.push_back({&avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+#ifdef BERTFAST_HAS_baseline
+  list.push_back({&baseline::table, true});
+#endif
+  return list;
+}
+
+const Kernels& choose() {
+  const char* forced = std::getenv("BERTFAST_CPU_ISA");
+  std::string names;
+  for (const Candidate& c : candidates()) {
+    if (forced && *forced) {
+      names += std::string(names.empty() ? "" : ", ") + c.table->isa;
+      if (forced != std::string(c.table->isa)) continue;
+      if (!c.supported)
+        throw std::runtime_error(std::string("BERTFAST_CPU_ISA is ") + forced +
+                                 ", which this processor lacks; unset it or choose another");
+      return *c.table;
+    }
+    if (c.supported) return *c.table;
+  }
+  throw std::runtime_error(forced && *forced
+                               ? std::string("BERTFAST_CPU_ISA is ") + forced +
+                                     ", expected one of the instruction sets built: " + names
+                               : std::string("no built instruction set runs on this processor"));
+}
+
+}  // namespace
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : candidates()) names.push_back(c.table->isa);
+  return names;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace bertfast
