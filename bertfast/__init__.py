@@ -32,4 +32,4 @@ def build_info() -> dict:
     info = {"version": __version__, "python": platform.python_version(), "torch": torch.__version__}
     if extension.C is None:
         return info | {"extension": None, "error": extension.error}
-    return info | {"extension": extension.C.__file__} | extension.C.build_info()
+    return info | {"extension": extension.C.__spec__.origin} | extension.C.build_info()

@@ -5,6 +5,9 @@
 #include <stdexcept>
 #include <vector>
 
+#ifdef BERTFAST_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
 #include "dispatch.h"
 
 namespace py = pybind11;
@@ -103,9 +106,9 @@ static void add_layer_norm(ptr x, ptr residual, ptr weight, ptr bias, ptr x_bias
   kernels().add_layer_norm(g);
 }
 
-static void add_layer_norm_backward(ptr grad, ptr x, ptr residual, ptr weight, ptr x_bias,
-                                    ptr seed, ptr mean, ptr rstd, ptr dx, ptr dresidual,
-                                    ptr columns, int64_t tokens, int64_t hidden, float keep_scale,
+static void add_layer_norm_backward(ptr grad, ptr x, ptr residual, ptr weight, ptr x_bias, ptr seed,
+                                    ptr mean, ptr rstd, ptr dx, ptr dresidual, ptr columns,
+                                    int64_t tokens, int64_t hidden, float keep_scale,
                                     uint32_t threshold, bool bf16, bool weight_bf16,
                                     bool x_bias_bf16) {
   AddLayerNormArgs g{};
@@ -179,7 +182,10 @@ static py::dict build_info() {
   info["cpu_isa"] = kernels().isa;
   info["isas_built"] = built_isas();
 #ifdef BERTFAST_WITH_CUDA
+  std::string why = "no GPU";
+  const int devices = cuda::device_count(why);
   info["cuda_built"] = true;
+  info["gpus"] = devices ? py::object(py::int_(devices)) : py::object(py::str("none: " + why));
 #else
   info["cuda_built"] = false;
 #endif
@@ -201,4 +207,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("scatter_add", &scatter_add);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
+#ifdef BERTFAST_WITH_CUDA
+  m.def("cuda_gather_rows",
+        [](ptr x, ptr rows, ptr out, int64_t tokens, int64_t row_bytes, int device, ptr stream) {
+          cuda::gather_rows(at(x), at<const int64_t>(rows), at<void>(out), tokens, row_bytes,
+                            device, at<void>(stream));
+        });
+  m.def("cuda_scatter_rows", [](ptr x, ptr rows, ptr out, int64_t tokens, int64_t out_rows,
+                                int64_t row_bytes, int device, ptr stream) {
+    cuda::scatter_rows(at(x), at<const int64_t>(rows), at<void>(out), tokens, out_rows, row_bytes,
+                       device, at<void>(stream));
+  });
+#endif
 }

@@ -20,7 +20,7 @@ struct GemmArgs {
   void* c;
   int64_t c_row;
   bool c_bf16;
-  void* z;  // null, or the pre-activation, laid out as c
+  void* z;         // null, or the pre-activation, laid out as c
   int activation;  // 0 none, 1 GELU (erf), 2 GELU (tanh), 3 ReLU
 };
 

@@ -141,7 +141,7 @@ def _cpu_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed
     grad, x, residual, x_bias = dense(grad), dense(x), dense(residual), dense(x_bias)
     weight, seed, mean, rstd = dense(weight), dense(seed), dense(mean), dense(rstd)
     dx = torch.empty((tokens, hidden), dtype=x.dtype)
-    # Without dropout both gradients are one value, yet an operator must not return one tensor twice.
+    # Without dropout the two are equal, yet an operator must not return one tensor twice.
     ds = torch.empty((tokens, hidden), dtype=x.dtype)
     columns = torch.empty((3, hidden))  # dweight, dbias, dx_bias
     C.add_layer_norm_backward(

@@ -5,6 +5,7 @@ storing them (Dao et al., arXiv:2205.14135).
 """
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -122,7 +123,7 @@ def _check_offsets(cu_seqlens, tokens, max_seqlen):
 
 def _sequences(cu_seqlens):
     offsets = cu_seqlens.tolist()
-    return enumerate(zip(offsets, offsets[1:], strict=False))
+    return enumerate(pairwise(offsets))
 
 
 def _scores(q, k, b, scale, causal, bias):

@@ -26,4 +26,9 @@ def _load():
 try:
     C = _load()
 except ImportError as e:
-    error = f"the compiled extension bertfast._C is not available ({e}); reinstall bertfast with a C++17 compiler"
+    if "BERTFAST_EXTENSION" in os.environ:
+        raise
+    error = (
+        f"the compiled extension bertfast._C is not available ({e}); "
+        "reinstall bertfast with a C++17 compiler"
+    )

@@ -45,6 +45,15 @@ def cpu_limit(device, dtype, arguments):
     return None
 
 
+def cuda_limit(device, dtype, arguments):
+    """The limits that all CUDA kernels share."""
+    if C is None:
+        return error
+    if not hasattr(C, "cuda_gather_rows"):
+        return "bertfast was built without CUDA; reinstall with BERTFAST_CUDA=on"
+    return None if device == "cuda" else f"the tensors are on {device}"
+
+
 def dense(t):
     """Contiguous, or the tensor itself: what a kernel without strides reads."""
     return None if t is None else t.contiguous()

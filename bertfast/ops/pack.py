@@ -3,7 +3,7 @@
 import torch
 
 from .extension import C
-from .library import autograd, check, cpu_limit, define, dense, ptr
+from .library import autograd, check, cpu_limit, cuda_limit, define, dense, ptr
 from .registry import register
 
 _C_LIMIT = lambda device, dtype, arguments: cpu_limit(device, torch.float32, ())
@@ -63,6 +63,7 @@ define("pack_indices(Tensor mask) -> (Tensor, Tensor)", _fake_indices)
 
 @register("pack_indices", "reference")
 @register("pack_indices", "cpu", limit=_C_LIMIT)
+@register("pack_indices", "cuda", limit=cuda_limit)
 def _indices_reference(mask):
     mask = mask != 0
     lengths = mask.sum(1, dtype=torch.int32)
@@ -117,6 +118,31 @@ def _scatter_cpu(x, indices, rows):
     out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype)
     if out.numel():
         C.scatter_rows(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes)
+    return out
+
+
+@register("gather_rows", "cuda", limit=cuda_limit)
+def _gather_cuda(x, indices):
+    x, indices = dense(x), dense(indices)
+    out = torch.empty((indices.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    C.cuda_gather_rows(
+        *(ptr(x), ptr(indices), ptr(out), indices.shape[0], _row_bytes(x)),
+        *(x.device.index, stream),
+    )
+    return out
+
+
+@register("scatter_rows", "cuda", limit=cuda_limit)
+def _scatter_cuda(x, indices, rows):
+    x, indices = dense(x), dense(indices)
+    out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    if out.numel():
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        C.cuda_scatter_rows(
+            *(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes),
+            *(x.device.index, stream),
+        )
     return out
 
 

@@ -85,10 +85,10 @@ void forward(const AttentionArgs& g) {
     if (n == 0) continue;
     static thread_local Buffer buffer;
     float* q = buffer.get<float>((n + MR) * dim_row * 2 + row * g.dim + MR * (2 * row + 64));
-    float* keys = q + n * dim_row;          // [row / NR][dim][NR]
-    float* values = keys + row * g.dim;     // [dim_row / NR][n][NR]
-    float* out = values + n * dim_row;      // [MR, dim_row]
-    float* scores = out + MR * dim_row;     // [MR, row]
+    float* keys = q + n * dim_row;       // [row / NR][dim][NR]
+    float* values = keys + row * g.dim;  // [dim_row / NR][n][NR]
+    float* out = values + n * dim_row;   // [MR, dim_row]
+    float* scores = out + MR * dim_row;  // [MR, row]
     uint32_t* bits = reinterpret_cast<uint32_t*>(scores + MR * row);
     widen(q, task.qkv<T>(0), g.token, n, g.dim, dim_row);
     pack_keys(keys, task.qkv<T>(1), g.token, n, g.dim);
@@ -112,12 +112,10 @@ void forward(const AttentionArgs& g) {
         const float z = sum(total);
         // A row without a key sums to 0; +inf makes its probabilities 0 in backward too.
         inverse[i] = z == 0 ? 0 : 1 / z;
-        g.lse[task.h * g.tokens + task.start + i0 + i] =
-            z == 0 ? kInf : shift + __builtin_logf(z);
+        g.lse[task.h * g.tokens + task.start + i0 + i] = z == 0 ? kInf : shift + __builtin_logf(z);
         if (g.dropout.seed) {
           philox_row(g.dropout.seed, (task.start + i0 + i) * g.heads + task.h, n, bits);
-          for (int64_t j = 0; j < n; j += W)
-            store(s + j, drop(load(s + j), bits + j, g.dropout));
+          for (int64_t j = 0; j < n; j += W) store(s + j, drop(load(s + j), bits + j, g.dropout));
         }
       }
       product(scores, row, 1, valid, values, n, dim_row, out, dim_row);
@@ -142,18 +140,18 @@ void backward(const AttentionArgs& g) {
     const T* grad = static_cast<const T*>(g.grad) + task.start * grad_token + task.h * dim;
     static thread_local Buffer buffer;
     const int64_t whole = (n + MR) * dim_row;  // a last tile may write past the sequence
-    float* q = buffer.get<float>(7 * whole + 2 * row * dim + 2 * kQueryBlock * row +
-                                 MR * dim_row + 2 * row + 64);
-    float* dout = q + whole;              // [n, dim_row]
-    float* q_panels = dout + whole;       // b of ds^T q
+    float* q = buffer.get<float>(7 * whole + 2 * row * dim + 2 * kQueryBlock * row + MR * dim_row +
+                                 2 * row + 64);
+    float* dout = q + whole;         // [n, dim_row]
+    float* q_panels = dout + whole;  // b of ds^T q
     float* dout_panels = q_panels + whole;
     float* k_panels = dout_panels + whole;
-    float* dk = k_panels + whole;         // [n, dim_row]
+    float* dk = k_panels + whole;  // [n, dim_row]
     float* dv = dk + whole;
-    float* keys = dv + whole;             // b of q k^T
-    float* values = keys + row * dim;     // b of dout v^T
-    float* p = values + row * dim;        // [kQueryBlock, row]: probabilities after dropout
-    float* ds = p + kQueryBlock * row;    // [kQueryBlock, row]: the scores' gradient
+    float* keys = dv + whole;              // b of q k^T
+    float* values = keys + row * dim;      // b of dout v^T
+    float* p = values + row * dim;         // [kQueryBlock, row]: probabilities after dropout
+    float* ds = p + kQueryBlock * row;     // [kQueryBlock, row]: the scores' gradient
     float* tile = ds + kQueryBlock * row;  // [MR, dim_row]
     float* probability = tile + MR * dim_row;
     uint32_t* bits = reinterpret_cast<uint32_t*>(probability + row);
@@ -202,9 +200,9 @@ void backward(const AttentionArgs& g) {
           for (int64_t j = 0; j < row; j += W)
             store(dsi + j, load(probability + j) * (load(dsi + j) - total));
           if (g.dbias)
-            std::memcpy(g.dbias + ((task.b * g.heads + task.h) * g.dbias_rows + query) *
-                                      g.dbias_cols,
-                        dsi, n * sizeof(float));
+            std::memcpy(
+                g.dbias + ((task.b * g.heads + task.h) * g.dbias_rows + query) * g.dbias_cols, dsi,
+                n * sizeof(float));
         }
         product(ds + i0 * row, row, 1, valid, k_panels, n, dim_row, tile, dim_row);
         put(tile, valid, query0, 0, g.scale);

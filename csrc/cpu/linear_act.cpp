@@ -1,18 +1,17 @@
 // Matrix product with bias and activation in the epilogue, and the activation's backward.
-#include "operators.h"
-
 #include <omp.h>
 
 #include <type_traits>
 
+#include "operators.h"
 #include "tile.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-constexpr int64_t KC = 512;    // k of a block: a panel of b stays in L1 or nearly
-constexpr int64_t MC = 480;    // rows of a task: a's block stays in L2
-constexpr int64_t MS = 4800;   // rows packed at a time: bounds the scratch memory
+constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly
+constexpr int64_t MC = 32 * MR;  // rows of a task: its block of a stays in L2
+constexpr int64_t MS = 10 * MC;  // rows packed at a time: bounds the scratch memory
 
 struct Block {  // of the operands, packed
   float *a, *b;
@@ -158,18 +157,16 @@ void gemm_in(const GemmArgs& g) {
 #pragma omp for schedule(dynamic) collapse(2)
       for (int64_t mt = 0; mt < m_tasks; ++mt)
         for (int64_t nt = 0; nt < n_tasks; ++nt)
-          for (int64_t p = nt * group; p < min((nt + 1) * group, panels); ++p) {
-            const Bias bias = load_bias(g, p * NR);
-            for (int64_t m = mt * MC; m < min((mt + 1) * MC, block.m); m += MR) {
+          for (int64_t m = mt * MC; m < min((mt + 1) * MC, block.m); m += MR)
+            for (int64_t p = nt * group; p < min((nt + 1) * group, panels); ++p) {
+              const Bias bias = load_bias(g, p * NR);
               alignas(64) float tile[MR * NR];
               float* out = sums ? sums + (block.m0 + m) * sums_row + p * NR : tile;
               const int64_t out_row = sums ? sums_row : NR;
               tile_packed<math>(block.a + m * block.units, block.b + p * block.units * NR,
                                 block.units, out, out_row, k0 > 0);
-              if (last)
-                finish(g, out, out_row, bias, block.m0 + m, min(MR, block.m - m), p * NR);
+              if (last) finish(g, out, out_row, bias, block.m0 + m, min(MR, block.m - m), p * NR);
             }
-          }
     }
   }
 }

@@ -15,7 +15,7 @@ namespace bertfast::BERTFAST_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int MR = 12;  // 24 accumulators of 32 registers
+constexpr int MR = 14;  // 28 accumulators of 32 registers
 #else
 constexpr int MR = 6;  // 12 accumulators of 16 registers
 #endif

@@ -109,7 +109,7 @@ inline float max_of(vf v) {
 inline vf exp(vf x) {
   const vf low = splat(-87.33f), high = splat(88.37f);
   const vf t = x < low ? low : (x > high ? high : x);  // a NaN passes both
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: the sum rounds to an integer
+  const vf magic = splat(12582912.f);                  // 1.5 * 2^23: the sum rounds to an integer
   const vf shifted = t * 1.44269504f + magic;
   const vf n = shifted - magic;
   const vf r = (t - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -149,13 +149,30 @@ inline vf sigmoid_of_twice(vf u) {  // 1 / (1 + e^-2u)
 
 constexpr float kTanhScale = 0.79788456f, kTanhCubic = 0.044715f;
 
+// GELU without exp or division: Phi(x) - 1/2 is odd, fitted as x p(x^2), p of degree 13, where
+// |x| <= 5.4; beyond, Phi is 0 or 1 to 4e-8. Absolute error of x Phi(x): 3e-7, or 2 ulp of x.
+inline vf gelu(vf x) {
+  const vf s = x * x * 0.0685871056f - 1.f;
+  vf p = s * -0.000693138611f + 0.0020186413f;
+  p = p * s - 0.00213128105f;
+  p = p * s + 0.00237677824f;
+  p = p * s - 0.00570262219f;
+  p = p * s + 0.0103462604f;
+  p = p * s - 0.0144774162f;
+  p = p * s + 0.0194579084f;
+  p = p * s - 0.0256215962f;
+  p = p * s + 0.0321395775f;
+  p = p * s - 0.0392195614f;
+  p = p * s + 0.0484985989f;
+  p = p * s - 0.0653276918f;
+  p = p * s + 0.130928119f;
+  const vf y = x * (x * p + 0.5f);
+  return x > 5.4f ? x : (x < -5.4f ? vf{} : y);
+}
+
 template <int activation>
 inline vf activate(vf z) {
-  if (activation == 1) {
-    vf gauss;
-    const vf y = z * normal_cdf(z, gauss);
-    return z == -kInf ? vf{} : y;
-  }
+  if (activation == 1) return gelu(z);
   if (activation == 2) {
     const vf y = z * sigmoid_of_twice(kTanhScale * (z + kTanhCubic * z * z * z));
     return z == -kInf ? vf{} : y;
