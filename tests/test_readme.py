@@ -1,0 +1,75 @@
+"""What the README says is what the project does: figures, commands, options."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+
+
+@pytest.fixture
+def report():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_is_what_the_results_say(report):
+    block = report.table(report.results(ROOT / "benchmarks" / "results"))
+    assert report.replace(README, block) == README, "run `python benchmarks/report.py`"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_ratios_follow_from_the_times(path):
+    result = json.loads(path.read_text())
+    assert result["summary"] and result["commit"] and result["date"] and result["versions"]
+    for row in result["summary"]:
+        if row["ratio"] is not None:
+            assert row["rival"] / row["bertfast"] == pytest.approx(row["ratio"], rel=0.01), row
+
+
+def test_table_shows_every_summary_row(report):
+    row = {"task": "t", "unit": "ms", "bertfast": 2.0, "rival": 5.0, "rival_name": "r"}
+    result = {
+        "device": {"name": "d", "threads": 2},
+        "commit": "abc",
+        "summary": [row | {"ratio": 2.5}, row | {"ratio": None}],
+    }
+    lines = report.table([result]).splitlines()
+    assert lines[2:] == [
+        "| t | d, 2 threads | 2 ms | r: 5 ms | 2.50x | abc |",
+        "| t | d, 2 threads | 2 ms | r: 5 ms |  | abc |",
+    ]
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    texts = README + (ROOT / "CONTRIBUTING.md").read_text()
+    assert set(re.findall(r"`make ([a-z-]+)`", texts)) <= targets
+
+
+def test_linked_files_exist():
+    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md"):
+        path = ROOT / name
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{name} links to {link}"
+
+
+def test_command_options_exist(capsys):
+    from bertfast.cli import main
+
+    for command in re.findall(r"^bertfast (.+?)(?:\s+#.*)?$", README, re.MULTILINE):
+        words = [w for w in command.split() if re.fullmatch("[a-z]+", w)][:2]
+        words = words[:2] if words[0] in ("finetune", "evaluate", "predict") else words[:1]
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--help"])
+        assert stop.value.code == 0
+        usage = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", command):
+            assert option in usage, f"`bertfast {command}`: no option {option}"
