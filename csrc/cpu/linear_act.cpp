@@ -10,12 +10,13 @@ namespace bertfast::BERTFAST_ISA {
 namespace {
 
 constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly
-constexpr int64_t MC = 32 * MR;  // rows of a task: its block of a stays in L2
-constexpr int64_t MS = 10 * MC;  // rows packed at a time: bounds the scratch memory
+constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
+constexpr int64_t MC = 16 * MR;  // rows of a task: its block of a stays in L2 ...
+constexpr int64_t PC = 6;        // ... beside this many panels of b
 
-struct Block {  // of the operands, packed
-  float *a, *b;
-  int64_t m0, m, k0, k, units;
+struct Block {  // of an operand along k, packed
+  float* data;
+  int64_t k0, k, units;
 };
 
 // Panel p of b over the block's k; the parts may meet inside it.
@@ -23,7 +24,7 @@ template <Math math>
 void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
   const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.parts : g.k;
   const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
-  float* dst = block.b + p * block.units * NR;
+  float* dst = block.data + p * block.units * NR;
   const auto pack = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     // Rows of one part at a time; a panel that spans two is packed by element.
@@ -61,51 +62,57 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
     pack(static_cast<float*>(nullptr));
 }
 
+// Rows [m0, m0 + rows) of a over the block's k.
 template <Math math>
-void pack_a(const GemmArgs& g, const Block& block, int64_t p) {
-  const int64_t m0 = block.m0 + p * MR, offset = m0 * g.a_row + block.k0 * g.a_k;
-  const int64_t valid = min(MR, block.m0 + block.m - m0);
-  float* dst = block.a + p * block.units * MR;
+void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
+  const auto pack = [&](auto* a) {
+    for (int64_t m = 0; m < rows; m += MR)
+      pack_panel<math, MR>(block.data + m * block.units, a + (m0 + m) * g.a_row + block.k0 * g.a_k,
+                           g.a_row, g.a_k, min(MR, rows - m), block.k);
+  };
   if (g.a_bf16)
-    pack_panel<math, MR>(dst, static_cast<const bf16*>(g.a) + offset, g.a_row, g.a_k, valid,
-                         block.k);
+    pack(static_cast<const bf16*>(g.a));
   else
-    pack_panel<math, MR>(dst, static_cast<const float*>(g.a) + offset, g.a_row, g.a_k, valid,
-                         block.k);
+    pack(static_cast<const float*>(g.a));
 }
 
-struct Bias {
-  vf value[NV];
-};
-
-Bias load_bias(const GemmArgs& g, int64_t n0) {
-  float values[NR] = {};
+// The parts' biases side by side in fp32, zeros to the end of the last panel.
+void gather_bias(const GemmArgs& g, float* bias, int64_t padded_n) {
   const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
-  for (int i = 0; g.bias[0] && i < NR && n0 + i < g.n; ++i) {
-    const int64_t part = (n0 + i) / part_n, j = (n0 + i) % part_n;
-    values[i] = g.bias_bf16 ? to_float(static_cast<const bf16*>(g.bias[part])[j])
-                            : static_cast<const float*>(g.bias[part])[j];
+  for (int64_t n = 0; n < padded_n; ++n) {
+    const int64_t part = n / part_n, j = n % part_n;
+    bias[n] = !g.bias[0] || n >= g.n ? 0.f
+              : g.bias_bf16          ? to_float(static_cast<const bf16*>(g.bias[part])[j])
+                                     : static_cast<const float*>(g.bias[part])[j];
   }
-  Bias bias;
-  for (int j = 0; j < NV; ++j) bias.value[j] = load(values + j * W);
-  return bias;
 }
 
 // A finished tile: bias, the pre-activation if kept, activation, conversion.
 template <int activation, class T>
-void epilogue(const GemmArgs& g, const float* tile, int64_t tile_row, const Bias& bias, int64_t m0,
+void epilogue(const GemmArgs& g, const float* tile, int64_t tile_row, const float* bias, int64_t m0,
               int64_t rows, int64_t n0) {
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; j < NV; ++j) {
       const int64_t n = n0 + j * W, valid = g.n - n, at = (m0 + i) * g.c_row + n;
       if (valid <= 0) break;
-      const vf z = load(tile + i * tile_row + j * W) + bias.value[j];
+      const vf z = load(tile + i * tile_row + j * W) + load(bias + j * W);
       if (g.z) store_upto(static_cast<T*>(g.z) + at, z, valid);
       store_upto(static_cast<T*>(g.c) + at, activate<activation>(z), valid);
     }
 }
 
-using Epilogue = void (*)(const GemmArgs&, const float*, int64_t, const Bias&, int64_t, int64_t,
+// The epilogue's lines, on their way while the tile is computed.
+void prefetch_rows(const GemmArgs& g, int64_t m0, int64_t rows, int64_t n0) {
+  const int64_t size = g.c_bf16 ? 2 : 4;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < NR * size; j += 64) {
+      const int64_t at = ((m0 + i) * g.c_row + n0) * size + j;
+      __builtin_prefetch(static_cast<const char*>(g.c) + at, 1);
+      if (g.z) __builtin_prefetch(static_cast<const char*>(g.z) + at, 1);
+    }
+}
+
+using Epilogue = void (*)(const GemmArgs&, const float*, int64_t, const float*, int64_t, int64_t,
                           int64_t);
 
 template <class T>
@@ -127,47 +134,60 @@ void gemm_in(const GemmArgs& g) {
   if (g.m == 0 || g.n == 0) return;
   const Epilogue finish =
       g.c_bf16 ? choose_epilogue<bf16>(g.activation) : choose_epilogue<float>(g.activation);
-  static thread_local Buffer a_buffer, b_buffer, c_buffer;
   constexpr int per = kPerUnit<math>;
   const int64_t panels = ceil_div(g.n, NR), part_k = g.split_k ? g.k / g.parts : g.k;
   // Blocks of k alike in size, whole pairs in each; of one part where they can be.
   const int64_t kc = part_k ? ceil_div(ceil_div(part_k, ceil_div(part_k, KC)), 2) * 2 : 2;
-  const int64_t ms = min(MS, ceil_div(g.m, MR) * MR), units = ceil_div(kc, per);
-  float* a = a_buffer.get<float>(ms * units);
-  float* b = b_buffer.get<float>(panels * units * NR);
+  const int64_t ks = min(KS / kc, g.k ? ceil_div(g.k, kc) : 1) * kc, units = ceil_div(kc, per);
+  const int threads = g.m * g.n * (g.k + 64) < (1 << 20) ? 1 : omp_get_max_threads();
+  // Tasks of equal rows, a multiple of the threads; few rows are shared out by columns too.
+  const int64_t m_tasks =
+      ceil_div(ceil_div(g.m, MC), g.m > MC ? threads : 1) * (g.m > MC ? threads : 1);
+  const int64_t mc = ceil_div(ceil_div(g.m, m_tasks), MR) * MR;
+  const int64_t n_tasks = min(panels, ceil_div(2 * threads, m_tasks));
+  static thread_local Buffer b_buffer, sums_buffer;
+  float* bias = b_buffer.get<float>(panels * NR * (1 + ceil_div(ks, kc) * units));
+  float* b = bias + panels * NR;
+  gather_bias(g, bias, panels * NR);
   // Sums over several blocks of k wait here in fp32.
   const int64_t sums_row = panels * NR;
-  float* sums = g.k > kc ? c_buffer.get<float>(ceil_div(g.m, MR) * MR * sums_row) : nullptr;
-  const int threads = g.m * g.n * (g.k + 64) < (1 << 20) ? 1 : omp_get_max_threads();
+  float* sums = g.k > kc ? sums_buffer.get<float>((g.m + MR) * sums_row) : nullptr;
 
 #pragma omp parallel num_threads(threads)
-  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kc) {
-    Block block{a, b, 0, 0, k0, min(kc, g.k - k0), 0};
-    block.units = ceil_div(block.k, per);
-    const bool last = k0 + kc >= g.k;
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < panels; ++p) pack_b<math>(g, block, p);
-    for (block.m0 = 0; block.m0 < g.m; block.m0 += ms) {
-      block.m = min(ms, g.m - block.m0);
-      const int64_t a_panels = ceil_div(block.m, MR);
-#pragma omp for schedule(static)
-      for (int64_t p = 0; p < a_panels; ++p) pack_a<math>(g, block, p);
-      const int64_t m_tasks = ceil_div(block.m, MC);
-      const int64_t group = panels / (8 * threads) + 1, n_tasks = ceil_div(panels, group);
+  for (int64_t s0 = 0; s0 == 0 || s0 < g.k; s0 += ks) {
+    const int64_t send = min(s0 + ks, g.k), blocks = g.k ? ceil_div(send - s0, kc) : 1;
+    const auto block_at = [&](int64_t i, float* data) {
+      const int64_t k0 = s0 + i * kc, k = min(kc, send - k0);
+      return Block{data, k0, k, ceil_div(k, per)};
+    };
+    const auto b_block = [&](int64_t i) { return block_at(i, b + i * panels * units * NR); };
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t i = 0; i < blocks; ++i)
+      for (int64_t p = 0; p < panels; ++p) pack_b<math>(g, b_block(i), p);
 #pragma omp for schedule(dynamic) collapse(2)
-      for (int64_t mt = 0; mt < m_tasks; ++mt)
-        for (int64_t nt = 0; nt < n_tasks; ++nt)
-          for (int64_t m = mt * MC; m < min((mt + 1) * MC, block.m); m += MR)
-            for (int64_t p = nt * group; p < min((nt + 1) * group, panels); ++p) {
-              const Bias bias = load_bias(g, p * NR);
-              alignas(64) float tile[MR * NR];
-              float* out = sums ? sums + (block.m0 + m) * sums_row + p * NR : tile;
-              const int64_t out_row = sums ? sums_row : NR;
-              tile_packed<math>(block.a + m * block.units, block.b + p * block.units * NR,
-                                block.units, out, out_row, k0 > 0);
-              if (last) finish(g, out, out_row, bias, block.m0 + m, min(MR, block.m - m), p * NR);
-            }
-    }
+    for (int64_t mt = 0; mt < m_tasks; ++mt)
+      for (int64_t nt = 0; nt < n_tasks; ++nt) {
+        static thread_local Buffer a_buffer;
+        const int64_t m0 = mt * mc, rows = min(mc, g.m - m0);
+        const int64_t p_end = panels * (nt + 1) / n_tasks;
+        if (rows <= 0) continue;
+        for (int64_t i = 0; i < blocks; ++i) {
+          const Block bb = b_block(i), ab = block_at(i, a_buffer.get<float>((mc + 1) * units));
+          const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
+          pack_a<math>(g, ab, m0, rows);
+          for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC)
+            for (int64_t m = 0; m < rows; m += MR)
+              for (int64_t p = p0; p < min(p0 + PC, p_end); ++p) {
+                alignas(64) float tile[MR * NR];
+                float* out = sums ? sums + (m0 + m) * sums_row + p * NR : tile;
+                const int64_t out_row = sums ? sums_row : NR;
+                if (last) prefetch_rows(g, m0 + m, min(MR, rows - m), p * NR);
+                tile_packed<math>(ab.data + m * ab.units, bb.data + p * bb.units * NR, bb.units,
+                                  out, out_row, !first);
+                if (last) finish(g, out, out_row, bias + p * NR, m0 + m, min(MR, rows - m), p * NR);
+              }
+        }
+      }
   }
 }
 

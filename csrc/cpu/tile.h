@@ -105,10 +105,14 @@ inline vf pair_up(vf even, vf odd) {  // two bf16 in each 32-bit unit
   return (vf)(round_bf16(even) | (round_bf16(odd) << 16));
 }
 
+// A register's lanes become rows lane0... of one k. A whole store runs over into the next k,
+// which comes later; the last k must not: another thread may own what lies behind the panel.
 template <int TILE>
-inline void store_rows(float* to, vf v, int lane0) {
-  constexpr int n = TILE < W ? TILE : W;
-  __builtin_memcpy(to + lane0, &v, n * 4);
+inline void store_rows(float* to, vf v, int lane0, bool last) {
+  if (lane0 + W <= TILE || !last)
+    store(to + lane0, v);
+  else
+    __builtin_memcpy(to + lane0, &v, TILE % W * 4);
 }
 
 // One panel: rows [0, valid) of src, k [0, count), into dst[ceil(count / per unit)][TILE].
@@ -119,6 +123,7 @@ void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
   int64_t k = 0;  // the elements along k done so far
   if (kstep == 1 && valid > 0) {
     for (; k + W <= count; k += W) {
+      const bool end = k + W >= count;
 #pragma GCC unroll 2
       for (int lane = 0; lane < TILE; lane += W) {
         vf r[W];
@@ -130,10 +135,11 @@ void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
         if constexpr (math == Math::bf16) {
 #pragma GCC unroll 16
           for (int i = 0; i < W; i += 2)
-            store_rows<TILE>(to + i / 2 * TILE, pair_up(r[i], r[i + 1]), lane);
+            store_rows<TILE>(to + i / 2 * TILE, pair_up(r[i], r[i + 1]), lane, end && i == W - 2);
         } else {
 #pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) store_rows<TILE>(to + i * TILE, r[i], lane);
+          for (int i = 0; i < W; ++i)
+            store_rows<TILE>(to + i * TILE, r[i], lane, end && i == W - 1);
         }
       }
     }
@@ -146,7 +152,7 @@ void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
         vf v = n == W ? load(from) : load_n(from, n);
         if constexpr (math == Math::bf16)
           v = pair_up(v, n == W ? load(from + kstep) : load_n(from + kstep, n));
-        store_rows<TILE>(dst + k / per * TILE, v, lane);
+        store_rows<TILE>(dst + k / per * TILE, v, lane, k + per >= count);
       }
     }
   }
