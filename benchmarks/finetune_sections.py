@@ -94,7 +94,10 @@ def train_transformers(model, rows, names, s: Settings, seed: int, out: Path):
     encoded = encode(tokenizer, [r["text"] for r in rows], None, s.max_length)
     data = [e | {"labels": names.index(r["label"])} for e, r in zip(encoded, rows, strict=True)]
     network = transformers.AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=len(names), id2label=dict(enumerate(names))
+        model,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        attn_implementation="sdpa",
     )
     steps = s.epochs * -(-len(data) // s.batch_size)
     arguments = transformers.TrainingArguments(
