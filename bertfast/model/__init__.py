@@ -1,0 +1,18 @@
+"""BERT: transformers' classes and checkpoints over bertfast's packed encoder."""
+
+from .bert import BertModel, BertPreTrainedModel
+from .checkpoint import CheckpointError
+from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from .layer import LayerOptions, LayerWeights, encoder_layer
+
+__all__ = [
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForSequenceClassification",
+    "BertModel",
+    "BertPreTrainedModel",
+    "CheckpointError",
+    "LayerOptions",
+    "LayerWeights",
+    "encoder_layer",
+]

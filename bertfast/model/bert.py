@@ -1,0 +1,237 @@
+"""`BertModel`: transformers' interface and state-dict keys over the packed encoder."""
+
+import torch
+from torch import nn
+from transformers import BertConfig
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from .. import ops
+from . import checkpoint
+from .encoder import (
+    BertEmbeddings,
+    BertEncoder,
+    BertPooler,
+    Packing,
+    attention_probabilities,
+)
+from .layer import ACTIVATIONS
+
+
+class BertPreTrainedModel(nn.Module):
+    """What all BERT models share: configuration, initialisation, checkpoints.
+
+    A plain nn.Module: transformers' PreTrainedModel would bring its attention switch, generation
+    and loading machinery, none of which reaches the packed path.
+    """
+
+    config_class = BertConfig
+    base_model_prefix = "bert"
+    tied: dict[str, str] = {}  # parameter name -> the name it shares  # noqa: RUF012
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        if config.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"hidden_act is {config.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+                f"{config.num_attention_heads}"
+            )
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+            raise ValueError("is_decoder and add_cross_attention are not supported: encoders only")
+        self.config = config
+
+    def post_init(self):
+        """BERT's initialisation: normal weights, zero biases."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+                if getattr(module, "padding_idx", None) is not None:
+                    with torch.no_grad():
+                        module.weight[module.padding_idx].zero_()
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+
+    def gradient_checkpointing_enable(self, enabled: bool = True):
+        """Recompute each layer in backward instead of keeping its activations."""
+        for module in self.modules():
+            if isinstance(module, BertEncoder):
+                module.gradient_checkpointing = enabled
+
+    def gradient_checkpointing_disable(self):
+        self.gradient_checkpointing_enable(False)
+
+    def get_input_embeddings(self):
+        return getattr(self, self.base_model_prefix, self).embeddings.word_embeddings
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, *, allow_pickle=False, dtype=None, **config):
+        """A model from a local folder or a hub name, in eval mode.
+
+        Weights may come with or without the "bert." prefix; a checkpoint of another task gives its
+        encoder, and a warning names the weights that are new. Other keyword arguments override
+        the configuration (num_labels, id2label, ...).
+
+        Raises: checkpoint.CheckpointError for a missing, damaged or ill-fitting checkpoint, and
+        for a pickled one unless `allow_pickle`.
+        """
+        return checkpoint.load(cls, name_or_folder, allow_pickle, dtype, config)
+
+    def save_pretrained(self, folder):
+        """config.json and model.safetensors, each written whole or not at all, as transformers
+        reads them."""
+        checkpoint.save(self, folder)
+
+
+class BertModel(BertPreTrainedModel):
+    """The encoder, as transformers' BertModel; padded positions of its outputs are zeros."""
+
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **unused,
+    ):
+        """
+        Args:
+            input_ids: int64 [batch, seqlen]; or inputs_embeds [batch, seqlen, hidden].
+            attention_mask: [batch, seqlen], 0 at padding, in any pattern; None for no padding.
+            token_type_ids, position_ids: int64 [batch or 1, seqlen]; zeros, and 0 to seqlen - 1.
+
+        Returns: last_hidden_state [batch, seqlen, hidden], pooler_output [batch, hidden] (from
+        column 0, which counts as zeros where it is padding), and on request hidden_states and
+        attentions (the probabilities before dropout), zeros at padding.
+
+        Raises: ValueError for arguments that don't fit, IndexError for ids out of range.
+        """
+        _refuse(unused)
+        packing, hidden, states, attentions = self.encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            _default(output_attentions, self.config, "output_attentions"),
+            _default(output_hidden_states, self.config, "output_hidden_states"),
+        )
+        pooled = None if self.pooler is None else self.pooler(packing.first(hidden))
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=packing.unpack(hidden),
+            pooler_output=pooled,
+            hidden_states=states,
+            attentions=attentions,
+        )
+        return finish(output, return_dict, self.config)
+
+    def encode(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        output_attentions=False,
+        output_hidden_states=False,
+    ):
+        """forward, but packed: (packing, hidden [tokens, hidden], hidden_states, attentions)."""
+        packing, ids, positions, types, embeds = self._inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        )
+        layers = self.config.num_hidden_layers
+        seeds = [None] * (1 + 3 * layers)
+        if self.training:
+            seeds = ops.draw_seeds(1 + 3 * layers, packing.mask.device)
+        hidden = self.embeddings(ids, positions, types, seeds[0], embeds)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        states = [packing.unpack(hidden)] if output_hidden_states else None
+        attentions = [] if output_attentions else None
+
+        def collect(hidden, qkv):
+            if output_hidden_states:
+                states.append(packing.unpack(hidden))
+            if output_attentions:
+                attentions.append(attention_probabilities(qkv, packing))
+
+        wanted = collect if output_hidden_states or output_attentions else None
+        hidden = self.encoder(hidden, packing, seeds[1:], wanted)
+        return packing, hidden, states and tuple(states), attentions and tuple(attentions)
+
+    def _inputs(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
+        """The packing, and packed ids, positions, types and embeddings."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            raise ValueError(
+                f"the input has shape {list(given.shape)}, expected input_ids [batch, seqlen] or "
+                "inputs_embeds [batch, seqlen, hidden]"
+            )
+        batch, seqlen = given.shape[:2]
+        limit = self.config.max_position_embeddings
+        if position_ids is None and seqlen > limit:
+            raise ValueError(
+                f"the input has {seqlen} tokens, the model takes up to {limit}: truncate it "
+                "(the tokenizer's max_length) or give position_ids"
+            )
+        packing = Packing(batch, seqlen, attention_mask, given.device)
+
+        def packed(ids, name):
+            if ids.dim() != 2 or ids.shape[1] != seqlen or ids.shape[0] not in (1, batch):
+                raise ValueError(
+                    f"{name} has shape {list(ids.shape)}, expected [{batch}, {seqlen}]"
+                )
+            return packing.pack(ids.expand(batch, seqlen).long())
+
+        if position_ids is None:
+            positions = packing.indices % max(seqlen, 1)
+        else:
+            positions = packed(position_ids, "position_ids")
+        if token_type_ids is None:
+            types = torch.zeros_like(packing.indices)
+        else:
+            types = packed(token_type_ids, "token_type_ids")
+        ids = None if input_ids is None else packed(input_ids, "input_ids")
+        embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
+        return packing, ids, positions, types, embeds
+
+
+def _refuse(arguments):
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name} is not supported: bertfast runs encoders without a cache")
+
+
+def _default(value, config, name):
+    return bool(getattr(config, name, False) if value is None else value)
+
+
+def finish(output, return_dict, config):
+    """A ModelOutput, or its tuple where that is asked for."""
+    if return_dict is None:
+        return_dict = getattr(config, "return_dict", True)
+    return output if return_dict else output.to_tuple()

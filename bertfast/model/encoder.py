@@ -1,0 +1,173 @@
+"""Embeddings, layers and pooler, with transformers' names, on packed tokens inside."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from .layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
+
+
+class Packing:
+    """Where the real tokens of a padded batch are; made once for a forward.
+
+    attention_mask [batch, seqlen], 0 at padding, None for none.
+    """
+
+    def __init__(self, batch: int, seqlen: int, attention_mask, device):
+        if attention_mask is None:
+            attention_mask = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
+        if attention_mask.shape != (batch, seqlen):
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}, expected "
+                f"[{batch}, {seqlen}] as the input: one 0 or 1 for each token"
+            )
+        self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
+        self.indices, self.cu_seqlens = torch.ops.bertfast.pack_indices(attention_mask)
+
+    def pack(self, x):
+        """[batch, seqlen, ...] -> [tokens, ...]"""
+        return torch.ops.bertfast.gather_rows(x.flatten(0, 1), self.indices)
+
+    def unpack(self, x):
+        """[tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
+        return ops.unpack(x, self.indices, self.batch, self.seqlen)
+
+    def first(self, x):
+        """[tokens, hidden] -> [batch, hidden]: column 0 of `unpack`, without making the rest."""
+        start = self.cu_seqlens[:-1].long()
+        real = (self.mask[:, 0] != 0).unsqueeze(1)
+        if not torch.compiler.is_compiling() and x.shape[0] == 0:
+            return x.new_zeros((self.batch, x.shape[1]))
+        return torch.where(real, x[start.clamp(max=x.shape[0] - 1)], 0)
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, position_ids, token_type_ids, seed, inputs_embeds=None):
+        """ids int64 [tokens] (inputs_embeds [tokens, hidden] for input_ids) -> [tokens, hidden]"""
+        p = self.dropout.p if self.training else 0.0
+        norm = self.LayerNorm
+        if inputs_embeds is not None:
+            x = inputs_embeds + self.position_embeddings(position_ids)
+            x = x + self.token_type_embeddings(token_type_ids)
+            return nn.functional.dropout(
+                nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps), p
+            )
+        return ops.embedding_layer_norm(
+            *(input_ids, position_ids, token_type_ids),
+            *(self.word_embeddings.weight, self.position_embeddings.weight),
+            *(self.token_type_embeddings.weight, norm.weight, norm.bias, norm.eps),
+            dropout_p=p,
+            seed=seed,
+        )
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        for name in ("query", "key", "value"):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+
+
+class Projection(nn.Module):
+    """A linear layer and the LayerNorm behind its residual: parameters only."""
+
+    def __init__(self, size_in, config):
+        super().__init__()
+        self.dense = nn.Linear(size_in, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = Projection(config.hidden_size, config)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+
+class BertLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = Projection(config.intermediate_size, config)
+
+    def weights(self) -> LayerWeights:
+        inner, out = self.attention.self, self.attention.output
+        modules = (inner.query, inner.key, inner.value, out.dense, out.LayerNorm)
+        modules += (self.intermediate.dense, self.output.dense, self.output.LayerNorm)
+        return LayerWeights(*(p for m in modules for p in (m.weight, m.bias)))
+
+    def forward(self, hidden, cu_seqlens, max_seqlen, seeds):
+        config = self.config
+        options = LayerOptions(
+            config.num_attention_heads,
+            ACTIVATIONS[config.hidden_act],
+            config.layer_norm_eps,
+            config.hidden_dropout_prob if self.training else 0.0,
+            config.attention_probs_dropout_prob if self.training else 0.0,
+        )
+        return encoder_layer(hidden, self.weights(), options, cu_seqlens, max_seqlen, seeds)
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden, packing: Packing, seeds, collect=None):
+        """hidden [tokens, hidden] -> the same; `collect(hidden, qkv)` sees each layer's result.
+
+        seeds: int64 [3 * layers, 2].
+        """
+        for i, layer in enumerate(self.layer):
+            arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                # The seeds are arguments: no RNG state needs keeping for equal dropout masks.
+                hidden, qkv = checkpoint(
+                    layer, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, qkv = layer(*arguments)
+            if collect is not None:
+                collect(hidden, qkv)
+        return hidden
+
+
+class BertPooler(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first):
+        """first [batch, hidden], the hidden state of column 0 -> [batch, hidden]"""
+        return torch.tanh(self.dense(first))
+
+
+def attention_probabilities(qkv, packing: Packing):
+    """softmax(Q K^T / sqrt(d)) [batch, heads, seqlen, seqlen] for who asks to see it; zeros in
+    padded rows. qkv [tokens, 3, heads, head_dim]. Before dropout."""
+    query, key, _ = packing.unpack(qkv).unbind(2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / qkv.shape[3] ** 0.5
+    mask = packing.mask != 0
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return torch.where(mask[:, None, :, None], scores.softmax(-1), 0)

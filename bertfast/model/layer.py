@@ -1,0 +1,80 @@
+"""The arithmetic of one BERT encoder layer, in the one place that every model family calls."""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import ops
+
+# transformers' names for what the kernels compute
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of a layer, laid out as in nn.Linear and nn.LayerNorm."""
+
+    wq: torch.Tensor  # [hidden, hidden], as wk, wv and wo
+    bq: torch.Tensor  # [hidden], as bk, bv and bo
+    wk: torch.Tensor
+    bk: torch.Tensor
+    wv: torch.Tensor
+    bv: torch.Tensor
+    wo: torch.Tensor
+    bo: torch.Tensor
+    norm1: torch.Tensor  # [hidden]: LayerNorm after attention
+    norm1_bias: torch.Tensor
+    w1: torch.Tensor  # [inner, hidden]
+    b1: torch.Tensor
+    w2: torch.Tensor  # [hidden, inner]
+    b2: torch.Tensor
+    norm2: torch.Tensor
+    norm2_bias: torch.Tensor
+
+
+class LayerOptions(NamedTuple):
+    heads: int
+    activation: str
+    eps: float
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+
+def encoder_layer(hidden, w: LayerWeights, options: LayerOptions, cu_seqlens, max_seqlen, seeds):
+    """A post-norm encoder layer (Devlin et al., arXiv:1810.04805) on packed tokens.
+
+    Args:
+        hidden: [tokens, hidden].
+        cu_seqlens, max_seqlen: the sequences, see `ops.attention`.
+        seeds: int64 [3, 2], one for each dropout: attention, its output, the feed-forward's.
+
+    Returns: [tokens, hidden], and the query, key and value [tokens, 3, heads, head_dim].
+    """
+    tokens, size = hidden.shape
+    qkv = ops.qkv_linear(hidden, w.wq, w.bq, w.wk, w.bk, w.wv, w.bv)
+    qkv = qkv.view(tokens, 3, options.heads, size // options.heads)
+    context = ops.attention(
+        qkv, cu_seqlens, max_seqlen, dropout_p=options.attention_dropout, seed=seeds[0]
+    )
+    projected = ops.linear_act(context.view(tokens, size), w.wo)
+    # The biases of both outputs are added where the dropout and the residual are.
+    hidden = ops.add_layer_norm(
+        *(projected, hidden, w.norm1, w.norm1_bias, options.eps),
+        x_bias=w.bo,
+        dropout_p=options.hidden_dropout,
+        seed=seeds[1],
+    )
+    inner = ops.feed_forward(hidden, w.w1, w.b1, w.w2, None, options.activation)
+    hidden = ops.add_layer_norm(
+        *(inner, hidden, w.norm2, w.norm2_bias, options.eps),
+        x_bias=w.b2,
+        dropout_p=options.hidden_dropout,
+        seed=seeds[2],
+    )
+    return hidden, qkv
