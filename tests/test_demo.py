@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,24 @@ class TestRefusals:
         b.load_state_dict(a.state_dict())
         with pytest.raises(SystemExit, match=r"parameters differ.*linear\.bias"):
             demo.check(a, b, [batch])
+
+
+def test_race_gives_the_rivals_the_same_batches_in_turns(demo):
+    calls = []
+
+    def step(name, seconds):
+        def run(batch):
+            calls.append((batch, name))
+            time.sleep(seconds)
+
+        return run
+
+    steps = {"bertfast": step("bertfast", 0.005), "transformers": step("transformers", 0.03)}
+    result = demo.race(steps, [1, 2, 3])
+    order = [("bertfast", "transformers"), ("transformers", "bertfast")] * 2
+    assert calls == [(b, n) for b, names in zip([1, 1, 2, 3], order, strict=True) for n in names]
+    assert result["bertfast"] >= 0.005 and result["transformers"] >= 0.03
+    assert result["ratio"] > 1
 
 
 @pytest.mark.slow
