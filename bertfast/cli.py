@@ -1,0 +1,190 @@
+"""The `bertfast` command: parses arguments and calls the library.
+
+Data goes to stdout, progress and errors to stderr; exit 2 for wrong usage, 1 for a failure.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="bertfast", description=__doc__.split("\n")[0])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what this installation is made of, as JSON")
+    for name, text, add in (
+        ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
+        ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
+        ("predict", "labels and probabilities for texts", _predict_arguments),
+    ):
+        tasks = commands.add_parser(name, help=text).add_subparsers(dest="kind", required=True)
+        add(tasks.add_parser("classify", help="classification and regression", description=text))
+    return parser
+
+
+def _finetune_arguments(parser):
+    from .train.config import CHOICES, FinetuneConfig
+
+    parser.add_argument("--config", metavar="FILE", help="YAML with any of these settings")
+    parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    for f in dataclasses.fields(FinetuneConfig):
+        option = "--" + f.name.replace("_", "-")
+        default = "" if f.default is dataclasses.MISSING or f.default in (None, "") else f.default
+        text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
+        # Unset options must not hide what --config says.
+        common = {"default": argparse.SUPPRESS, "help": text}
+        kinds = str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type))
+        if "bool" in kinds:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        elif "dict" in kinds:
+            parser.add_argument(option, nargs="+", type=_weight, metavar="LABEL=WEIGHT", **common)
+        else:
+            kind = float if "float" in kinds else int if "int" in kinds else str
+            parser.add_argument(option, type=kind, choices=CHOICES.get(f.name), **common)
+
+
+def _weight(text):
+    label, _, weight = text.rpartition("=")
+    try:
+        return label, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LABEL=WEIGHT") from None
+
+
+def _model_arguments(parser):
+    parser.add_argument("--model", required=True, help="folder of the fine-tuned model")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--text-pair-column")
+    parser.add_argument("--max-length", type=int, help="tokens a text is cut to")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pickled weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+
+
+def _evaluate_arguments(parser):
+    _model_arguments(parser)
+    parser.add_argument("--data", required=True, help="labelled data")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics here, not to stdout")
+
+
+def _predict_arguments(parser):
+    _model_arguments(parser)
+    parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
+    parser.add_argument("--output", default="-", help="JSON lines here (default: - for stdout)")
+
+
+def _finetune(args):
+    from .train.config import FinetuneConfig, read_yaml
+
+    values = read_yaml(args.config) if args.config else {}
+    names = [f.name for f in dataclasses.fields(FinetuneConfig)]
+    values |= {n: getattr(args, n) for n in names if hasattr(args, n)}
+    if "class_weights" in values:
+        values["class_weights"] = dict(values["class_weights"])
+    config = FinetuneConfig(**values)
+    if args.print_config:
+        import yaml
+
+        print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
+        return
+    config.require("model", "train", "out")
+    from .train import finetune
+
+    results = finetune(config, dry_run=args.dry_run)
+    if results:
+        part = results.get("test") or results["valid"]
+        print(json.dumps({k: v for k, v in part.items() if not isinstance(v, dict)}))
+
+
+def _evaluate(args):
+    from .train import evaluate
+
+    result = evaluate(
+        args.model,
+        args.data,
+        text_column=args.text_column,
+        text_pair_column=args.text_pair_column,
+        label_column=args.label_column,
+        max_length=args.max_length,
+        allow_pickle=args.allow_pickle,
+        device=args.device,
+    )
+    text = json.dumps(result, indent=2) + "\n"
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            f.write(text)
+    else:
+        sys.stdout.write(text)
+
+
+def _predict(args):
+    from . import data
+    from .train import predict
+
+    columns = [c for c in (args.text_column, args.text_pair_column) if c]
+    if args.input == "-":
+        table = {c: [] for c in columns}
+        for number, line in enumerate(sys.stdin, 1):
+            try:
+                row = json.loads(line)
+                for c in columns:
+                    table[c].append(row[c])
+            except (ValueError, KeyError, TypeError) as e:
+                raise data.DataError(
+                    f"stdin, line {number}: expected a JSON object with {', '.join(columns)} ({e})"
+                ) from None
+    else:
+        table = data.read_table(args.input, columns)
+    for c in columns:
+        for number, value in enumerate(table[c], 1):
+            if not isinstance(value, str):
+                raise data.DataError(f"{args.input}, row {number}: {c} is {value!r}, expected text")
+    pairs = table[args.text_pair_column] if args.text_pair_column else None
+    rows = predict(
+        args.model,
+        table[args.text_column],
+        pairs,
+        max_length=args.max_length,
+        allow_pickle=args.allow_pickle,
+        device=args.device,
+    )
+    out = sys.stdout if args.output == "-" else open(args.output, "w", encoding="utf-8")  # noqa: SIM115
+    with out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _info(args):
+    from . import build_info
+    from .ops import registry
+
+    print(json.dumps(build_info() | {"backends": registry.served()}, indent=2))
+
+
+def main(argv=None) -> int:
+    """Run the command; the exit code."""
+    args = _parser().parse_args(argv)
+    from .train.config import ConfigError
+
+    commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
+    try:
+        commands[args.command](args)
+    except ConfigError as e:
+        print(f"bertfast: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "bertfast: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130
+    except ImportError as e:
+        print(f"bertfast: {e}; install it with: pip install 'bertfast[train]'", file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError, OSError, LookupError) as e:
+        if args.debug:
+            raise
+        print(f"bertfast: {e}", file=sys.stderr)
+        return 1
+    return 0

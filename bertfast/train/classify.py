@@ -1,0 +1,369 @@
+"""Classification (single- and multi-label, pairs) and regression: fine-tune, evaluate, predict."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .. import data
+from ..model import BertForSequenceClassification, checkpoint
+from . import metrics, plots
+from .checkpoint import checksum
+from .config import ConfigError, FinetuneConfig
+from .loop import train
+
+PROBLEM = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+EVAL_BATCH = 64
+# What may differ when a run is resumed.
+_FREE = {"out", "resume", "keep", "save_steps", "allow_pickle", "device"}
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+class ClassificationTask:
+    """Batches, losses and metrics of encoded examples; a `loop.Task`."""
+
+    def __init__(self, config, labels, tokenizer, train, valid, device):
+        self.config, self.labels, self.device = config, labels, device
+        self.pad = tokenizer.pad_token_id
+        self.train, self.valid = train, valid
+        self.class_weights = None
+        if config.class_weights:
+            unknown = set(config.class_weights) - set(labels.names)
+            if unknown:
+                raise ConfigError(
+                    f"class_weights names {', '.join(sorted(unknown))}, which no row has; "
+                    f"known are {', '.join(labels.names)}"
+                )
+            weights = [config.class_weights.get(name, 1.0) for name in labels.names]
+            self.class_weights = torch.tensor(weights)
+
+    def batches(self, epoch):
+        lengths = [len(row["input_ids"]) for row in self.train]
+        return data.batches(lengths, self.config.batch_size, self.config.seed, epoch)
+
+    def tokens(self, batch):
+        return sum(len(self.train[i]["input_ids"]) for i in batch)
+
+    def weight(self, batch):
+        targets = torch.tensor(np.array([self.train[i]["labels"] for i in batch]))
+        if self.class_weights is not None:
+            return float(self.class_weights[targets].sum())
+        return float(targets.numel())
+
+    def loss(self, model, batch):
+        tensors = data.collate([self.train[i] for i in batch], self.pad)
+        tensors = {name: t.to(model.device) for name, t in tensors.items()}
+        targets = tensors.pop("labels")
+        return self.summed_loss(model(**tensors).logits.float(), targets)
+
+    def summed_loss(self, logits, targets):
+        if self.config.task == "regression":
+            return F.mse_loss(logits[:, 0], targets.float(), reduction="sum")
+        if self.config.task == "multi_label":
+            return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="sum")
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+
+    def evaluate(self, model):
+        logits = compute_logits(model, self.valid, self.pad)
+        targets = np.array([row["labels"] for row in self.valid])
+        loss = _mean_loss(logits, targets, self.config.task)
+        return metrics.summary(logits, targets, self.config.task, loss)
+
+
+def compute_logits(model, rows, pad: int, batch_size: int = EVAL_BATCH) -> np.ndarray:
+    """fp32 [n, outputs] of encoded rows, in their order; computed in order of length."""
+    out = None
+    with torch.no_grad():
+        for batch in data.batches([len(r["input_ids"]) for r in rows], batch_size):
+            tensors = data.collate([rows[i] for i in batch], pad)
+            tensors.pop("labels", None)
+            tensors = {name: t.to(model.device) for name, t in tensors.items()}
+            logits = model(**tensors).logits.float().cpu().numpy()
+            if out is None:
+                out = np.empty((len(rows), logits.shape[1]), np.float32)
+            out[batch] = logits
+    return np.empty((0, model.num_labels), np.float32) if out is None else out
+
+
+def _mean_loss(logits, targets, task) -> float:
+    logits, targets = torch.from_numpy(logits), torch.from_numpy(targets)
+    if task == "regression":
+        return F.mse_loss(logits[:, 0], targets.float()).item()
+    if task == "multi_label":
+        return F.binary_cross_entropy_with_logits(logits, targets.float()).item()
+    return F.cross_entropy(logits, targets).item()
+
+
+def _encoded(tokenizer, examples, labels, max_length):
+    rows = data.encode(tokenizer, examples.texts, examples.pairs, max_length)
+    if labels is not None:
+        for row, target in zip(rows, labels.encode(examples), strict=True):
+            row["labels"] = target
+    return rows
+
+
+def _tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _device(name) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU; use cpu")
+    return torch.device(name)
+
+
+def _load(config, path, text_label=True):
+    return data.load_classification(
+        path,
+        text_column=config.text_column,
+        text_pair_column=config.text_pair_column,
+        label_column=config.label_column if text_label else None,
+        task=config.task,
+        dedup=config.dedup,
+    )
+
+
+def _read_data(config):
+    """(train, valid, test or None); what isn't given is split off the training data."""
+    parts = {
+        name: _load(config, p)
+        for name in ("train", "valid", "test")
+        if (p := getattr(config, name))
+    }
+    for name, part in parts.items():
+        if not len(part):
+            raise data.DataError(f"{getattr(config, name)} has no rows")
+    train_part, valid, test = (parts.get(name) for name in ("train", "valid", "test"))
+    if valid is None:
+        fractions = (0.8, 0.1, 0.1) if test is None else (0.9, 0.1, 0.0)
+        train_part, valid, held_out = data.split(train_part, fractions, config.seed)
+        test = held_out if test is None else test
+        if not len(valid):
+            raise data.DataError(
+                f"{config.train} has too few rows to split off a validation part; give --valid"
+            )
+    return train_part, valid, test if test is not None and len(test) else None
+
+
+def freeze(model, layers: int | None) -> None:
+    """Freeze the embeddings and the first `layers` layers; None freezes nothing."""
+    if layers is None:
+        return
+    total = len(model.bert.encoder.layer)
+    if not 0 <= layers <= total:
+        raise ConfigError(f"freeze_layers is {layers}, the model has {total} layers")
+    for module in (model.bert.embeddings, *model.bert.encoder.layer[:layers]):
+        module.requires_grad_(False)
+
+
+def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
+    """Fine-tune a checkpoint on labelled text and evaluate it; the results also go to `out`.
+
+    `out` receives the model and tokenizer (which transformers loads too), README.md,
+    run_config.yaml, metrics.jsonl, eval_results.json, training_curve.png, data_report.json and,
+    for single-label tasks, confusion_matrix.csv and .png. Progress goes to stderr.
+
+    Returns {"valid": metrics, "test": metrics, "train": how training went}; None for a dry run,
+    which checks everything and trains nothing.
+
+    Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError.
+    """
+    config.require("model", "train", "out")
+    device = _device(config.device)
+    folder = checkpoint.resolve(config.model)
+    checkpoint.verify(folder, config.allow_pickle)
+    train_part, valid, test = _read_data(config)
+    labels = data.LabelSet.from_examples(train_part)
+    tokenizer = _tokenizer(folder)
+    report = data.dataset_report(train_part, valid, test, tokenizer, config.max_length)
+    _say(str(report))
+
+    torch.manual_seed(config.seed)
+    names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = BertForSequenceClassification.from_pretrained(
+            folder,
+            allow_pickle=config.allow_pickle,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+            problem_type=PROBLEM[config.task],
+        )
+    for w in caught:
+        _say(str(w.message))
+    limit = model.config.max_position_embeddings
+    if config.max_length > limit:
+        raise ConfigError(f"max_length is {config.max_length}, the model takes up to {limit}")
+    freeze(model, config.freeze_layers)
+    model.gradient_checkpointing_enable(config.gradient_checkpointing)
+    encoded = {
+        name: _encoded(tokenizer, part, labels, config.max_length)
+        for name, part in (("train", train_part), ("valid", valid), ("test", test))
+        if part is not None
+    }
+    task = ClassificationTask(config, labels, tokenizer, encoded["train"], encoded["valid"], device)
+    if dry_run:
+        _say(f"dry run: {len(task.batches(0))} batches an epoch on {device}; nothing trained")
+        return None
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_yaml(out / "run_config.yaml", config)
+    _write_json(out / "data_report.json", report.as_dict())
+    fingerprint = {k: v for k, v in config.as_dict().items() if k not in _FREE}
+    fingerprint |= {
+        f"{k}_sha256": checksum(getattr(config, k))
+        for k in ("train", "valid")
+        if getattr(config, k)
+    }
+    outcome = train(model, task, config, out, fingerprint, _say)
+
+    results = {"train": outcome}
+    for name in ("valid", "test"):
+        if name in encoded:
+            logits, results[name] = _evaluated(model, encoded[name], labels, tokenizer)
+    if config.task == "single_label":
+        targets = np.array([row["labels"] for row in encoded[name if test else "valid"]])
+        plots.confusion_matrix(metrics.confusion(logits, targets, len(labels)), labels.names, out)
+    plots.training_curve(out / "metrics.jsonl", config.metric, out / "training_curve.png")
+    _write_json(out / "eval_results.json", results)
+    _write_card(out / "README.md", config, labels, results, len(train_part))
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+    return results
+
+
+def _evaluated(model, rows, labels, tokenizer):
+    logits = compute_logits(model, rows, tokenizer.pad_token_id)
+    targets = np.array([row["labels"] for row in rows])
+    loss = _mean_loss(logits, targets, labels.task)
+    return logits, metrics.full(logits, targets, labels.task, labels.names, loss)
+
+
+def _trained(model_folder, allow_pickle, device):
+    """(model, tokenizer, labels) of a fine-tuned checkpoint."""
+    folder = checkpoint.resolve(model_folder)
+    checkpoint.verify(folder, allow_pickle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a classifier that had to be made up predicts nothing
+        try:
+            model = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
+        except UserWarning as e:
+            raise checkpoint.CheckpointError(f"{folder} is no fine-tuned classifier: {e}") from None
+    problem = (
+        model.config.problem_type
+        or PROBLEM["single_label" if model.num_labels > 1 else "regression"]
+    )
+    task = next(t for t, p in PROBLEM.items() if p == problem)
+    names = (
+        ()
+        if task == "regression"
+        else tuple(model.config.id2label[i] for i in range(model.num_labels))
+    )
+    return model.to(_device(device)), _tokenizer(folder), data.LabelSet(names, task)
+
+
+def _max_length(model, max_length):
+    return min(max_length or 512, model.config.max_position_embeddings)
+
+
+def evaluate(
+    model: str,
+    path: str,
+    *,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str = "label",
+    max_length: int | None = None,
+    allow_pickle: bool = False,
+    device: str | None = None,
+) -> dict:
+    """Metrics of a fine-tuned model on labelled data: accuracy, precision, recall, F1 (macro,
+    micro, per class), or the errors of a regression. A label the model doesn't know is a
+    DataError naming it and its row."""
+    network, tokenizer, labels = _trained(model, allow_pickle, device)
+    examples = data.load_classification(
+        path, text_column, text_pair_column, label_column, labels.task
+    )
+    if not len(examples):
+        raise data.DataError(f"{path} has no rows")
+    rows = _encoded(tokenizer, examples, labels, _max_length(network, max_length))
+    return _evaluated(network, rows, labels, tokenizer)[1]
+
+
+def predict(
+    model: str,
+    texts: list[str],
+    pairs: list[str] | None = None,
+    *,
+    max_length: int | None = None,
+    allow_pickle: bool = False,
+    device: str | None = None,
+) -> list[dict]:
+    """For each text (or pair) its label and the probability of each: {"label", "probabilities"};
+    "labels" for a multi-label model, "value" alone for a regression."""
+    network, tokenizer, labels = _trained(model, allow_pickle, device)
+    texts = [data.clean_text(t) for t in texts]
+    pairs = None if pairs is None else [data.clean_text(t) for t in pairs]
+    rows = data.encode(tokenizer, texts, pairs, _max_length(network, max_length))
+    logits = compute_logits(network, rows, tokenizer.pad_token_id)
+    if labels.task == "regression":
+        return [{"value": float(v)} for v in logits[:, 0]]
+    chosen = labels.decode(metrics.predicted(logits, labels.task))
+    key = "labels" if labels.task == "multi_label" else "label"
+    return [
+        {key: c, "probabilities": dict(zip(labels.names, map(float, p), strict=True))}
+        for c, p in zip(chosen, metrics.probabilities(logits, labels.task), strict=True)
+    ]
+
+
+def _write_json(path, value):
+    checkpoint.write_whole(path, lambda p: Path(p).write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def _write_yaml(path, config):
+    import yaml
+
+    text = yaml.safe_dump(config.as_dict(), sort_keys=False)
+    checkpoint.write_whole(path, lambda p: Path(p).write_text(text))
+
+
+def _write_card(path, config, labels, results, rows):
+    score = results.get("test") or results["valid"]
+    figures = "\n".join(f"| {k} | {v:.4f} |" for k, v in score.items() if isinstance(v, float))
+    path.write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: text-classification
+---
+# {path.resolve().parent.name}
+
+`{Path(config.model).name}` fine-tuned with bertfast on {rows:,} examples ({config.task}),
+{results["train"]["step"]} steps of {config.batch_size * config.accumulation}, learning rate
+{config.lr:g}, seed {config.seed}. Settings: `run_config.yaml`; data: `data_report.json`.
+
+Classes: {", ".join(labels.names) or "none (regression)"}
+
+| {"test" if "test" in results else "validation"} | |
+| --- | --- |
+{figures}
+""",
+        encoding="utf-8",
+    )

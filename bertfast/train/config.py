@@ -1,0 +1,135 @@
+"""Settings of a fine-tuning run, from Python, a YAML file or the command line."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+METRICS = {
+    "single_label": ("macro_f1", "accuracy", "micro_f1", "loss"),
+    "multi_label": ("micro_f1", "macro_f1", "accuracy", "loss"),
+    "regression": ("mse", "mae", "pearson", "r2", "loss"),
+}
+LOWER_IS_BETTER = {"loss", "mse", "mae"}
+CHOICES = {
+    "task": tuple(METRICS),
+    "schedule": ("linear", "cosine", "constant"),
+    "precision": ("fp32", "bf16"),
+}
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, missing or out of range."""
+
+
+def _setting(default, text):
+    kind = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**kind, metadata={"help": text})
+
+
+@dataclass
+class FinetuneConfig:
+    """What `finetune` does; every field is also a command-line option and a YAML key."""
+
+    model: str = _setting("", "folder or hub name of the pretrained checkpoint")
+    train: str = _setting("", "training data: .jsonl .csv .tsv .parquet, gzip'd or not")
+    out: str = _setting("", "folder for the model, metrics and checkpoints")
+    valid: str | None = _setting(None, "validation data (default: split off the training data)")
+    test: str | None = _setting(None, "test data (default: split off, where valid is too)")
+    task: str = _setting("single_label", "kind of labels")
+    text_column: str = _setting("text", "column of the text")
+    text_pair_column: str | None = _setting(None, "column of the second text of a pair")
+    label_column: str = _setting("label", "column of the label")
+    dedup: bool = _setting(False, "keep only the first of equal texts in each file")
+    epochs: int = _setting(3, "passes over the training data")
+    max_steps: int | None = _setting(None, "stop after so many optimizer steps")
+    lr: float = _setting(5e-5, "peak learning rate")
+    batch_size: int = _setting(32, "examples in a micro-batch")
+    accumulation: int = _setting(1, "micro-batches in an optimizer step")
+    max_length: int = _setting(128, "tokens a text is cut to")
+    warmup: float = _setting(0.1, "share of the steps in which the learning rate rises")
+    schedule: str = _setting("linear", "decay of the learning rate after the warm-up")
+    weight_decay: float = _setting(0.01, "AdamW's decay, not on biases and LayerNorm")
+    clip: float = _setting(1.0, "gradient norm to clip to, 0 for none")
+    precision: str = _setting("fp32", "arithmetic; the weights stay in fp32")
+    seed: int = _setting(0, "seed of weights, dropout, order and split")
+    metric: str | None = _setting(None, "what picks the best epoch (default: by task)")
+    patience: int | None = _setting(None, "stop after so many epochs without a better metric")
+    class_weights: dict[str, float] = _setting(dict, "label=weight in the loss, others 1")
+    freeze_layers: int | None = _setting(None, "freeze the embeddings and the first N layers")
+    gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, slower")
+    save_steps: int | None = _setting(None, "checkpoint every N steps too, not only every epoch")
+    keep: int = _setting(2, "checkpoints to keep")
+    resume: str = _setting("auto", "auto, no, or the folder of a checkpoint")
+    allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
+    device: str | None = _setting(None, "cpu or cuda (default: cuda where there is one)")
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulation", "max_length", "keep"):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("max_steps", "patience", "save_steps"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "1 or more")
+        for name in ("weight_decay", "clip"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("lr", self.lr > 0, "above 0")
+        self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
+        for name, choices in CHOICES.items():
+            self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        metrics = METRICS[self.task]
+        self.metric = self.metric or metrics[0]
+        self._check(
+            "metric", self.metric in metrics, f"for {self.task} one of {', '.join(metrics)}"
+        )
+        self._check(
+            "class_weights",
+            self.task == "single_label" or not self.class_weights,
+            "none unless the task is single_label",
+        )
+
+    def _check(self, name, good, expected):
+        if not good:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def require(self, *names):
+        for name in names:
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is not set: give --{name.replace('_', '-')}")
+
+
+def read_yaml(path) -> dict:
+    """The settings in a YAML file, checked for names and kinds."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path} can't be read as YAML: {e}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected `setting: value` lines")
+    fields = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"{path}: unknown setting {name!r}; known are {', '.join(fields)}")
+        values[name] = _coerce(path, fields[name], value)
+    return values
+
+
+def _coerce(path, f, value):
+    wanted = str(f.type)
+    if value is None and "None" in wanted:
+        return value
+    for kind in (bool, int, float, str):
+        if kind.__name__ in wanted.split(" | ") or f.type is kind:
+            if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+                try:
+                    return float(value)  # YAML 1.1 reads 1e-4 as a string
+                except ValueError:
+                    break
+            if type(value) is kind:
+                return value
+    if "dict" in wanted and isinstance(value, dict):
+        return {str(k): float(v) for k, v in value.items()}
+    raise ConfigError(f"{path}: {f.name} is {value!r}, expected {wanted}")
