@@ -81,6 +81,8 @@ def train_bertfast(model, files, s: Settings, seed: int, out: Path):
         clip=s.clip,
         schedule="linear",
         precision="fp32",
+        metric="macro_f1",
+        resume="no",
         seed=seed,
     )
     with step_times() as times:
@@ -88,11 +90,20 @@ def train_bertfast(model, files, s: Settings, seed: int, out: Path):
     return times
 
 
-def train_transformers(model, rows, names, s: Settings, seed: int, out: Path):
+def train_transformers(model, parts, names, s: Settings, seed: int, out: Path):
     transformers.set_seed(seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    encoded = encode(tokenizer, [r["text"] for r in rows], None, s.max_length)
-    data = [e | {"labels": names.index(r["label"])} for e, r in zip(encoded, rows, strict=True)]
+
+    def dataset(rows):
+        rows_ids = encode(tokenizer, [r["text"] for r in rows], None, s.max_length)
+        pairs = zip(rows_ids, rows, strict=True)
+        return [ids | {"labels": names.index(r["label"])} for ids, r in pairs]
+
+    def macro_f1(found):
+        predicted = found.predictions.argmax(1)
+        return {"macro_f1": f1_score(found.label_ids, predicted, average="macro", zero_division=0)}
+
+    data = dataset(parts["train"])
     network = transformers.AutoModelForSequenceClassification.from_pretrained(
         model,
         num_labels=len(names),
@@ -112,7 +123,11 @@ def train_transformers(model, rows, names, s: Settings, seed: int, out: Path):
         optim="adamw_torch_fused",
         seed=seed,
         use_cpu=True,
-        save_strategy="no",
+        eval_strategy="epoch",  # both keep the epoch that does best on the validation rows
+        save_strategy="epoch",
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="macro_f1",
         report_to="none",
         disable_tqdm=True,
     )
@@ -120,6 +135,8 @@ def train_transformers(model, rows, names, s: Settings, seed: int, out: Path):
         network,
         arguments,
         train_dataset=data,
+        eval_dataset=dataset(parts["val"]),
+        compute_metrics=macro_f1,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
     )
     with step_times() as times:
@@ -161,7 +178,7 @@ def one_seed(seed, model, parts, files, s, work):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     sides = {
         "bertfast": lambda out: train_bertfast(model, files, s, seed, out),
-        "transformers": lambda out: train_transformers(model, parts["train"], names, s, seed, out),
+        "transformers": lambda out: train_transformers(model, parts, names, s, seed, out),
     }
     row = {"seed": seed}
     for name in sorted(sides, reverse=bool(seed % 2)):  # neither always goes first
