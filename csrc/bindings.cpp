@@ -194,7 +194,6 @@ static py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bertfast's C++ kernels; call them through bertfast.ops";
-  kernels();  // a wrong BERTFAST_CPU_ISA shows at import
   m.def("build_info", &build_info);
   m.def("gemm", &gemm);
   m.def("activation_backward", &activation_backward);

@@ -25,6 +25,7 @@ def _load():
 
 try:
     C = _load()
+    C.build_info()  # chooses the instruction set: a wrong BERTFAST_CPU_ISA raises here
 except ImportError as e:
     if "BERTFAST_EXTENSION" in os.environ:
         raise

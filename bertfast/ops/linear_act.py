@@ -154,6 +154,8 @@ define(
 
 
 def _activate(z, activation):
+    if activation in (1, 2):
+        z = torch.where(z == -math.inf, -1e9, z)  # the limit 0, not -inf * 0
     if activation == 1:
         return 0.5 * z * (1 + torch.erf(z * math.sqrt(0.5)))
     if activation == 2:

@@ -109,7 +109,7 @@ inline vf pair_up(vf even, vf odd) {  // two bf16 in each 32-bit unit
 // which comes later; the last k must not: another thread may own what lies behind the panel.
 template <int TILE>
 inline void store_rows(float* to, vf v, int lane0, bool last) {
-  if (lane0 + W <= TILE || !last)
+  if (lane0 + W <= TILE || (TILE < W && !last))
     store(to + lane0, v);
   else
     __builtin_memcpy(to + lane0, &v, TILE % W * 4);

@@ -1,0 +1,92 @@
+"""What the operator tests share: backends, comparisons, the fp64 truth's tolerance."""
+
+import numpy as np
+import pytest
+import torch
+
+from bertfast import ops
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# A new backend joins every operator's tests here; a machine without its device skips.
+DEVICES = {"reference": "cpu", "cpu": "cpu"}
+BACKENDS = list(DEVICES)
+FLOATS = [torch.float32, torch.bfloat16]
+
+
+def relative(actual, expected) -> float:
+    """||actual - expected|| / ||expected||; inf for a NaN."""
+    actual, expected = actual.double(), expected.double()
+    if not torch.isfinite(actual).all():
+        return float("inf")
+    scale = expected.norm().item() or 1.0
+    return (actual - expected).norm().item() / scale
+
+
+def run(function, tensors, grad):
+    """function(*tensors) and the gradients of every floating tensor."""
+    leaves = [
+        t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t
+        for t in tensors
+    ]
+    y = function(*leaves)
+    y.backward(grad.to(y.dtype))
+    return [y.detach()] + [t.grad for t in leaves if t is not None and t.is_floating_point()]
+
+
+def check(backend, dtype, function, plain, tensors, fp32=1e-5):
+    """Forward and backward of `function` against `plain` in fp64.
+
+    fp32 within 1e-5 relative; bf16 at most twice the error of `plain` run by PyTorch in bf16.
+    `tensors` hold values that both dtypes represent.
+    """
+    tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+    shape = plain(*wide).shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    truth = run(plain, wide, grad)
+    with ops.backend(backend):
+        actual = run(function, tensors, grad)
+    low = run(plain, tensors, grad) if dtype == torch.bfloat16 else [None] * len(truth)
+    for i, (a, t, p) in enumerate(zip(actual, truth, low, strict=True)):
+        limit = fp32 if p is None else 2 * relative(p, t) + 2e-3
+        assert a.dtype == dtype
+        error = relative(a, t)
+        what = "output" if i == 0 else f"gradient {i - 1}"
+        assert error <= limit, f"{what}: relative error {error:.2e}, limit {limit:.2e}"
+
+
+def offsets(lengths):
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+def philox_numpy(key, counter):
+    """Philox4x32-10 on Python integers: key (2), counter (4) -> 4 words. From the paper."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            (p1 >> 32) ^ c1 ^ k0,
+            p1 & 0xFFFFFFFF,
+            (p0 >> 32) ^ c3 ^ k1,
+            p0 & 0xFFFFFFFF,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def keep(seed, offset, row, columns, p):
+    """The dropout mask of one row, by the numbers: bool [columns]."""
+    key = seed & 0xFFFFFFFF, seed >> 32
+    words = [
+        w
+        for block in range((columns + 3) // 4)
+        for w in philox_numpy(key, (block, row & 0xFFFFFFFF, row >> 32, offset))
+    ]
+    return torch.tensor(words[:columns]) >= round(p * 2**32)
+
+
+def refused(error, match, function, *args, **kwargs):
+    with pytest.raises(error, match=match):
+        function(*args, **kwargs)

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from helpers import BACKENDS, FLOATS, check, keep, refused
+from torch.nn import functional as F
+
+from bertfast import ops
+
+pytestmark = pytest.mark.usefixtures("guarded")
+
+
+def inputs(tokens, hidden, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, hidden), (tokens, hidden), (hidden,), (hidden,), (hidden,)]
+    return [torch.randn(s, generator=g).bfloat16().float() for s in shapes]
+
+
+def plain(x, residual, weight, bias, x_bias, mask=None, eps=1e-5):
+    s = x if x_bias is None else x + x_bias
+    s = s if mask is None else s * mask.to(s.dtype)
+    s = s if residual is None else s + residual
+    return F.layer_norm(s, s.shape[1:], weight, bias, eps)
+
+
+def ours(eps=1e-5, **options):
+    return lambda x, r, w, b, k: ops.add_layer_norm(x, r, w, b, eps, x_bias=k, **options)
+
+
+@pytest.mark.parametrize("shape", [(200, 384), (65, 100), (3, 7), (1, 1024), (130, 65)])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_backward(backend, dtype, shape):
+    check(backend, dtype, ours(), plain, inputs(*shape))
+
+
+@pytest.mark.parametrize("missing", [(1,), (4,), (1, 4)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_optional_inputs(backend, missing):
+    tensors = [None if i in missing else t for i, t in enumerate(inputs(70, 40))]
+    check(backend, torch.float32, ours(), plain, tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout(backend):
+    tensors, p = inputs(90, 70), 0.25
+    mask = torch.stack([keep(2**40 + 3, 5, t, 70, p) for t in range(90)]) / (1 - p)
+    seed = torch.tensor([2**40 + 3, 5])
+    check(
+        backend,
+        torch.float32,
+        ours(dropout_p=p, seed=seed),
+        lambda *t: plain(*t, mask=mask),
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_matters(backend):
+    """Rows of tiny variance, where eps decides; a constant row gives the bias."""
+    x, _r, w, b, _k = inputs(10, 64)
+    x = (x * 1e-3).contiguous()
+    x[3] = 2.0
+    check(backend, torch.float32, ours(1e-3), lambda *t: plain(*t, eps=1e-3), [x, None, w, b, None])
+    with ops.backend(backend):
+        y = ops.add_layer_norm(x, None, w, b, 1e-12)
+    torch.testing.assert_close(y[3], b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_mean(backend):
+    """Two passes: a mean far above the spread costs no digits."""
+    x, _, w, b, _ = inputs(20, 256)
+    check(backend, torch.float32, ours(), plain, [x + 1000, None, w, b, None], fp32=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_and_mixed_dtypes(backend):
+    x, r, w, b, k = inputs(30, 40)
+    misaligned = torch.zeros(30 * 40 + 1)[1:].view(30, 40).copy_(x)
+    with ops.backend(backend):
+        expected = ops.add_layer_norm(x, r, w, b, 1e-5, x_bias=k)
+        for view in (misaligned, x.T.contiguous().T):
+            y = ops.add_layer_norm(view, r, w, b, 1e-5, x_bias=k)
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+        w.requires_grad_()
+        low = ops.add_layer_norm(x.bfloat16(), r.bfloat16(), w, b, 1e-5, x_bias=k)
+        low.sum().backward()
+    assert low.dtype == torch.bfloat16 and w.grad.dtype == torch.float32
+    torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_and_nan(backend):
+    x, r, w, b, _k = inputs(5, 33)
+    with ops.backend(backend):
+        empty = x[:0].requires_grad_()
+        w.requires_grad_()
+        ops.add_layer_norm(empty, r[:0], w, b, 1e-5).sum().backward()
+        assert (w.grad == 0).all()
+        bad = x.clone()
+        bad[2, 4] = float("nan")
+        y = ops.add_layer_norm(bad, r, w, b, 1e-5)
+    assert y[2].isnan().all() and torch.isfinite(y[[0, 1, 3, 4]]).all()
+
+
+def test_refusals():
+    x, r, w, b, _k = inputs(4, 6)
+    refused(ValueError, r"residual is .*\[3, 6\]", ops.add_layer_norm, x, r[:3], w, b, 1e-5)
+    refused(ValueError, r"weight has shape \[5\]", ops.add_layer_norm, x, r, w[:5], b, 1e-5)
+    refused(ValueError, "bfloat16", ops.add_layer_norm, x, r.bfloat16(), w, b, 1e-5)
+    refused(ValueError, r"expected \[tokens, hidden\]", ops.add_layer_norm, x[0], None, w, b, 1e-5)
+    refused(ValueError, "dropout_p is -0.1", ops.add_layer_norm, x, r, w, b, 1e-5, dropout_p=-0.1)
+    refused(
+        ValueError, "seed is", ops.add_layer_norm, x, r, w, b, 1e-5, dropout_p=0.1,
+        seed=torch.zeros(3, dtype=torch.int64),
+    )  # fmt: skip

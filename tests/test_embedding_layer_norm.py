@@ -1,0 +1,85 @@
+import pytest
+import torch
+from helpers import BACKENDS, FLOATS, check, keep, refused
+from torch.nn import functional as F
+
+from bertfast import ops
+
+pytestmark = pytest.mark.usefixtures("guarded")
+
+
+def inputs(tokens, hidden, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 50, (tokens,), generator=g)
+    ids[: tokens // 2] = ids[0] if tokens else 0  # one row gathers many gradients
+    positions = torch.arange(tokens) % 20
+    types = torch.randint(0, 2, (tokens,), generator=g)
+    tables = [torch.randn(s, generator=g) for s in ((50, hidden), (20, hidden), (2, hidden))]
+    vectors = [torch.randn(hidden, generator=g) for _ in range(2)]
+    return [ids, positions, types, *(t.bfloat16().float() for t in tables + vectors)]
+
+
+def plain(ids, positions, types, word, position, token_type, weight, bias, mask=None):
+    s = word[ids] + position[positions]
+    s = s if types is None else s + token_type[types]
+    y = F.layer_norm(s, s.shape[1:], weight, bias, 1e-5)
+    return y if mask is None else y * mask.to(y.dtype)
+
+
+@pytest.mark.parametrize("shape", [(200, 384), (65, 100), (3, 7), (1, 64)])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_backward(backend, dtype, shape):
+    check(backend, dtype, lambda *t: ops.embedding_layer_norm(*t, 1e-5), plain, inputs(*shape))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_types(backend):
+    tensors = inputs(30, 40)
+    tensors[2] = tensors[5] = None
+    check(backend, torch.float32, lambda *t: ops.embedding_layer_norm(*t, 1e-5), plain, tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout(backend):
+    p = 0.4
+    mask = torch.stack([keep(77, 2, t, 70, p) for t in range(90)]) / (1 - p)
+    seed = torch.tensor([77, 2])
+    check(
+        backend,
+        torch.float32,
+        lambda *t: ops.embedding_layer_norm(*t, 1e-5, dropout_p=p, seed=seed),
+        lambda *t: plain(*t, mask=mask),
+        inputs(90, 70),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend):
+    tensors = inputs(0, 16)
+    tensors[3].requires_grad_()
+    with ops.backend(backend):
+        y = ops.embedding_layer_norm(*tensors, 1e-5)
+        y.sum().backward()
+    assert y.shape == (0, 16) and (tensors[3].grad == 0).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_id_out_of_range(backend, bad):
+    tensors = inputs(8, 16)
+    tensors[0][3] = bad
+    with ops.backend(backend):
+        refused(
+            IndexError, rf"input_ids run .*{bad}.*0 to 49", ops.embedding_layer_norm, *tensors, 1e-5
+        )
+
+
+def test_refusals():
+    t = inputs(8, 16)
+    refused(
+        ValueError, "position_ids has shape", ops.embedding_layer_norm, t[0], t[1][:3], *t[2:], 1e-5
+    )
+    refused(TypeError, "int32", ops.embedding_layer_norm, t[0].int(), *t[1:], 1e-5)
+    refused(ValueError, "both or neither", ops.embedding_layer_norm, *t[:2], None, *t[3:], 1e-5)
+    refused(ValueError, "weight is", ops.embedding_layer_norm, *t[:6], t[6][:3], t[7], 1e-5)

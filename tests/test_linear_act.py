@@ -1,0 +1,169 @@
+import math
+
+import pytest
+import torch
+from helpers import BACKENDS, FLOATS, check, refused
+from torch.nn import functional as F
+
+from bertfast import ops
+
+pytestmark = pytest.mark.usefixtures("guarded")
+PLAIN = {
+    None: lambda z: z,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def inputs(m, n, k, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, w, b = (
+        torch.randn(m, k, generator=g),
+        torch.randn(n, k, generator=g),
+        torch.randn(n, generator=g),
+    )
+    return [t.bfloat16().float() for t in (x, w / math.sqrt(max(k, 1)), b)]
+
+
+@pytest.mark.parametrize("shape", [(77, 53, 100), (2, 9, 5), (33, 384, 1536), (200, 96, 64)])
+@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_backward(backend, dtype, activation, shape):
+    check(
+        backend,
+        dtype,
+        lambda x, w, b: ops.linear_act(x, w, b, activation),
+        lambda x, w, b: PLAIN[activation](F.linear(x, w, b)),
+        inputs(*shape),
+    )
+
+
+@pytest.mark.parametrize("m", [13, 14, 15, 448, 449, 700])
+@pytest.mark.parametrize("n", [31, 32, 33, 1152])
+def test_tile_edges(m, n):
+    x, w, b = inputs(m, n, 70)
+    expected = F.linear(x.double(), w.double(), b.double())
+    with ops.backend("cpu"):
+        torch.testing.assert_close(ops.linear_act(x, w, b).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_k():
+    """Sums over many blocks of k, as a weight's gradient over many tokens needs."""
+    x, w, _ = inputs(40, 70, 9001)
+    with ops.backend("cpu"):
+        y = ops.linear_act(x, w)
+    torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_values(backend, activation):
+    """Large, infinite and NaN pre-activations; the negative tail."""
+    z = torch.tensor([-math.inf, -1e30, -1e4, -20, -6, -5.4, -3, -1e-30, 0, 1e-3, 5, 1e4, 1e30])
+    with ops.backend(backend):
+        y = ops.linear_act(z[:, None], torch.ones(1, 1), None, activation)[:, 0]
+        nan = ops.linear_act(torch.tensor([[math.nan]]), torch.ones(1, 1), None, activation)
+        top = ops.linear_act(torch.tensor([[math.inf]]), torch.ones(1, 1), None, activation)
+    expected = PLAIN[activation](z[1:].double())
+    torch.testing.assert_close(y[1:].double(), expected, rtol=1e-5, atol=1e-6)
+    assert y[0] == 0 and nan.isnan().all() and top == math.inf
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden", [50, 64, 384])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_qkv(backend, dtype, hidden, bias):
+    x = inputs(90, 1, hidden)[0]
+    parts = [inputs(1, hidden, hidden, seed)[1:] for seed in (1, 2, 3)]
+    flat = [t for part in parts for t in part] if bias else [p[0] for p in parts]
+
+    def split(rest):
+        return list(zip(rest[::2], rest[1::2], strict=True)) if bias else [(w, None) for w in rest]
+
+    check(
+        backend,
+        dtype,
+        lambda x, *rest: ops.qkv_linear(x, *(t for pair in split(rest) for t in pair)),
+        lambda x, *rest: torch.cat([F.linear(x, w, b) for w, b in split(rest)], 1),
+        [x, *flat],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feed_forward(backend):
+    x, w1, b1 = inputs(60, 256, 64)
+    _, w2, b2 = inputs(1, 64, 256, 1)
+    check(
+        backend,
+        torch.float32,
+        lambda *t: ops.feed_forward(*t, "gelu"),
+        lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+        [x, w1, b1, w2, b2],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_precision(backend):
+    """bf16 activations on fp32 parameters: each gradient in its own dtype."""
+    x, w, b = inputs(40, 30, 20)
+    x, w, b = x.bfloat16().requires_grad_(), w.requires_grad_(), b.requires_grad_()
+    with ops.backend(backend):
+        y = ops.linear_act(x, w, b, "gelu")
+        y.sum().backward()
+    assert (y.dtype, x.grad.dtype, w.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(y.float(), F.gelu(F.linear(x.float(), w, b)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views(backend):
+    """Transposed and misaligned operands, an input of more dimensions, a frozen weight."""
+    x, w, b = inputs(24, 30, 20)
+    misaligned = torch.zeros(30 * 20 + 1)[1:].view(30, 20).copy_(w)
+    with ops.backend(backend):
+        expected = ops.linear_act(x, w, b)
+        for xv, wv in ((x.T.contiguous().T, w), (x, w.T.contiguous().T), (x, misaligned)):
+            torch.testing.assert_close(ops.linear_act(xv, wv, b), expected, rtol=0, atol=1e-6)
+        assert torch.equal(ops.linear_act(x.view(2, 3, 4, 20), w, b).view(24, 30), expected)
+        x.requires_grad_()
+        ops.linear_act(x, w, b, "relu").sum().backward()
+        assert w.grad is None and x.grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend):
+    with ops.backend(backend):
+        x, w = torch.zeros(0, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
+        y = ops.linear_act(x, w, torch.ones(4), "gelu")
+        y.sum().backward()
+    assert y.shape == (0, 4) and (w.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_threads_do_not_change_bits(dtype):
+    x, w, b = (t.to(dtype) for t in inputs(300, 200, 1100))
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+            with ops.backend("cpu"):
+                y = ops.linear_act(*leaves, "gelu")
+                y.sum().backward()
+            results.append([y.detach(), *(t.grad for t in leaves)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_refusals():
+    x, w, b = inputs(4, 3, 5)
+    refused(ValueError, "activation is 'swish'", ops.linear_act, x, w, b, "swish")
+    refused(ValueError, r"does not fit weight \[5, 3\]", ops.linear_act, x, w.T, b)
+    refused(ValueError, r"bias has shape \[2\]", ops.linear_act, x, w, b[:2])
+    refused(TypeError, "int64", ops.linear_act, x.long(), w, b)
+    refused(TypeError, "float64", ops.linear_act, x, w.double(), b)
+    refused(ValueError, "differ", ops.qkv_linear, x, w, b, w[:2], b[:2], w, b)

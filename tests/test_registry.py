@@ -1,0 +1,182 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import offsets, refused
+
+from bertfast import ops
+from bertfast.ops import registry
+
+cu = offsets([3, 5])
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def samples():
+    """Arguments for every operator that is registered."""
+    seed, x, w, b = torch.tensor([3, 1]), leaf(8, 6), leaf(4, 6), leaf(4)
+    g, h, square = leaf(6), leaf(6), [leaf(6, 6), leaf(6)] * 3
+    qkv, ids = leaf(8, 3, 2, 4), torch.arange(8)
+    bias = leaf(1, 2, 5, 5)
+    out, lse = (
+        t.detach() for t in torch.ops.bertfast.attention(qkv, cu, 5, 0.5, 0.0, None, False, None)
+    )
+    d = lambda *ts: [t.detach() for t in ts]
+    stats = torch.zeros(8), torch.ones(8)
+    return {
+        "attention": [
+            (qkv, cu, 5, 0.5, 0.0, None, False, None),
+            (qkv, cu, 5, 0.5, 0.1, seed, True, bias),
+        ],
+        "attention_backward": [
+            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.1, seed, False, None, False),
+            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.0, None, False, bias.detach(), True),
+        ],
+        "linear_act": [(x, w, b, 1, True), (x, w, None, 0, False)],
+        "linear_act_backward": [(torch.ones(8, 4), *d(x, w, b), torch.ones(8, 4), 1, 7)],
+        "qkv_linear": [(x, *square)],
+        "qkv_linear_backward": [(torch.ones(8, 18), *d(x, *square[::2]), torch.ones(6), 7)],
+        "add_layer_norm": [
+            (x, leaf(8, 6), g, h, 1e-5, leaf(6), 0.1, seed),
+            (x, None, g, h, 1e-5, None, 0.0, None),
+        ],
+        "add_layer_norm_backward": [(torch.ones(8, 6), *d(x, x, g), *stats, None, 0.0, None)],
+        "embedding_layer_norm": [
+            (leaf(9, 6), ids, ids, ids % 2, leaf(8, 6), leaf(2, 6), g, h, 1e-5, 0.1, seed)
+        ],
+        "embedding_layer_norm_backward": [
+            (
+                torch.ones(8, 6),
+                ids,
+                ids,
+                ids % 2,
+                *d(leaf(9, 6), leaf(8, 6), leaf(2, 6), g),
+                *stats,
+                0.1,
+                seed,
+            )
+        ],
+        "pack_indices": [(torch.tensor([[1, 0], [1, 1]]),)],
+        "gather_rows": [(x, torch.tensor([1, 5]))],
+        "scatter_rows": [(leaf(2, 6), torch.tensor([1, 5]), 8)],
+    }
+
+
+@pytest.mark.parametrize("name", sorted(registry._table))
+def test_opcheck(name):
+    for arguments in samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.bertfast, name).default, arguments)
+
+
+def public():
+    x, mask = leaf(2, 5, 6), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+    def packed(x, mask):
+        p, indices, _, _ = ops.pack(x, mask)
+        return ops.unpack(p * 2, indices, 2, 5)
+
+    ids = torch.arange(8)
+    return {
+        "attention": (lambda q: ops.attention(q, cu, 5, dropout_p=0.1, seed=3), [leaf(8, 3, 2, 4)]),
+        "linear_act": (
+            lambda x, w, b: ops.linear_act(x, w, b, "gelu"),
+            [leaf(8, 6), leaf(4, 6), leaf(4)],
+        ),
+        "qkv_linear": (
+            lambda x, w: ops.qkv_linear(x, w, None, w, None, w, None),
+            [leaf(8, 6), leaf(6, 6)],
+        ),
+        "add_layer_norm": (
+            lambda x, w: ops.add_layer_norm(x, x, w, w, 1e-5),
+            [leaf(8, 6), leaf(6)],
+        ),
+        "embedding_layer_norm": (
+            lambda t, w: ops.embedding_layer_norm(ids, ids, ids, t, t, t, w, w, 1e-5),
+            [leaf(8, 6), leaf(6)],
+        ),
+        "pack": (lambda x: packed(x, mask), [x]),
+    }
+
+
+def compiled(name, backend):
+    function, tensors = public()[name]
+    grads = []
+    for f in (function, torch.compile(function, fullgraph=True, backend=backend)):
+        y = f(*tensors)
+        grads.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    for eager, graph in zip(*grads, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_compile_full_graph(name):
+    compiled(name, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(public()))
+def test_compile_inductor(name):
+    compiled(name, "inductor")
+
+
+def test_forced_backend_says_why():
+    x, w = torch.randn(3, 4).double(), torch.randn(5, 4).double()
+    with ops.backend("cpu"):
+        refused(RuntimeError, "'cpu' can't serve linear_act: .*float64", ops.linear_act, x, w)
+    with ops.backend("triton"):
+        refused(RuntimeError, "'triton' can't serve linear_act", ops.linear_act, x, w)
+    ops.linear_act(x, w)  # unforced: the reference takes fp64
+
+
+def test_nesting_and_names():
+    refused(
+        ValueError,
+        "unknown backend 'tpu'; expected one of reference, cpu",
+        ops.backend("tpu").__enter__,
+    )
+    with ops.backend("reference"):
+        with pytest.raises(KeyError), ops.backend("cpu"):
+            assert registry.forced() == "cpu"
+            raise KeyError
+        assert registry.forced() == "reference"
+    assert registry.forced() == (os.environ.get("BERTFAST_BACKEND") or None)
+
+
+def test_default_is_cpu_and_serves_all():
+    assert all(names[0] == "cpu" for names in registry.served().values())
+
+
+def run_python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True
+    )
+
+
+def test_environment():
+    code = (
+        "import torch; from bertfast import ops; ops.linear_act(torch.ones(1, 1), torch.ones(1, 1))"
+    )
+    assert run_python(code, BERTFAST_BACKEND="reference").returncode == 0
+    assert "unknown backend 'x'" in run_python(code, BERTFAST_BACKEND="x").stderr
+    assert (
+        "expected one of the instruction sets built"
+        in run_python(code, BERTFAST_CPU_ISA="x").stderr
+    )
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(isa):
+    """The operator tests' heart on each instruction set that this machine runs."""
+    import bertfast
+
+    if isa not in bertfast.build_info()["isas_built"]:
+        pytest.skip(f"{isa} is not built here")
+    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-x', '-k', 'forward_backward and cpu', 'tests/test_attention.py', 'tests/test_linear_act.py', 'tests/test_add_layer_norm.py', 'tests/test_embedding_layer_norm.py']))"
+    done = run_python(code, BERTFAST_CPU_ISA=isa)
+    if "which this processor lacks" in done.stdout + done.stderr:
+        pytest.skip(f"this processor lacks {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
