@@ -54,7 +54,7 @@ _IMPORT = re.compile(  # with a doctest prompt or without
 MIN_CHARACTERS = 40  # shorter docstrings ("Return self.") say nothing of where they stand
 
 
-PER_CLASS = {"train": 400, "valid": 60, "test": 200}  # what fits a few minutes on two cores
+PER_CLASS = {"train": 300, "valid": 60, "test": 200}  # what fits a few minutes on two cores
 MAX_LENGTH = 96  # tokens
 BATCH = 32
 
