@@ -151,9 +151,12 @@ def _predict(args):
         allow_pickle=args.allow_pickle,
         device=args.device,
     )
-    out = sys.stdout if args.output == "-" else open(args.output, "w", encoding="utf-8")  # noqa: SIM115
-    with out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    if args.output == "-":
+        sys.stdout.writelines(lines)
+    else:
+        with open(args.output, "w", encoding="utf-8") as f:
+            f.writelines(lines)
 
 
 def _info(args):

@@ -120,9 +120,10 @@ def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    # Not Accelerator's mixed_precision: a process could then run in one precision only.
+    autocast = lambda: torch.autocast(
+        accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"
     )
     model.to(accelerator.device)
     optimizer = torch.optim.AdamW(
@@ -167,7 +168,7 @@ def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable
         weight = sum(task.weight(b) for b in group)
         total = 0.0
         for b in group:
-            with accelerator.autocast():
+            with autocast():
                 loss = task.loss(model, b) / weight
             accelerator.backward(loss)
             total += loss.item()
@@ -187,7 +188,7 @@ def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable
     def end_epoch():
         """Evaluate; keep the weights if they are the best yet."""
         model.eval()
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), autocast():
             metrics = task.evaluate(model)
         log.write(step=step, epoch=state["epoch"], **{f"valid_{k}": v for k, v in metrics.items()})
         sign = -1 if config.metric in LOWER_IS_BETTER else 1

@@ -1,0 +1,155 @@
+"""Checkpoints that don't fit, are damaged or unsafe."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import refused
+from safetensors.torch import load_file, save_file
+from test_model import MINILM, batch, config
+
+import bertfast
+from bertfast.model import CheckpointError
+from bertfast.model.checkpoint import verify, write_whole
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    bertfast.BertModel(config()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder, name="BertModel", **options):
+    return getattr(bertfast, name).from_pretrained(folder, **options)
+
+
+def test_headless_into_classifier_warns(folder):
+    with pytest.warns(UserWarning, match=r"newly initialised.*classifier.weight, classifier.bias"):
+        model = load(folder, "BertForSequenceClassification", num_labels=7)
+    assert model.classifier.weight.shape == (7, 48)
+    base = load(folder)
+    assert torch.equal(
+        model.bert.embeddings.word_embeddings.weight, base.embeddings.word_embeddings.weight
+    )
+
+
+def test_head_is_dropped(tmp_path):
+    bertfast.BertForMaskedLM(config()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="newly initialised.*pooler"):
+        model = load(tmp_path)
+    assert "cls.predictions.bias" in model.unused_weights
+
+
+def test_no_warning_where_all_is_there(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder)
+
+
+def test_sharded_and_old_names(folder, tmp_path):
+    expected = load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    old = {
+        "bert."
+        + n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): t
+        for n, t in tensors.items()
+    }
+    names = sorted(old)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({n: old[n] for n in part}, folder / file)
+    os.remove(folder / "model.safetensors")
+    index = {"weight_map": {n: file for file, part in shards.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = load(folder)
+    assert torch.equal(model(**batch())[0], expected(**batch())[0])
+
+
+@pytest.mark.parametrize(
+    "target", ["../secret.safetensors", "/etc/passwd", "..", "sub/x.safetensors"]
+)
+def test_index_outside_its_folder(folder, target):
+    os.remove(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": target}}))
+    refused(CheckpointError, "outside its folder: refused", load, folder)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_truncated(folder, cut):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    refused(CheckpointError, "corrupt or truncated", verify, folder)
+    refused(CheckpointError, "corrupt or truncated", load, folder)
+
+
+def test_corrupt_header_and_config(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+    refused(CheckpointError, "corrupt or truncated", verify, folder)
+    (folder / "config.json").write_text("{")
+    refused(CheckpointError, "no JSON", verify, folder)
+    os.remove(folder / "config.json")
+    refused(CheckpointError, "config.json is not there", verify, folder)
+
+
+def test_sizes_that_do_not_fit(folder):
+    refused(
+        CheckpointError,
+        r"word_embeddings.weight is \[200, 48\], expected \[300, 48\]",
+        load,
+        folder,
+        vocab_size=300,
+    )
+
+
+def test_pickle_is_refused_unless_asked_for(folder):
+    expected = load(folder)
+    torch.save(expected.state_dict(), folder / "pytorch_model.bin")
+    os.remove(folder / "model.safetensors")
+    refused(CheckpointError, "pickle.*allow_pickle=True", load, folder)
+    assert torch.equal(load(folder, allow_pickle=True)(**batch())[0], expected(**batch())[0])
+    torch.save({"x": os.system}, folder / "pytorch_model.bin")
+    refused(CheckpointError, "weights_only", load, folder, allow_pickle=True)
+
+
+def test_other_faults(folder, tmp_path):
+    refused(CheckpointError, "is a file", load, folder / "config.json")
+    os.remove(folder / "model.safetensors")
+    refused(CheckpointError, "has no weights", load, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    refused(CheckpointError, "'roberta'", load, folder)
+    refused(CheckpointError, "no local folder", load, "no/such-model-anywhere")
+
+
+def test_dtype_and_overrides():
+    model = load(
+        MINILM,
+        "BertForSequenceClassification",
+        dtype=torch.bfloat16,
+        id2label={0: "a", 1: "b", 2: "c"},
+    )
+    assert model.dtype == torch.bfloat16 and model.num_labels == 3
+
+
+def test_full_disk_keeps_the_old_file(folder):
+    def full(temporary):
+        Path(temporary).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    before = (folder / "model.safetensors").read_bytes()
+    refused(OSError, "No space", write_whole, folder / "model.safetensors", full)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_transformers_reads_our_config(folder):
+    c = transformers.AutoConfig.from_pretrained(folder)
+    assert c.architectures == ["BertModel"] and c.model_type == "bert"

@@ -1,0 +1,160 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from bertfast.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A fine-tuned tiny model."""
+    folder = tmp_path_factory.mktemp("cli")
+    arguments = options(tiny.settings(folder, epochs=6))
+    assert main(["finetune", "classify", *arguments]) == 0
+    return folder
+
+
+def options(settings):
+    return [
+        a for name, value in settings.items() for a in ("--" + name.replace("_", "-"), str(value))
+    ]
+
+
+def finetune(folder, *extra, **changes):
+    return main(["finetune", "classify", *options(tiny.settings(folder, **changes)), *extra])
+
+
+def test_evaluate_and_predict(folder, capsys, tmp_path):
+    model, data = str(folder / "out"), str(folder / "valid.jsonl")
+    assert (
+        main(
+            [
+                "evaluate",
+                "classify",
+                "--model",
+                model,
+                "--data",
+                data,
+                "--json",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "r.json").read_text())["accuracy"] > 0.8
+    assert main(["evaluate", "classify", "--model", model, "--data", data]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 21
+    assert main(["predict", "classify", "--model", model, "--input", data]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 21 and abs(sum(rows[0]["probabilities"].values()) - 1) < 1e-6
+
+
+def test_predict_from_stdin(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "bertfast",
+        "predict",
+        "classify",
+        "--model",
+        str(folder / "out"),
+        "--input",
+        "-",
+    ]
+    done = subprocess.run(
+        command,
+        input='{"text": "red cat dog"}\n{"text": "walk blue"}\n',
+        capture_output=True,
+        text=True,
+    )
+    assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == ["red", "blue"]
+    done = subprocess.run(
+        command, input='{"text": "a"}\n{"t": "b"}\n', capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "stdin, line 2" in done.stderr and done.stdout == ""
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["backends"]["attention"][0] == "cpu" and info["cpu_isa"]
+
+
+def test_config_file(folder, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 1e-3\nepochs: 7\ntask: regression\nclass_weights:\n")
+    path.write_text("lr: 1e-3\nepochs: 7\ntask: regression\n")
+    assert (
+        main(["finetune", "classify", "--config", str(path), "--epochs", "9", "--print-config"])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "lr: 0.001" in shown and "epochs: 9" in shown and "metric: mse" in shown
+    for text, message in (
+        ("learning: 1", "unknown setting 'learning'"),
+        ("epochs: soon", "epochs is 'soon'"),
+        ("- 1", "expected `setting: value`"),
+        ("a: [", "can't be read as YAML"),
+    ):
+        path.write_text(text)
+        assert main(["finetune", "classify", "--config", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_dry_run(folder, tmp_path, capsys):
+    out = tmp_path / "o"
+    assert finetune(folder, "--dry-run", out=str(out)) == 0
+    assert "nothing trained" in capsys.readouterr().err and not out.exists()
+
+
+def test_usage_errors(capsys):
+    for arguments in (
+        [],
+        ["finetune"],
+        ["finetune", "classify", "--epochs", "x"],
+        ["finetune", "classify", "--schedule", "x"],
+        ["predict", "classify"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            main(arguments)
+        assert e.value.code == 2
+    assert main(["finetune", "classify"]) == 2
+    assert "model is not set: give --model" in capsys.readouterr().err
+
+
+def test_failures(folder, tmp_path, capsys):
+    """Each a line on stderr that says what is wrong, exit code 1, and nothing on stdout."""
+    path = tmp_path / "bad.jsonl"
+    cases = [
+        ({"text_column": "body"}, None, "body"),
+        ({"train": str(tmp_path / "none.jsonl")}, None, "none.jsonl"),
+        ({"train": str(path)}, b"", "bad.jsonl"),
+        ({"train": str(path)}, b'{"text": "caf\xe9", "label": "x"}\n', "UTF-8"),
+        ({"valid": str(path)}, b'{"text": "red", "label": "pink"}\n', "unknown label 'pink'"),
+        ({"model": str(tmp_path)}, None, "config.json"),
+    ]
+    for changes, content, message in cases:
+        if content is not None:
+            path.write_bytes(content)
+        assert finetune(folder, out=str(tmp_path / "o"), **changes) == 1, changes
+        out, err = capsys.readouterr()
+        last = err.strip().splitlines()[-1]
+        assert message in last and last.startswith("bertfast: ") and out == "", (changes, err)
+    path.write_bytes(b'{"text": "red", "label": "pink"}\n')
+    assert main(["evaluate", "classify", "--model", str(folder / "out"), "--data", str(path)]) == 1
+    assert "unknown label 'pink'" in capsys.readouterr().err
+    assert (
+        main(["predict", "classify", "--model", str(folder / "model"), "--input", str(path)]) == 1
+    )
+    assert "no fine-tuned classifier" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_is_found_before_training(folder, tmp_path, capsys):
+    bad = tiny.checkpoint(tmp_path / "bad")
+    weights = (bad / "model.safetensors").read_bytes()
+    (bad / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert finetune(folder, model=str(bad), out=str(tmp_path / "o")) == 1
+    assert "corrupt or truncated" in capsys.readouterr().err and not (tmp_path / "o").exists()

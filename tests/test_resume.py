@@ -1,0 +1,146 @@
+"""Runs killed at any moment end with the weights of an unbroken run, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+# Runs in a forked child each, so that 50 kills don't pay 50 times for importing torch.
+SERVER = """
+import os, sys, json
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, "tests")
+import accelerate, transformers, sklearn.metrics, matplotlib.figure, torch.utils.tensorboard
+from bertfast.train import FinetuneConfig, finetune
+print("ready", flush=True)
+while line := sys.stdin.readline():
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
+        try:
+            finetune(FinetuneConfig(**json.loads(line)))
+            code = 0
+        except BaseException as e:
+            print(repr(e), file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(pid, flush=True)
+    sys.stdin.readline()  # the parent has sent its signal: until then the pid stays this run's
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+class Runner:
+    def __init__(self, log):
+        self.log = open(log, "w")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=-1, stdout=-1, stderr=self.log, text=True
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def run(self, settings, kill_after=None, sig=signal.SIGKILL) -> int:
+        """The exit code; negative where a signal ended the run."""
+        import json
+
+        self.process.stdin.write(json.dumps(settings) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(pid, sig)
+        self.process.stdin.write("wait\n")
+        self.process.stdin.flush()
+        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture
+def runner(tmp_path):
+    r = Runner(tmp_path / "log")
+    yield r
+    r.close()
+
+
+def settings(folder, out):
+    return tiny.settings(
+        folder, out=str(folder / out), epochs=4, save_steps=3, accumulation=2, batch_size=4
+    )
+
+
+def same(folder, out):
+    a, b = (load_file(folder / o / "model.safetensors") for o in ("unbroken", out))
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def steps(folder, out):
+    """metrics.jsonl but for its timings."""
+    import json
+
+    with open(folder / out / "metrics.jsonl") as f:
+        records = [json.loads(line) for line in f]
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def kills(tmp_path, runner, count):
+    tiny.settings(tmp_path)
+    start = time.monotonic()
+    assert runner.run(settings(tmp_path, "unbroken")) == 0, (tmp_path / "log").read_text()
+    length = time.monotonic() - start
+    moments = random.Random(1)
+    killed, run = 0, 0
+    while killed < count:
+        run += 1
+        out = f"killed{run}"
+        for attempt in range(12):
+            # Later kills come later in the run, or a slow start would never let it end.
+            code = runner.run(
+                settings(tmp_path, out), moments.uniform(0.05, 0.7) * length * (1 + attempt / 4)
+            )
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+            killed += 1
+            if killed >= count:
+                break
+        assert runner.run(settings(tmp_path, out)) == 0, (tmp_path / "log").read_text()
+        assert same(tmp_path, out) and steps(tmp_path, out) == steps(tmp_path, "unbroken")
+    return killed
+
+
+def test_a_few_kills(tmp_path, runner):
+    assert kills(tmp_path, runner, 3) >= 3
+
+
+@pytest.mark.slow
+def test_fifty_kills(tmp_path, runner):
+    assert kills(tmp_path, runner, 50) >= 50
+
+
+def test_sigterm_saves(tmp_path, runner):
+    """Within 10 seconds, at the step under way; the run goes on from there."""
+    tiny.settings(tmp_path)
+    start = time.monotonic()
+    runner.run(settings(tmp_path, "unbroken"))
+    length = time.monotonic() - start
+    start = time.monotonic()
+    code = runner.run(settings(tmp_path, "stopped"), 0.6 * length, signal.SIGTERM)
+    assert time.monotonic() - start < 0.6 * length + 10
+    assert code in (0, 1, -signal.SIGTERM)  # ended before, saved, or not yet training
+    assert runner.run(settings(tmp_path, "stopped")) == 0
+    assert same(tmp_path, "stopped")
+    if code == 1:
+        assert "stopped at step" in (tmp_path / "log").read_text()

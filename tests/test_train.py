@@ -1,0 +1,260 @@
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from helpers import refused
+from safetensors.torch import load_file
+
+from bertfast.data import DataError
+from bertfast.train import ConfigError, FinetuneConfig, TrainingError, evaluate, finetune, predict
+from bertfast.train import checkpoint as state
+from bertfast.train.classify import ClassificationTask
+from bertfast.train.loop import learning_rate
+
+
+def run(folder, **options):
+    return finetune(FinetuneConfig(**tiny.settings(folder, **options)))
+
+
+def weights(folder):
+    return load_file(folder / "out" / "model.safetensors")
+
+
+def test_learns_and_writes(tmp_path):
+    results = run(tmp_path, epochs=8)
+    assert results["valid"]["accuracy"] > 0.9
+    out = tmp_path / "out"
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "README.md", "run_config.yaml", "metrics.jsonl", "eval_results.json", "confusion_matrix.csv", "confusion_matrix.png", "training_curve.png"]:  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    assert list((out / "tensorboard").iterdir())
+    saved = json.loads((out / "eval_results.json").read_text())["valid"]
+    assert set(saved["per_class"]) == {"red", "green", "blue"} and saved["macro"]["f1"] > 0.9
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        sum("loss" in r for r in records) == 8 * 8 and sum("valid_loss" in r for r in records) == 8
+    )
+
+    texts = [row["text"] for row in tiny.rows(9, 2)]
+    ours = predict(str(out), texts)
+    assert [p["label"] for p in ours][:3] == ["red", "green", "blue"]
+    assert evaluate(str(out), str(tmp_path / "valid.jsonl"))["accuracy"] == saved["accuracy"]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(out)(
+        texts, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = theirs(**tokens).logits.softmax(-1)
+    actual = torch.tensor(
+        [[p["probabilities"][theirs.config.id2label[i]] for i in range(3)] for p in ours]
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    """The same examples in a step give the same weights, however they are cut up."""
+    no_dropout = tiny.checkpoint(
+        tmp_path / "m", hidden_dropout_prob=0, attention_probs_dropout_prob=0
+    )
+    results = []
+    for i, accumulation in enumerate((1, 2, 4)):
+        run(tmp_path, model=str(no_dropout), out=str(tmp_path / f"o{i}"), accumulation=accumulation,
+            batch_size=8 // accumulation, max_steps=4, lr=1e-3)  # fmt: skip
+        results.append(load_file(tmp_path / f"o{i}" / "model.safetensors"))
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            # Adam's first steps turn a gradient's rounding into a step where it is nearly zero.
+            assert (other[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
+
+
+def test_accumulated_gradient():
+    """Sums over micro-batches of unequal weight: the gradient of the mean over all targets."""
+    import bertfast
+
+    torch.manual_seed(0)
+    model = bertfast.BertForSequenceClassification(
+        transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=16, vocab_size=20, num_labels=3)
+    ).eval()  # fmt: skip
+    r = np.random.default_rng(0)
+    data = [{"input_ids": r.integers(5, 20, n).tolist(), "labels": n % 3} for n in range(3, 19)]
+    labels = type("Labels", (), {"names": ("a", "b", "c")})
+    config = FinetuneConfig(class_weights={"a": 5.0})
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
+    task = ClassificationTask(config, labels, tokenizer, data, data, "cpu")
+    grads = []
+    for size in (16, 8, 3, 1):
+        model.zero_grad()
+        parts = [list(range(i, min(i + size, 16))) for i in range(0, 16, size)]
+        total = sum(task.weight(b) for b in parts)
+        for b in parts:
+            (task.loss(model, b) / total).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for g in grads[1:]:
+        assert (g - grads[0]).norm() <= 1e-6 * grads[0].norm()
+
+
+def test_bf16(tmp_path):
+    assert run(tmp_path, precision="bf16", epochs=8)["valid"]["accuracy"] > 0.9
+    assert all(t.dtype == torch.float32 for t in weights(tmp_path).values())
+
+
+def test_multi_label(tmp_path):
+    base = tiny.settings(tmp_path)
+    for name, n, seed in (("train", 90, 0), ("valid", 30, 1)):
+        table = [
+            row | {"label": [row["label"]] + (["cat"] if "cat" in row["text"] else [])}
+            for row in tiny.rows(n, seed)
+        ]
+        tiny.write(tmp_path / f"{name}.jsonl", table)
+    results = finetune(FinetuneConfig(**base | {"task": "multi_label", "epochs": 20}))
+    assert results["valid"]["micro_f1"] > 0.8
+    row = predict(base["out"], ["cat red"])[0]
+    assert isinstance(row["labels"], list) and set(row["probabilities"]) == {
+        "red",
+        "green",
+        "blue",
+        "cat",
+    }
+
+
+def test_regression(tmp_path):
+    base = tiny.settings(tmp_path)
+    for name, n, seed in (("train", 120, 0), ("valid", 30, 1)):
+        table = [row | {"label": len(row["text"].split()) / 10} for row in tiny.rows(n, seed)]
+        tiny.write(tmp_path / f"{name}.jsonl", table)
+    results = finetune(FinetuneConfig(**base | {"task": "regression", "epochs": 12}))
+    assert results["valid"]["pearson"] > 0.8
+    assert set(predict(base["out"], ["red cat"])[0]) == {"value"}
+
+
+def test_pairs_and_split(tmp_path):
+    """Pairs, and one file that is split in three."""
+    base = tiny.settings(tmp_path, valid=None, text_pair_column="other")
+    table = [row | {"other": "cat dog", "label": str(i % 2)} for i, row in enumerate(tiny.rows(80))]
+    tiny.write(tmp_path / "train.jsonl", table)
+    results = finetune(FinetuneConfig(**base | {"epochs": 1}))
+    assert results["valid"]["examples"] == 8 and results["test"]["examples"] == 8
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    results = run(tmp_path, epochs=30, patience=2, metric="accuracy", lr=5e-3)
+    outcome = results["train"]
+    assert outcome["stopped_early"] and outcome["epoch"] < 30
+    assert outcome["best"]["epoch"] == outcome["epoch"] - 3
+    assert results["valid"]["accuracy"] == outcome["best"]["metrics"]["accuracy"]
+
+
+def test_freezing(tmp_path):
+    before = load_file(tiny.checkpoint(tmp_path / "model") / "model.safetensors")
+    tiny.write(tmp_path / "train.jsonl", tiny.rows(60))
+    tiny.write(tmp_path / "valid.jsonl", tiny.rows(21, 1))
+    run(tmp_path, freeze_layers=1, epochs=1)
+    for name, old in before.items():
+        frozen = name.startswith(("embeddings.", "encoder.layer.0."))
+        same = torch.equal(weights(tmp_path)["bert." + name], old)
+        assert same == frozen or name.endswith("key.bias"), name
+    refused(ConfigError, "freeze_layers is 3, the model has 2", run, tmp_path, freeze_layers=3)
+
+
+def test_class_weights(tmp_path):
+    """A weight makes its class more likely; an unknown class is named."""
+    mean = lambda: np.mean(
+        [p["probabilities"]["red"] for p in predict(str(tmp_path / "out"), ["cat"] * 3)]
+    )
+    run(tmp_path, epochs=1)
+    plain = mean()
+    run(tmp_path, epochs=1, resume="no", class_weights={"red": 30.0})
+    assert mean() > plain + 0.03
+    refused(ConfigError, "class_weights names pink", run, tmp_path, class_weights={"pink": 2.0})
+
+
+def test_gradient_checkpointing_is_equal(tmp_path):
+    run(tmp_path, epochs=1)
+    first = weights(tmp_path)
+    run(tmp_path, epochs=1, resume="no", gradient_checkpointing=True)
+    assert all(torch.equal(first[n], t) for n, t in weights(tmp_path).items())
+
+
+def test_schedules():
+    c = lambda schedule: FinetuneConfig(lr=1.0, warmup=0.1, schedule=schedule)
+    for name, last in (
+        ("linear", 1 / 90),
+        ("cosine", 0.5 * (1 + np.cos(np.pi * 89 / 90))),
+        ("constant", 1.0),
+    ):
+        rates = [learning_rate(i, 100, c(name)) for i in range(100)]
+        assert (
+            rates[0] == 0
+            and rates[5] == 0.5
+            and rates[10] == 1
+            and rates[-1] == pytest.approx(last)
+        )
+
+
+def test_nan_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ClassificationTask, "summed_loss", lambda self, logits, targets: logits.sum() * float("nan")
+    )
+    refused(TrainingError, "the loss is nan at step 1", run, tmp_path)
+
+
+def test_settings_clash_on_resume(tmp_path):
+    run(tmp_path, epochs=1)
+    refused(TrainingError, r"other settings \(lr\)", run, tmp_path, epochs=1, lr=1e-4)
+    run(tmp_path, epochs=1, lr=1e-4, resume="no")
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    real, calls = state.save_file, []
+
+    def full(tensors, path, **rest):
+        calls.append(path)
+        if len(calls) > 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, **rest)
+
+    monkeypatch.setattr(state, "save_file", full)
+    refused(OSError, "No space", run, tmp_path, save_steps=3)
+    folder = tmp_path / "out" / "checkpoints"
+    assert [p.name for p in state.checkpoints(folder)] == ["step-00000003", "step-00000006"]
+    assert state.latest(folder, print)[1]["step"] == 6 and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_flipped_bit_is_found(tmp_path, file):
+    run(tmp_path, epochs=2)
+    folder = tmp_path / "out" / "checkpoints"
+    newest = state.checkpoints(folder)[-1] / file
+    data = bytearray(newest.read_bytes())
+    data[-20] ^= 4
+    newest.write_bytes(data)
+    said = []
+    assert state.latest(folder, said.append)[1]["step"] == 8
+    assert "checksum" in said[0] and file in said[0]
+
+
+def test_bad_data(tmp_path):
+    tiny.settings(tmp_path)
+    tiny.write(tmp_path / "one.jsonl", [{"text": "red", "label": "a"}] * 5)
+    refused(DataError, "2 or more classes", run, tmp_path, train=str(tmp_path / "one.jsonl"))
+    tiny.write(tmp_path / "new.jsonl", [{"text": "red", "label": "pink"}])
+    refused(
+        DataError, "row 1: unknown label 'pink'", run, tmp_path, valid=str(tmp_path / "new.jsonl")
+    )
+    refused(ConfigError, "max_length is 99, the model takes up to 32", run, tmp_path, max_length=99)
+    refused(ConfigError, "out is not set", finetune, FinetuneConfig(model="x", train="y"))
+    for name, value in (
+        ("lr", 0),
+        ("epochs", 0),
+        ("warmup", 2),
+        ("schedule", "x"),
+        ("metric", "mse"),
+        ("precision", "fp8"),
+    ):
+        refused(ConfigError, f"{name} is {value!r}", FinetuneConfig, **{name: value})
