@@ -1,0 +1,110 @@
+"""A gate on the tests: faults put into the kernels on purpose, each of which they must catch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# (name, file, text that occurs once, its replacement, test file that must fail)
+MUTANTS = [
+    ("causal mask ignored", "attention", "g.causal ? query + 1 : n", "n", "attention"),
+    ("last key dropped", "attention", "g.causal ? query + 1 : n", "g.causal ? query + 1 : n - (n > 1)", "attention"),
+    ("scale 2% off", "attention", "vf v = load(s + j) * g.scale;", "vf v = load(s + j) * (g.scale * 1.02f);", "attention"),
+    ("additive bias ignored", "attention", "if (g.bias && n > j)", "if (false)", "attention"),
+    ("heads swapped", "attention", "part * g.part + h * g.head", "part * g.part + (g.heads - 1 - h) * g.head", "attention"),
+    ("first sequence for all", "attention", "start(args.cu_seqlens[b])", "start(args.cu_seqlens[0])", "attention"),
+    ("no maximum subtracted", "attention", "shift = m == -kInf ? 0 : m;", "shift = 0;", "attention"),
+    ("masked row not zero", "attention", "inverse[i] = z == 0 ? 0 : 1 / z;", "inverse[i] = 1 / z;", "attention"),
+    ("log-sum-exp of masked rows", "attention", "z == 0 ? kInf : shift", "z == 0 ? 0.f : shift", "attention"),
+    ("zero gradient of values", "attention", "put(dv, n, 0, 2, 1);", "put(dv, n, 0, 2, 0);", "attention"),
+    ("delta missing in backward", "attention", "(load(dsi + j) - total)", "(load(dsi + j))", "attention"),
+    ("key gradient unscaled", "attention", "put(dk, n, 0, 1, g.scale);", "put(dk, n, 0, 1, 1);", "attention"),
+    ("later query blocks overwrite", "attention", "dv + at, dim_row, block > 0", "dv + at, dim_row, false", "attention"),
+    ("dropout not in backward", "attention", "kept = drop(prob, bits + j, g.dropout);", "kept = prob;", "attention"),
+    ("dropout unscaled", "philox.h", "v * d.scale : vf{}", "v : vf{}", "add_layer_norm"),
+    ("dropout with probability off", "philox.h", "u >= d.threshold", "u >= d.threshold + 0x1000000", "dropout"),
+    ("Philox with a round less", "philox.h", "round < 10", "round < 9", "dropout"),
+    ("seed's offset ignored", "philox.h", "uint32_t(seed[1])", "0", "dropout"),
+    ("tanh for erf", "vec.h", "if (activation == 1) return gelu(z);", "if (activation == 1) return activate<2>(z);", "linear_act"),
+    ("derivative without its density", "vec.h", "return cdf + z * gauss * 0.39894228f;", "return cdf;", "linear_act"),
+    ("ReLU passes its gradient", "vec.h", "if (activation == 3) return z > 0 ? splat(1) : vf{};", "if (activation == 3) return splat(1);", "linear_act"),
+    ("bias of a product forgotten", "linear_act", "+ load(bias + j * W);", ";", "linear_act"),
+    ("sum of a block of k lost", "linear_act", "out_row, !first)", "out_row, false)", "linear_act"),
+    ("last row of a product lost", "linear_act", "m0 + m, min(MR, rows - m), p * NR);\n              }", "m0 + m, min(MR, rows - m) - (rows - m <= MR), p * NR);\n              }", "linear_act"),
+    ("wrong part of the weights", "linear_act", "const int64_t part = n0 / part_n,", "const int64_t part = 0,", "linear_act"),
+    ("eps dropped", "layer_norm.h", "/ float(n) + eps)", "/ float(n))", "add_layer_norm"),
+    ("variance for its root", "layer_norm.h", "1.f / __builtin_sqrtf(", "1.f / (", "add_layer_norm"),
+    ("mean of the gradient ignored", "layer_norm.h", "scaled - mean_a -", "scaled -", "add_layer_norm"),
+    ("column sums over half the rows", "layer_norm.h", "chunk < chunks; ++chunk)", "chunk < chunks; chunk += 2)", "add_layer_norm"),
+    ("residual dropped", "add_layer_norm", "if (residual) v +=", "if (false) v +=", "add_layer_norm"),
+    ("type embedding dropped", "embedding_layer_norm", "if (type) v +=", "if (false) v +=", "embedding_layer_norm"),
+    ("position one off", "embedding_layer_norm", "g.positions[t] * g.hidden", "(g.positions[t] ^ 1) * g.hidden", "embedding_layer_norm"),
+    ("a row's gradients overwrite", "embedding_layer_norm", "load_upto(to + j, left) + load_upto(x", "load_upto(x", "embedding_layer_norm"),
+    ("padding not zeroed", "pack", "std::memset(out + r * row_bytes, 0, row_bytes);", "(void)r;", "pack"),
+    ("write past the end", "pack", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes);", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes), out[tokens * row_bytes] = 0;", "pack"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the sources, configured for this machine's instruction set and built once."""
+    tree = tmp_path_factory.mktemp("mutants")
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", tree)
+    configure = ["cmake", "-S", str(tree), "-B", str(tree / "build"), "-G", "Ninja"]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DBERTFAST_CUDA=off", "-DBERTFAST_ONE_ISA=ON"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    subprocess.run(configure, check=True, capture_output=True)
+    build(tree)
+    return tree
+
+
+def build(tree):
+    done = subprocess.run(["cmake", "--build", tree / "build"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def run_tests(tree, stem):
+    command = [str(Path(sys.executable).parent / "pytest"), "-x", "-q", f"tests/test_{stem}.py"]
+    env = os.environ | {"BERTFAST_EXTENSION": str(tree / "build" / "_C.so")}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", sorted({m[4] for m in MUTANTS}))
+def test_the_sources_pass(tree, stem):
+    done = run_tests(tree, stem)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, file, old, new, stem", MUTANTS, ids=[m[0] for m in MUTANTS])
+def test_fault_is_caught(tree, name, file, old, new, stem):
+    path = tree / "csrc" / "cpu" / (file if "." in file else f"{file}.cpp")
+    source = path.read_text()
+    assert source.count(old) == 1, (
+        f"{name}: {old!r} occurs {source.count(old)} times in {path.name}"
+    )
+    path.write_text(source.replace(old, new))
+    try:
+        build(tree)
+        done = run_tests(tree, stem)
+    finally:
+        path.write_text(source)
+    # 1: a test failed; a crash of the process (negative) is a catch too
+    assert done.returncode == 1 or done.returncode < 0, f"{name} survived:\n{done.stdout[-1000:]}"
+    assert "error during collection" not in done.stdout
+
+
+def test_gate_is_complete():
+    assert len(MUTANTS) >= 20
+    for name, file, old, _, _ in MUTANTS:
+        path = ROOT / "csrc" / "cpu" / (file if "." in file else f"{file}.cpp")
+        assert path.read_text().count(old) == 1, f"{name}: adapt the gate to {path.name}"
