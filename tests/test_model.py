@@ -99,8 +99,18 @@ def test_activations(act):
 def test_base_size(act):
     base = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                 intermediate_size=3072, vocab_size=1000, max_position_embeddings=128,
-                initializer_range=0.04)  # fmt: skip
-    compare(*pair(base | {"hidden_act": act}), batch((128, 17, 60), 1000))
+                initializer_range=0.02)  # fmt: skip
+    theirs, ours = pair(base | {"hidden_act": act})
+    if act == "relu":
+        # Its gradient jumps at 0, where rounding picks the side for a few of 7 million values:
+        # keep them off it, without a constant that would drown the tokens' differences.
+        with torch.no_grad():
+            for layer in theirs.encoder.layer:
+                up, down = layer.intermediate.dense, layer.output.dense
+                up.bias.copy_(torch.randn_like(up.bias).sign() * 1.5)
+                down.bias.copy_(-down.weight @ up.bias.relu())
+        ours.load_state_dict(theirs.state_dict())
+    compare(theirs, ours, batch((128, 17, 60), 1000))
 
 
 @pytest.mark.parametrize("kind", ["left", "holes", "bool", "ones", "none"])
