@@ -155,8 +155,13 @@ class BertModel(BertPreTrainedModel):
         inputs_embeds=None,
         output_attentions=False,
         output_hidden_states=False,
+        first_only=False,
     ):
-        """forward, but packed: (packing, hidden [tokens, hidden], hidden_states, attentions)."""
+        """forward, but packed: (packing, hidden [tokens, hidden], hidden_states, attentions).
+
+        first_only: hidden is column 0 alone [batch, hidden], zeros where that is padding; the last
+        layer does no work for the other tokens unless their states are asked for.
+        """
         packing, ids, positions, types, embeds = self._inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         )
@@ -178,7 +183,12 @@ class BertModel(BertPreTrainedModel):
                 attentions.append(attention_probabilities(qkv, packing))
 
         wanted = collect if output_hidden_states or output_attentions else None
-        hidden = self.encoder(hidden, packing, seeds[1:], wanted)
+        rows = None
+        if first_only and wanted is None and (torch.compiler.is_compiling() or hidden.shape[0]):
+            rows = packing.first_rows(hidden.shape[0])
+        hidden = self.encoder(hidden, packing, seeds[1:], wanted, rows)
+        if first_only:
+            hidden = packing.first(hidden) if rows is None else packing.zero_padded(hidden)
         return packing, hidden, states and tuple(states), attentions and tuple(attentions)
 
     def _inputs(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):

@@ -33,13 +33,19 @@ class Packing:
         """[tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
         return ops.unpack(x, self.indices, self.batch, self.seqlen)
 
+    def first_rows(self, tokens: int):
+        """int64 [batch]: where column 0 is among the tokens; any row where it is padding."""
+        return self.cu_seqlens[:-1].long().clamp(max=tokens - 1)
+
+    def zero_padded(self, first):
+        """[batch, hidden], rows of `first_rows` -> the same, zeros where column 0 is padding."""
+        return torch.where((self.mask[:, 0] != 0).unsqueeze(1), first, 0)
+
     def first(self, x):
         """[tokens, hidden] -> [batch, hidden]: column 0 of `unpack`, without making the rest."""
-        start = self.cu_seqlens[:-1].long()
-        real = (self.mask[:, 0] != 0).unsqueeze(1)
         if not torch.compiler.is_compiling() and x.shape[0] == 0:
             return x.new_zeros((self.batch, x.shape[1]))
-        return torch.where(real, x[start.clamp(max=x.shape[0] - 1)], 0)
+        return self.zero_padded(x[self.first_rows(x.shape[0])])
 
 
 class BertEmbeddings(nn.Module):
@@ -116,7 +122,7 @@ class BertLayer(nn.Module):
         modules += (self.intermediate.dense, self.output.dense, self.output.LayerNorm)
         return LayerWeights(*(p for m in modules for p in (m.weight, m.bias)))
 
-    def forward(self, hidden, cu_seqlens, max_seqlen, seeds):
+    def forward(self, hidden, cu_seqlens, max_seqlen, seeds, rows=None):
         config = self.config
         options = LayerOptions(
             config.num_attention_heads,
@@ -125,7 +131,7 @@ class BertLayer(nn.Module):
             config.hidden_dropout_prob if self.training else 0.0,
             config.attention_probs_dropout_prob if self.training else 0.0,
         )
-        return encoder_layer(hidden, self.weights(), options, cu_seqlens, max_seqlen, seeds)
+        return encoder_layer(hidden, self.weights(), options, cu_seqlens, max_seqlen, seeds, rows)
 
 
 class BertEncoder(nn.Module):
@@ -134,13 +140,15 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, hidden, packing: Packing, seeds, collect=None):
+    def forward(self, hidden, packing: Packing, seeds, collect=None, rows=None):
         """hidden [tokens, hidden] -> the same; `collect(hidden, qkv)` sees each layer's result.
 
-        seeds: int64 [3 * layers, 2].
+        seeds: int64 [3 * layers, 2]. rows: those of the result that are wanted, None for all.
         """
         for i, layer in enumerate(self.layer):
             arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
+            if i == len(self.layer) - 1:
+                arguments += (rows,)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # The seeds are arguments: no RNG state needs keeping for equal dropout masks.
                 hidden, qkv = checkpoint(

@@ -187,14 +187,15 @@ class BertForSequenceClassification(BertPreTrainedModel):
         output_hidden_states=None,
         return_dict=None,
     ):
-        packing, hidden, states, attentions = self.bert.encode(
+        _, first, states, attentions = self.bert.encode(
             **_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
             output_attentions=_default(output_attentions, self.config, "output_attentions"),
             output_hidden_states=_default(
                 output_hidden_states, self.config, "output_hidden_states"
             ),
+            first_only=True,
         )
-        pooled = self.bert.pooler(packing.first(hidden))
+        pooled = self.bert.pooler(first)
         logits = self.classifier(self.dropout(pooled))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels),

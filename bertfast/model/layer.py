@@ -46,15 +46,19 @@ class LayerOptions(NamedTuple):
     attention_dropout: float = 0.0
 
 
-def encoder_layer(hidden, w: LayerWeights, options: LayerOptions, cu_seqlens, max_seqlen, seeds):
+def encoder_layer(
+    hidden, w: LayerWeights, options: LayerOptions, cu_seqlens, max_seqlen, seeds, rows=None
+):
     """A post-norm encoder layer (Devlin et al., arXiv:1810.04805) on packed tokens.
 
     Args:
         hidden: [tokens, hidden].
         cu_seqlens, max_seqlen: the sequences, see `ops.attention`.
         seeds: int64 [3, 2], one for each dropout: attention, its output, the feed-forward's.
+        rows: int64 [n], the tokens whose result is wanted; None for all. What comes after the
+            attention is done for these alone.
 
-    Returns: [tokens, hidden], and the query, key and value [tokens, 3, heads, head_dim].
+    Returns: [tokens or n, hidden], and the query, key and value [tokens, 3, heads, head_dim].
     """
     tokens, size = hidden.shape
     qkv = ops.qkv_linear(hidden, w.wq, w.bq, w.wk, w.bk, w.wv, w.bv)
@@ -62,7 +66,10 @@ def encoder_layer(hidden, w: LayerWeights, options: LayerOptions, cu_seqlens, ma
     context = ops.attention(
         qkv, cu_seqlens, max_seqlen, dropout_p=options.attention_dropout, seed=seeds[0]
     )
-    projected = ops.linear_act(context.view(tokens, size), w.wo)
+    context = context.view(tokens, size)
+    if rows is not None:
+        context, hidden = context.index_select(0, rows), hidden.index_select(0, rows)
+    projected = ops.linear_act(context, w.wo)
     # The biases of both outputs are added where the dropout and the residual are.
     hidden = ops.add_layer_norm(
         *(projected, hidden, w.norm1, w.norm1_bias, options.eps),

@@ -1,7 +1,7 @@
 // LN(residual + dropout(x + x_bias)) and its backward.
-#include "layer_norm.h"
 #include "operators.h"
 #include "philox.h"
+#include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {

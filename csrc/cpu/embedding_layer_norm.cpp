@@ -1,9 +1,9 @@
 // dropout(LN(word + position + type)) on packed ids, and its backward up to the tables' rows.
 #include <omp.h>
 
-#include "layer_norm.h"
 #include "operators.h"
 #include "philox.h"
+#include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "operators.h"
+#include "rows.h"
 #include "tile.h"
 
 namespace bertfast::BERTFAST_ISA {
@@ -193,26 +194,25 @@ void gemm_in(const GemmArgs& g) {
 
 template <int activation, class T>
 void activation_backward_in(const ActivationBackwardArgs& g) {
-  // Columns are independent: no partial sums, so the result is the same for any thread count.
-  constexpr int64_t step = 4 * W;
+  const int64_t chunks = row_chunks(g.m);
+  static thread_local Buffer buffer;
+  float* partial = buffer.get<float>(chunks * padded(g.n));
 #pragma omp parallel for schedule(static) if (g.m * g.n > (1 << 15))
-  for (int64_t n0 = 0; n0 < g.n; n0 += step) {
-    vf total[4] = {};
-    for (int64_t m = 0; m < g.m; ++m)
-      for (int j = 0; j < 4; ++j) {
-        const int64_t n = n0 + j * W, valid = g.n - n;
-        if (valid <= 0) break;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    float* total = partial + chunk * padded(g.n);
+    std::memset(total, 0, padded(g.n) * sizeof(float));
+    for (int64_t m = g.m * chunk / chunks; m < g.m * (chunk + 1) / chunks; ++m)
+      for (int64_t n = 0; n < g.n; n += W) {
+        const int64_t valid = g.n - n;
         vf v = load_upto(static_cast<const T*>(g.grad) + m * g.grad_row + n, valid);
         if (activation) {
-          const vf z = load_upto(static_cast<const T*>(g.z) + m * g.n + n, valid);
-          v *= derivative<activation>(z);
+          v *= derivative<activation>(load_upto(static_cast<const T*>(g.z) + m * g.n + n, valid));
           store_upto(static_cast<T*>(g.dz) + m * g.n + n, v, valid);
         }
-        total[j] += v;
+        store(total + n, load(total + n) + v);
       }
-    for (int j = 0; j < 4; ++j)
-      if (n0 + j * W < g.n) store_upto(g.column_sum + n0 + j * W, total[j], g.n - n0 - j * W);
   }
+  add_chunks(partial, chunks, 1, g.n, g.column_sum);
 }
 
 template <class T>

@@ -1,37 +1,71 @@
 // Philox4x32-10 (Salmon et al., SC 2011), a row of a dropout mask at a time; see ops/dropout.py.
 #pragma once
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#include <utility>
+
 #include "../kernels.h"
 #include "vec.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
+typedef uint64_t vq __attribute__((vector_size(W * 4)));
+
+// out = a[0], b[0], a[1], b[1] ...
+template <int... I>
+inline void interleave(vq a, vq b, uint32_t* out, std::integer_sequence<int, I...>) {
+  const vq first = __builtin_shufflevector(a, b, (I / 2 + I % 2 * (W / 2))...);
+  const vq second = __builtin_shufflevector(a, b, (W / 4 + I / 2 + I % 2 * (W / 2))...);
+  __builtin_memcpy(out, &first, sizeof first);
+  __builtin_memcpy(out + W, &second, sizeof second);
+}
+
+// The low halves of a's lanes times m, in full.
+inline vq multiply(vq a, uint32_t m) {
+#if defined(__AVX512F__)
+  return (vq)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(m));
+#elif defined(__AVX2__)
+  return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#else
+  return (a & 0xFFFFFFFFu) * m;
+#endif
+}
+
 // The random bits of columns [0, n) of a row; bits has room for n rounded up to 64.
+// A counter's four words stand in the low halves of 64-bit lanes; what gathers in the high halves
+// is never read.
 inline void philox_row(const int64_t* seed, int64_t row, int64_t n, uint32_t* bits) {
-  constexpr int L = 16;  // counters at a time
-  for (int64_t block = 0; 4 * block < n; block += L) {
-    uint32_t c0[L], c1[L], c2[L], c3[L];
-    for (int i = 0; i < L; ++i) {
-      c0[i] = uint32_t(block + i);
-      c1[i] = uint32_t(row);
-      c2[i] = uint32_t(uint64_t(row) >> 32);
-      c3[i] = uint32_t(seed[1]);
+  constexpr int L = W / 2, U = 2;  // counters in a register, registers at a time
+  vq lanes;
+  for (int i = 0; i < L; ++i) lanes[i] = i;
+  for (int64_t block = 0; 4 * block < n; block += U * L) {
+    vq c0[U], c1[U], c2[U], c3[U];
+    for (int u = 0; u < U; ++u) {
+      c0[u] = lanes + uint64_t(block + u * L);
+      c1[u] = vq{} + uint64_t(row);
+      c2[u] = vq{} + (uint64_t(row) >> 32);
+      c3[u] = vq{} + uint64_t(seed[1]);
     }
     uint32_t key0 = uint32_t(seed[0]), key1 = uint32_t(uint64_t(seed[0]) >> 32);
+#pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      for (int i = 0; i < L; ++i) {
-        const uint64_t p0 = uint64_t(c0[i]) * 0xD2511F53u, p1 = uint64_t(c2[i]) * 0xCD9E8D57u;
-        c0[i] = uint32_t(p1 >> 32) ^ c1[i] ^ key0;
-        c2[i] = uint32_t(p0 >> 32) ^ c3[i] ^ key1;
-        c1[i] = uint32_t(p1);
-        c3[i] = uint32_t(p0);
+#pragma GCC unroll 2
+      for (int u = 0; u < U; ++u) {
+        const vq p0 = multiply(c0[u], 0xD2511F53u), p1 = multiply(c2[u], 0xCD9E8D57u);
+        c0[u] = (p1 >> 32) ^ c1[u] ^ uint64_t(key0);
+        c2[u] = (p0 >> 32) ^ c3[u] ^ uint64_t(key1);
+        c1[u] = p1;
+        c3[u] = p0;
       }
       key0 += 0x9E3779B9u;
       key1 += 0xBB67AE85u;
     }
-    for (int i = 0; i < L; ++i) {
-      uint32_t* out = bits + 4 * (block + i);
-      out[0] = c0[i], out[1] = c1[i], out[2] = c2[i], out[3] = c3[i];
+    for (int u = 0; u < U; ++u) {
+      const vq low = (c0[u] & 0xFFFFFFFFu) | c1[u] << 32,
+               high = (c2[u] & 0xFFFFFFFFu) | c3[u] << 32;
+      interleave(low, high, bits + 4 * (block + u * L), std::make_integer_sequence<int, L>{});
     }
   }
 }

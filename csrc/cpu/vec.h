@@ -124,25 +124,6 @@ inline vf exp(vf x) {
   return x < low ? vf{} : p * power;
 }
 
-// The normal distribution's Phi(x), and e^(-x^2 / 2) on the way.
-// erfc(z) = e^(-z^2) f(z), f fitted as t times a degree-8 polynomial in t = 1 / (1 + 0.35 z),
-// relative error 6e-8 in exact arithmetic, 4e-7 in fp32, for all z where the result is normal.
-inline vf normal_cdf(vf x, vf& gauss) {
-  const vf magnitude = (vf)(bits(x) & 0x7fffffffu);
-  const vf t = 1.f / (1.f + (0.35f * 0.70710678f) * magnitude);
-  vf f = t * 0.0477490741f - 0.300272282f;
-  f = f * t + 0.609406152f;
-  f = f * t - 0.438948891f;
-  f = f * t + 0.426661562f;
-  f = f * t + 0.0545666078f;
-  f = f * t + 0.208580824f;
-  f = f * t + 0.194643919f;
-  f = f * t + 0.197612974f;
-  gauss = exp(x * x * -0.5f);
-  const vf tail = gauss * f * t * 0.5f;
-  return x > 0 ? 1.f - tail : tail;
-}
-
 inline vf sigmoid_of_twice(vf u) {  // 1 / (1 + e^-2u)
   return 1.f / (1.f + exp(u * -2.f));
 }
@@ -171,6 +152,29 @@ inline vf gelu(vf x) {
   return x > 5.4f ? x : (x < -5.4f ? vf{} : y);
 }
 
+// Its derivative in the same way, with degree 16 and |x| <= 5.6; the error is 3e-7.
+inline vf gelu_derivative(vf x) {
+  const vf s = x * x * 0.0637755102f - 1.f;
+  vf p = s * 0.00316711864f - 0.00800063554f;
+  p = p * s + 0.00418461533f;
+  p = p * s - 0.00259531802f;
+  p = p * s + 0.0204231236f;
+  p = p * s - 0.0381617583f;
+  p = p * s + 0.0426603369f;
+  p = p * s - 0.0516532771f;
+  p = p * s + 0.0666107237f;
+  p = p * s - 0.0737511739f;
+  p = p * s + 0.0716295838f;
+  p = p * s - 0.0648823008f;
+  p = p * s + 0.0566848777f;
+  p = p * s - 0.0509724244f;
+  p = p * s + 0.0518079586f;
+  p = p * s - 0.0642823055f;
+  p = p * s + 0.126416638f;
+  const vf y = x * p + 0.5f;
+  return x > 5.6f ? splat(1) : (x < -5.6f ? vf{} : y);
+}
+
 template <int activation>
 inline vf activate(vf z) {
   if (activation == 1) return gelu(z);
@@ -184,11 +188,7 @@ inline vf activate(vf z) {
 
 template <int activation>
 inline vf derivative(vf z) {
-  if (activation == 1) {
-    vf gauss;
-    const vf cdf = normal_cdf(z, gauss);
-    return cdf + z * gauss * 0.39894228f;
-  }
+  if (activation == 1) return gelu_derivative(z);
   if (activation == 2) {
     const vf s = sigmoid_of_twice(kTanhScale * (z + kTanhCubic * z * z * z));
     return s + 2.f * z * s * (1.f - s) * kTanhScale * (1.f + 3 * kTanhCubic * z * z);

@@ -1,4 +1,4 @@
-// Layer norm of one row in fp32, and its backward; shared by the operators that end in one.
+// What goes row by row: layer norm in fp32 and its backward, and sums over rows.
 #pragma once
 #include "vec.h"
 
