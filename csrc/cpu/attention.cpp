@@ -35,13 +35,10 @@ struct Task {
     const int64_t offset = b * g.bias_batch + h * g.bias_head + query * g.bias_query;
     for (int64_t j = 0; j < row; j += W) {
       vf v = load(s + j) * g.scale;
-      const int64_t left = keys - j;
       if (g.bias && n > j)
         v += g.bias_bf16 ? load_upto(static_cast<const bf16*>(g.bias) + offset + j, n - j)
                          : load_upto(static_cast<const float*>(g.bias) + offset + j, n - j);
-      if (left < W)
-        for (int64_t i = left < 0 ? 0 : left; i < W; ++i) v[i] = -kInf;
-      store(s + j, v);
+      store(s + j, keys - j < W ? only(v, keys - j, splat(-kInf)) : v);
     }
   }
 };

@@ -15,12 +15,6 @@ struct Vector {
   }
 };
 
-// Lanes from n - j on are not part of a row of n.
-inline vf only(vf v, int64_t left) {
-  if (left >= W) return v;
-  return load_n(reinterpret_cast<const float*>(&v), left);
-}
-
 // Mean and 1 / sqrt(var + eps) of s, in two passes; s is padded to whole registers.
 inline void row_statistics(const float* s, int64_t n, float eps, float& mean, float& rstd) {
   vf total = {};

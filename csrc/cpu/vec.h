@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -89,20 +90,31 @@ inline float to_float(bf16 x) {
 }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
+template <int S, int... I>
+inline vf rotate(vf v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((I + S) % W)...);
+}
+// v[0] of what `op` makes of all lanes, halving them each time.
+template <int S = W / 2, class Op>
+inline float reduce(vf v, const Op& op) {
+  v = op(v, rotate<S>(v, std::make_integer_sequence<int, W>{}));
+  if constexpr (S > 1)
+    return reduce<S / 2>(v, op);
+  else
+    return v[0];
+}
 inline float sum(vf v) {
-  float s[W], total = 0;
-  store(s, v);
-  for (int step = W / 2; step; step /= 2)
-    for (int i = 0; i < step; ++i) s[i] += s[i + step];
-  total = s[0];
-  return total;
+  return reduce(v, [](vf a, vf b) { return a + b; });
 }
 inline float max_of(vf v) {
-  float s[W];
-  store(s, v);
-  float m = s[0];
-  for (int i = 1; i < W; ++i) m = s[i] > m ? s[i] : m;
-  return m;
+  return reduce(v, [](vf a, vf b) { return max(a, b); });
+}
+
+// v with other lanes from lane n on.
+inline vf only(vf v, int64_t n, vf other = vf{}) {
+  vi lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  return lanes < int32_t(n) ? v : other;
 }
 
 // e^x to 1 ulp or so for x <= 88: range reduction by log 2, then a polynomial. 0 below -87.3.
