@@ -8,9 +8,17 @@ from bertfast import ops
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-# A new backend joins every operator's tests here; a machine without its device skips.
-DEVICES = {"reference": "cpu", "cpu": "cpu"}
-BACKENDS = list(DEVICES)
+# Where each backend's tests keep their tensors; Triton's interpreter takes the CPU's.
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU}
+BACKENDS = ["reference", "cpu"]
+
+
+def backends(operator):
+    """Those that have the operator, a parameter of its tests."""
+    return [name for name in DEVICES if name in ops.registry._table[operator]]
+
+
 FLOATS = [torch.float32, torch.bfloat16]
 
 
