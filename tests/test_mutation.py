@@ -36,7 +36,7 @@ MUTANTS = [
     ("ReLU passes its gradient", "vec.h", "if (activation == 3) return z > 0 ? splat(1) : vf{};", "if (activation == 3) return splat(1);", "linear_act"),
     ("bias of a product forgotten", "linear_act", "+ load(bias + j * W);", ";", "linear_act"),
     ("sum of a block of k lost", "linear_act", "out_row, !first)", "out_row, false)", "linear_act"),
-    ("last row of a product lost", "linear_act", "m0 + m, min(MR, rows - m), p * NR);\n              }", "m0 + m, min(MR, rows - m) - (rows - m <= MR), p * NR);\n              }", "linear_act"),
+    ("last row of a product lost", "linear_act", "m0 + m, min(R, rows - m), p * NR);\n              }", "m0 + m, min(R, rows - m) - (rows - m <= R), p * NR);\n              }", "linear_act"),
     ("wrong part of the weights", "linear_act", "(g.b[part]) +", "(g.b[0]) +", "linear_act"),
     ("eps dropped", "rows.h", "/ float(n) + eps)", "/ float(n))", "add_layer_norm"),
     ("variance for its root", "rows.h", "1.f / __builtin_sqrtf(", "1.f / (", "add_layer_norm"),

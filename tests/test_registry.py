@@ -168,7 +168,7 @@ def test_environment():
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_every_instruction_set(isa):
     """The operator tests' heart on each instruction set that this machine runs."""
     import bertfast
