@@ -10,11 +10,13 @@ _MODELS = (
     "BertForPreTraining",
     "BertForSequenceClassification",
 )
-__all__ = ["backend", "build_info", *_MODELS]
+__all__ = ["backend", "build_info", "freeze", *_MODELS]
 
 
 def __getattr__(name):
-    if name in _MODELS:  # transformers takes seconds to import; operators don't need it
+    if (
+        name in _MODELS or name == "freeze"
+    ):  # transformers takes seconds to import; operators don't need it
         from . import model
 
         return getattr(model, name)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <vector>
 
@@ -192,6 +193,46 @@ static py::dict build_info() {
   return info;
 }
 
+// An encoder's packed weights for inference. Holds pointers alone: Python keeps the tensors.
+class Encoder {
+ public:
+  // Each layer: the packed qkv, out, up and down, then both LayerNorms' weights and biases.
+  Encoder(const std::vector<std::array<ptr, 8>>& layers, int64_t heads, int64_t hidden,
+          int64_t inner, int activation, float eps, float low, int precision) {
+    for (const auto& p : layers)
+      layers_.push_back({at(p[0]), at(p[1]), at(p[2]), at(p[3]), at<const float>(p[4]),
+                         at<const float>(p[5]), at<const float>(p[6]), at<const float>(p[7])});
+    args_.heads = heads, args_.hidden = hidden, args_.inner = inner;
+    args_.activation = activation, args_.eps = eps, args_.low = low;
+    args_.precision = precision;
+  }
+  // Layers [first, last) on packed tokens; rows may be null.
+  void forward(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16, ptr cu_seqlens,
+               int64_t batch, int64_t tokens, ptr rows, int64_t n_rows) const {
+    if (first < 0 || last > int64_t(layers_.size()) || first >= last)
+      throw std::invalid_argument("encoder: no such layers");
+    EncoderArgs g = args_;
+    g.layers = layers_.data() + first, g.count = last - first;
+    g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
+    g.cu_seqlens = at<const int32_t>(cu_seqlens), g.batch = batch, g.tokens = tokens;
+    g.rows = at<const int64_t>(rows), g.n_rows = n_rows;
+    py::gil_scoped_release release;
+    kernels().encoder(g);
+  }
+
+ private:
+  std::vector<EncoderLayer> layers_;
+  EncoderArgs args_{};
+};
+
+static void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, float low,
+                         ptr out) {
+  const PackArgs g{
+      at<const float>(weight), at<const float>(bias), n, k, precision, low, at<void>(out)};
+  py::gil_scoped_release release;
+  kernels().pack_weights(g);
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bertfast's C++ kernels; call them through bertfast.ops";
   m.def("build_info", &build_info);
@@ -206,6 +247,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("scatter_add", &scatter_add);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
+  m.def("packed_bytes", [](int64_t n, int64_t k, int precision) {
+    return kernels().packed_bytes(n, k, precision);
+  });
+  m.def("pack_weights", &pack_weights);
+  py::class_<Encoder>(m, "Encoder")
+      .def(py::init<const std::vector<std::array<ptr, 8>>&, int64_t, int64_t, int64_t, int, float,
+                    float, int>())
+      .def("forward", &Encoder::forward);
 #ifdef BERTFAST_WITH_CUDA
   m.def("cuda_gather_rows",
         [](ptr x, ptr rows, ptr out, int64_t tokens, int64_t row_bytes, int device, ptr stream) {

@@ -90,6 +90,34 @@ struct EmbeddingArgs {
   float* columns;  // [2, hidden]: dweight, dbias
 };
 
+// A linear layer's weights packed once for inference; `precision` is 0 fp32, 1 bf16, 2 int8.
+struct PackArgs {
+  const float *weight, *bias;  // [n, k], [n]
+  int64_t n, k;
+  int precision;
+  float low;  // what an operand's unsigned int8 of 0 stands for
+  void* out;  // packed_bytes(n, k, precision), 64-byte aligned
+};
+
+struct EncoderLayer {
+  const void *qkv, *out, *up, *down;  // packed; of an int8 encoder qkv is bf16
+  const float *norm1, *norm1_bias, *norm2, *norm2_bias;
+};
+
+struct EncoderArgs {
+  const EncoderLayer* layers;
+  int64_t count, heads, hidden, inner;
+  int activation, precision;
+  float eps, low;  // low: as PackArgs', of the activation's results
+  const void* x;   // [tokens, hidden]
+  void* y;         // [tokens or n_rows, hidden]
+  bool x_bf16, y_bf16;
+  const int32_t* cu_seqlens;
+  int64_t batch, tokens;
+  const int64_t* rows;  // null, or those of the last layer's result that are wanted
+  int64_t n_rows;
+};
+
 struct Kernels {
   const char* isa;
   void (*gemm)(const GemmArgs&);
@@ -107,6 +135,9 @@ struct Kernels {
                       int64_t row_bytes);
   void (*scatter_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                        int64_t out_rows, int64_t row_bytes);
+  int64_t (*packed_bytes)(int64_t n, int64_t k, int precision);
+  void (*pack_weights)(const PackArgs&);
+  void (*encoder)(const EncoderArgs&);
 };
 
 }  // namespace bertfast

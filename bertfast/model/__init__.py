@@ -2,6 +2,7 @@
 
 from .bert import BertModel, BertPreTrainedModel
 from .checkpoint import CheckpointError
+from .frozen import freeze
 from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 from .layer import LayerOptions, LayerWeights, encoder_layer
 
@@ -15,4 +16,5 @@ __all__ = [
     "LayerOptions",
     "LayerWeights",
     "encoder_layer",
+    "freeze",
 ]

@@ -182,6 +182,8 @@ class BertModel(BertPreTrainedModel):
             if output_attentions:
                 attentions.append(attention_probabilities(qkv, packing))
 
+        if output_attentions and not isinstance(self.encoder, BertEncoder):
+            raise ValueError("a frozen model has no attention maps; ask before bertfast.freeze")
         wanted = collect if output_hidden_states or output_attentions else None
         rows = None
         if first_only and wanted is None and (torch.compiler.is_compiling() or hidden.shape[0]):

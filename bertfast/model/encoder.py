@@ -67,8 +67,9 @@ class BertEmbeddings(nn.Module):
         if inputs_embeds is not None:
             x = inputs_embeds + self.position_embeddings(position_ids)
             x = x + self.token_type_embeddings(token_type_ids)
+            weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
             return nn.functional.dropout(
-                nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps), p
+                nn.functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps), p
             )
         return ops.embedding_layer_norm(
             *(input_ids, position_ids, token_type_ids),

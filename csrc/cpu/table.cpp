@@ -20,6 +20,9 @@ const Kernels table = {
     scatter_add,
     gather_rows,
     scatter_rows,
+    packed_bytes,
+    pack_weights,
+    encoder,
 };
 
 }  // namespace bertfast::BERTFAST_ISA
