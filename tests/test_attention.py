@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, FLOATS, check, keep, offsets, refused
+from helpers import FLOATS, backends, check, keep, offsets, refused
 
 from bertfast import ops
 
@@ -35,7 +35,7 @@ def inputs(dim, heads=3, lengths=LENGTHS, seed=0):
 
 @pytest.mark.parametrize("dim", [32, 64, 128, 24, 40])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_forward_backward(backend, dtype, dim):
     cu = offsets(LENGTHS)
     check(
@@ -48,7 +48,7 @@ def test_forward_backward(backend, dtype, dim):
 
 
 @pytest.mark.parametrize("lengths", [[300], [1], [97, 15, 14, 28, 29], [2] * 40])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_lengths_and_scale(backend, lengths):
     check(
         backend,
@@ -61,7 +61,7 @@ def test_lengths_and_scale(backend, lengths):
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (1, 3), (7, 1)])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_causal_and_bias(backend, dtype, shape):
     bias = torch.randn(*shape, 130, 130, generator=torch.Generator().manual_seed(5))
     check(
@@ -75,7 +75,7 @@ def test_causal_and_bias(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_masked_rows_are_zero(backend, dtype):
     """-inf on all of a row's keys gives zeros, forward and backward."""
     lengths = [20, 35]
@@ -91,7 +91,7 @@ def test_masked_rows_are_zero(backend, dtype):
     assert (qkv.grad[25:55, 1:] == 0).all() and (qkv.grad[20:25, 2] != 0).any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_dropout(backend):
     """The numbers' own mask, in forward and backward; scaled by 1 / (1 - p)."""
     lengths, heads, p = [9, 0, 70], 2, 0.3
@@ -114,7 +114,7 @@ def test_dropout(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_large_logits(backend):
     """Scores of +-1e4 and more stay finite and right."""
     qkv = inputs(32) * torch.tensor([100.0, 100.0, 1.0])[:, None, None]
@@ -129,7 +129,7 @@ def test_large_logits(backend):
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_sequences_are_apart(backend, value):
     """A NaN or inf stays in its sequence, and company doesn't change a sequence by one bit."""
     cu = offsets([30, 50, 21])
@@ -150,7 +150,7 @@ def test_sequences_are_apart(backend, value):
         assert torch.equal(alone, good[30:80])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_strides_and_alignment(backend):
     lengths = [5, 33]
     dense = inputs(32, 3, lengths)
@@ -164,7 +164,7 @@ def test_strides_and_alignment(backend):
             assert torch.equal(ops.attention(view, offsets(lengths), 33), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("attention"))
 def test_empty(backend):
     with ops.backend(backend):
         for cu in (offsets([]), offsets([0, 0])):

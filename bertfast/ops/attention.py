@@ -11,7 +11,18 @@ import torch
 
 from .dropout import as_seed, keep_mask, threshold
 from .extension import C
-from .library import autograd, check, check_device, cpu_limit, define, dense, is_bf16, ptr, wide
+from .library import (
+    autograd,
+    check,
+    check_device,
+    cpu_limit,
+    define,
+    dense,
+    is_bf16,
+    ptr,
+    register_triton,
+    wide,
+)
 from .registry import register
 
 
@@ -105,7 +116,7 @@ define(
 )
 
 
-def _check_offsets(cu_seqlens, tokens, max_seqlen):
+def check_offsets(cu_seqlens, tokens, max_seqlen):
     """The offsets' values, where reading them is free of a synchronisation."""
     if cu_seqlens.device.type != "cpu":
         return
@@ -121,71 +132,86 @@ def _check_offsets(cu_seqlens, tokens, max_seqlen):
     check(high <= max_seqlen, lambda: f"max_seqlen is {max_seqlen}, a sequence has {high} tokens")
 
 
-def _sequences(cu_seqlens):
-    offsets = cu_seqlens.tolist()
-    return enumerate(pairwise(offsets))
-
-
-def _scores(q, k, b, scale, causal, bias):
-    """[heads, length, length] of sequence b."""
+def scores(q, k, b, scale, causal, bias):
+    """[heads, queries, keys] of sequence b."""
     s = torch.einsum("qhd,khd->hqk", q, k) * scale
-    n = s.shape[-1]
+    queries, keys = s.shape[1:]
     if bias is not None:
-        s = s + bias[min(b, bias.shape[0] - 1), :, :n, :n]
+        s = s + bias[min(b, bias.shape[0] - 1), :, :queries, :keys]
     if causal:
-        s = s.masked_fill(torch.ones(n, n, dtype=torch.bool, device=s.device).triu(1), -math.inf)
+        later = torch.ones(queries, keys, dtype=torch.bool, device=s.device).triu(1)
+        s = s.masked_fill(later, -math.inf)
     return s
 
 
-def _keep(seed, start, stop, heads, dropout_p):
-    rows = torch.arange(start, stop, device=seed.device) * heads
+def _keep(seed, rows, heads, keys, dropout_p):
+    rows = torch.arange(*rows, device=seed.device) * heads
     rows = rows + torch.arange(heads, device=seed.device)[:, None]
-    return keep_mask(seed, rows, stop - start, dropout_p)
+    return keep_mask(seed, rows, keys, dropout_p)
 
 
-@register("attention", "reference")
-def _reference(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
-    tokens, _, heads, head_dim = qkv.shape
-    _check_offsets(cu_seqlens, tokens, max_seqlen)
-    out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((heads, tokens), dtype=wide(qkv.dtype), device=qkv.device)
-    for b, (i, j) in _sequences(cu_seqlens):
-        q, k, v = qkv[i:j].to(wide(qkv.dtype)).unbind(1)
-        s = _scores(q, k, b, scale, causal, bias)
+def _sequences(cu_q, cu_k):
+    return enumerate(zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True))
+
+
+def reference(q, kv, cu_q, cu_k, scale, dropout_p, seed, causal, bias):
+    """q [tokens_q, heads, dim], kv [tokens_k, 2, heads, dim] -> out as q, lse [heads, tokens_q]"""
+    tokens, heads, _ = q.shape
+    dtype = wide(q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=dtype, device=q.device)
+    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k):
+        k, v = kv[m:n].to(dtype).unbind(1)
+        s = scores(q[i:j].to(dtype), k, b, scale, causal, bias)
         row = torch.logsumexp(s, -1)
         lse[:, i:j] = row.masked_fill(row == -math.inf, math.inf)  # so exp(s - lse) is 0
         p = torch.exp(s - lse[:, i:j, None])
         if seed is not None:
-            p = torch.where(_keep(seed, i, j, heads, dropout_p), p / (1 - dropout_p), 0)
-        out[i:j] = torch.einsum("hqk,khd->qhd", p, v).to(qkv.dtype)
+            p = torch.where(_keep(seed, (i, j), heads, n - m, dropout_p), p / (1 - dropout_p), 0)
+        out[i:j] = torch.einsum("hqk,khd->qhd", p, v).to(q.dtype)
     return out, lse
 
 
-@register("attention_backward", "reference")
-def _reference_backward(
-    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
+def reference_backward(
+    grad, q, kv, lse, cu_q, cu_k, scale, dropout_p, seed, causal, bias, need_dbias
 ):
-    heads, dtype = qkv.shape[2], wide(qkv.dtype)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dbias = torch.zeros(bias.shape, dtype=dtype, device=qkv.device) if need_dbias else None
-    for b, (i, j) in _sequences(cu_seqlens):
-        q, k, v = qkv[i:j].to(dtype).unbind(1)
-        do = grad[i:j].to(dtype)
-        p = torch.exp(_scores(q, k, b, scale, causal, bias) - lse[:, i:j, None])
+    """dq and dkv as q and kv, dbias as bias or empty"""
+    heads, dtype = q.shape[1], wide(q.dtype)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dkv = torch.empty(kv.shape, dtype=q.dtype, device=q.device)
+    dbias = torch.zeros(bias.shape, dtype=dtype, device=q.device) if need_dbias else None
+    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k):
+        query, do = q[i:j].to(dtype), grad[i:j].to(dtype)
+        k, v = kv[m:n].to(dtype).unbind(1)
+        p = torch.exp(scores(query, k, b, scale, causal, bias) - lse[:, i:j, None])
         dp = torch.einsum("qhd,khd->hqk", do, v)
         dropped = p
         if seed is not None:
-            keep = _keep(seed, i, j, heads, dropout_p)
+            keep = _keep(seed, (i, j), heads, n - m, dropout_p)
             dp = torch.where(keep, dp / (1 - dropout_p), 0)
             dropped = torch.where(keep, p / (1 - dropout_p), 0)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-        dqkv[i:j, 0] = (torch.einsum("hqk,khd->qhd", ds, k) * scale).to(qkv.dtype)
-        dqkv[i:j, 1] = (torch.einsum("hqk,qhd->khd", ds, q) * scale).to(qkv.dtype)
-        dqkv[i:j, 2] = torch.einsum("hqk,qhd->khd", dropped, do).to(qkv.dtype)
+        dq[i:j] = (torch.einsum("hqk,khd->qhd", ds, k) * scale).to(q.dtype)
+        dkv[m:n, 0] = (torch.einsum("hqk,qhd->khd", ds, query) * scale).to(q.dtype)
+        dkv[m:n, 1] = torch.einsum("hqk,qhd->khd", dropped, do).to(q.dtype)
         if need_dbias:
-            target = dbias[min(b, bias.shape[0] - 1), :, : j - i, : j - i]
+            target = dbias[min(b, bias.shape[0] - 1), :, : j - i, : n - m]
             target += ds.sum_to_size(target.shape)
-    return dqkv, dbias.to(bias.dtype) if need_dbias else qkv.new_empty(0)
+    return dq, dkv, dbias.to(bias.dtype) if need_dbias else q.new_empty(0)
+
+
+@register("attention", "reference")
+def _reference(qkv, cu_seqlens, max_seqlen, *options):
+    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
+    return reference(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
+
+
+@register("attention_backward", "reference")
+def _reference_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
+    dq, dkv, dbias = reference_backward(
+        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens), *options
+    )
+    return torch.cat([dq.unsqueeze(1), dkv], 1), dbias
 
 
 def _dense_last(t):
@@ -204,7 +230,7 @@ def _bias_arguments(bias):
 def _cpu(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
     tokens, _, heads, head_dim = qkv.shape
     cu_seqlens, seed = dense(cu_seqlens), dense(seed)
-    _check_offsets(cu_seqlens, tokens, max_seqlen)
+    check_offsets(cu_seqlens, tokens, max_seqlen)
     qkv, bias = _dense_last(qkv), None if bias is None else _dense_last(bias)
     out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype)
     lse = torch.empty((heads, tokens))
@@ -255,3 +281,7 @@ def _backward(ctx, grad, _):
 
 
 autograd("attention", _backward, _setup)
+
+
+register_triton("attention", "attention.forward")
+register_triton("attention_backward", "attention_backward.backward")
