@@ -146,7 +146,7 @@ def _keys(
             dvs = dot(p.to(do.dtype), do, dvs, PRECISION)
         if WHOLE:
             total = tl.sum(p * dp, 0)
-        else:
+        else:  # noqa: SIM108  (an expression would compile both)
             total = tl.load(delta + row, mask=row < queries, other=0.0)
         ds = p * (dp - total[None, :])
         if WHOLE and dbias is not None:
@@ -170,7 +170,7 @@ def _run(
     """Fills dq and dkv; -> dbias as bias, or empty."""
     q, kv = dense_last(q), dense_last(kv)
     k, v = kv.unbind(1)
-    heads, dim = q.shape[1:]
+    heads = q.shape[1]
     a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
     squares = None
     if need_dbias:  # a square per sequence and head, so that no two programs add to one place

@@ -1,6 +1,5 @@
 """How attention's kernels are started: tiles, work items, arguments."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -9,6 +8,14 @@ import triton
 
 from ..ops.dropout import threshold
 from .spec import Spec
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 class Tile(NamedTuple):

@@ -57,39 +57,48 @@ def attention(
         lambda: f"qkv has shape {list(qkv.shape)}, expected [tokens, 3, heads, head_dim]",
     )
     check(qkv.is_floating_point(), lambda: f"qkv has dtype {qkv.dtype}, expected floats", TypeError)
-    check(
-        cu_seqlens.dtype == torch.int32,
-        lambda: f"cu_seqlens has dtype {cu_seqlens.dtype}, expected torch.int32",
-        TypeError,
-    )
-    check(
-        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
-        lambda: f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [batch + 1]",
-    )
+    check_starts(cu_seqlens=cu_seqlens)
     check_device(qkv, cu_seqlens=cu_seqlens, bias=bias)
-    heads, batch = qkv.shape[2], cu_seqlens.shape[0] - 1
-    if bias is not None:
-        check(
-            bias.dim() == 4
-            and bias.shape[0] in (1, batch)
-            and bias.shape[1] in (1, heads)
-            and bias.shape[2] >= max_seqlen
-            and bias.shape[3] >= max_seqlen,
-            lambda: (
-                f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
-                f"{max_seqlen}, {max_seqlen}]"
-            ),
-        )
-        check(
-            bias.dtype in (qkv.dtype, torch.float32),
-            lambda: f"bias has dtype {bias.dtype}, expected {qkv.dtype} or torch.float32",
-            TypeError,
-        )
+    check_bias(bias, qkv.dtype, cu_seqlens.shape[0] - 1, qkv.shape[2], max_seqlen, max_seqlen)
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
     seed = as_seed(seed, dropout_p, qkv.device)
     return torch.ops.bertfast.attention(
         qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias
     )[0]
+
+
+def check_starts(**starts):
+    for name, t in starts.items():
+        check(
+            t.dtype == torch.int32,
+            lambda: f"{name} has dtype {t.dtype}, expected torch.int32",
+            TypeError,
+        )
+        check(
+            t.dim() == 1 and t.shape[0] >= 1,
+            lambda: f"{name} has shape {list(t.shape)}, expected [batch + 1]",
+        )
+
+
+def check_bias(bias, dtype, batch, heads, queries, keys):
+    if bias is None:
+        return
+    check(
+        bias.dim() == 4
+        and bias.shape[0] in (1, batch)
+        and bias.shape[1] in (1, heads)
+        and bias.shape[2] >= queries
+        and bias.shape[3] >= keys,
+        lambda: (
+            f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
+            f"{queries}, {keys}]"
+        ),
+    )
+    check(
+        bias.dtype in (dtype, torch.float32),
+        lambda: f"bias has dtype {bias.dtype}, expected {dtype} or torch.float32",
+        TypeError,
+    )
 
 
 def _fake(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
@@ -116,20 +125,21 @@ define(
 )
 
 
-def check_offsets(cu_seqlens, tokens, max_seqlen):
+def check_offsets(cu_seqlens, tokens, max_seqlen, names=("cu_seqlens", "max_seqlen", "qkv")):
     """The offsets' values, where reading them is free of a synchronisation."""
     if cu_seqlens.device.type != "cpu":
         return
     lengths = cu_seqlens.diff()
     low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
+    starts, longest, tensor = names
     check(
         int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and low >= 0,
         lambda: (
-            f"cu_seqlens is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
-            f"to the {tokens} tokens of qkv"
+            f"{starts} is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
+            f"to the {tokens} tokens of {tensor}"
         ),
     )
-    check(high <= max_seqlen, lambda: f"max_seqlen is {max_seqlen}, a sequence has {high} tokens")
+    check(high <= max_seqlen, lambda: f"{longest} is {max_seqlen}, a sequence has {high} tokens")
 
 
 def scores(q, k, b, scale, causal, bias):
