@@ -144,9 +144,9 @@ def _keys(
             dvs = dot(tl.where(keep, p, 0.0).to(do.dtype), do, dvs, PRECISION)
         else:
             dvs = dot(p.to(do.dtype), do, dvs, PRECISION)
-        if WHOLE:
+        if WHOLE:  # noqa: SIM108
             total = tl.sum(p * dp, 0)
-        else:  # noqa: SIM108  (an expression would compile both)
+        else:
             total = tl.load(delta + row, mask=row < queries, other=0.0)
         ds = p * (dp - total[None, :])
         if WHOLE and dbias is not None:
@@ -188,7 +188,7 @@ def _run(
         a |= dkv_arguments | dict(delta=None, blocks=1, WHOLE=True)
         launch(_keys, a["batch"] * heads, tile, a)
     else:
-        delta = torch.empty_like(lse)
+        delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
         tile = choose(QUERIES, q, longest_k)
         items, blocks = work(q.shape[0], starts_q, longest_q, tile.m)
         launch(

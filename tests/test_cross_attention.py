@@ -22,7 +22,7 @@ def plain(q, kv, bias=None, causal=False, masks=None, lengths=(QUERIES, KEYS)):
         if bias is not None:
             s = s + bias[b % bias.shape[0], :, :m, :n]
         if causal:
-            later = torch.ones(m, n, dtype=torch.bool, device=q.device).triu(1)
+            later = torch.ones(m, n, dtype=torch.bool).triu(1)
             s = s.masked_fill(later, -math.inf)
         p = s.softmax(-1).nan_to_num(0)
         if masks is not None:
@@ -37,8 +37,7 @@ def inputs(backend, dim=24, heads=2, lengths=(QUERIES, KEYS)):
     shapes = (sum(lengths[0]), heads, dim), (sum(lengths[1]), 2, heads, dim)
     values = [torch.randn(*s, generator=g).bfloat16().float() for s in shapes]
     starts = [offsets(n) for n in lengths]
-    to = DEVICES[backend]
-    return [v.to(to) for v in values], (*(s.to(to) for s in starts), *map(max, lengths))
+    return values, (*(s.to(DEVICES[backend]) for s in starts), *map(max, lengths))
 
 
 @pytest.mark.parametrize("dim", [24, 64])
@@ -69,7 +68,7 @@ def test_long_keys(backend):
 def test_bias_and_causal(backend, causal, shape):
     tensors, starts = inputs(backend)
     g = torch.Generator().manual_seed(5)
-    bias = torch.randn(*shape, 41, 80, generator=g).to(DEVICES[backend])
+    bias = torch.randn(*shape, 41, 80, generator=g)
     check(
         *(backend, torch.float32),
         lambda q, kv, b: ops.cross_attention(q, kv, *starts, causal=causal, bias=b),
@@ -103,8 +102,8 @@ def test_dropout(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_without_keys_or_queries(backend):
     """Zeros forward and backward, not what the memory held."""
-    (q, kv), starts = inputs(backend)
-    q.requires_grad_(), kv.requires_grad_()
+    tensors, starts = inputs(backend)
+    q, kv = (t.to(DEVICES[backend]).requires_grad_() for t in tensors)
     with ops.backend(backend):
         out = ops.cross_attention(q, kv, *starts)
         out.square().sum().backward()
@@ -115,8 +114,8 @@ def test_sequences_without_keys_or_queries(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_attention_where_both_are_one(backend):
-    qkv = inputs(backend, 32, 3, ([30, 9], [30, 9]))[0][1].new_empty(39, 3, 3, 32).normal_()
-    cu = offsets([30, 9]).to(DEVICES[backend])
+    qkv = torch.randn(39, 3, 3, 32).to(DEVICES[backend])
+    cu = offsets([30, 9]).to(qkv.device)
     with ops.backend(backend):
         own = ops.attention(qkv, cu, 30)
         cross = ops.cross_attention(qkv[:, 0], qkv[:, 1:], cu, cu, 30, 30)
