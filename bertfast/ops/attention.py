@@ -236,40 +236,61 @@ def _bias_arguments(bias):
     return ptr(bias), *steps, bias.stride(2), is_bf16(bias)
 
 
-@register("attention", "cpu", limit=cpu_limit)
-def _cpu(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
-    tokens, _, heads, head_dim = qkv.shape
-    cu_seqlens, seed = dense(cu_seqlens), dense(seed)
-    check_offsets(cu_seqlens, tokens, max_seqlen)
-    qkv, bias = _dense_last(qkv), None if bias is None else _dense_last(bias)
-    out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype)
-    lse = torch.empty((heads, tokens))
-    C.attention(
-        *(ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), cu_seqlens.shape[0] - 1, tokens),
-        *(heads, head_dim, scale, *_bias_arguments(bias), ptr(seed), 1 / (1 - dropout_p)),
-        *(threshold(dropout_p), causal, is_bf16(qkv), ptr(out), ptr(lse)),
+def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
+    tokens, heads, dim = q.shape
+    return (
+        *(ptr(q), ptr(kv[:, 0]), ptr(kv[:, 1])),
+        *(*q.stride()[:2], kv.stride(0), kv.stride(2), ptr(starts_q), ptr(starts_k)),
+        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, *_bias_arguments(bias)),
+        *(ptr(seed), 1 / (1 - dropout_p), threshold(dropout_p), causal, is_bf16(q)),
     )
+
+
+def cpu(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
+    """As `reference`."""
+    starts_q, starts_k, seed = dense(starts_q), dense(starts_k), dense(seed)
+    q, kv, bias = _dense_last(q), _dense_last(kv), None if bias is None else _dense_last(bias)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((q.shape[1], q.shape[0]))
+    options = scale, dropout_p, seed, causal, bias
+    C.attention(*_cpu_arguments(q, kv, starts_q, starts_k, *options), ptr(out), ptr(lse))
     return out, lse
 
 
-@register("attention_backward", "cpu", limit=cpu_limit)
-def _cpu_backward(
-    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
+def cpu_backward(
+    grad, q, kv, lse, starts_q, starts_k, scale, dropout_p, seed, causal, bias, need_dbias, dq, dkv
 ):
-    tokens, _, heads, head_dim = qkv.shape
-    cu_seqlens, seed, grad, out, lse = map(dense, (cu_seqlens, seed, grad, out, lse))
-    qkv, bias = _dense_last(qkv), None if bias is None else _dense_last(bias)
-    batch = cu_seqlens.shape[0] - 1
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    """Fills dq and dkv, whose heads are dense; -> dbias as bias, or empty."""
+    grad, lse, starts_q, starts_k, seed = map(dense, (grad, lse, starts_q, starts_k, seed))
+    q, kv, bias = _dense_last(q), _dense_last(kv), None if bias is None else _dense_last(bias)
     # One full square per sequence and head, so that no two threads add to one place.
-    dbias = torch.zeros((batch, heads, *bias.shape[2:])) if need_dbias else None
+    rows, columns = bias.shape[2:] if need_dbias else (0, 0)
+    dbias = None
+    if need_dbias:
+        dbias = torch.zeros((starts_q.shape[0] - 1, q.shape[1], rows, columns))
+    options = scale, dropout_p, seed, causal, bias
     C.attention_backward(
-        *(ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), batch, tokens),
-        *(heads, head_dim, scale, *_bias_arguments(bias), ptr(seed), 1 / (1 - dropout_p)),
-        *(threshold(dropout_p), causal, is_bf16(qkv), ptr(grad), ptr(lse), ptr(dqkv)),
-        *(ptr(dbias), bias.shape[2] if need_dbias else 0, bias.shape[3] if need_dbias else 0),
+        *_cpu_arguments(q, kv, starts_q, starts_k, *options),
+        *(ptr(grad), ptr(lse), ptr(dq), ptr(dkv[:, 0]), ptr(dkv[:, 1])),
+        *(dq.stride(0), dkv.stride(0), ptr(dbias), rows, columns),
     )
-    return dqkv, dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else torch.empty(0)
+    return dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else torch.empty(0)
+
+
+@register("attention", "cpu", limit=cpu_limit)
+def _cpu(qkv, cu_seqlens, max_seqlen, *options):
+    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
+    return cpu(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
+
+
+@register("attention_backward", "cpu", limit=cpu_limit)
+def _cpu_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    dbias = cpu_backward(
+        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens, *options),
+        *(dqkv[:, 0], dqkv[:, 1:]),
+    )
+    return dqkv, dbias
 
 
 def _setup(ctx, inputs, output):

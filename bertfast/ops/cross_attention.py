@@ -9,11 +9,13 @@ from .attention import (
     check_bias,
     check_offsets,
     check_starts,
+    cpu,
+    cpu_backward,
     reference,
     reference_backward,
 )
 from .dropout import as_seed
-from .library import autograd, check, check_device, define, register_triton, wide
+from .library import autograd, check, check_device, cpu_limit, define, register_triton, wide
 from .registry import register
 
 
@@ -102,16 +104,32 @@ define(
 )
 
 
-@register("cross_attention", "reference")
-def _reference(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
+def _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k):
     check_offsets(starts_q, q.shape[0], longest_q, ("cu_seqlens_q", "max_seqlen_q", "q"))
     check_offsets(starts_k, kv.shape[0], longest_k, ("cu_seqlens_k", "max_seqlen_k", "kv"))
+
+
+@register("cross_attention", "reference")
+def _reference(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
+    _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
     return reference(q, kv, starts_q, starts_k, *options)
 
 
 @register("cross_attention_backward", "reference")
 def _reference_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
     return reference_backward(grad, q, kv, lse, starts_q, starts_k, *options)
+
+
+@register("cross_attention", "cpu", limit=cpu_limit)
+def _cpu(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
+    _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
+    return cpu(q, kv, starts_q, starts_k, *options)
+
+
+@register("cross_attention_backward", "cpu", limit=cpu_limit)
+def _cpu_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
+    dq, dkv = torch.empty(q.shape, dtype=q.dtype), torch.empty(kv.shape, dtype=kv.dtype)
+    return dq, dkv, cpu_backward(grad, q, kv, lse, starts_q, starts_k, *options, dq, dkv)
 
 
 register_triton("cross_attention", "attention.cross_forward")
