@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_launch import FORWARD, arguments, choose, dense_last, launch, work
+from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
 from .philox import keep_mask
 
@@ -212,7 +212,7 @@ def cross_forward(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
-    tile = choose(FORWARD, q, longest_k)
+    tile = choose("forward", launch.arch(q.device), q, longest_k)
     items, blocks = work(tokens, starts_q, longest_q, tile.m)
     a |= dict(out=out, lse=lse, tokens=tokens, blocks=blocks, ONE_PASS=longest_k <= tile.n)
     launch(_forward, items * heads, tile, a)
@@ -236,3 +236,7 @@ def forward(qkv, starts, longest, scale, dropout_p, seed, causal, bias, launch=l
         bias,
         launch,
     )
+
+
+def shipped():
+    yield from variants(lambda launch, *arguments: forward(*arguments, launch))

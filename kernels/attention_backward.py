@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .attention import kept, load_rows, place, scores, span, store_rows
-from .attention_launch import KEYS, QUERIES, WHOLE, arguments, choose, dense_last, launch, work
+from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
 
 
@@ -183,13 +183,14 @@ def _run(
     if need_dbias:
         a |= dict(dbias_head=squares.stride(1), dbias_query=squares.stride(2))
     dkv_arguments = dict(dk=dkv[:, 0], dv=dkv[:, 1], DK_TOKEN=dkv.stride(0))
-    tile = choose(WHOLE, q, max(longest_q, longest_k))
+    arch = launch.arch(q.device)
+    tile = choose("whole", arch, q, max(longest_q, longest_k))
     if tile is not None:
         a |= dkv_arguments | dict(delta=None, blocks=1, WHOLE=True)
         launch(_keys, a["batch"] * heads, tile, a)
     else:
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-        tile = choose(QUERIES, q, longest_k)
+        tile = choose("queries", arch, q, longest_k)
         items, blocks = work(q.shape[0], starts_q, longest_q, tile.m)
         launch(
             _queries,
@@ -197,7 +198,7 @@ def _run(
             tile,
             a | dict(out=out.contiguous(), delta=delta, blocks=blocks),
         )
-        tile = choose(KEYS, q, longest_q)
+        tile = choose("keys", arch, q, longest_q)
         items, blocks = work(k.shape[0], starts_k, longest_k, tile.n)
         a |= dkv_arguments | dict(delta=delta, blocks=blocks, WHOLE=False, dbias=None)
         launch(_keys, items * heads, tile, a)
@@ -232,3 +233,12 @@ def cross_backward(
         seed, causal, bias, need_dbias, launch,
     )  # fmt: skip
     return dq, dkv, dbias
+
+
+def shipped():
+    def run(launch, qkv, starts, longest, *options):
+        out, lse = qkv[:, 0].contiguous(), qkv.new_empty(qkv.shape[2], qkv.shape[0]).float()
+        need_dbias = options[-1] is not None
+        backward(out, qkv, out, lse, starts, longest, *options, need_dbias, launch)
+
+    yield from variants(run)

@@ -1,5 +1,7 @@
 """How attention's kernels are started: tiles, work items, arguments."""
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -24,60 +26,109 @@ class Tile(NamedTuple):
     m: int
     n: int
     warps: int
-    stages: int = 2
+    stages: int = 1
 
 
-# By bytes of an element and head dim (rounded up), the tiles by the longest sequence that each is
-# for, of keys in forward and of both in backward.
 LONG = math.inf
-FORWARD = {
-    (2, 32): {
-        32: Tile(32, 32, 2),
-        64: Tile(64, 64, 4),
-        128: Tile(64, 128, 4),
-        LONG: Tile(128, 64, 4, 3),
+# By kernel and architecture, then by bytes of an element and head dim (rounded up): the tile for
+# sequences up to a length, of keys in forward and QUERIES, of queries in KEYS, of both in WHOLE.
+# Where forward's n reaches the length, the softmax is a single pass.
+TILES = {
+    ("forward", 80): {
+        (2, 32): {
+            32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 4),
+            256: Tile(64, 64, 4, 2), LONG: Tile(128, 64, 8, 3),
+        },
+        (2, 64): {
+            32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 4),
+            256: Tile(64, 64, 4, 2), LONG: Tile(128, 64, 8, 3),
+        },
+        (2, 128): {
+            32: Tile(32, 32, 2), 64: Tile(32, 64, 4), 128: Tile(64, 128, 8),
+            LONG: Tile(64, 32, 4, 2),
+        },
+        (4, 32): {LONG: Tile(64, 32, 8)},
+        (4, 64): {LONG: Tile(32, 32, 4)},
+        (4, 128): {LONG: Tile(32, 32, 8)},
     },
-    (2, 64): {
-        32: Tile(32, 32, 2),
-        64: Tile(64, 64, 4),
-        128: Tile(64, 128, 4),
-        LONG: Tile(128, 64, 4, 3),
+    ("forward", 90): {
+        (2, 32): {
+            32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 4),
+            256: Tile(64, 64, 4, 2), LONG: Tile(128, 64, 8, 3),
+        },
+        (2, 64): {
+            32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 4),
+            256: Tile(64, 64, 4, 2), LONG: Tile(128, 64, 8, 3),
+        },
+        (2, 128): {
+            32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8),
+            LONG: Tile(128, 64, 8, 2),
+        },
+        (4, 32): {LONG: Tile(64, 32, 8)},
+        (4, 64): {LONG: Tile(32, 32, 4)},
+        (4, 128): {LONG: Tile(32, 32, 8)},
     },
-    (2, 128): {64: Tile(64, 64, 4), 128: Tile(64, 128, 4), LONG: Tile(128, 64, 8, 2)},
-    (4, 32): {LONG: Tile(32, 32, 4)},
-    (4, 64): {LONG: Tile(32, 32, 4)},
-    (4, 128): {LONG: Tile(32, 32, 4)},
-}
-WHOLE = {
-    (2, 32): {32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8)},
-    (2, 64): {32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8)},
-    (2, 128): {64: Tile(64, 64, 8), 128: Tile(32, 128, 8)},
-    (4, 32): {32: Tile(32, 32, 4)},
-    (4, 64): {32: Tile(32, 32, 4)},
-    (4, 128): {},
-}
-KEYS = {
-    (2, 32): {LONG: Tile(64, 128, 8)},
-    (2, 64): {LONG: Tile(64, 128, 8)},
-    (2, 128): {LONG: Tile(32, 128, 8)},
-    (4, 32): {LONG: Tile(32, 32, 4)},
-    (4, 64): {LONG: Tile(32, 32, 4)},
-    (4, 128): {LONG: Tile(16, 32, 4)},
-}
-QUERIES = {
-    (2, 32): {LONG: Tile(128, 64, 8)},
-    (2, 64): {LONG: Tile(128, 64, 8)},
-    (2, 128): {LONG: Tile(64, 64, 8)},
-    (4, 32): {LONG: Tile(32, 32, 4)},
-    (4, 64): {LONG: Tile(32, 32, 4)},
-    (4, 128): {LONG: Tile(32, 32, 4)},
-}
+    ("whole", 80): {
+        (2, 32): {32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8)},
+        (2, 64): {32: Tile(32, 32, 4), 64: Tile(32, 64, 4), 128: Tile(32, 128, 8)},
+        (2, 128): {32: Tile(32, 32, 4), 64: Tile(16, 64, 8)},
+        (4, 32): {32: Tile(32, 32, 4)},
+        (4, 64): {32: Tile(32, 32, 4)},
+        (4, 128): {},
+    },
+    ("whole", 90): {
+        (2, 32): {32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8, 2)},
+        (2, 64): {32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8, 2)},
+        (2, 128): {32: Tile(32, 32, 4), 64: Tile(64, 64, 8)},
+        (4, 32): {32: Tile(32, 32, 4)},
+        (4, 64): {32: Tile(32, 32, 4)},
+        (4, 128): {},
+    },
+    ("queries", 80): {
+        (2, 32): {LONG: Tile(128, 64, 8, 2)},
+        (2, 64): {LONG: Tile(128, 32, 8, 2)},
+        (2, 128): {LONG: Tile(64, 32, 8, 2)},
+        (4, 32): {LONG: Tile(32, 32, 4)},
+        (4, 64): {LONG: Tile(32, 32, 8)},
+        (4, 128): {LONG: Tile(32, 32, 8)},
+    },
+    ("queries", 90): {
+        (2, 32): {LONG: Tile(128, 64, 8, 2)},
+        (2, 64): {LONG: Tile(128, 64, 8, 2)},
+        (2, 128): {LONG: Tile(128, 32, 8, 2)},
+        (4, 32): {LONG: Tile(32, 32, 4)},
+        (4, 64): {LONG: Tile(32, 32, 8)},
+        (4, 128): {LONG: Tile(32, 32, 8)},
+    },
+    ("keys", 80): {
+        (2, 32): {LONG: Tile(64, 128, 8, 2)},
+        (2, 64): {LONG: Tile(32, 128, 8, 2)},
+        (2, 128): {LONG: Tile(32, 64, 8, 2)},
+        (4, 32): {LONG: Tile(32, 32, 4)},
+        (4, 64): {LONG: Tile(32, 32, 8)},
+        (4, 128): {LONG: Tile(16, 32, 8)},
+    },
+    ("keys", 90): {
+        (2, 32): {LONG: Tile(64, 128, 8, 2)},
+        (2, 64): {LONG: Tile(64, 128, 8, 2)},
+        (2, 128): {LONG: Tile(32, 128, 8, 2)},
+        (4, 32): {LONG: Tile(32, 32, 4)},
+        (4, 64): {LONG: Tile(32, 32, 8)},
+        (4, 128): {LONG: Tile(16, 32, 8)},
+    },
+}  # fmt: skip
 
 
-def choose(table, q, longest):
+def choose(kernel, arch, q, longest):
     """The tile for sequences up to `longest`, None where the table has none."""
-    key = q.element_size(), min(max(triton.next_power_of_2(q.shape[2]), 32), 128)
-    return next((tile for limit, tile in table[key].items() if longest <= limit), None)
+    dim = max(triton.next_power_of_2(q.shape[2]), 32)
+    if dim > 128:
+        raise ValueError(
+            f"head_dim is {q.shape[2]}, the Triton kernels take up to 128; "
+            'use bertfast.backend("reference")'
+        )
+    tiles = TILES[kernel, 90 if arch == 90 or arch == 100 else 80][q.element_size(), dim]
+    return next((tile for limit, tile in tiles.items() if longest <= limit), None)
 
 
 def work(tokens, starts, longest, size):
@@ -134,27 +185,68 @@ def _precision():
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def launch(kernel, programs, tile, arguments):
-    if programs:
-        kernel[(programs,)](
-            **arguments, M=tile.m, N=tile.n, num_warps=tile.warps, num_stages=tile.stages
-        )
+class Launch:
+    """Starts kernels. `Record` only writes down which."""
+
+    @staticmethod
+    @functools.cache
+    def arch(device):
+        """90 for an H100; of the interpreter 80."""
+        if device.type != "cuda":
+            return 80
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+
+    def __call__(self, kernel, programs, tile, arguments):
+        if programs:
+            kernel[(programs,)](
+                **arguments, M=tile.m, N=tile.n, num_warps=tile.warps, num_stages=tile.stages
+            )
 
 
-def recorder(specs):
-    """A `launch` that adds to a list what would have been started."""
+class Record(Launch):
+    def __init__(self, arch):
+        self.specs, self.arch = [], lambda device: arch
 
-    def record(kernel, programs, tile, arguments):
+    def __call__(self, kernel, programs, tile, arguments):
         types, constants = {}, {}
+        arguments = arguments | dict(M=tile.m, N=tile.n)
         for parameter in kernel.params:
-            name = parameter.name
-            value = (arguments | tile._asdict())[name.lower() if name in "MN" else name]
+            name, value = parameter.name, arguments[parameter.name]
             if parameter.is_constexpr or value is None or (name == "blocks" and value == 1):
                 constants[name] = value
             elif isinstance(value, torch.Tensor):
                 types[name] = "*" + _TYPES[value.dtype]
             else:
                 types[name] = "fp32" if isinstance(value, float) else "i32"
-        specs.append(Spec(kernel, types, constants, tile.warps, tile.stages))
+        arch = self.arch(None)
+        self.specs.append(Spec(kernel, types, constants, tile.warps, tile.stages, arch))
 
-    return record
+
+launch = Launch()
+
+
+def variants(run):
+    """Every `Spec` of run(launch, qkv, starts, longest, *options), once: by the table, and with
+    what each of dropout, a causal mask and a bias adds."""
+    empty = functools.partial(torch.empty, device="meta")
+    starts = empty(33, dtype=torch.int32)
+    seed, heads, seen = empty(2, dtype=torch.int64), 12, set()
+    for arch, (dtype, longests), dim, more in itertools.product(
+        (80, 90),
+        {torch.bfloat16: (32, 64, 128, 256, 512), torch.float32: (32, 512)}.items(),
+        (32, 64, 128),
+        ("", "dropout", "causal, bias and dropout"),
+    ):
+        if "bias" in more and dim != 64:
+            continue
+        for longest in longests:
+            bias = empty(1, heads, longest, longest, dtype=dtype) if "bias" in more else None
+            record = Record(arch)
+            options = (0.125, 0.1 if more else 0.0, seed if more else None, "causal" in more, bias)
+            run(record, empty(4096, 3, heads, dim, dtype=dtype), starts, longest, *options)
+            for spec in record.specs:
+                key = repr(spec._replace(arch=80))
+                if key not in seen:
+                    seen.add(key)
+                    yield spec
