@@ -73,15 +73,22 @@ def store_rows(base, x, row, rows, TOKEN: tl.constexpr, DIM: tl.constexpr, D: tl
 
 
 @triton.jit
-def scores(product, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr):
+def square(base, row, query, key, step):
+    """Pointers to a tile of [queries, keys] of row stride `step`; `row` is the tile's first, so
+    that a 64-bit offset is needed once and not for every element."""
+    return base + tl.cast(row, tl.int64) * step + ((query - row) * step + key)
+
+
+@triton.jit
+def scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr):
     """A tile of q k^T -> its scores in base 2, -inf where masked.
 
-    query [M, 1] and key [1, N], or [1, M] and [N, 1] for the transposed tile.
+    query [M, 1] from `row` and key [1, N], or [1, M] and [N, 1] for the transposed tile.
     """
     s = product * (scale * _LOG2E) + tl.where(key < keys, 0.0, float("-inf"))
     if bias is not None:
         inside = (query < queries) & (key < keys)
-        at = bias + query.to(tl.int64) * bias_query + key
+        at = square(bias, row, query, key, bias_query)
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
     if CAUSAL:
         s = tl.where(key <= query, s, float("-inf"))
@@ -97,37 +104,13 @@ def kept(seed, token, head, key, threshold, HEADS: tl.constexpr, M: tl.constexpr
 
 @triton.jit(do_not_specialize=["batch", "tokens"])
 def _forward(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    starts_q,
-    starts_k,
-    bias,
-    seed,
-    bias_batch,
-    bias_head,
-    bias_query,
-    batch,
-    tokens,
-    blocks,
-    scale,
-    keep_scale,
-    threshold,
-    Q_TOKEN: tl.constexpr,
-    Q_HEAD: tl.constexpr,
-    K_TOKEN: tl.constexpr,
-    K_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    q, k, v, out, lse, starts_q, starts_k, bias, seed, bias_batch, bias_head, bias_query,
+    batch, tokens, blocks, scale, keep_scale, threshold,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ONE_PASS: tl.constexpr,
-):
+):  # fmt: skip
     """A program is a block of M queries of one head and sequence; heads are neighbours."""
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     sequence, block = place(starts_q, tl.program_id(0) // HEADS, batch, blocks, M)
@@ -148,7 +131,7 @@ def _forward(
         value = load_rows(v, column, keys, K_TOKEN, DIM, D)
         s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
         at = column[None, :]
-        s = scores(s, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL)
+        s = scores(s, block * M, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL)
         top = tl.max(s, 1)
         shift = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp2(s - shift[:, None])
@@ -167,7 +150,9 @@ def _forward(
             key = load_rows(k, first + column, keys, K_TOKEN, DIM, D)
             s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
             at = first + column[None, :]
-            s = scores(s, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL)
+            s = scores(
+                s, block * M, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL
+            )
             new = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(new == float("-inf"), 0.0, new)
             p = tl.exp2(s - shift[:, None])
@@ -192,19 +177,9 @@ def _forward(
 
 
 def cross_forward(
-    q,
-    kv,
-    starts_q,
-    starts_k,
-    longest_q,
-    longest_k,
-    scale,
-    dropout_p,
-    seed,
-    causal,
-    bias,
+    q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias,
     launch=launch,
-):
+):  # fmt: skip
     """The operator `cross_attention`: out [tokens_q, heads, dim], lse [heads, tokens_q]."""
     q, kv = dense_last(q), dense_last(kv)
     k, v = kv.unbind(1)
@@ -212,31 +187,18 @@ def cross_forward(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
-    tile = choose("forward", launch.arch(q.device), q, longest_k)
+    tile = choose("forward", launch.arch(q.device), q, longest_k, bias)
     items, blocks = work(tokens, starts_q, longest_q, tile.m)
-    a |= dict(out=out, lse=lse, tokens=tokens, blocks=blocks, ONE_PASS=longest_k <= tile.n)
+    a |= dict(out=out, lse=lse, blocks=blocks, ONE_PASS=longest_k <= tile.n)
     launch(_forward, items * heads, tile, a)
     return out, lse
 
 
-def forward(qkv, starts, longest, scale, dropout_p, seed, causal, bias, launch=launch):
+def forward(qkv, starts, longest, *options, launch=launch):
     """The operator `attention`."""
-    qkv = dense_last(qkv)
-    return cross_forward(
-        qkv[:, 0],
-        qkv[:, 1:],
-        starts,
-        starts,
-        longest,
-        longest,
-        scale,
-        dropout_p,
-        seed,
-        causal,
-        bias,
-        launch,
-    )
+    q, kv = qkv[:, 0], qkv[:, 1:]
+    return cross_forward(q, kv, starts, starts, longest, longest, *options, launch)
 
 
 def shipped():
-    yield from variants(lambda launch, *arguments: forward(*arguments, launch))
+    yield from variants(lambda launch, *arguments: forward(*arguments, launch=launch))

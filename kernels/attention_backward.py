@@ -10,23 +10,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import kept, load_rows, place, scores, span, store_rows
+from .attention import kept, load_rows, place, scores, span, square, store_rows
 from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
 
 
 @triton.jit
 def probabilities(
-    product, lse, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr
+    product, lse, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr
 ):
     """A tile of q k^T -> softmax, either way round; lse in base 2, +inf for a row without keys."""
-    s = scores(product, query, key, queries, keys, bias, bias_query, scale, CAUSAL)
+    s = scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL)
     return tl.exp2(s - lse)
 
 
 @triton.jit
-def store_bias_gradient(dbias, ds, query, key, queries, keys, dbias_query):
-    at = dbias + query.to(tl.int64) * dbias_query + key
+def store_bias_gradient(dbias, ds, row, query, key, queries, keys, dbias_query):
+    at = square(dbias, row, query, key, dbias_query)
     tl.store(at, ds, mask=(query < queries) & (key < keys))
 
 
@@ -71,7 +71,17 @@ def _queries(
         at_key = first + column[None, :]
         p = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
         p = probabilities(
-            p, log[:, None], row[:, None], at_key, queries, keys, bias, bias_query, scale, CAUSAL
+            p,
+            log[:, None],
+            block * M,
+            row[:, None],
+            at_key,
+            queries,
+            keys,
+            bias,
+            bias_query,
+            scale,
+            CAUSAL,
         )
         dp = dot(do, tl.trans(value), tl.zeros([M, N], tl.float32), PRECISION)
         if seed is not None:
@@ -79,7 +89,9 @@ def _queries(
             dp = tl.where(keep, dp, 0.0) * keep_scale
         ds = p * (dp - total[:, None])
         if dbias is not None:
-            store_bias_gradient(dbias, ds, row[:, None], at_key, queries, keys, dbias_query)
+            store_bias_gradient(
+                dbias, ds, block * M, row[:, None], at_key, queries, keys, dbias_query
+            )
         dqs = dot(ds.to(key.dtype), key, dqs, PRECISION)
     dq += start_q.to(tl.int64) * DQ_TOKEN + head * DIM
     store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
@@ -134,7 +146,7 @@ def _keys(
         at_query, at_key = row[None, :], column[:, None]
         p = dot(key, tl.trans(query), tl.zeros([N, M], tl.float32), PRECISION)
         p = probabilities(
-            p, log[None, :], at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL
+            p, log[None, :], first, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL
         )
         dp = dot(value, tl.trans(do), tl.zeros([N, M], tl.float32), PRECISION)
         if seed is not None:
@@ -150,7 +162,7 @@ def _keys(
             total = tl.load(delta + row, mask=row < queries, other=0.0)
         ds = p * (dp - total[None, :])
         if WHOLE and dbias is not None:
-            store_bias_gradient(dbias, ds, at_query, at_key, queries, keys, dbias_query)
+            store_bias_gradient(dbias, ds, first, at_query, at_key, queries, keys, dbias_query)
         ds = ds.to(query.dtype)
         dks = dot(ds, query, dks, PRECISION)
         if WHOLE:
@@ -184,13 +196,13 @@ def _run(
         a |= dict(dbias_head=squares.stride(1), dbias_query=squares.stride(2))
     dkv_arguments = dict(dk=dkv[:, 0], dv=dkv[:, 1], DK_TOKEN=dkv.stride(0))
     arch = launch.arch(q.device)
-    tile = choose("whole", arch, q, max(longest_q, longest_k))
+    tile = choose("whole", arch, q, max(longest_q, longest_k), bias)
     if tile is not None:
         a |= dkv_arguments | dict(delta=None, blocks=1, WHOLE=True)
         launch(_keys, a["batch"] * heads, tile, a)
     else:
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-        tile = choose("queries", arch, q, longest_k)
+        tile = choose("queries", arch, q, longest_k, bias)
         items, blocks = work(q.shape[0], starts_q, longest_q, tile.m)
         launch(
             _queries,
@@ -198,7 +210,7 @@ def _run(
             tile,
             a | dict(out=out.contiguous(), delta=delta, blocks=blocks),
         )
-        tile = choose("keys", arch, q, longest_q)
+        tile = choose("keys", arch, q, longest_q, bias)
         items, blocks = work(k.shape[0], starts_k, longest_k, tile.n)
         a |= dkv_arguments | dict(delta=delta, blocks=blocks, WHOLE=False, dbias=None)
         launch(_keys, items * heads, tile, a)

@@ -31,8 +31,9 @@ class Tile(NamedTuple):
 
 LONG = math.inf
 # By kernel and architecture, then by bytes of an element and head dim (rounded up): the tile for
-# sequences up to a length, of keys in forward and QUERIES, of queries in KEYS, of both in WHOLE.
-# Where forward's n reaches the length, the softmax is a single pass.
+# sequences up to a length; of keys for "forward" and "queries", of queries for "keys", of both for
+# "whole", which is "keys" where a tile holds every sequence. Where forward's n reaches the length,
+# the softmax is a single pass. None of these spills registers; speed is still to be measured.
 TILES = {
     ("forward", 80): {
         (2, 32): {
@@ -47,7 +48,7 @@ TILES = {
             32: Tile(32, 32, 2), 64: Tile(32, 64, 4), 128: Tile(64, 128, 8),
             LONG: Tile(64, 32, 4, 2),
         },
-        (4, 32): {LONG: Tile(64, 32, 8)},
+        (4, 32): {LONG: Tile(32, 32, 8)},
         (4, 64): {LONG: Tile(32, 32, 4)},
         (4, 128): {LONG: Tile(32, 32, 8)},
     },
@@ -64,16 +65,16 @@ TILES = {
             32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8),
             LONG: Tile(128, 64, 8, 2),
         },
-        (4, 32): {LONG: Tile(64, 32, 8)},
+        (4, 32): {LONG: Tile(32, 32, 8)},
         (4, 64): {LONG: Tile(32, 32, 4)},
         (4, 128): {LONG: Tile(32, 32, 8)},
     },
     ("whole", 80): {
         (2, 32): {32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8)},
         (2, 64): {32: Tile(32, 32, 4), 64: Tile(32, 64, 4), 128: Tile(32, 128, 8)},
-        (2, 128): {32: Tile(32, 32, 4), 64: Tile(16, 64, 8)},
+        (2, 128): {32: Tile(16, 32, 4), 64: Tile(16, 64, 8)},
         (4, 32): {32: Tile(32, 32, 4)},
-        (4, 64): {32: Tile(32, 32, 4)},
+        (4, 64): {32: Tile(16, 32, 8)},
         (4, 128): {},
     },
     ("whole", 90): {
@@ -81,7 +82,7 @@ TILES = {
         (2, 64): {32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8, 2)},
         (2, 128): {32: Tile(32, 32, 4), 64: Tile(64, 64, 8)},
         (4, 32): {32: Tile(32, 32, 4)},
-        (4, 64): {32: Tile(32, 32, 4)},
+        (4, 64): {32: Tile(16, 32, 8)},
         (4, 128): {},
     },
     ("queries", 80): {
@@ -104,22 +105,45 @@ TILES = {
         (2, 32): {LONG: Tile(64, 128, 8, 2)},
         (2, 64): {LONG: Tile(32, 128, 8, 2)},
         (2, 128): {LONG: Tile(32, 64, 8, 2)},
-        (4, 32): {LONG: Tile(32, 32, 4)},
-        (4, 64): {LONG: Tile(32, 32, 8)},
+        (4, 32): {LONG: Tile(16, 32, 4)},
+        (4, 64): {LONG: Tile(16, 32, 8)},
         (4, 128): {LONG: Tile(16, 32, 8)},
     },
     ("keys", 90): {
         (2, 32): {LONG: Tile(64, 128, 8, 2)},
         (2, 64): {LONG: Tile(64, 128, 8, 2)},
         (2, 128): {LONG: Tile(32, 128, 8, 2)},
-        (4, 32): {LONG: Tile(32, 32, 4)},
-        (4, 64): {LONG: Tile(32, 32, 8)},
+        (4, 32): {LONG: Tile(16, 32, 4)},
+        (4, 64): {LONG: Tile(16, 32, 8)},
         (4, 128): {LONG: Tile(16, 32, 8)},
+    },
+    # Where there is a bias, of 2-byte elements, its tile takes the registers.
+    ("forward", "bias"): {
+        (2, 32): {LONG: Tile(64, 32, 4, 2)},
+        (2, 64): {LONG: Tile(64, 64, 4, 2)},
+        (2, 128): {LONG: Tile(32, 32, 4, 2)},
+    },
+    ("whole", "bias"): {
+        (2, 32): {32: Tile(32, 32, 4)},
+        (2, 64): {32: Tile(32, 32, 4)},
+        (2, 128): {},
+        (4, 32): {},
+        (4, 64): {},
+    },
+    ("queries", "bias"): {
+        (2, 32): {LONG: Tile(64, 32, 8, 2)},
+        (2, 64): {LONG: Tile(64, 32, 8, 2)},
+        (2, 128): {LONG: Tile(32, 32, 8, 2)},
+    },
+    ("keys", "bias"): {
+        (2, 32): {LONG: Tile(16, 64, 4, 2)},
+        (2, 64): {LONG: Tile(16, 64, 4, 2)},
+        (2, 128): {LONG: Tile(32, 32, 8, 2)},
     },
 }  # fmt: skip
 
 
-def choose(kernel, arch, q, longest):
+def choose(kernel, arch, q, longest, bias):
     """The tile for sequences up to `longest`, None where the table has none."""
     dim = max(triton.next_power_of_2(q.shape[2]), 32)
     if dim > 128:
@@ -127,7 +151,11 @@ def choose(kernel, arch, q, longest):
             f"head_dim is {q.shape[2]}, the Triton kernels take up to 128; "
             'use bertfast.backend("reference")'
         )
-    tiles = TILES[kernel, 90 if arch == 90 or arch == 100 else 80][q.element_size(), dim]
+    # Of the rest, sm_86, 89 and 120 have an A100's registers and less shared memory.
+    table = TILES[kernel, 90 if arch in (90, 100, 103) else 80]
+    if bias is not None:
+        table = table | TILES[kernel, "bias"]
+    tiles = table[q.element_size(), dim]
     return next((tile for limit, tile in tiles.items() if longest <= limit), None)
 
 
@@ -176,11 +204,11 @@ def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
         DIM=dim,
         D=max(triton.next_power_of_2(dim), 16),
         CAUSAL=causal,
-        PRECISION=_precision(),
+        PRECISION=precision(),
     )
 
 
-def _precision():
+def precision():
     """Of fp32 products, as torch's own: TF32 only where the user asked for it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -238,8 +266,6 @@ def variants(run):
         (32, 64, 128),
         ("", "dropout", "causal, bias and dropout"),
     ):
-        if "bias" in more and dim != 64:
-            continue
         for longest in longests:
             bias = empty(1, heads, longest, longest, dtype=dtype) if "bias" in more else None
             record = Record(arch)

@@ -249,6 +249,45 @@ def test_empty(backend):
             assert out.shape == (0, 2, 32) and qkv.grad.shape == qkv.shape
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_beyond_32_bits(backend):
+    """A second token 2**31 elements behind the first; the 4 GB between are never touched."""
+    memory = torch.empty(
+        2**31 + 96, dtype=torch.bfloat16, device=DEVICES[backend], pin_memory=False
+    )
+    qkv = memory.as_strided((2, 3, 1, 32), (2**31, 32, 32, 1))
+    qkv.copy_(torch.randn(qkv.shape))
+    results = []
+    for x in (qkv, qkv.contiguous()):
+        x.requires_grad_()
+        with ops.backend(backend):
+            out = ops.attention(x, starts([2], backend), 2)
+            results.append([out, *torch.autograd.grad(out.square().sum(), x)])
+    for far, near in zip(*results, strict=True):
+        assert torch.equal(far, near)
+
+
+def test_tf32_only_where_asked():
+    launch = pytest.importorskip("bertfast.kernels.attention_launch")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    assert launch.precision() == "ieee"
+    try:
+        matmul.fp32_precision = "tf32"
+        assert launch.precision() == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_work_covers_every_length():
+    """As many items as blocks, and few more, whichever way they are numbered."""
+    launch = pytest.importorskip("bertfast.kernels.attention_launch")
+    assert launch.work(8 * 512, offsets([512] * 8), 512, 128) == (32, 4)
+    assert launch.work(100 + 512, offsets([1] * 100 + [512]), 512, 128) == (105, None)
+    assert launch.work(0, offsets([]), 0, 128) == (0, 0)
+
+
 def test_refusals():
     qkv, cu = torch.zeros(5, 3, 2, 8), offsets([2, 3])
     refused(ValueError, r"\[5, 2, 2, 8\]", ops.attention, qkv[:, :2], cu, 3)
@@ -259,3 +298,7 @@ def test_refusals():
     refused(ValueError, "dropout_p is 1.0", ops.attention, qkv, cu, 3, dropout_p=1.0)
     refused(ValueError, "bias has shape", ops.attention, qkv, cu, 3, bias=torch.zeros(1, 1, 2, 3))
     refused(TypeError, "int64", ops.attention, qkv.long(), cu, 3)
+    if "triton" in BACKENDS:
+        with ops.backend("triton"):
+            wide = torch.zeros(5, 3, 1, 160)
+            refused(ValueError, "head_dim is 160", ops.attention, wide, cu, 3)
