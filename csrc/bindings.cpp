@@ -50,44 +50,53 @@ static void activation_backward(ptr grad, int64_t grad_row, ptr z, ptr dz, ptr c
   kernels().activation_backward(g);
 }
 
-static AttentionArgs attention_args(ptr qkv, int64_t token, int64_t part, int64_t head,
-                                    ptr cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
-                                    int64_t dim, float scale, ptr bias, int64_t bias_batch,
-                                    int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
-                                    float keep_scale, uint32_t threshold, bool causal, bool bf16) {
+static AttentionArgs attention_args(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head,
+                                    int64_t k_token, int64_t k_head, ptr starts_q, ptr starts_k,
+                                    int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                                    float scale, ptr bias, int64_t bias_batch, int64_t bias_head,
+                                    int64_t bias_query, bool bias_bf16, ptr seed, float keep_scale,
+                                    uint32_t threshold, bool causal, bool bf16) {
   AttentionArgs g{};
-  g.qkv = at(qkv), g.token = token, g.part = part, g.head = head;
-  g.cu_seqlens = at<const int32_t>(cu_seqlens), g.batch = batch, g.tokens = tokens;
-  g.heads = heads, g.dim = dim, g.scale = scale;
+  g.q = at(q), g.k = at(k), g.v = at(v);
+  g.q_token = q_token, g.q_head = q_head, g.k_token = k_token, g.k_head = k_head;
+  g.starts_q = at<const int32_t>(starts_q), g.starts_k = at<const int32_t>(starts_k);
+  g.batch = batch, g.tokens = tokens, g.heads = heads, g.dim = dim, g.scale = scale;
   g.bias = at(bias), g.bias_batch = bias_batch, g.bias_head = bias_head;
   g.bias_query = bias_query, g.bias_bf16 = bias_bf16;
   g.dropout = dropout(seed, keep_scale, threshold), g.causal = causal, g.bf16 = bf16;
   return g;
 }
 
-static void attention(ptr qkv, int64_t token, int64_t part, int64_t head, ptr cu_seqlens,
-                      int64_t batch, int64_t tokens, int64_t heads, int64_t dim, float scale,
-                      ptr bias, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
-                      bool bias_bf16, ptr seed, float keep_scale, uint32_t threshold, bool causal,
-                      bool bf16, ptr out, ptr lse) {
-  AttentionArgs g = attention_args(qkv, token, part, head, cu_seqlens, batch, tokens, heads, dim,
-                                   scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
-                                   keep_scale, threshold, causal, bf16);
+static void attention(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head, int64_t k_token,
+                      int64_t k_head, ptr starts_q, ptr starts_k, int64_t batch, int64_t tokens,
+                      int64_t heads, int64_t dim, float scale, ptr bias, int64_t bias_batch,
+                      int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
+                      float keep_scale, uint32_t threshold, bool causal, bool bf16, ptr out,
+                      ptr lse) {
+  AttentionArgs g =
+      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, batch, tokens,
+                     heads, dim, scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
+                     keep_scale, threshold, causal, bf16);
   g.out = at<void>(out), g.lse = at<float>(lse);
   py::gil_scoped_release release;
   kernels().attention(g);
 }
 
-static void attention_backward(ptr qkv, int64_t token, int64_t part, int64_t head, ptr cu_seqlens,
+static void attention_backward(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head,
+                               int64_t k_token, int64_t k_head, ptr starts_q, ptr starts_k,
                                int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
                                float scale, ptr bias, int64_t bias_batch, int64_t bias_head,
                                int64_t bias_query, bool bias_bf16, ptr seed, float keep_scale,
                                uint32_t threshold, bool causal, bool bf16, ptr grad, ptr lse,
-                               ptr dqkv, ptr dbias, int64_t dbias_rows, int64_t dbias_cols) {
-  AttentionArgs g = attention_args(qkv, token, part, head, cu_seqlens, batch, tokens, heads, dim,
-                                   scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
-                                   keep_scale, threshold, causal, bf16);
-  g.grad = at(grad), g.lse = at<float>(lse), g.dqkv = at<void>(dqkv);
+                               ptr dq, ptr dk, ptr dv, int64_t dq_token, int64_t dk_token,
+                               ptr dbias, int64_t dbias_rows, int64_t dbias_cols) {
+  AttentionArgs g =
+      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, batch, tokens,
+                     heads, dim, scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
+                     keep_scale, threshold, causal, bf16);
+  g.grad = at(grad), g.lse = at<float>(lse);
+  g.dq = at<void>(dq), g.dk = at<void>(dk), g.dv = at<void>(dv);
+  g.dq_token = dq_token, g.dk_token = dk_token;
   g.dbias = at<float>(dbias), g.dbias_rows = dbias_rows, g.dbias_cols = dbias_cols;
   py::gil_scoped_release release;
   kernels().attention_backward(g);

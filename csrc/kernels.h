@@ -43,10 +43,10 @@ struct Dropout {
 };
 
 struct AttentionArgs {
-  const void* qkv;
-  int64_t token, part, head;  // strides of qkv
-  const int32_t* cu_seqlens;
-  int64_t batch, tokens, heads, dim;
+  const void *q, *k, *v;
+  int64_t q_token, q_head, k_token, k_head;  // strides; v's are k's
+  const int32_t *starts_q, *starts_k;
+  int64_t batch, tokens, heads, dim;  // tokens of q
   float scale;
   const void* bias;  // null, or additive, by batch, head and query strides
   int64_t bias_batch, bias_head, bias_query;
@@ -56,9 +56,11 @@ struct AttentionArgs {
   // forward: out [tokens, heads, dim]; lse [heads, tokens] is +inf where a row is fully masked
   void* out;
   float* lse;
-  // backward: dqkv [tokens, 3, heads, dim]; dbias null or [batch, heads, dbias_rows, dbias_cols]
+  // backward: the strides of dq's and of dk's and dv's tokens, their heads are dense; dbias null
+  // or [batch, heads, dbias_rows, dbias_cols]
   const void* grad;
-  void* dqkv;
+  void *dq, *dk, *dv;
+  int64_t dq_token, dk_token;
   float* dbias;
   int64_t dbias_rows, dbias_cols;
 };

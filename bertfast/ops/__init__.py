@@ -3,6 +3,7 @@
 from . import registry
 from .add_layer_norm import add_layer_norm
 from .attention import attention
+from .cross_attention import cross_attention
 from .dropout import draw_seeds
 from .embedding_layer_norm import embedding_layer_norm
 from .linear_act import feed_forward, linear_act, qkv_linear
@@ -13,6 +14,7 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "backend",
+    "cross_attention",
     "draw_seeds",
     "embedding_layer_norm",
     "feed_forward",
