@@ -24,7 +24,7 @@ FLOATS = [torch.float32, torch.bfloat16]
 
 def relative(actual, expected) -> float:
     """||actual - expected|| / ||expected||; inf for a NaN."""
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.double().cpu(), expected.double()
     if not torch.isfinite(actual).all():
         return float("inf")
     scale = expected.norm().item() or 1.0
@@ -53,8 +53,10 @@ def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     shape = plain(*wide).shape
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     truth = run(plain, wide, grad)
+    device = DEVICES[backend]
     with ops.backend(backend):
-        actual = run(function, tensors, grad)
+        there = [None if t is None else t.to(device) for t in tensors]
+        actual = run(function, there, grad.to(device))
     low = run(plain, tensors, grad) if dtype == torch.bfloat16 else [None] * len(truth)
     for i, (a, t, p) in enumerate(zip(actual, truth, low, strict=True)):
         limit = fp32 if p is None else 2 * relative(p, t) + 2e-3

@@ -218,8 +218,19 @@ def _qkv_reference_backward(grad, x, wq, wk, wv, bq, need):
 # --- C++ CPU kernels ---
 
 
-def _gemm(a, b, c, bias=(None,), z=None, activation=0, a_t=False, b_t=True, split_k=False):
-    """c[m, n] = activation(a @ b.T + bias), a.T if a_t, b for b.T unless b_t.
+def _gemm(
+    a,
+    b,
+    c,
+    bias=(None,),
+    z=None,
+    activation=0,
+    a_t=False,
+    b_t=True,
+    split_k=False,
+    accumulate=False,
+):
+    """c[m, n] = activation(a @ b.T + bias), a.T if a_t, b for b.T unless b_t; accumulate adds the old c first.
 
     b and bias are tuples: parts stacked along n, or along k if split_k; z takes the
     pre-activation. Everything 2-D with any strides, but c and z with a dense last dimension.
@@ -231,7 +242,7 @@ def _gemm(a, b, c, bias=(None,), z=None, activation=0, a_t=False, b_t=True, spli
         *(m, c.shape[1], k, ptr(a), *a_strides, is_bf16(a)),
         *([ptr(p) for p in b], *b_strides, is_bf16(b[0]), split_k),
         *([ptr(p) for p in bias if p is not None], is_bf16(bias[0])),
-        *(ptr(c), c.stride(0), is_bf16(c), ptr(z), activation),
+        *(ptr(c), c.stride(0), is_bf16(c), ptr(z), activation, accumulate),
     )
 
 
