@@ -76,10 +76,9 @@ def masked_cross_entropy(hidden, weight, bias, labels, ignore_index, need):
     dhidden, dweight, dbias = (
         torch.empty(s, dtype=d, device=device) for s, d in _shapes(hidden, weight, bias, need)
     )
-    dw = (
-        torch.zeros(dweight.shape, dtype=torch.float32, device=device) if len(chunks) != 1 else None
-    )
-    db = torch.zeros(dbias.shape, dtype=torch.float32, device=device)
+    wide = {"dtype": torch.float32, "device": device}
+    dw = None if len(chunks) == 1 else torch.zeros(dweight.shape, **wide)
+    db = torch.zeros(dbias.shape, **wide)
     for i, j in chunks:
         x, z = hidden[i:j], logits[: j - i]
         torch.mm(x, w.T, out=z)

@@ -230,10 +230,11 @@ def _gemm(
     split_k=False,
     accumulate=False,
 ):
-    """c[m, n] = activation(a @ b.T + bias), a.T if a_t, b for b.T unless b_t; accumulate adds the old c first.
+    """c[m, n] = activation(a @ b.T + bias), a.T if a_t, b for b.T unless b_t.
 
     b and bias are tuples: parts stacked along n, or along k if split_k; z takes the
-    pre-activation. Everything 2-D with any strides, but c and z with a dense last dimension.
+    pre-activation; accumulate adds what c held before the activation. Everything 2-D with any
+    strides, but c and z with a dense last dimension.
     """
     k, m = a.shape if a_t else a.shape[::-1]
     a_strides = a.stride()[::-1] if a_t else a.stride()
