@@ -73,7 +73,7 @@ struct AddLayerNormArgs {
   void* y;
   float *mean, *rstd;
   const void* grad;
-  void *dx, *dresidual;
+  void *dx, *dresidual;  // dresidual is null where it is dx's
   float* columns;  // [3, hidden]: dweight, dbias, dx_bias
 };
 

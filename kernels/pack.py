@@ -7,7 +7,7 @@ import triton.language as tl
 from .spec import Spec
 
 _UNITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WARPS, _VALUES = 4, 4096  # values per program: 64 bytes a thread for bf16
+_WARPS, _VALUES = 4, 2048  # values per program: 32 bytes a thread in bf16
 
 
 @triton.jit
