@@ -27,7 +27,7 @@ static Dropout dropout(ptr seed, float scale, uint32_t threshold) {
 static void gemm(int64_t m, int64_t n, int64_t k, ptr a, int64_t a_row, int64_t a_k, bool a_bf16,
                  const std::vector<ptr>& b, int64_t b_row, int64_t b_k, bool b_bf16, bool split_k,
                  const std::vector<ptr>& bias, bool bias_bf16, ptr c, int64_t c_row, bool c_bf16,
-                 ptr z, int activation) {
+                 ptr z, int activation, bool accumulate) {
   if (b.empty() || b.size() > 3 || (split_k ? k : n) % int64_t(b.size()) ||
       (!bias.empty() && bias.size() != b.size()))
     throw std::invalid_argument("gemm: parts do not divide the product");
@@ -37,7 +37,7 @@ static void gemm(int64_t m, int64_t n, int64_t k, ptr a, int64_t a_row, int64_t 
   for (size_t i = 0; i < b.size(); ++i) g.b[i] = at(b[i]);
   for (size_t i = 0; i < bias.size(); ++i) g.bias[i] = at(bias[i]);
   g.bias_bf16 = bias_bf16, g.c = at<void>(c), g.c_row = c_row, g.c_bf16 = c_bf16;
-  g.z = at<void>(z), g.activation = activation;
+  g.z = at<void>(z), g.activation = activation, g.accumulate = accumulate;
   py::gil_scoped_release release;
   kernels().gemm(g);
 }
@@ -174,6 +174,16 @@ static void scatter_add(ptr x, ptr rows, ptr out, int64_t tokens, int64_t hidden
                         table);
 }
 
+static void cross_entropy_rows(ptr logits, ptr labels, ptr loss, int64_t rows, int64_t vocabulary,
+                               int64_t ignore_index, bool gradient, bool bf16) {
+  const CrossEntropyArgs g{at<float>(logits), at<const int64_t>(labels),
+                           at<float>(loss),   rows,
+                           vocabulary,        ignore_index,
+                           gradient,          bf16};
+  py::gil_scoped_release release;
+  kernels().cross_entropy_rows(g);
+}
+
 static void gather_rows(ptr x, ptr rows, ptr out, int64_t tokens, int64_t row_bytes) {
   py::gil_scoped_release release;
   kernels().gather_rows(at<const char>(x), at<const int64_t>(rows), at<char>(out), tokens,
@@ -254,6 +264,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_layer_norm", &embedding_layer_norm);
   m.def("embedding_layer_norm_backward", &embedding_layer_norm_backward);
   m.def("scatter_add", &scatter_add);
+  m.def("cross_entropy_rows", &cross_entropy_rows);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
   m.def("packed_bytes", [](int64_t n, int64_t k, int precision) {

@@ -20,8 +20,9 @@ struct GemmArgs {
   void* c;
   int64_t c_row;
   bool c_bf16;
-  void* z;         // null, or the pre-activation, laid out as c
-  int activation;  // 0 none, 1 GELU (erf), 2 GELU (tanh), 3 ReLU
+  void* z;          // null, or the pre-activation, laid out as c
+  int activation;   // 0 none, 1 GELU (erf), 2 GELU (tanh), 3 ReLU
+  bool accumulate;  // c = activation(... + c)
 };
 
 // dz = grad * activation'(z); column_sum = sum of dz's (grad's without activation) rows.
@@ -74,7 +75,7 @@ struct AddLayerNormArgs {
   void* y;
   float *mean, *rstd;
   const void* grad;
-  void *dx, *dresidual;
+  void *dx, *dresidual;  // dresidual is null where it is dx's
   float* columns;  // [3, hidden]: dweight, dbias, dx_bias
 };
 
@@ -120,6 +121,15 @@ struct EncoderArgs {
   int64_t n_rows;
 };
 
+// loss[r] = log sum exp(logits[r]) - logits[r][label], 0 where the label is ignore_index.
+struct CrossEntropyArgs {
+  float* logits;  // [rows, vocabulary]; softmax - onehot in its place, as bf16 in a row's front
+  const int64_t* labels;
+  float* loss;
+  int64_t rows, vocabulary, ignore_index;
+  bool gradient, bf16;
+};
+
 struct Kernels {
   const char* isa;
   void (*gemm)(const GemmArgs&);
@@ -133,6 +143,7 @@ struct Kernels {
   // out[rows[i]] += x[i]; out [table, hidden] is overwritten
   void (*scatter_add)(const float* x, const int64_t* rows, float* out, int64_t tokens,
                       int64_t hidden, int64_t table);
+  void (*cross_entropy_rows)(const CrossEntropyArgs&);
   void (*gather_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                       int64_t row_bytes);
   void (*scatter_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,

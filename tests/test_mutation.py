@@ -48,6 +48,10 @@ MUTANTS = [
     ("type embedding dropped", "embedding_layer_norm", "if (type) v +=", "if (false) v +=", "embedding_layer_norm"),
     ("position one off", "embedding_layer_norm", "g.positions[t] * g.hidden", "(g.positions[t] ^ 1) * g.hidden", "embedding_layer_norm"),
     ("a row's gradients overwrite", "embedding_layer_norm", "load_upto(to + j, left) + load_upto(x", "load_upto(x", "embedding_layer_norm"),
+    ("label not subtracted", "masked_cross_entropy", "splat(p - 1)", "splat(p)", "masked_cross_entropy"),
+    ("logits without their maximum", "masked_cross_entropy", "load_upto(z + j, n - j) - m)", "load_upto(z + j, n - j))", "masked_cross_entropy"),
+    ("ignored rows count", "masked_cross_entropy", "if (g.labels[r] != g.ignore_index) {", "if (g.labels[r] >= 0) {", "masked_cross_entropy"),
+    ("chunks overwrite the weight's gradient", "linear_act", "if (g.accumulate) z", "if (false) z", "masked_cross_entropy"),
     ("padding not zeroed", "pack", "std::memset(out + r * row_bytes, 0, row_bytes);", "(void)r;", "pack"),
     ("write past the end", "pack", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes);", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes), out[tokens * row_bytes] = 0;", "pack"),
 ]  # fmt: skip

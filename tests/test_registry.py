@@ -70,6 +70,11 @@ def samples():
                 seed,
             )
         ],
+        "masked_cross_entropy": [
+            (leaf(8, 6), leaf(9, 6), leaf(9), ids, -100, 7),
+            (leaf(8, 6), leaf(9, 6).detach(), None, ids - 1, -1, 1),
+            (*d(leaf(8, 6), leaf(9, 6), leaf(9)), ids, 3, 0),
+        ],
         "pack_indices": [(torch.tensor([[1, 0], [1, 1]]),)],
         "gather_rows": [(x, torch.tensor([1, 5]))],
         "scatter_rows": [(leaf(2, 6), torch.tensor([1, 5]), 8)],
@@ -90,6 +95,7 @@ def public():
         return ops.unpack(p * 2, indices, 2, 5)
 
     ids = torch.arange(8)
+    labels = torch.where(ids % 3 == 0, ids, -100)
     return {
         "attention": (lambda q: ops.attention(q, cu, 5, dropout_p=0.1, seed=3), [leaf(8, 3, 2, 4)]),
         "cross_attention": (
@@ -111,6 +117,10 @@ def public():
         "embedding_layer_norm": (
             lambda t, w: ops.embedding_layer_norm(ids, ids, ids, t, t, t, w, w, 1e-5),
             [leaf(8, 6), leaf(6)],
+        ),
+        "masked_cross_entropy": (
+            lambda x, w: ops.masked_cross_entropy(x, w, None, labels),
+            [leaf(8, 6), leaf(9, 6)],
         ),
         "pack": (lambda x: packed(x, mask), [x]),
     }

@@ -13,6 +13,7 @@ from .extension import C, error
 LIBRARY = torch.library.Library("bertfast", "DEF")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_ROW = 8192  # the longest row that a Triton kernel keeps in registers
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -63,6 +64,18 @@ def triton_limit(device, dtype, arguments):
         if d not in GPU_DTYPES:
             return f"it takes float32, bfloat16 or float16, not {d}"
     return None
+
+
+def triton_row_limit(at: int):
+    """Of kernels that keep a row in registers: the last dimension of arguments[at]."""
+
+    def limit(device, dtype, arguments):
+        hidden = arguments[at].shape[-1] if arguments else 0
+        if hidden > TRITON_ROW:
+            return f"it takes hidden sizes up to {TRITON_ROW}, not {hidden}"
+        return triton_limit(device, dtype, arguments)
+
+    return limit
 
 
 def register_triton(operator: str, function: str, limit=triton_limit):

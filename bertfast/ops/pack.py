@@ -3,10 +3,21 @@
 import torch
 
 from .extension import C
-from .library import autograd, check, cpu_limit, cuda_limit, define, dense, ptr
+from .library import (
+    autograd,
+    check,
+    cpu_limit,
+    cuda_limit,
+    define,
+    dense,
+    ptr,
+    register_triton,
+    triton_limit,
+)
 from .registry import register
 
 _C_LIMIT = lambda device, dtype, arguments: cpu_limit(device, torch.float32, ())
+_TRITON_LIMIT = lambda device, dtype, arguments: triton_limit(device, torch.float32, ())
 
 
 def pack(x, attention_mask):
@@ -63,6 +74,7 @@ define("pack_indices(Tensor mask) -> (Tensor, Tensor)", _fake_indices)
 
 @register("pack_indices", "reference")
 @register("pack_indices", "cpu", limit=_C_LIMIT)
+@register("pack_indices", "triton", limit=_TRITON_LIMIT)
 @register("pack_indices", "cuda", limit=cuda_limit)
 def _indices_reference(mask):
     mask = mask != 0
@@ -119,6 +131,10 @@ def _scatter_cpu(x, indices, rows):
     if out.numel():
         C.scatter_rows(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes)
     return out
+
+
+register_triton("gather_rows", "pack.gather_rows", _TRITON_LIMIT)
+register_triton("scatter_rows", "pack.scatter_rows", _TRITON_LIMIT)
 
 
 @register("gather_rows", "cuda", limit=cuda_limit)

@@ -108,7 +108,8 @@ void epilogue(const GemmArgs& g, const float* tile, int64_t tile_row, const floa
     for (int j = 0; j < NV; ++j) {
       const int64_t n = n0 + j * W, valid = g.n - n, at = (m0 + i) * g.c_row + n;
       if (valid <= 0) break;
-      const vf z = load(tile + i * tile_row + j * W) + load(bias + j * W);
+      vf z = load(tile + i * tile_row + j * W) + load(bias + j * W);
+      if (g.accumulate) z += load_upto(static_cast<const T*>(g.c) + at, valid);
       if (g.z) store_upto(static_cast<T*>(g.z) + at, z, valid);
       store_upto(static_cast<T*>(g.c) + at, activate<activation>(z), valid);
     }

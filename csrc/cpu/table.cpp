@@ -18,6 +18,7 @@ const Kernels table = {
     embedding_layer_norm,
     embedding_layer_norm_backward,
     scatter_add,
+    cross_entropy_rows,
     gather_rows,
     scatter_rows,
     packed_bytes,
