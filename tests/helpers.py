@@ -24,7 +24,7 @@ FLOATS = [torch.float32, torch.bfloat16]
 
 def relative(actual, expected) -> float:
     """||actual - expected|| / ||expected||; inf for a NaN."""
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.double().cpu(), expected.double()
     if not torch.isfinite(actual).all():
         return float("inf")
     scale = expected.norm().item() or 1.0
@@ -45,7 +45,8 @@ def run(function, tensors, grad):
 def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     """Forward and backward of `function` against `plain` in fp64.
 
-    fp32 within 1e-5 relative; bf16 at most twice the error of `plain` run by PyTorch in bf16.
+    fp32 within 1e-5 relative; bf16 and fp16 at most twice the error of `plain` run by PyTorch in
+    that precision.
     `tensors` hold values that both dtypes represent.
     """
     tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
@@ -53,9 +54,11 @@ def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     shape = plain(*wide).shape
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     truth = run(plain, wide, grad)
+    device = DEVICES[backend]
     with ops.backend(backend):
-        actual = run(function, tensors, grad)
-    low = run(plain, tensors, grad) if dtype == torch.bfloat16 else [None] * len(truth)
+        there = [None if t is None else t.to(device) for t in tensors]
+        actual = run(function, there, grad.to(device))
+    low = run(plain, tensors, grad) if dtype != torch.float32 else [None] * len(truth)
     for i, (a, t, p) in enumerate(zip(actual, truth, low, strict=True)):
         limit = fp32 if p is None else 2 * relative(p, t) + 2e-3
         assert a.dtype == dtype

@@ -74,7 +74,12 @@ def register_triton(operator: str, function: str, limit=triton_limit):
     def kernel():
         return getattr(importlib.import_module(f"bertfast.kernels.{file}"), name)
 
-    registry.register(operator, "triton", limit=limit)(lambda *args: kernel()(*args))
+    def call(tensor, *args):
+        # A launch goes to the current device.
+        with torch.cuda.device_of(tensor):
+            return kernel()(tensor, *args)
+
+    registry.register(operator, "triton", limit=limit)(call)
 
 
 def cuda_limit(device, dtype, arguments):
