@@ -214,18 +214,19 @@ def shipped():
     """BERT-base's shapes, and one that no tile divides."""
     feed_forward = (3072, 768)
     for name, tile in table.TILES.items():
-        if name == "float32":
+        if name == "narrow":
             for precision in ("ieee", "tf32"):
                 yield _product_spec("fp32", tile, *feed_forward, 1, 1, True, precision)
-            yield _product_spec("fp32", tile, 1001, 101, 1, 1, True)
+            for dtype in ("fp32", "bf16"):
+                yield _product_spec(dtype, tile, 1001, 101, 1, 1, True)
+            yield _product_spec("bf16", tile, 1001, 101, 3, 0, False)
             continue
         for activation, save in ((0, False), (1, False), (1, True), (2, True), (3, True)):
             yield _product_spec("bf16", tile, *feed_forward, 1, activation, save)
         yield _product_spec("fp16", tile, *feed_forward, 1, 1, True)
         if not tile.persistent:
             yield _product_spec("bf16", tile, 768, 768, 3, 0, False)
-            odd = (1001, 101) if name == "small" else (1000, 104)
-            yield _product_spec("bf16", tile, *odd, 1, 1, True)
+            yield _product_spec("bf16", tile, 1000, 104, 1, 1, True)
     for dtype in ("bf16", "fp16", "fp32"):
         p, n = f"*{dtype}", feed_forward[0]
         steps = {"ROWS": ROWS, "COLUMNS": COLUMNS, "N": n, "STRIDE": n}

@@ -24,7 +24,7 @@ TILES = {
     "small": Tile(64, 64, 64, 4, 4),
     "medium": Tile(128, 128, 64, 8, 3),
     "large": Tile(128, 256, 64, 8, 3, True),
-    "float32": Tile(64, 64, 32, 4, 3),
+    "narrow": Tile(64, 64, 32, 4, 3),
 }
 CUBLAS = "cublas"
 
@@ -45,14 +45,10 @@ def candidates(dtype, arch: int, vectors: bool, parts: int = 1) -> list[str]:
     vectors: the rows of all operands are dense and start at multiples of 16 bytes; parts: see
     `choose`.
     """
-    if dtype == torch.float32:
-        return [CUBLAS, "float32"]
-    names = [CUBLAS, "small"]
-    if vectors:
-        names.append("medium")
-        if parts == 1 and 90 <= arch < 100:
-            names.append("large")
-    return names
+    if dtype == torch.float32 or not vectors:
+        return [CUBLAS, "narrow"]
+    names = [CUBLAS, "small", "medium"]
+    return [*names, "large"] if parts == 1 and 90 <= arch < 100 else names
 
 
 def choose(arch, dtype, m, n, k, activation, save, vectors, parts=1) -> str:
@@ -73,8 +69,8 @@ def choose(arch, dtype, m, n, k, activation, save, vectors, parts=1) -> str:
         return name
     if dtype == torch.float32 or not (activation or (parts > 1 and m <= 1024)):
         return CUBLAS
+    if not vectors:
+        return "narrow"
     if -(-m // 128) * -(-n // 128) < 128:  # too few large tiles to fill a GPU
         return "small"
-    if "large" in able and m >= 4096:
-        return "large"
-    return "medium" if "medium" in able else "small"
+    return "large" if "large" in able and m >= 4096 else "medium"

@@ -40,9 +40,13 @@ def cuda_graphs(model, *, max_tokens: int = 4096, max_graphs: int = 64):
     """
     if not isinstance(model, BertPreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a model of bertfast")
+    _require_gpu(model)
+    return GraphedModel(model, max_tokens, max_graphs)
+
+
+def _require_gpu(model):
     if model.device.type != "cuda":
         raise ValueError(f"the model is on {model.device}, CUDA graphs need it on a GPU: .cuda()")
-    return GraphedModel(model, max_tokens, max_graphs)
 
 
 class Bucket(NamedTuple):
@@ -149,44 +153,45 @@ class Static:
 
 
 class Baked:
-    """What a capture takes from a model besides the batch: `unchanged` after `take`."""
+    """What a capture takes from a model besides the batch: `unchanged` since `take`?
+
+    Asked at every call, so it looks each thing up in the shortest way.
+    """
 
     def __init__(self, model):
         self.model = model
         self.take()
 
     def take(self):
-        modules = list(self.model.modules())
-        self.children = [(m._modules, dict(m._modules)) for m in modules]
-        self.modules = modules
-        self.tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        self.modules = list(self.model.modules())
+        self.norms = [m for m in self.modules if hasattr(m, "eps")]
+        self.children = [m._modules for m in self.modules if m._modules]
+        self.tensors = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self.state = self._state()
 
     def unchanged(self) -> bool:
-        return all(
-            now.keys() == then.keys() and all(now[k] is then[k] for k in now)
-            for now, then in self.children
-        ) and (self.state == self._state())
+        return self.state == self._state()
 
     def _state(self):
-        device, matmul = self.model.device, torch.backends.cuda.matmul
+        device, matmul = self.model.device.type, torch.backends.cuda.matmul
         config = self.model.config
         return (
+            [list(modules.values()) for modules in self.children],
+            [type(m) for m in self.modules],
+            [m.__dict__.get("forward") for m in self.modules],
+            [m.eps for m in self.norms],
             [
-                (name, p.data_ptr(), p.dtype, p.shape, p.stride(), p.device)
+                (p.data_ptr(), p.dtype, p.shape, p.stride())
                 for tensors in self.tensors
-                for name, p in tensors.items()
+                for p in tensors.values()
                 if p is not None
             ],
-            [(type(m), vars(m).get("forward"), vars(m).get("eps")) for m in self.modules],
-            *(config.num_attention_heads, config.hidden_act, config.layer_norm_eps),
-            ops.registry.forced(),
-            torch.is_autocast_enabled(device.type),
-            torch.get_autocast_dtype(device.type),
+            (config.num_attention_heads, config.hidden_act, config.layer_norm_eps),
+            (ops.registry.forced(), torch.are_deterministic_algorithms_enabled()),
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             matmul.fp32_precision,
             matmul.allow_bf16_reduced_precision_reduction,
             matmul.allow_fp16_reduced_precision_reduction,
-            torch.are_deterministic_algorithms_enabled(),
         )
 
 
@@ -246,6 +251,8 @@ class GraphedModel:
         return finish(output, return_dict, model.config)
 
     def _check(self):
+        if self._capture:
+            _require_gpu(self.model)
         for module in self._baked.modules:
             if module.training:
                 raise RuntimeError("the model is in training mode; call model.eval() first")
@@ -260,15 +267,22 @@ class GraphedModel:
 
     def _static(self, size: Bucket) -> Static:
         if not self._baked.unchanged():
+            self._wait()
             self.graphs.clear()
             self._baked.take()
             self._pool = None
         static = self.graphs.pop(size, None)
         if static is None:
             while len(self.graphs) >= self.max_graphs:
+                self._wait()
                 self.graphs.popitem(last=False)
             if self._capture and self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             static = Static(self.model, size, self.model.device)
         self.graphs[size] = static
         return static
+
+    def _wait(self):
+        """Before a graph's memory is given back: its last replay may be on another stream."""
+        if self._done is not None:
+            self._done.synchronize()
