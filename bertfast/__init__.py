@@ -9,6 +9,7 @@ _MODELS = (
     "BertForMaskedLM",
     "BertForPreTraining",
     "BertForSequenceClassification",
+    "cuda_graphs",
 )
 __all__ = ["backend", "build_info", "freeze", *_MODELS]
 

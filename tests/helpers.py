@@ -45,7 +45,8 @@ def run(function, tensors, grad):
 def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     """Forward and backward of `function` against `plain` in fp64.
 
-    fp32 within 1e-5 relative; bf16 at most twice the error of `plain` run by PyTorch in bf16.
+    fp32 within 1e-5 relative; bf16 and fp16 at most twice the error of `plain` run by PyTorch in
+    that precision.
     `tensors` hold values that both dtypes represent.
     """
     tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
@@ -57,7 +58,7 @@ def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     with ops.backend(backend):
         there = [None if t is None else t.to(device) for t in tensors]
         actual = run(function, there, grad.to(device))
-    low = run(plain, tensors, grad) if dtype == torch.bfloat16 else [None] * len(truth)
+    low = run(plain, tensors, grad) if dtype != torch.float32 else [None] * len(truth)
     for i, (a, t, p) in enumerate(zip(actual, truth, low, strict=True)):
         limit = fp32 if p is None else 2 * relative(p, t) + 2e-3
         assert a.dtype == dtype

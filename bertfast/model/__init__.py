@@ -3,6 +3,7 @@
 from .bert import BertModel, BertPreTrainedModel
 from .checkpoint import CheckpointError
 from .frozen import freeze
+from .graphs import cuda_graphs
 from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 from .layer import LayerOptions, LayerWeights, encoder_layer
 
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "LayerOptions",
     "LayerWeights",
+    "cuda_graphs",
     "encoder_layer",
     "freeze",
 ]

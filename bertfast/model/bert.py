@@ -1,5 +1,7 @@
 """`BertModel`: transformers' interface and state-dict keys over the packed encoder."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers import BertConfig
@@ -93,6 +95,16 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.save(self, folder)
 
 
+class PackedInputs(NamedTuple):
+    """A packed batch: a model takes it in place of input_ids, alone."""
+
+    packing: Packing
+    ids: torch.Tensor | None  # int64 [tokens], as positions and types
+    positions: torch.Tensor
+    types: torch.Tensor
+    embeds: torch.Tensor | None = None  # [tokens, hidden] in place of ids
+
+
 class BertModel(BertPreTrainedModel):
     """The encoder, as transformers' BertModel; padded positions of its outputs are zeros."""
 
@@ -162,13 +174,15 @@ class BertModel(BertPreTrainedModel):
         first_only: hidden is column 0 alone [batch, hidden], zeros where that is padding; the last
         layer does no work for the other tokens unless their states are asked for.
         """
-        packing, ids, positions, types, embeds = self._inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        )
+        if not isinstance(input_ids, PackedInputs):
+            input_ids = self._inputs(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
+        packing, ids, positions, types, embeds = input_ids
         layers = self.config.num_hidden_layers
         seeds = [None] * (1 + 3 * layers)
         if self.training:
-            seeds = ops.draw_seeds(1 + 3 * layers, packing.mask.device)
+            seeds = ops.draw_seeds(1 + 3 * layers, positions.device)
         hidden = self.embeddings(ids, positions, types, seeds[0], embeds)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -193,8 +207,9 @@ class BertModel(BertPreTrainedModel):
             hidden = packing.first(hidden) if rows is None else packing.zero_padded(hidden)
         return packing, hidden, states and tuple(states), attentions and tuple(attentions)
 
-    def _inputs(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
-        """The packing, and packed ids, positions, types and embeddings."""
+    def _inputs(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+    ) -> PackedInputs:
         given = input_ids if inputs_embeds is None else inputs_embeds
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -229,7 +244,7 @@ class BertModel(BertPreTrainedModel):
             types = packed(token_type_ids, "token_type_ids")
         ids = None if input_ids is None else packed(input_ids, "input_ids")
         embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
-        return packing, ids, positions, types, embeds
+        return PackedInputs(packing, ids, positions, types, embeds)
 
 
 def _refuse(arguments):

@@ -19,6 +19,7 @@ from .library import (
     dense,
     is_bf16,
     ptr,
+    register_triton,
     wide,
 )
 from .registry import register
@@ -318,6 +319,12 @@ def _qkv_cpu_backward(grad, x, wq, wk, wv, bq, need):
     if not need & _DB:
         return dx, *dws, *(torch.empty(0, dtype=bias_dtype) for _ in range(3))
     return dx, *dws, *(b.to(bias_dtype, copy=True) for b in _column_sum(grad).chunk(3))
+
+
+# --- Triton kernels ---
+
+for _name in ("linear_act", "linear_act_backward", "qkv_linear", "qkv_linear_backward"):
+    register_triton(_name, f"linear_act.{_name}")
 
 
 # --- autograd ---
