@@ -10,7 +10,8 @@ _MODELS = (
     "BertForPreTraining",
     "BertForSequenceClassification",
 )
-__all__ = ["backend", "build_info", *_MODELS]
+_DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")
+__all__ = ["backend", "build_info", *_DROPIN, *_MODELS]
 
 
 def __getattr__(name):
@@ -18,6 +19,10 @@ def __getattr__(name):
         from . import model
 
         return getattr(model, name)
+    if name in _DROPIN:
+        from . import dropin
+
+        return getattr(dropin, name)
     raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
 
 

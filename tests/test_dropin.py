@@ -1,0 +1,324 @@
+"""`bertfast.accelerate` on transformers' own models: same outputs, same gradients, same habits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+
+import bertfast
+from bertfast.dropin import AccelerationError
+
+FAMILIES = {
+    "Bert": ("Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction",
+             "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification",
+             "ForQuestionAnswering"),
+    "Roberta": ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice",
+                "ForTokenClassification", "ForQuestionAnswering"),
+    "XLMRoberta": ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice",
+                   "ForTokenClassification", "ForQuestionAnswering"),
+    "Camembert": ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice",
+                  "ForTokenClassification", "ForQuestionAnswering"),
+    "Electra": ("Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification",
+                "ForMultipleChoice", "ForTokenClassification", "ForQuestionAnswering"),
+    "DistilBert": ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice",
+                   "ForTokenClassification", "ForQuestionAnswering"),
+    "MPNet": ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice",
+              "ForTokenClassification", "ForQuestionAnswering"),
+}  # fmt: skip
+MASKS = ("right", "left", "holes", "row", "none")
+CASES = [
+    (family, head, mask)
+    for family, heads in FAMILIES.items()
+    for head in heads
+    for mask in (("right",) if head == "ForMultipleChoice" else MASKS)  # one logit a choice
+]
+
+
+def config(family, **options):
+    tiny = dict(vocab_size=90, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+                intermediate_size=80, max_position_embeddings=64, type_vocab_size=2,
+                initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    if family == "Electra":
+        tiny["embedding_size"] = 32
+    if family == "DistilBert":
+        names = dict(hidden_size="dim", num_hidden_layers="n_layers", intermediate_size="hidden_dim",
+                     num_attention_heads="n_heads", hidden_dropout_prob="dropout",
+                     attention_probs_dropout_prob="attention_dropout")  # fmt: skip
+        tiny = {names.get(k, k): v for k, v in tiny.items() if k != "type_vocab_size"}
+    return getattr(transformers, f"{family}Config")(**tiny | options)
+
+
+def build(family, head="Model", attention=None, **options):
+    torch.manual_seed(0)
+    c = config(family, **options)
+    c._attn_implementation = attention or ("eager" if family == "MPNet" else "sdpa")
+    return getattr(transformers, family + head)(c).eval()
+
+
+def inputs_for(head="Model", kind="right"):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 90, (4, 17), generator=g)
+    mask = (torch.arange(17) < torch.tensor([17, 5, 11, 1])[:, None]).long()
+    if kind == "left":
+        mask = mask.flip(1)
+    elif kind == "holes":
+        mask = mask * (torch.rand(mask.shape, generator=g) < 0.6).long()
+        mask[:, 0] = 1
+    elif kind == "row":
+        mask[2] = 0
+    elif kind == "none":
+        mask = torch.ones_like(mask)
+    ids = torch.where(mask == 1, ids, 1)  # RoBERTa's positions follow the ids: 1 is its padding
+    given = {"input_ids": ids, "attention_mask": mask}
+    if head == "ForMultipleChoice":
+        given = {k: v.view(2, 2, 17) for k, v in given.items()}
+    return given
+
+
+def real(output, mask):
+    """The output at real tokens where it has them, of rows with any where it has not."""
+    mask = mask.flatten(0, -2)
+    if output.dim() >= 2 and output.shape[:2] == mask.shape:
+        return output[mask == 1]
+    if output.shape[0] == mask.shape[0]:
+        return output[mask[:, 0] == 1]
+    return output
+
+
+def tensors(output):
+    return [t for t in output.to_tuple() if isinstance(t, torch.Tensor)]
+
+
+def gradients(model, given, mask):
+    model.zero_grad()
+    sum(real(t, mask).tanh().sum() for t in tensors(model(**given))).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    whole = torch.stack([g.norm() for g in theirs.values()]).norm()
+    for name, g in theirs.items():
+        # a gradient that is rounding alone (a key's bias, cancelling parts) has no relative error
+        assert (ours[name] - g).norm() <= 1e-4 * g.norm() + 1e-6 * whole, name
+
+
+@pytest.mark.parametrize("family, head, kind", CASES)
+def test_outputs_and_gradients(family, head, kind):
+    theirs = build(family, head)
+    ours = copy.deepcopy(theirs)
+    report = bertfast.accelerate(ours)
+    assert report.fused == 2, report
+    given = inputs_for(head, kind)
+    mask = given["attention_mask"]
+    with torch.no_grad():
+        expected, actual = tensors(theirs(**given)), tensors(ours(**given))
+    holes = family == "MPNet" and kind == "holes"  # its bias needs positions as they stand
+    assert report.fallbacks and any(report.fallbacks.values()) == holes, report
+    assert len(expected) == len(actual) > 0
+    for e, a in zip(expected, actual, strict=True):
+        torch.testing.assert_close(real(a, mask), real(e, mask), rtol=0, atol=2e-5)
+        assert torch.isfinite(a).all()
+    assert_same_gradients(gradients(ours, given, mask), gradients(theirs, given, mask))
+
+
+@pytest.mark.parametrize("by", ["call", "config"])
+@pytest.mark.parametrize(
+    "family, attention",
+    [("Bert", "eager"), ("Bert", "sdpa"), ("DistilBert", "eager"), ("MPNet", "eager")],
+)
+def test_hidden_states_and_attentions(family, attention, by):
+    theirs = build(family, attention=attention)
+    ours = copy.deepcopy(theirs)
+    report = bertfast.accelerate(ours)
+    given = inputs_for()
+    wanted = ["output_hidden_states"] + ["output_attentions"] * (attention == "eager")
+    for count in (1, len(wanted)):
+        for m in theirs, ours:
+            for name in wanted[:count] if by == "config" else ():
+                setattr(m.config, name, True)
+        asked = {} if by == "config" else dict.fromkeys(wanted[:count], True)
+        with torch.no_grad():
+            expected, actual = theirs(**given, **asked), ours(**given, **asked)
+        assert len(actual.hidden_states) == 3
+        for e, a in zip(expected.hidden_states, actual.hidden_states, strict=True):
+            shown = [real(t, given["attention_mask"]) for t in (a, e)]
+            torch.testing.assert_close(*shown, rtol=0, atol=2e-5)
+        if count == 2:
+            torch.testing.assert_close(actual.attentions, expected.attentions)
+            assert "attention maps" in str(report)
+        else:
+            assert not any(report.fallbacks.values())
+    if by == "call":  # the hooks that transformers leaves behind change nothing
+        with torch.no_grad():
+            ours(**given)
+        assert not any(report.fallbacks.values())
+
+
+def test_restore_is_the_inverse():
+    model = build("Roberta", "ForMaskedLM")
+    before = [(n, type(m), sorted(vars(m))) for n, m in model.named_modules()]
+    keys = list(model.state_dict())
+    bertfast.accelerate(model)
+    bertfast.accelerate(model)
+    model(**inputs_for())
+    assert bertfast.is_accelerated(model) and list(model.state_dict()) == keys
+    bertfast.restore(model)
+    bertfast.restore(model)
+    assert not bertfast.is_accelerated(model)
+    assert [(n, type(m), sorted(vars(m))) for n, m in model.named_modules()] == before
+
+
+def test_block():
+    model = build("Bert")
+    with bertfast.accelerated(model) as report:
+        assert bertfast.is_accelerated(model) and report.fused == 2
+    assert not bertfast.is_accelerated(model)
+    bertfast.accelerate(model)
+    with bertfast.accelerated(model):
+        pass
+    assert bertfast.is_accelerated(model)
+
+
+def test_copies_saves_and_loads(tmp_path):
+    model = build("Bert", "ForSequenceClassification")
+    bertfast.accelerate(model)
+    given = inputs_for()
+    with torch.no_grad():
+        expected = model(**given).logits
+        clone = copy.deepcopy(model)
+        for p in clone.parameters():
+            p.zero_()
+        assert not clone(**given).logits.any()  # its own weights, not the original's
+        torch.testing.assert_close(model(**given).logits, expected, rtol=0, atol=0)
+        thawed = pickle.loads(pickle.dumps(model))
+        torch.testing.assert_close(thawed(**given).logits, expected, rtol=0, atol=0)
+        model.save_pretrained(tmp_path)
+        assert model.config.architectures == ["BertForSequenceClassification"]
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(loaded(**given).logits, expected, rtol=0, atol=2e-5)
+        state = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        assert not model(**given).logits.any()
+
+
+def test_hooks_see_what_they_always_saw():
+    theirs = build("Bert")
+    ours = copy.deepcopy(theirs)
+    bertfast.accelerate(ours)
+    given = inputs_for()
+    for path in ("encoder.layer.1", "encoder.layer.0.intermediate", "encoder.layer.1.output.dense"):
+        seen = []
+        for m in theirs, ours:
+            hook = lambda module, args, out: seen.append(out)
+            handle = m.get_submodule(path).register_forward_hook(hook)
+            with torch.no_grad():
+                m(**given)
+            handle.remove()
+        shown = [real(t, given["attention_mask"]) for t in seen]
+        torch.testing.assert_close(shown[1], shown[0], rtol=0, atol=2e-5)
+
+
+def test_a_changed_module_is_not_bypassed():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    theirs = build("Bert")
+    dense = theirs.encoder.layer[0].intermediate.dense
+    changed = Doubled(dense.in_features, dense.out_features)
+    changed.load_state_dict(dense.state_dict())
+    theirs.encoder.layer[0].intermediate.dense = changed
+    ours = copy.deepcopy(theirs)
+    report = bertfast.accelerate(ours)
+    assert report.fused == 1 and "Doubled" in report.layers["encoder.layer.0"]
+    given = inputs_for()
+    with torch.no_grad():
+        shown = [real(m(**given)[0], given["attention_mask"]) for m in (ours, theirs)]
+    torch.testing.assert_close(*shown, rtol=0, atol=2e-5)
+    bertfast.restore(ours)
+    with pytest.raises(AccelerationError, match="Doubled"):
+        bertfast.accelerate(ours, strict=True)
+    assert not bertfast.is_accelerated(ours)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    options = dict(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    plain = build("Bert", **options).train()
+    bertfast.accelerate(plain)
+    saving = copy.deepcopy(plain)
+    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    given = inputs_for()
+    found = []
+    for model in plain, saving:
+        torch.manual_seed(5)
+        found.append(gradients(model, given, given["attention_mask"]))
+    assert found[0].keys() == found[1].keys()
+    for name, g in found[0].items():  # the same dropout masks, too
+        torch.testing.assert_close(found[1][name], g, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_optimizer_then_eval_is_fresh():
+    theirs = build("Bert", "ForSequenceClassification").train()
+    ours = copy.deepcopy(theirs)
+    bertfast.accelerate(ours)
+    given = inputs_for() | {"labels": torch.tensor([0, 1, 1, 0])}
+    for model in theirs, ours:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        for _ in range(3):
+            model(**given).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(**given).logits, theirs(**given).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    "mask, why",
+    [
+        (torch.ones(4, 1, 17, 17).tril().bool(), "differs between queries"),
+        (torch.linspace(-1, 0, 17).expand(4, 1, 17, 17), "other than 0"),
+    ],
+)
+def test_other_masks_fall_back(mask, why):
+    theirs = build("Bert")
+    ours = copy.deepcopy(theirs)
+    report = bertfast.accelerate(ours)
+    given = inputs_for() | {"attention_mask": mask}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**given)[0], theirs(**given)[0])
+    assert why in str(report)
+
+
+def test_decoder_falls_back():
+    model = build("Bert", "LMHeadModel", is_decoder=True)
+    expected = model(**inputs_for()).logits
+    report = bertfast.accelerate(model)
+    assert report.fused == 0 and "decoder" in str(report)
+    torch.testing.assert_close(model(**inputs_for()).logits, expected)
+
+
+def test_other_models_are_left_alone():
+    report = bertfast.accelerate(torch.nn.Linear(2, 2))
+    assert report.fused == 0 and "nothing changed" in str(report)
+    with pytest.raises(AccelerationError, match="no encoder"):
+        bertfast.accelerate(torch.nn.Linear(2, 2), strict=True)
+    with pytest.raises(ValueError, match="'fast'"):
+        bertfast.accelerate(build("Bert"), backend="fast")
+
+
+def test_forced_backend():
+    model = build("Bert")
+    report = bertfast.accelerate(model, backend="triton")
+    with pytest.raises(RuntimeError, match="triton"), torch.no_grad():
+        model(**inputs_for())
+    bertfast.accelerate(model, backend="reference")
+    with torch.no_grad():
+        model(**inputs_for())
+    assert not any(report.fallbacks.values())
