@@ -5,6 +5,7 @@ All return why not, or None; they run at every forward, since a model can change
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..ops import registry
@@ -65,8 +66,8 @@ def call_limit(hidden_states) -> str | None:
         return "there are global module hooks"
     if type(hidden_states) not in (torch.Tensor, nn.Parameter):
         return f"the hidden states are a {type(hidden_states).__name__}"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a torch.func transform or forward-mode differentiation is active"
     device, dtype = hidden_states.device.type, hidden_states.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
