@@ -124,13 +124,15 @@ class BertLayer(nn.Module):
         return LayerWeights(*(p for m in modules for p in (m.weight, m.bias)))
 
     def forward(self, hidden, cu_seqlens, max_seqlen, seeds, rows=None):
-        config = self.config
+        config, on = self.config, self.training
+        hidden_dropout = config.hidden_dropout_prob if on else 0.0
         options = LayerOptions(
             config.num_attention_heads,
             ACTIVATIONS[config.hidden_act],
             config.layer_norm_eps,
-            config.hidden_dropout_prob if self.training else 0.0,
-            config.attention_probs_dropout_prob if self.training else 0.0,
+            config.attention_probs_dropout_prob if on else 0.0,
+            hidden_dropout,
+            hidden_dropout,
         )
         return encoder_layer(hidden, self.weights(), options, cu_seqlens, max_seqlen, seeds, rows)
 

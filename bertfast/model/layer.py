@@ -42,12 +42,20 @@ class LayerOptions(NamedTuple):
     heads: int
     activation: str
     eps: float
-    hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    projection_dropout: float = 0.0  # of the attention's output projection
+    output_dropout: float = 0.0  # of the feed-forward's output
 
 
 def encoder_layer(
-    hidden, w: LayerWeights, options: LayerOptions, cu_seqlens, max_seqlen, seeds, rows=None
+    hidden,
+    w: LayerWeights,
+    options: LayerOptions,
+    cu_seqlens,
+    max_seqlen,
+    seeds,
+    rows=None,
+    bias=None,
 ):
     """A post-norm encoder layer (Devlin et al., arXiv:1810.04805) on packed tokens.
 
@@ -57,16 +65,17 @@ def encoder_layer(
         seeds: int64 [3, 2], one for each dropout: attention, its output, the feed-forward's.
         rows: int64 [n], the tokens whose result is wanted; None for all. What comes after the
             attention is done for these alone.
+        bias: added to the attention's scores, see `ops.attention`.
 
     Returns: [tokens or n, hidden], and the query, key and value [tokens, 3, heads, head_dim].
     """
-    tokens, size = hidden.shape
+    tokens = hidden.shape[0]
     qkv = ops.qkv_linear(hidden, w.wq, w.bq, w.wk, w.bk, w.wv, w.bv)
-    qkv = qkv.view(tokens, 3, options.heads, size // options.heads)
+    qkv = qkv.view(tokens, 3, options.heads, w.wq.shape[0] // options.heads)
     context = ops.attention(
-        qkv, cu_seqlens, max_seqlen, dropout_p=options.attention_dropout, seed=seeds[0]
+        qkv, cu_seqlens, max_seqlen, dropout_p=options.attention_dropout, seed=seeds[0], bias=bias
     )
-    context = context.view(tokens, size)
+    context = context.view(tokens, w.wq.shape[0])
     if rows is not None:
         context, hidden = context.index_select(0, rows), hidden.index_select(0, rows)
     projected = ops.linear_act(context, w.wo)
@@ -74,14 +83,14 @@ def encoder_layer(
     hidden = ops.add_layer_norm(
         *(projected, hidden, w.norm1, w.norm1_bias, options.eps),
         x_bias=w.bo,
-        dropout_p=options.hidden_dropout,
+        dropout_p=options.projection_dropout,
         seed=seeds[1],
     )
     inner = ops.feed_forward(hidden, w.w1, w.b1, w.w2, None, options.activation)
     hidden = ops.add_layer_norm(
         *(inner, hidden, w.norm2, w.norm2_bias, options.eps),
         x_bias=w.b2,
-        dropout_p=options.hidden_dropout,
+        dropout_p=options.output_dropout,
         seed=seeds[2],
     )
     return hidden, qkv

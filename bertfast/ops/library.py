@@ -34,8 +34,26 @@ def define(schema: str, fake):
 
 
 def autograd(name: str, backward, setup_context):
+    """Backward of an operator. Second derivatives raise: the backward operators have none, and
+    torch would take zeros for them."""
+
+    def once(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():  # under create_graph
+            found = backward(ctx, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        tensors = [g.detach().requires_grad_() for g in found if g is not None]
+        refuse = torch._C._functions.DelayedError(
+            f"bertfast::{name} has no second derivative; for one, run the stock model "
+            "(bertfast.restore)",
+            len(tensors),
+        )
+        marked = iter(refuse(*tensors)) if len(tensors) != 1 else iter([refuse(*tensors)])
+        return tuple(None if g is None else next(marked) for g in found)
+
     torch.library.register_autograd(
-        f"bertfast::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        f"bertfast::{name}", once, setup_context=setup_context, lib=LIBRARY
     )
 
 

@@ -78,6 +78,15 @@ def select(operator: str, tensor: torch.Tensor, *arguments) -> Callable:
     raise RuntimeError(f"no backend serves {operator} on {device} in {dtype}")
 
 
+def fast(operator: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel, not the plain PyTorch reference, serves an operator by default."""
+    entries = _table[operator]
+    return any(
+        name != "reference" and name in entries and entries[name].limit(device, dtype, ()) is None
+        for name in ORDER.get(device, ())
+    )
+
+
 def served() -> dict[str, list[str]]:
     """{operator: the backends that serve it on this machine in fp32, the default first}."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,143 @@
+"""Swaps the classes of a model's encoders and layers for fused ones, and back.
+
+The modules, their parameters and their names stay: only `__class__` changes, to one of the same
+name, so checkpoints, deepcopy, pickle, Trainer and gradient checkpointing see the model they know.
+"""
+
+from contextlib import contextmanager
+from importlib import import_module
+
+from torch import nn
+
+from ..ops import registry
+from .fused import FOREIGN, FusedEncoder, FusedLayer
+
+# transformers' module of a family -> ours, imported when a model of the family comes
+_FAMILIES = {
+    f"transformers.models.{name}.modeling_{name}": f"{__package__}.{name}"
+    for name in ("bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert", "mpnet")
+}
+
+
+class AccelerationError(RuntimeError):
+    """`strict` was asked for and something is not fused; the message says what and why."""
+
+
+class Report:
+    """What `accelerate` did. It looks at the model when asked or printed, so it knows what has
+    changed since."""
+
+    def __init__(self, encoders: dict[str, FusedEncoder]):
+        self._encoders = encoders
+
+    @property
+    def layers(self) -> dict[str, str | None]:
+        """Each encoder layer's name: None where it can run fused, else the reason."""
+        return {
+            f"{name}.layer.{i}".lstrip("."): layer.reason()
+            if isinstance(layer, FusedLayer)
+            else FOREIGN.format(type(layer).__name__)
+            for name, encoder in self._encoders.items()
+            for i, layer in enumerate(encoder.layer)
+        }
+
+    @property
+    def fallbacks(self) -> dict[str, str | None]:
+        """Each encoder's name: why its last forward ran unfused in all or some layers, or None."""
+        return {name: encoder.bertfast_fallback for name, encoder in self._encoders.items()}
+
+    @property
+    def fused(self) -> int:
+        """How many layers can run fused."""
+        return sum(reason is None for reason in self.layers.values())
+
+    def __str__(self):
+        if not self._encoders:
+            return "bertfast: no encoder of a family that bertfast knows; nothing changed"
+        layers = self.layers
+        lines = [f"bertfast: {self.fused} of {len(layers)} layers fused"]
+        lines += [f"  {name}: {reason or 'fused'}" for name, reason in layers.items()]
+        lines += [f"  {n or 'encoder'}, last call: {r}" for n, r in self.fallbacks.items() if r]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def accelerate(model: nn.Module, backend: str = "auto", strict: bool = False) -> Report:
+    """Run the BERT-family encoders inside `model` on bertfast's kernels, in place.
+
+    Args:
+        model: any module that holds one: a transformers model with any head, a
+            SentenceTransformer, a CrossEncoder. Accelerating twice is harmless.
+        backend: "auto", or the operators' backend to force ("reference", "cpu", ...).
+        strict: raise if a layer can't be fused now, and change nothing.
+
+    Returns: a `Report`; print it. What a layer can't do fused it does by its own class, as before.
+
+    Raises: TypeError for what is no module, ValueError for an unknown backend, AccelerationError
+    under `strict`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate got a {type(model).__name__}, expected a torch.nn.Module; "
+            "of a pipeline or a trainer, give its .model"
+        )
+    if backend != "auto" and backend not in registry.BACKENDS:
+        raise ValueError(
+            f"unknown backend {backend!r}; expected auto, {', '.join(registry.BACKENDS)}"
+        )
+    swapped = []
+    for module in model.modules():
+        family = _FAMILIES.get(type(module).__module__)
+        fused = family and import_module(family).CLASSES.get(type(module))
+        if fused:
+            module.__class__ = fused
+            swapped.append(module)
+    encoders = {n: m for n, m in model.named_modules() if isinstance(m, FusedEncoder)}
+    report = Report(encoders)
+    reasons = [f"{name}: {reason}" for name, reason in report.layers.items() if reason]
+    if strict and (reasons or not encoders):
+        _restore(swapped)
+        raise AccelerationError("\n".join(reasons) or str(report))
+    for encoder in encoders.values():
+        encoder.bertfast_backend = backend
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """The exact inverse of `accelerate`; harmless on a model that isn't accelerated.
+
+    Raises: ValueError where another class has been laid over ours since (FSDP2's `fully_shard`).
+    """
+    _restore(model.modules())
+
+
+def _restore(modules):
+    modules = [m for m in modules if isinstance(m, FusedEncoder | FusedLayer)]
+    for module in modules:
+        if type(module).stock not in type(module).__bases__:
+            raise ValueError(
+                f"a {type(module).__name__} has been made of an accelerated layer since: restore "
+                "the model before it is sharded"
+            )
+    for module in modules:
+        for name in ("bertfast_backend", "bertfast_fallback"):
+            vars(module).pop(name, None)
+        module.__class__ = type(module).stock
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether an encoder inside is accelerated."""
+    return any(isinstance(m, FusedEncoder) for m in model.modules())
+
+
+@contextmanager
+def accelerated(model: nn.Module, backend: str = "auto", strict: bool = False):
+    """`with accelerated(model) as report:` accelerates inside the block; arguments as there."""
+    was = is_accelerated(model)
+    report = accelerate(model, backend, strict)
+    try:
+        yield report
+    finally:
+        if not was:
+            restore(model)

@@ -1,0 +1,23 @@
+"""BERT, mBERT, bert-base-chinese, E5, BGE, MiniLM."""
+
+from transformers.models.bert import modeling_bert as theirs
+
+from .fused import BertLikeLayer, FusedEncoder
+
+
+class BertLayer(BertLikeLayer, theirs.BertLayer):
+    stock = theirs.BertLayer
+    classes = (
+        theirs.BertAttention,
+        theirs.BertSelfAttention,
+        theirs.BertSelfOutput,
+        theirs.BertIntermediate,
+        theirs.BertOutput,
+    )
+
+
+class BertEncoder(FusedEncoder, theirs.BertEncoder):
+    stock = theirs.BertEncoder
+
+
+CLASSES = {c.stock: c for c in (BertLayer, BertEncoder)}

@@ -1,0 +1,232 @@
+"""What the families' fused classes share: one pack and one unpack, the layer, and its guards."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from .. import ops
+from ..model.encoder import Packing
+from ..model.layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
+from .guards import asked, call_limit, hooked, key_mask, plain, untouched
+
+_KERNELS = {type(ACT2FN[name]): kernel for name, kernel in ACTIVATIONS.items()}
+FOREIGN = "{} is not a layer that bertfast knows"
+
+
+class Parts(NamedTuple):
+    """What a family's layer is made of, by the names of `model.layer`."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    projection: nn.Module
+    norm1: nn.Module
+    up: nn.Module
+    down: nn.Module
+    norm2: nn.Module
+    activation: nn.Module
+    head_dim: int
+    attention_dropout: float
+    projection_dropout: float
+    output_dropout: float
+    inside: tuple[
+        tuple[nn.Module, type], ...
+    ]  # modules that a fused layer doesn't call: (it, its class)
+
+
+class Call(NamedTuple):
+    """One forward of an encoder, for its layers."""
+
+    packing: Packing
+    padded: bool  # whether each layer must return [batch, seqlen, hidden]: somebody looks
+    unfused: list[str]  # the reasons of the layers that did not run fused
+
+
+def rate(dropout: nn.Dropout) -> float:
+    """The probability that the module drops with now."""
+    return dropout.p if dropout.training else 0.0
+
+
+class FusedLayer:
+    """Mixed into a family's layer class.
+
+    Within a fused encoder's forward (`bertfast_call`) it takes hidden states in either form,
+    [tokens, hidden] or [batch, seqlen, hidden], and returns the one it works on: packed where it
+    runs fused, padded where its own class runs. Called by anyone else it is its own class.
+    """
+
+    in_tuple = False  # whether the family's layer returns (hidden states,)
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        call = kwargs.pop("bertfast_call", None)
+        seeds = kwargs.pop("bertfast_seeds", None)
+        if call is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        packing, packed = call.packing, hidden_states.dim() == 2
+        why, parts = self.inspect()
+        if why:
+            call.unfused.append(why)
+            padded = packing.unpack(hidden_states) if packed else hidden_states
+            return super().forward(padded, attention_mask, *args, **kwargs)
+        hidden, _ = encoder_layer(
+            hidden_states if packed else packing.pack(hidden_states),
+            LayerWeights(*(p for m in parts[:8] for p in (m.weight, m.bias))),
+            LayerOptions(
+                parts.query.weight.shape[0] // parts.head_dim,
+                _KERNELS[type(parts.activation)],
+                parts.norm1.eps,
+                parts.attention_dropout,
+                parts.projection_dropout,
+                parts.output_dropout,
+            ),
+            *(packing.cu_seqlens, packing.seqlen, seeds),
+            bias=self.bias(*args),
+        )
+        out = packing.unpack(hidden) if call.padded else hidden
+        return (out,) if self.in_tuple else out
+
+    def parts(self) -> Parts:
+        raise NotImplementedError
+
+    def bias(self, *args):
+        """What the family adds to the scores, from the arguments its encoder passes to layers."""
+        return None
+
+    def inspect(self) -> tuple[str | None, Parts | None]:
+        """(why this layer can't run fused now, or None; its parts). Asked at every forward."""
+        try:
+            parts = self.parts()
+        except AttributeError as e:
+            return f"it is not built as its class is: {e}", None
+        return self.limit(parts), parts
+
+    def limit(self, parts: Parts) -> str | None:
+        if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
+            return "it is a decoder layer"
+        if getattr(self, "chunk_size_feed_forward", 0):
+            return "chunk_size_feed_forward is set"
+        if type(parts.activation) not in _KERNELS:
+            return f"no kernel has its activation, {parts.activation!r}"
+        for name, m in zip(Parts._fields[:8], parts, strict=False):
+            why = plain(m, nn.LayerNorm if name.startswith("norm") else nn.Linear)
+            if why:
+                return f"{name}: {why}"
+        for m, expected in (*parts.inside, (parts.activation, type(parts.activation))):
+            why = untouched(m, expected)
+            if why:
+                return f"{expected.__name__}: {why}"
+        if parts.norm1.eps != parts.norm2.eps:
+            return "its LayerNorms differ in eps"
+        return None
+
+    def reason(self) -> str | None:
+        """Why this layer can't run fused now, or None."""
+        return self.inspect()[0]
+
+
+class BertLikeLayer(FusedLayer):
+    """The layer of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA."""
+
+    classes: tuple[type, ...]  # of attention, its self and output, intermediate, output
+
+    def parts(self) -> Parts:
+        attention, up, down = self.attention, self.intermediate, self.output
+        inner, projection = attention.self, attention.output
+        return Parts(
+            *(inner.query, inner.key, inner.value),
+            *(projection.dense, projection.LayerNorm, up.dense, down.dense, down.LayerNorm),
+            activation=up.intermediate_act_fn,
+            head_dim=inner.attention_head_size,
+            attention_dropout=inner.dropout.p if inner.training else 0.0,
+            projection_dropout=rate(projection.dropout),
+            output_dropout=rate(down.dropout),
+            inside=(
+                *zip((attention, inner, projection, up, down), self.classes, strict=True),
+                (projection.dropout, nn.Dropout),
+                (down.dropout, nn.Dropout),
+            ),
+        )
+
+
+class FusedEncoder:
+    """Mixed into a family's encoder class: one pack before the layers, one unpack after."""
+
+    bertfast_backend = "auto"
+    bertfast_fallback = None  # why the last forward ran unfused, in all or some layers
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        forced = self.bertfast_backend
+        with nullcontext() if forced == "auto" else ops.backend(forced):
+            why, keys = self._limit(hidden_states, attention_mask, args, kwargs)
+            if why:
+                self.bertfast_fallback = why
+                return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return self._fused(hidden_states, attention_mask, keys, kwargs)
+
+    def _fused(self, hidden_states, attention_mask, keys, kwargs):
+        batch, seqlen = hidden_states.shape[:2]
+        device, dtype, count = hidden_states.device, hidden_states.dtype, len(self.layer)
+        seeds = [None] * (3 * count)
+        if self.training:
+            seeds = ops.draw_seeds(3 * count, device)
+        call = Call(
+            Packing(batch, seqlen, keys, device),
+            asked(self.settings(), kwargs, "output_hidden_states") or any(map(hooked, self.layer)),
+            [],
+        )
+        hidden, states = hidden_states, [hidden_states]
+        if torch.is_autocast_enabled(device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(device.type))
+        given = self.layer_arguments(hidden_states)
+        for i, layer in enumerate(self.layer):
+            hidden = layer(
+                *(hidden, attention_mask, *given),
+                bertfast_call=call,
+                bertfast_seeds=seeds[3 * i : 3 * i + 3],
+                **kwargs,
+            )
+            if layer.in_tuple:
+                hidden = hidden[0]
+            if call.padded:
+                states.append(hidden)
+        self.bertfast_fallback = "; ".join(dict.fromkeys(call.unfused)) or None
+        hidden = call.packing.unpack(hidden) if hidden.dim() == 2 else hidden
+        return self.output(hidden.to(dtype), states, kwargs)
+
+    def settings(self):
+        """The model's configuration."""
+        return self.config
+
+    def layer_arguments(self, hidden_states) -> tuple:
+        """What the family's encoder gives its layers after the mask."""
+        return ()
+
+    def output(self, hidden, states, kwargs):
+        """The encoder's result; `states` are all hidden states where they were asked for."""
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+    def mask_limit(self, keys) -> str | None:
+        """Why the family can't run packed with the mask [batch, seqlen], or None."""
+        return None
+
+    def _limit(self, hidden_states, attention_mask, args, kwargs):
+        """(why this call can't be fused, None), or (None, the mask [batch, seqlen] or None)."""
+        for layer in self.layer:
+            if not isinstance(layer, FusedLayer):
+                return FOREIGN.format(type(layer).__name__), None
+            if "forward" in vars(layer):
+                return "a layer has a forward of its own", None
+        given = [*args, *(kwargs.get(n) for n in ("encoder_hidden_states", "past_key_values"))]
+        if any(a is not None for a in given) or kwargs.get("use_cache"):
+            return "it was called as a decoder", None
+        if asked(self.settings(), kwargs, "output_attentions"):
+            return "attention maps were asked for", None
+        why = call_limit(hidden_states)
+        if why:
+            return why, None
+        why, keys = key_mask(attention_mask, hidden_states)
+        return why or (keys is not None and self.mask_limit(keys)) or None, keys

@@ -1,0 +1,98 @@
+"""Small models of every family that the drop-in knows, and inputs and comparisons for them."""
+
+import inspect
+
+import torch
+import transformers
+
+FAMILIES = {
+    "Bert": "bert",
+    "Roberta": "roberta",
+    "XLMRoberta": "xlm_roberta",
+    "Camembert": "camembert",
+    "Electra": "electra",
+    "DistilBert": "distilbert",
+    "MPNet": "mpnet",
+}
+
+
+def heads(family):
+    """Every model class that transformers has for a family: "Model", "ForMaskedLM", ..."""
+    module = getattr(transformers.models, FAMILIES[family])
+    return sorted(
+        name.removeprefix(family)
+        for name, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, transformers.PreTrainedModel) and not name.endswith("PreTrainedModel")
+    )
+
+
+MASKS = ("right", "left", "holes", "row", "none")
+
+
+def config(family, **options):
+    tiny = dict(vocab_size=90, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+                intermediate_size=80, max_position_embeddings=64, type_vocab_size=2,
+                initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    if family == "Electra":
+        tiny["embedding_size"] = 32
+    if family == "DistilBert":
+        names = dict(hidden_size="dim", num_hidden_layers="n_layers", intermediate_size="hidden_dim",
+                     num_attention_heads="n_heads", hidden_dropout_prob="dropout",
+                     attention_probs_dropout_prob="attention_dropout")  # fmt: skip
+        tiny = {names.get(k, k): v for k, v in tiny.items() if k != "type_vocab_size"}
+    return getattr(transformers, f"{family}Config")(**tiny | options)
+
+
+def build(family, head="Model", attention=None, **options):
+    torch.manual_seed(0)
+    c = config(family, **options)
+    c._attn_implementation = attention or ("eager" if family == "MPNet" else "sdpa")
+    return getattr(transformers, family + head)(c).eval()
+
+
+def inputs_for(head="Model", kind="right"):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 90, (4, 17), generator=g)
+    mask = (torch.arange(17) < torch.tensor([17, 5, 11, 1])[:, None]).long()
+    if kind == "left":
+        mask = mask.flip(1)
+    elif kind == "holes":
+        mask = mask * (torch.rand(mask.shape, generator=g) < 0.6).long()
+        mask[:, 0] = 1
+    elif kind == "row":
+        mask[2] = 0
+    elif kind == "none":
+        mask = torch.ones_like(mask)
+    ids = torch.where(mask == 1, ids, 1)  # RoBERTa's positions follow the ids: 1 is its padding
+    given = {"input_ids": ids, "attention_mask": mask}
+    if head == "ForMultipleChoice":
+        given = {k: v.view(2, 2, 17) for k, v in given.items()}
+    return given
+
+
+def real(output, mask):
+    """The output at real tokens where it has them, of rows with any where it has not."""
+    mask = mask.flatten(0, -2)
+    if output.dim() >= 2 and output.shape[:2] == mask.shape:
+        return output[mask == 1]
+    if output.shape[0] == mask.shape[0]:
+        return output[mask[:, 0] == 1]
+    return output
+
+
+def tensors(output):
+    return [t for t in output.to_tuple() if isinstance(t, torch.Tensor)]
+
+
+def gradients(model, given, mask):
+    model.zero_grad()
+    sum(real(t, mask).tanh().sum() for t in tensors(model(**given))).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    whole = torch.stack([g.norm() for g in theirs.values()]).norm()
+    for name, g in theirs.items():
+        # a gradient that is rounding alone (a key's bias, cancelling parts) has no relative error
+        assert (ours[name] - g).norm() <= 1e-4 * g.norm() + 1e-6 * whole, name

@@ -1,0 +1,111 @@
+"""transformers' own generic suite (its tests/test_modeling_common.py) over small models.
+
+test_dropin_generic.py runs this file by pytest in a process of its own, with SUITE the path of
+that file, ACCELERATE 1 to accelerate every model as it is built, and SEED a number.
+"""
+
+import importlib.util
+import os
+import sys
+import types
+import unittest
+
+import torch
+import transformers
+
+import bertfast
+
+torch.set_num_threads(1)
+
+
+def load():
+    """The suite as a module, without the two mixins of it that its source distribution lacks."""
+    path = os.environ["SUITE"]
+    for name, missing in (
+        ("suite", None),
+        ("suite.exporters", None),
+        ("suite.exporters.test_export", "ExportTesterMixin"),
+        ("suite.generation", None),
+        ("suite.generation.test_utils", "GenerationTesterMixin"),
+    ):
+        module = types.ModuleType(name)
+        module.__path__ = [os.path.dirname(path)]
+        if missing:
+            setattr(module, missing, type(missing, (), {}))
+        sys.modules[name] = module
+    spec = importlib.util.spec_from_file_location("suite.test_modeling_common", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if os.environ["ACCELERATE"] == "1":
+    post_init = transformers.PreTrainedModel.post_init
+
+    def accelerated_post_init(self):
+        post_init(self)
+        assert bertfast.accelerate(self).layers
+
+    transformers.PreTrainedModel.post_init = accelerated_post_init
+
+
+class Tester:
+    """What the suite asks of a model's tester: sizes, a configuration and inputs."""
+
+    batch_size, seq_length, num_hidden_layers, hidden_size = 7, 9, 2, 32
+    num_attention_heads, num_choices, num_labels, type_sequence_label_size = 4, 4, 3, 2
+    is_training = True
+
+    def __init__(self, config_class, padded):
+        self.config_class, self.padded = config_class, padded
+
+    def get_config(self):
+        inner = (
+            "hidden_dim" if self.config_class.model_type == "distilbert" else "intermediate_size"
+        )
+        return self.config_class(
+            vocab_size=99,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            **{inner: 37},
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        ids = torch.randint(3, 99, (self.batch_size, self.seq_length))
+        mask = torch.ones_like(ids)
+        if self.padded:
+            mask[1::2, -3:] = 0
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
+
+
+common = load()
+
+
+def suite(family, *heads):
+    classes = tuple(getattr(transformers, family + head) for head in ("Model", *heads))
+
+    class Suite(common.ModelTesterMixin, unittest.TestCase):
+        all_model_classes = classes
+        has_attentions = True
+
+        def setUp(self):
+            transformers.set_seed(int(os.environ["SEED"]))
+            # This one compares a fused with a stock run in whole, and they differ at the padding.
+            padded = self._testMethodName != "test_feed_forward_chunking"
+            self.model_tester = Tester(classes[0].config_class, padded)
+
+    return Suite
+
+
+HEADS = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+TestBert = suite("Bert", *HEADS, "ForPreTraining", "ForMultipleChoice")
+TestRoberta = suite("Roberta", *HEADS, "ForMultipleChoice")
+TestDistilBert = suite("DistilBert", *HEADS, "ForMultipleChoice")

@@ -1,0 +1,176 @@
+"""sentence-transformers' own objects, accelerated: encode, predict, and their trainers."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, build
+
+import bertfast
+
+st = pytest.importorskip("sentence_transformers")
+
+WORDS = [
+    "a",
+    "b",
+    "c",
+    "d",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "dog",
+    "ran",
+    "far",
+    "away",
+    "from",
+    "sun",
+    "sea",
+]
+TEXTS = [" ".join(WORDS[i % 7 : i % 7 + 2 + i % 9]) for i in range(21)]
+
+
+def checkpoint(folder, family="Bert", head="Model", **options):
+    """A saved model of random weights with a tokenizer of words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = {w: i for i, w in enumerate(special + WORDS)}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = ("pad", "unk", "cls", "sep", "mask")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        model_max_length=32,
+        model_input_names=["input_ids", "attention_mask"],
+        **{f"{name}_token": token for name, token in zip(names, special, strict=True)},
+    )
+    tokenizer.save_pretrained(folder)
+    build(family, head, pad_token_id=0, **options).save_pretrained(folder)
+    return str(folder)
+
+
+def sentence_model(folder, family="Bert"):
+    return st.SentenceTransformer(checkpoint(folder, family), device="cpu")  # and mean pooling
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encode(family, tmp_path):
+    theirs = sentence_model(tmp_path, family)
+    ours = copy.deepcopy(theirs)
+    report = bertfast.accelerate(ours)
+    assert (report.fused == 2 and "encoder" in str(report)) or "transformer" in str(report)
+    for batch in (32, 4, 1):
+        found = [
+            m.encode(TEXTS, batch_size=batch, convert_to_tensor=True, show_progress_bar=False)
+            for m in (ours, theirs)
+        ]
+        torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+    assert not any(report.fallbacks.values())
+    tokens = [
+        m.encode(TEXTS, output_value="token_embeddings", show_progress_bar=False)
+        for m in (ours, theirs)
+    ]
+    for a, e in zip(*tokens, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=2e-5)
+
+
+def test_save_and_load(tmp_path):
+    ours = sentence_model(tmp_path / "base")
+    bertfast.accelerate(ours)
+    before = ours.encode(TEXTS, show_progress_bar=False)
+    ours.save(str(tmp_path / "saved"))
+    loaded = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert not bertfast.is_accelerated(loaded)
+    torch.testing.assert_close(
+        loaded.encode(TEXTS, show_progress_bar=False), before, rtol=0, atol=2e-5
+    )
+
+
+def test_cross_encoder(tmp_path):
+    folder = checkpoint(tmp_path, "Roberta", "ForSequenceClassification", num_labels=1)
+    theirs = st.CrossEncoder(folder, device="cpu", max_length=32)
+    ours = st.CrossEncoder(folder, device="cpu", max_length=32)
+    report = bertfast.accelerate(ours)
+    assert report.fused == 2
+    pairs = list(zip(TEXTS, reversed(TEXTS), strict=True))
+    found = [m.predict(pairs, show_progress_bar=False) for m in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+    ranked = [m.rank(TEXTS[3], TEXTS[:9]) for m in (ours, theirs)]
+    assert [r["corpus_id"] for r in ranked[0]] == [r["corpus_id"] for r in ranked[1]]
+    assert not any(report.fallbacks.values())
+
+
+def arguments(kind, folder):
+    return kind(
+        output_dir=str(folder),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.mark.slow
+def test_sentence_transformer_trainer(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers.sentence_transformer import losses as losses_of
+
+    data = datasets.Dataset.from_dict({"anchor": TEXTS[:20], "positive": TEXTS[1:]})
+    theirs = sentence_model(tmp_path / "base")
+    ours = copy.deepcopy(theirs)
+    report = bertfast.accelerate(ours)
+    found = []
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        trainer = st.SentenceTransformerTrainer(
+            model,
+            arguments(st.SentenceTransformerTrainingArguments, tmp_path / name),
+            train_dataset=data,
+            loss=losses_of.MultipleNegativesRankingLoss(model),
+        )
+        found.append(losses(trainer))
+    assert len(found[0]) == 5 and len(set(found[0])) > 1
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        *(m.encode(TEXTS, show_progress_bar=False) for m in (ours, theirs)), rtol=0, atol=1e-3
+    )
+    assert not any(report.fallbacks.values())
+
+
+@pytest.mark.slow
+def test_cross_encoder_trainer(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict(
+        {"a": TEXTS[:20], "b": TEXTS[1:], "label": [float(i % 2) for i in range(20)]}
+    )
+    folder = checkpoint(tmp_path, "Bert", "ForSequenceClassification", num_labels=1)
+    found = []
+    for name in ("ours", "theirs"):
+        model = st.CrossEncoder(folder, device="cpu", max_length=32)
+        if name == "ours":
+            report = bertfast.accelerate(model)
+        trainer = st.cross_encoder.CrossEncoderTrainer(
+            model,
+            arguments(st.cross_encoder.CrossEncoderTrainingArguments, tmp_path / name),
+            train_dataset=data,
+            loss=st.cross_encoder.losses.BinaryCrossEntropyLoss(model),
+        )
+        found.append(losses(trainer))
+    assert len(found[0]) == 5 and len(set(found[0])) > 1
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert not any(report.fallbacks.values())
