@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 class Spec(NamedTuple):
     """A variant of a kernel as its launcher starts it.
 
-    types: each runtime argument's Triton type by name ("*bf16", "i32", "fp32"; pointers count as
-    16-byte aligned); constants: each constexpr argument's value, None for an absent pointer.
+    types: each runtime argument's Triton type by name ("*bf16", "i32", "fp32",
+    "tensordesc<bf16[128, 64]>"; pointers count as 16-byte aligned); constants: each constexpr
+    argument's value, None for an absent pointer; arch: the oldest compute capability it runs on.
     """
 
     kernel: Any
@@ -15,3 +16,4 @@ class Spec(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int = 2
+    arch: int = 80
