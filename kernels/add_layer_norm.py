@@ -154,7 +154,7 @@ def shipped():
             ("*fp32", "*fp32"),
         ):
             for extras in ("residual x_bias seed", "residual x_bias", "residual", ""):
-                if hidden != 768 and (x != "*bf16" or extras in ("residual", "")):
+                if hidden != 768 and (p != "*fp32" or x != "*bf16" or "seed" not in extras):
                     continue
                 yield from _specs(hidden, x, p, extras.split())
 

@@ -77,7 +77,9 @@ def masked_cross_entropy(hidden, weight, bias, labels, ignore_index, need):
         torch.empty(s, dtype=d, device=device) for s, d in _shapes(hidden, weight, bias, need)
     )
     wide = {"dtype": torch.float32, "device": device}
-    dw = None if len(chunks) == 1 else torch.zeros(dweight.shape, **wide)
+    # Products into buffers: those that return a tensor are cast where autocast is on.
+    part = torch.empty(dweight.shape, dtype=dtype, device=device)
+    dw = part if len(chunks) == 1 else torch.zeros(dweight.shape, **wide)
     db = torch.zeros(dbias.shape, **wide)
     for i, j in chunks:
         x, z = hidden[i:j], logits[: j - i]
@@ -90,8 +92,9 @@ def masked_cross_entropy(hidden, weight, bias, labels, ignore_index, need):
         if need & _DHIDDEN:
             torch.mm(z, w, out=dhidden[i:j])
         if need & _DWEIGHT:
-            part = z.T @ x
-            dw = part if dw is None else dw.add_(part)
+            torch.mm(z.T, x, out=part)
+            if dw is not part:
+                dw += part
         if need & _DBIAS:
             db += z.sum(0, dtype=torch.float32)
     if need & _DWEIGHT:

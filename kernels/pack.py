@@ -26,7 +26,7 @@ def _move_rows(x, indices, out, rows, n, SCATTER: tl.constexpr, R: tl.constexpr,
 
 def _tile(n):
     columns = min(triton.next_power_of_2(n), 1024)
-    return _VALUES // columns, columns
+    return min(_VALUES // columns, 512), columns
 
 
 def _move(x, indices, out, scatter):

@@ -222,6 +222,17 @@ def test_label_out_of_range(backend):
 
 
 @each_backend
+def test_autocast_changes_nothing(backend):
+    """The model decides an operator's dtypes; inside, fp32 stays fp32."""
+    tensors = inputs(50, 32, 70)
+    truth = run(plain, [t.double() if i < 3 else t for i, t in enumerate(tensors)], torch.ones(()))
+    there = [t.to(DEVICES[backend]) for t in tensors]
+    with ops.backend(backend), torch.autocast(DEVICES[backend], torch.bfloat16):
+        got = run(ours, there, torch.ones((), device=there[0].device))
+    assert all(relative(a, t) < 1e-5 for a, t in zip(got, truth, strict=True))
+
+
+@each_backend
 def test_views(backend):
     x, w, b, labels = (t.to(DEVICES[backend]) for t in inputs(30, 20, 40))
     misaligned = torch.zeros(40 * 20 + 1, device=w.device)[1:].view(40, 20).copy_(w)

@@ -61,6 +61,16 @@ def test_row_sizes(backend, dtype, width):
 
 
 @each_backend
+def test_known_tokens(backend):
+    mask = torch.tensor(MASKS["holes"], device=DEVICES[backend])
+    x = torch.randn(2, 4, 3, device=mask.device)
+    with ops.backend(backend):
+        known, unknown = ops.pack(x, mask, tokens=4), ops.pack(x, mask)
+    assert all(torch.equal(a, b) for a, b in zip(known[:3], unknown[:3], strict=True))
+    refused(ValueError, "tokens is 5, yet the mask keeps 4", ops.pack, x.cpu(), mask.cpu(), 5)
+
+
+@each_backend
 def test_no_rows(backend):
     with ops.backend(backend):
         x = torch.zeros(0, 4, 2, device=DEVICES[backend])

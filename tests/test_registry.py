@@ -75,7 +75,7 @@ def samples():
             (leaf(8, 6), leaf(9, 6).detach(), None, ids - 1, -1, 1),
             (*d(leaf(8, 6), leaf(9, 6), leaf(9)), ids, 3, 0),
         ],
-        "pack_indices": [(torch.tensor([[1, 0], [1, 1]]),)],
+        "pack_indices": [(torch.tensor([[1, 0], [1, 1]]),), (torch.tensor([[1, 0], [1, 1]]), 3)],
         "gather_rows": [(x, torch.tensor([1, 5]))],
         "scatter_rows": [(leaf(2, 6), torch.tensor([1, 5]), 8)],
     }

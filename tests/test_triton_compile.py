@@ -36,6 +36,8 @@ def test_all_compile_without_spills(figures):
     for path in (ROOT / "kernels").glob("*.py"):
         assert ("def shipped" in path.read_text()) == (path.stem in files), path.name
     assert [r for r in figures if r["spills"]] == []
+    limits = {80: 163 * 1024, 90: 227 * 1024}
+    assert [r for r in figures if r["shared"] > limits[r["architecture"]]] == []
 
 
 @pytest.mark.slow

@@ -132,12 +132,17 @@ def row_chunks(rows: int, vocabulary: int, most: int, values: int):
     return [(rows * i // n, rows * (i + 1) // n) for i in range(n)]
 
 
+def _product(a, b):
+    """a @ b; into a buffer, because products that return a tensor are cast where autocast is on."""
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+
 @register("masked_cross_entropy", "reference")
 def _reference(hidden, weight, bias, labels, ignore_index, need):
     _check_labels(labels, weight.shape[0], ignore_index)
     dtype = wide(hidden.dtype)
     x, w = hidden.to(dtype), weight.to(dtype)
-    z = x @ w.T if bias is None else x @ w.T + bias
+    z = _product(x, w.T) if bias is None else _product(x, w.T) + bias
     labelled = labels != ignore_index
     target = torch.where(labelled, labels, 0).unsqueeze(1)
     losses = torch.logsumexp(z, 1) - z.gather(1, target).squeeze(1)
@@ -148,8 +153,8 @@ def _reference(hidden, weight, bias, labels, ignore_index, need):
     return (
         torch.where(labelled, losses, 0).sum() * scale,
         scale,
-        (dz @ w).to(d) if need & _DHIDDEN else hidden.new_empty(s),
-        (dz.T @ x).to(dw) if need & _DWEIGHT else weight.new_empty(sw),
+        _product(dz, w).to(d) if need & _DHIDDEN else hidden.new_empty(s),
+        _product(dz.T, x).to(dw) if need & _DWEIGHT else weight.new_empty(sw),
         dz.sum(0).to(db) if need & _DBIAS else weight.new_empty(sb, dtype=db),
     )
 
