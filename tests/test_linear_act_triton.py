@@ -20,7 +20,7 @@ PRODUCTS = [
     (name, dtype)
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for name in sorted(
-        {*table.candidates(dtype, ARCH, True), *table.candidates(dtype, ARCH, False)}
+        {*table.candidates(dtype, ARCH, 128, True), *table.candidates(dtype, ARCH, 128, False)}
     )
 ]
 
@@ -147,6 +147,7 @@ def test_choice(monkeypatch):
     assert table.choose(*shape, 0, False, True) == table.CUBLAS
     assert table.choose(*shape, 1, False, True) == "large"
     assert table.choose(80, *shape[1:], 1, False, True) == "medium"
+    assert table.choose(*shape[:4], 64, 1, False, True) == "medium"  # one step
     assert table.choose(*shape, 1, False, False) == "narrow"  # rows that vectors can't read
     assert table.choose(90, torch.float32, *shape[2:], 1, False, True) == table.CUBLAS
     assert table.choose(90, torch.bfloat16, 128, 2304, 768, 0, False, True, 3) == "small"
