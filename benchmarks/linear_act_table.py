@@ -67,7 +67,7 @@ def measure(m, n, k, activation, save, parts, dtype, device, seconds=gpu_seconds
     exact = PLAIN[activation](F.linear(x.double(), whole.double(), bias.double()))
     allowed = 2 * (PLAIN[activation](F.linear(x, whole, bias)) - exact).norm() + 1e-3 * exact.norm()
     key = (arch, dtype, table.bucket(m), n, k, activation, save, parts)
-    names = table.candidates(dtype, arch, kernel._vectors(x, w), parts)
+    names = table.candidates(dtype, arch, k, kernel._vectors(x, w), parts)
     times = {name: [] for name in (*names, "product")}
     before = table.MEASURED.get(key)
     try:

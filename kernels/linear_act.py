@@ -97,7 +97,7 @@ def _matmul(a, b, dtype):
     with _no_autocast(a.device):
         if dtype == a.dtype:
             return a @ b
-        if a.is_cuda:
+        if a.is_cuda and a.numel():
             return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
 

@@ -50,7 +50,7 @@ def _finish(acc, m0, n0, part, b, y, z, M, N: tl.constexpr, PARTS: tl.constexpr,
     tl.store(y + at, _activate(acc, ACT).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # it changes with every batch
 def product(
     x,  # [M, K], pointer or descriptor
     w0,  # PARTS weights [N, K], pointers or one descriptor
@@ -132,7 +132,7 @@ def activation(z, y, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + at, _activate(value, ACT).to(y.dtype.element_ty), mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunk"])
 def gradient(
     grad,  # [M, N], rows STRIDE apart
     z,  # [M, N]; None without an activation

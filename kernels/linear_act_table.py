@@ -39,7 +39,7 @@ def bucket(rows: int) -> int:
     return min(max(1 << (rows - 1).bit_length(), 16), 65536)
 
 
-def candidates(dtype, arch: int, vectors: bool, parts: int = 1) -> list[str]:
+def candidates(dtype, arch: int, k: int, vectors: bool, parts: int = 1) -> list[str]:
     """The names that can serve.
 
     vectors: the rows of all operands are dense and start at multiples of 16 bytes; parts: see
@@ -48,7 +48,9 @@ def candidates(dtype, arch: int, vectors: bool, parts: int = 1) -> list[str]:
     if dtype == torch.float32 or not vectors:
         return [CUBLAS, "narrow"]
     names = [CUBLAS, "small", "medium"]
-    return [*names, "large"] if parts == 1 and 90 <= arch < 100 else names
+    # With a single step over k the large tile's registers spill.
+    large = parts == 1 and k > TILES["large"].k and 90 <= arch < 100
+    return [*names, "large"] if large else names
 
 
 def choose(arch, dtype, m, n, k, activation, save, vectors, parts=1) -> str:
@@ -63,7 +65,7 @@ def choose(arch, dtype, m, n, k, activation, save, vectors, parts=1) -> str:
     moves 12 KiB a row beside 4.7 MFLOP, on an H200 near a third of the product's own time.
     Scattered parts: copying them costs the same at any m, so Triton up to 1,024 rows.
     """
-    able = candidates(dtype, arch, vectors, parts)
+    able = candidates(dtype, arch, k, vectors, parts)
     name = MEASURED.get((arch, dtype, bucket(m), n, k, activation, save, parts))
     if name in able:
         return name

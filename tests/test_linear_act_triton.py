@@ -20,7 +20,7 @@ PRODUCTS = [
     (name, dtype)
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for name in sorted(
-        {*table.candidates(dtype, ARCH, True), *table.candidates(dtype, ARCH, False)}
+        {*table.candidates(dtype, ARCH, 128, True), *table.candidates(dtype, ARCH, 128, False)}
     )
 ]
 
@@ -147,6 +147,7 @@ def test_choice(monkeypatch):
     assert table.choose(*shape, 0, False, True) == table.CUBLAS
     assert table.choose(*shape, 1, False, True) == "large"
     assert table.choose(80, *shape[1:], 1, False, True) == "medium"
+    assert table.choose(*shape[:4], 64, 1, False, True) == "medium"  # one step
     assert table.choose(*shape, 1, False, False) == "narrow"  # rows that vectors can't read
     assert table.choose(90, torch.float32, *shape[2:], 1, False, True) == table.CUBLAS
     assert table.choose(90, torch.bfloat16, 128, 2304, 768, 0, False, True, 3) == "small"
@@ -165,3 +166,21 @@ def test_refuses_other_dtypes():
     x = torch.ones(2, 4, device=DEVICE, dtype=torch.float64)
     with ops.backend("triton"):
         refused(RuntimeError, "not torch.float64", ops.linear_act, x, x)
+
+
+@pytest.mark.slow
+def test_opcheck(monkeypatch):
+    """Shapes, strides and aliasing as the operators declare them."""
+    monkeypatch.undo()  # tensors between guard bytes have storage offsets
+    flat = [t.to(DEVICE) for t in (draw(8, 6), draw(4, 6), draw(4), draw(8, 4), draw(8, 12))]
+    fx, fw, fb, y, q = flat
+    x, w, b = (t.clone().requires_grad_() for t in flat[:3])
+    with ops.backend("triton"):
+        for name, arguments in {
+            "linear_act": [(x, w, b, 1, True), (x, w, None, 0, False)],
+            "linear_act_backward": [(y, fx, fw, fb, y, 1, 7), (y, fx, fw, None, None, 0, 2)],
+            "qkv_linear": [(x, w, b, w, b, w, b)],
+            "qkv_linear_backward": [(q, fx, fw, fw, fw, fb, 7), (q, fx, fw, fw, fw, None, 1)],
+        }.items():
+            for a in arguments:
+                torch.library.opcheck(getattr(torch.ops.bertfast, name).default, a)
