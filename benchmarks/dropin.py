@@ -1,0 +1,170 @@
+"""The drop-in: the same MiniLM objects before and after `bertfast.accelerate`, fp32, same CPU.
+
+    python benchmarks/dropin.py [--rounds 5] [--steps 12]
+
+SentenceTransformer.encode of 512 sentences, CrossEncoder.predict of 256 pairs, and a step of
+transformers' Trainer (batches of 32 texts of natural lengths, padded by its collator; dropout as
+in the checkpoint). The text is the standard library's docstrings. The rival is the untouched
+model with SDPA. Outputs, and the gradients of every parameter, are compared first.
+"""
+
+import argparse
+import copy
+import re
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import transformers
+from harness import interleave, median, minilm, natural_lengths, real_batch, real_text, save
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import bertfast
+
+TOLERANCE = 2e-5
+BATCH = 32
+
+
+def sentences(count: int) -> list[str]:
+    """Of the standard library's documentation, 20 to 500 characters each."""
+    found = re.split(r"(?<=[.!?])\s+", real_text())
+    found = [s for s in dict.fromkeys(found) if 20 <= len(s) <= 500]
+    if len(found) < count:
+        raise SystemExit(f"this Python's docstrings have {len(found)} sentences, needed {count}")
+    return found[:count]
+
+
+def accelerated(model):
+    """A copy of `model`, accelerated; all of it, or nothing is measured."""
+    ours = copy.deepcopy(model)
+    bertfast.accelerate(ours, strict=True)
+    return ours
+
+
+def close(name, ours, theirs, tolerance=TOLERANCE) -> float:
+    error = (torch.as_tensor(ours) - torch.as_tensor(theirs)).abs().max().item()
+    if not error <= tolerance:
+        raise SystemExit(f"{name} differ by {error:.1e}, at most {tolerance:.0e} expected")
+    return error
+
+
+def race(name, run, stock, rounds) -> dict:
+    """Seconds and error of run(model), the stock model beside its accelerated copy."""
+    ours = accelerated(stock)
+    error = close(name, run(ours), run(stock))
+    timed = interleave({"bertfast": lambda: run(ours), "rival": lambda: run(stock)}, rounds, 1)
+    return {key: median(seconds) for key, seconds in timed.items()} | {"max_error": error}
+
+
+def trainer(model, rows, tokenizer, steps, folder):
+    arguments = transformers.TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-5,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    return transformers.Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+
+
+def step_seconds(*setup) -> list[float]:
+    """From one optimizer step's end to the next, the first two left out."""
+    times = []
+    run = trainer(*setup)
+    hook = register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
+    run.train()
+    hook.remove()
+    return [b - a for a, b in pairwise(times[1:])]
+
+
+def gradients(model, rows, tokenizer) -> list[torch.Tensor]:
+    """Every parameter's, of one batch, dropout off."""
+    batch = transformers.DataCollatorWithPadding(tokenizer)(rows[:BATCH])
+    model.zero_grad()
+    model.eval()(**batch).loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def fine_tuning(rounds, steps) -> dict:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+    batch = real_batch(tokenizer, natural_lengths(BATCH * steps))
+    rows = [
+        {"input_ids": ids[: sum(mask)], "labels": i % 4}
+        for i, (ids, mask) in enumerate(
+            zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
+        )
+    ]
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(
+        minilm(), num_labels=4, attn_implementation="sdpa"
+    )
+    ours = accelerated(stock)
+    theirs_found, ours_found = (gradients(m, rows, tokenizer) for m in (stock, ours))
+    whole = torch.stack([g.norm() for g in theirs_found]).norm()
+    error = max(
+        ((a - e).norm() / (e.norm() + 1e-2 * whole)).item()  # a key's bias has rounding alone
+        for a, e in zip(ours_found, theirs_found, strict=True)
+    )
+    close("gradients", error, 0.0, 1e-4)
+    seconds = {"bertfast": [], "rival": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(rounds):
+            sides = [("bertfast", ours), ("rival", stock)]
+            for name, model in reversed(sides) if i % 2 else sides:
+                setup = (copy.deepcopy(model), rows, tokenizer, steps, folder)
+                seconds[name] += step_seconds(*setup)
+    return {name: median(s) for name, s in seconds.items()} | {"max_error": error}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="Trainer steps a round, 3 or more")
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.steps < 3:
+        parser.error(f"--steps is {args.steps}, expected 3 or more")
+    texts = sentences(512)
+    pairs = [(texts[i], texts[-1 - i]) for i in range(256)]
+    sdpa = {"attn_implementation": "sdpa"}
+    finder = SentenceTransformer(minilm(), device="cpu", model_kwargs=sdpa)
+    reranker = CrossEncoder(minilm(), num_labels=1, device="cpu", model_kwargs=sdpa)
+    rows = {
+        "SentenceTransformer.encode, 512 sentences": race(
+            "embeddings", lambda m: m.encode(texts, show_progress_bar=False), finder, args.rounds
+        ),
+        "CrossEncoder.predict, 256 pairs": race(
+            "scores", lambda m: m.predict(pairs, show_progress_bar=False), reranker, args.rounds
+        ),
+        f"transformers Trainer, a step of {BATCH} texts": fine_tuning(args.rounds, args.steps),
+    }
+    summary = []
+    for task, row in rows.items():
+        ours, theirs = (1e3 * row[name] for name in ("bertfast", "rival"))
+        print(f"{task}: {ours:.0f} ms, stock {theirs:.0f} ms: {theirs / ours:.2f}x", flush=True)
+        summary.append(
+            {
+                "task": f"drop-in MiniLM, fp32: {task}",
+                "unit": "ms",
+                "bertfast": round(ours, 2),
+                "rival": round(theirs, 2),
+                "rival_name": "the model before accelerate (SDPA)",
+                "ratio": round(theirs / ours, 2),
+            }
+        )
+    settings = {"model": "MiniLM", "rounds": args.rounds, "steps": args.steps, "batch": BATCH}
+    save("dropin", {"settings": settings, "rows": rows, "summary": summary}, args.out)
+
+
+if __name__ == "__main__":
+    main()
