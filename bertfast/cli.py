@@ -14,6 +14,8 @@ def _parser():
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what this installation is made of, as JSON")
+    text = "raw text to a tokenizer and token shards, for pretrain"
+    _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
@@ -24,21 +26,36 @@ def _parser():
     return parser
 
 
+def _prepare_arguments(parser):
+    from .data.prepare import PrepareConfig
+
+    _settings(parser, PrepareConfig)
+
+
 def _finetune_arguments(parser):
-    from .train.config import CHOICES, FinetuneConfig
+    from .train.config import FinetuneConfig
 
     parser.add_argument("--config", metavar="FILE", help="YAML with any of these settings")
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
-    for f in dataclasses.fields(FinetuneConfig):
+    _settings(parser, FinetuneConfig)
+
+
+def _settings(parser, settings):
+    """An option for each field of a dataclass."""
+    from .train.config import CHOICES
+
+    for f in dataclasses.fields(settings):
         option = "--" + f.name.replace("_", "-")
-        default = "" if f.default is dataclasses.MISSING or f.default in (None, "") else f.default
+        default = "" if f.default in (dataclasses.MISSING, None, "") else f.default
         text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
         # Unset options must not hide what --config says.
         common = {"default": argparse.SUPPRESS, "help": text}
         kinds = str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type))
         if "bool" in kinds:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        elif "list" in kinds:
+            parser.add_argument(option, nargs="+", metavar="FILE", **common)
         elif "dict" in kinds:
             parser.add_argument(option, nargs="+", type=_weight, metavar="LABEL=WEIGHT", **common)
         else:
@@ -76,12 +93,24 @@ def _predict_arguments(parser):
     parser.add_argument("--output", default="-", help="JSON lines here (default: - for stdout)")
 
 
+def _given(args, settings) -> dict:
+    """The fields of a dataclass that the command line sets."""
+    names = [f.name for f in dataclasses.fields(settings)]
+    return {n: getattr(args, n) for n in names if hasattr(args, n)}
+
+
+def _prepare(args):
+    from .data.prepare import PrepareConfig, prepare
+
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    print(json.dumps(prepare(PrepareConfig(**_given(args, PrepareConfig)), say), indent=2))
+
+
 def _finetune(args):
     from .train.config import FinetuneConfig, read_yaml
 
     values = read_yaml(args.config) if args.config else {}
-    names = [f.name for f in dataclasses.fields(FinetuneConfig)]
-    values |= {n: getattr(args, n) for n in names if hasattr(args, n)}
+    values |= _given(args, FinetuneConfig)
     if "class_weights" in values:
         values["class_weights"] = dict(values["class_weights"])
     config = FinetuneConfig(**values)
@@ -172,6 +201,7 @@ def main(argv=None) -> int:
     from .train.config import ConfigError
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
+    commands |= {"prepare": _prepare}
     try:
         commands[args.command](args)
     except ConfigError as e:
