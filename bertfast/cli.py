@@ -16,6 +16,8 @@ def _parser():
     commands.add_parser("info", help="what this installation is made of, as JSON")
     text = "raw text to a tokenizer and token shards, for pretrain"
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
+    text = "a BERT from a prepared folder, from random weights or a checkpoint's"
+    _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
@@ -32,13 +34,24 @@ def _prepare_arguments(parser):
     _settings(parser, PrepareConfig)
 
 
+def _pretrain_arguments(parser):
+    from .train.config import PretrainConfig
+
+    _run_arguments(parser, PretrainConfig, "--settings")  # --config is the model's
+
+
 def _finetune_arguments(parser):
     from .train.config import FinetuneConfig
 
-    parser.add_argument("--config", metavar="FILE", help="YAML with any of these settings")
+    _run_arguments(parser, FinetuneConfig, "--config")
+
+
+def _run_arguments(parser, settings, yaml_option):
+    text = "YAML with any of these settings"
+    parser.add_argument(yaml_option, dest="yaml", metavar="FILE", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
-    _settings(parser, FinetuneConfig)
+    _settings(parser, settings)
 
 
 def _settings(parser, settings):
@@ -46,6 +59,8 @@ def _settings(parser, settings):
     from .train.config import CHOICES
 
     for f in dataclasses.fields(settings):
+        if "help" not in f.metadata:
+            continue
         option = "--" + f.name.replace("_", "-")
         default = "" if f.default in (dataclasses.MISSING, None, "") else f.default
         text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
@@ -106,18 +121,42 @@ def _prepare(args):
     print(json.dumps(prepare(PrepareConfig(**_given(args, PrepareConfig)), say), indent=2))
 
 
-def _finetune(args):
-    from .train.config import FinetuneConfig, read_yaml
+def _run_config(args, settings):
+    """The settings of YAML and command line; None where they were only to be printed."""
+    from .train.config import read_yaml
 
-    values = read_yaml(args.config) if args.config else {}
-    values |= _given(args, FinetuneConfig)
+    values = read_yaml(args.yaml, settings) if args.yaml else {}
+    values |= _given(args, settings)
     if "class_weights" in values:
         values["class_weights"] = dict(values["class_weights"])
-    config = FinetuneConfig(**values)
+    config = settings(**values)
     if args.print_config:
         import yaml
 
         print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
+        return None
+    return config
+
+
+def _pretrain(args):
+    from .train.config import PretrainConfig
+
+    config = _run_config(args, PretrainConfig)
+    if config is None:
+        return
+    config.require("data", "out")
+    from .train import pretrain
+
+    results = pretrain(config, dry_run=args.dry_run)
+    if results:
+        print(json.dumps(results["valid"]))
+
+
+def _finetune(args):
+    from .train.config import FinetuneConfig
+
+    config = _run_config(args, FinetuneConfig)
+    if config is None:
         return
     config.require("model", "train", "out")
     from .train import finetune
@@ -201,7 +240,7 @@ def main(argv=None) -> int:
     from .train.config import ConfigError
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
-    commands |= {"prepare": _prepare}
+    commands |= {"prepare": _prepare, "pretrain": _pretrain}
     try:
         commands[args.command](args)
     except ConfigError as e:

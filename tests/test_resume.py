@@ -86,13 +86,16 @@ def same(folder, out):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+TIMES = {"tokens_per_second", "eta_seconds", "mfu"}
+
+
 def steps(folder, out):
     """metrics.jsonl but for its timings."""
     import json
 
     with open(folder / out / "metrics.jsonl") as f:
         records = [json.loads(line) for line in f]
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
 
 def kills(tmp_path, runner, count):

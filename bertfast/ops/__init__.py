@@ -6,6 +6,7 @@ from .attention import attention
 from .dropout import draw_seeds
 from .embedding_layer_norm import embedding_layer_norm
 from .linear_act import feed_forward, linear_act, qkv_linear
+from .masked_cross_entropy import masked_cross_entropy
 from .pack import pack, unpack
 from .registry import backend
 
@@ -17,6 +18,7 @@ __all__ = [
     "embedding_layer_norm",
     "feed_forward",
     "linear_act",
+    "masked_cross_entropy",
     "pack",
     "qkv_linear",
     "registry",
