@@ -18,7 +18,7 @@ from ..model.encoder import BertLayer
 from . import checkpoint
 from .config import LOWER_IS_BETTER
 from .lamb import Lamb
-from .ranks import Ranks, full, like
+from .ranks import Ranks, full, join, like
 from .speed import Speed, matmul_rate
 
 BEST = "best.safetensors"
@@ -199,7 +199,9 @@ class _Run:
     def __init__(self, model, task, config, out, fingerprint, say):
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        cpu = config.device == "cpu" or not torch.cuda.is_available()
+        join("cpu" if cpu else "cuda")
+        self.accelerator = Accelerator(cpu=cpu)
         self.ranks = Ranks()
         self.main = self.ranks.rank == 0
         self.say = say if self.main else lambda text: None

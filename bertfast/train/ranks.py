@@ -1,5 +1,6 @@
 """One process or many: what the loop needs to know of the others, under torchrun."""
 
+import os
 from contextlib import nullcontext
 
 import torch
@@ -9,6 +10,24 @@ try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # a torch built without distributed
     DTensor = distribute_tensor = None
+
+
+def join(device_type: str) -> None:
+    """Join the other processes of torchrun or `accelerate launch`, where there are any.
+
+    Each attempt after a lost rank has keys of its own in torchrun's store; with the shared ones
+    (torch 2.13, `--standalone`) Gloo would look for the ranks of the attempt before.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+        return
+    store, rank, world = next(distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"bertfast/{attempt}/{world}", store)
+    backend = "gloo"
+    if device_type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 class Ranks:
@@ -56,7 +75,8 @@ class Ranks:
         mesh = init_device_mesh(device.type, (self.world,))
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-        return fully_shard(module, mesh=mesh)
+        # Also the root: checkpoints find sharded parameters between steps.
+        return fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def sync(self, module: nn.Module, last: bool):
         """The context of a backward pass: gradients meet in the last one of a step alone."""
