@@ -1,6 +1,9 @@
 """Pre-training: learning, losses that batches don't change, checkpoints, the command line."""
 
 import json
+import os
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +22,13 @@ from bertfast.cli import main
 from bertfast.data import masking
 from bertfast.data.sequences import Sequences
 from bertfast.data.shards import Shards
-from bertfast.train import ConfigError, PretrainConfig, TrainingError, pretrain
+from bertfast.train import (
+    ConfigError,
+    InterruptedRunError,
+    PretrainConfig,
+    TrainingError,
+    pretrain,
+)
 from bertfast.train import checkpoint as state
 from bertfast.train.lamb import Lamb
 from bertfast.train.pretrain import PretrainTask, _model, _tokenizer
@@ -291,6 +300,35 @@ def test_flipped_bit_falls_back(prepared, tmp_path, file, capfd):
     assert f"{file} does not match its checksum" in said and "step-00000008" in said
     found = load_file(tmp_path / "a" / "model.safetensors")
     assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("where", ["score", "loss"])
+def test_sigterm_at_once(prepared, tmp_path, monkeypatch, where):
+    """Within an evaluation, or between micro-batches: left at once, nothing lost."""
+    options = {"max_steps": 8, "eval_steps": 4, "save_steps": None, "accumulation": 2}
+    run(prepared, tmp_path / "whole", **options)
+    real, calls = getattr(PretrainTask, where), []
+
+    def interrupted(self, model, batch):
+        calls.append(1)
+        if len(calls) == (1 if where == "score" else 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+            if where == "score":
+                time.sleep(60)
+        return real(self, model, batch)
+
+    start = time.monotonic()
+    with monkeypatch.context() as m:
+        m.setattr(PretrainTask, where, interrupted)
+        refused(InterruptedRunError, "stopped at step", run, prepared, tmp_path / "o", **options)
+    assert time.monotonic() - start < 30
+    found = state.latest(tmp_path / "o" / "checkpoints", print)[1]
+    assert found["step"] == (4 if where == "score" else 2)
+    assert len(calls) == (1 if where == "score" else 5)
+    run(prepared, tmp_path / "o", **options)
+    a, b = (load_file(tmp_path / o / "model.safetensors") for o in ("whole", "o"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert losses(tmp_path / "o") == losses(tmp_path / "whole")
 
 
 def test_goes_on_from_a_checkpoint_and_finetunes(prepared, tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -237,9 +238,10 @@ class _Run:
             disable=not self.main,
         )  # fmt: skip
         self.log = _Log(self.out, self.state["log_size"], self.main)
-        self.speed = None
+        self.speed = self.ahead = None
         try:
-            with _Stop() as self.stop, bar as self.bar:
+            # The next step's batches are made in a thread while this step runs.
+            with ThreadPoolExecutor(1) as self.loader, _Stop() as self.stop, bar as self.bar:
                 self._loop()
         finally:
             self.log.close()
@@ -278,17 +280,23 @@ class _Run:
                 return
             if ended:
                 continue
-            self._train_step(batches[state["done"] * self.group :][: self.group])
+            at = state["done"] * self.group
+            following = batches[at + self.group : at + 2 * self.group]
+            self._train_step(batches[at : at + self.group], following)
             every = self.config.save_steps
             if every and self.step % every == 0:
                 self._save()
 
-    def _train_step(self, group):
+    def _load(self, group):
+        return [(self.task.load(b), factor) for b, factor in self.ranks.share(group)]
+
+    def _train_step(self, group, following):
         state, start = self.state, time.perf_counter()
         self.model.train()
         # Not Accelerator's seeds: these are the same after a restart, and differ between ranks.
         _seed(self.config.seed, self.step, self.ranks.rank)
-        mine = [(self.task.load(b), factor) for b, factor in self.ranks.share(group)]
+        mine = self.ahead.result() if self.ahead else self._load(group)
+        self.ahead = self.loader.submit(self._load, following) if following else None
         counted = [b for b, factor in mine if factor]
         totals = self._totals(counted)
         if totals["stop"]:
