@@ -6,6 +6,7 @@ Data goes to stdout, progress and errors to stderr; exit 2 for wrong usage, 1 fo
 import argparse
 import dataclasses
 import json
+import os
 import sys
 
 
@@ -148,7 +149,7 @@ def _pretrain(args):
     from .train import pretrain
 
     results = pretrain(config, dry_run=args.dry_run)
-    if results:
+    if results and os.environ.get("RANK", "0") == "0":
         print(json.dumps(results["valid"]))
 
 

@@ -4,6 +4,8 @@
 import gzip
 import json
 import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -270,6 +272,30 @@ def test_flipped_bit(tmp_path):
     with pytest.raises(DataError, match="does not match its checksum"):
         for i in range(len(shards)):
             shards.load(i)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(tmp_path):
+    """Eight times the text: the peak of a process grows by less than the extra text itself."""
+    code = """
+import resource, sys
+from bertfast.data.prepare import PrepareConfig, prepare
+prepare(PrepareConfig(corpus=[sys.argv[1]], out=sys.argv[2], vocab_size=200, processes=1, shard_mb=0.5), print)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = []
+    for n in (5_000, 40_000):
+        path = write(tmp_path / f"{n}.txt", texts(n))
+        run = subprocess.run(
+            [sys.executable, "-c", code, path, str(tmp_path / f"o{n}")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(run.stdout.split()[-1]) * 1024)
+    extra = (tmp_path / "40000.txt").stat().st_size - (tmp_path / "5000.txt").stat().st_size
+    assert extra > 4_000_000
+    assert peaks[1] - peaks[0] < 0.5 * extra + 2_000_000, peaks
 
 
 def test_counts_stay_bounded():

@@ -195,6 +195,14 @@ def test_accumulation_changes_nothing(prepared, tmp_path):
     assert curves[0][-1] < curves[0][0]
 
 
+def test_more_parts_than_sequences(prepared, tmp_path):
+    """Empty micro-batches count for nothing."""
+    few = {"batch_tokens": 40, "max_steps": 3, "config": str(prepared / "still.json")}
+    for n in (1, 4):
+        run(prepared, tmp_path / str(n), accumulation=n, **few)
+    np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=1e-6)
+
+
 def test_accumulated_gradient(prepared):
     """Normalised by the global counts of targets and of pairs, not by the number of parts."""
     grads = []

@@ -88,7 +88,7 @@ def finetuning(folder, out):
 
 def pretraining(folder, out):
     return tiny_pretrain.settings(
-        folder, out=str(folder / out), accumulation=2, max_steps=60, eval_steps=25, save_steps=3
+        folder, out=str(folder / out), accumulation=2, max_steps=36, eval_steps=15, save_steps=3
     )
 
 

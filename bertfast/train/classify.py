@@ -14,7 +14,8 @@ from ..model import BertForSequenceClassification, checkpoint
 from . import metrics, plots
 from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
-from .loop import Task, train
+from .loop import train
+from .task import Task
 
 PROBLEM = {
     "single_label": "single_label_classification",

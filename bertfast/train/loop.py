@@ -1,9 +1,6 @@
 """The training loop, for any task that gives batches, losses as sums, and what they count."""
 
-import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,8 @@ from .config import LOWER_IS_BETTER
 from .lamb import Lamb
 from .ranks import Ranks, full, join, like
 from .speed import Speed, matmul_rate
+from .task import Task
+from .watch import Log, Stop, StoppedError, line
 
 BEST = "best.safetensors"
 
@@ -31,54 +30,6 @@ class TrainingError(RuntimeError):
 
 class InterruptedRunError(RuntimeError):
     """The run was asked to stop (SIGTERM) and saved its state."""
-
-
-class Task:
-    """What is trained: its batches, their losses as sums, and what those are to be divided by.
-
-    A task may have several objectives, named in `names`: `weight` and `loss` then give one value
-    for each, and the loss of a step is the sum of their means.
-    """
-
-    names: tuple[str, ...] = ()
-
-    def batches(self, part: int) -> list:
-        """The micro-batches of an epoch (or another part of the data), the same each time."""
-        raise NotImplementedError
-
-    def steps(self, config, group: int) -> int:
-        """Optimizer steps in the run; `group` micro-batches make one."""
-        steps = config.epochs * math.ceil(len(self.batches(0)) / group)
-        return steps if config.max_steps is None else min(steps, config.max_steps)
-
-    def load(self, batch):
-        """What the methods below get for a batch; by default the batch."""
-        return batch
-
-    def weight(self, batch) -> float | list[float]:
-        """What the batch's summed loss is to be divided by: its targets, or their weights."""
-        raise NotImplementedError
-
-    def tokens(self, batch) -> int:
-        """Real tokens in the batch."""
-        raise NotImplementedError
-
-    def flops(self, batch) -> float:
-        """Floating-point operations of the batch's forward and backward; 0 for no MFU."""
-        return 0.0
-
-    def loss(self, model, batch) -> torch.Tensor:
-        """The batch's loss, summed over its targets; [objectives] where there are several."""
-        raise NotImplementedError
-
-    def score(self, model, batch):
-        """What `evaluate` needs of a batch, for tasks that may run on several ranks."""
-        raise NotImplementedError
-
-    def evaluate(self, model, score: Callable) -> dict:
-        """Metrics on the validation data, floats by name. `score(batch)` calls the method of that
-        name so that sharded weights are there; what is no float is logged alone."""
-        raise NotImplementedError
 
 
 class _Step(nn.Module):
@@ -116,69 +67,6 @@ def make_optimizer(model, config):
     if config.optimizer == "lamb":
         return Lamb(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
-class _Stop:
-    """SIGTERM as a flag, so that the step under way ends and is saved."""
-
-    def __enter__(self):
-        self.asked = self.at_once = False
-        try:
-            self.old = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # not the main thread: no handler can be set
-            self.old = None
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-        if self.at_once:
-            raise _StoppedError
-
-    def __exit__(self, *_):
-        if self.old is not None:
-            signal.signal(signal.SIGTERM, self.old)
-
-
-class _StoppedError(Exception):
-    """SIGTERM came where nothing is lost by leaving."""
-
-
-class _Log:
-    """metrics.jsonl and TensorBoard; a resumed run cuts off what came after its checkpoint."""
-
-    def __init__(self, out: Path, size: int, on: bool):
-        self.file = self.board = None
-        if not on:
-            return
-        self.file = open(out / "metrics.jsonl", "ab")  # noqa: SIM115
-        self.file.truncate(size)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), flush_secs=30)
-        except ImportError:
-            pass
-
-    def write(self, **record):
-        if self.file is None:
-            return
-        self.file.write((json.dumps(record) + "\n").encode())
-        self.file.flush()
-        for name, value in record.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, record["step"])
-
-    def size(self) -> int:
-        if self.file is None:
-            return 0
-        os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
-
-    def close(self):
-        if self.file:
-            self.file.close()
-        if self.board:
-            self.board.close()
 
 
 def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable = print) -> dict:
@@ -237,11 +125,11 @@ class _Run:
             total=self.steps, initial=self.step, unit="step", desc="train", dynamic_ncols=True,
             disable=not self.main,
         )  # fmt: skip
-        self.log = _Log(self.out, self.state["log_size"], self.main)
+        self.log = Log(self.out, self.state["log_size"], self.main)
         self.speed = self.ahead = None
         try:
             # The next step's batches are made in a thread while this step runs.
-            with ThreadPoolExecutor(1) as self.loader, _Stop() as self.stop, bar as self.bar:
+            with ThreadPoolExecutor(1) as self.loader, Stop() as self.stop, bar as self.bar:
                 self._loop()
         finally:
             self.log.close()
@@ -330,7 +218,7 @@ class _Run:
         self.bar.update()
         every = getattr(self.config, "log_steps", None)
         if every and (self.step % every == 0 or self.step == self.steps):
-            self.say(_line(record, self.steps))
+            self.say(line(record, self.steps))
 
     def _totals(self, batches) -> dict:
         """Over all ranks: weights (one or more), tokens, flops, and whether any is to stop."""
@@ -387,7 +275,7 @@ class _Run:
             self.stop.at_once = self.ranks.world == 1
             with torch.no_grad(), self._autocast():
                 metrics = self.task.evaluate(self.model, lambda b: self.module(b, score=True))
-        except _StoppedError:
+        except StoppedError:
             self._leave()
         finally:
             self.stop.at_once = False
@@ -447,18 +335,6 @@ def _seed(seed: int, step: int, rank: int):
     """torch's generators for this step on this rank."""
     value = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(value >> np.uint64(1)))
-
-
-def _line(record: dict, steps: int) -> str:
-    """A log line for people."""
-    left = time.strftime("%H:%M:%S", time.gmtime(record["eta_seconds"]))
-    mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    losses = ", ".join(f"{k} {v:.4f}" for k, v in record.items() if k.endswith("loss"))
-    return (
-        f"step {record['step']}/{steps}: {losses}, lr {record['lr']:.2e}, "
-        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}, "
-        f"{record['tokens_seen']:,} tokens seen, {left} left"
-    )
 
 
 def _write_best(path: Path, model, main: bool):

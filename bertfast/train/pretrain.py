@@ -19,7 +19,9 @@ from ..model.presets import bert_config
 from . import plots
 from .classify import _device, _say, _write_json, _write_yaml
 from .config import ConfigError, PretrainConfig
-from .loop import Task, train
+from .loop import train
+from .ranks import Ranks, full
+from .task import Task
 
 # What may differ when a run is resumed; neither ranks nor accumulation change a step.
 _FREE = {"out", "resume", "keep", "save_steps", "log_steps", "allow_pickle", "device"}
@@ -105,7 +107,7 @@ class PretrainTask(Task):
         return 3.0 * forward
 
     def _hidden(self, model, batch):
-        """(first tokens or None, masked tokens) after the encoder: [sequences or targets, h]."""
+        """(first tokens, where they are wanted; masked tokens) after the encoder: [n, hidden]."""
         sequences = len(batch.cu_seqlens) - 1 if self.config.nsp else 0
         rows = batch.positions
         if sequences:
@@ -114,7 +116,7 @@ class PretrainTask(Task):
             *(batch.input_ids, batch.cu_seqlens, batch.max_seqlen),
             *(batch.position_ids, batch.token_type_ids, rows),
         )
-        return hidden[:sequences] if sequences else None, hidden[sequences:]
+        return hidden[:sequences], hidden[sequences:]
 
     def loss(self, model, batch):
         """fp32 [1 or 2]: summed losses of the masked tokens and of the pairs."""
@@ -169,8 +171,6 @@ class PretrainTask(Task):
     def evaluate(self, model, score):
         """Losses, perplexity and accuracies of up to eval_tokens validation tokens, masked the
         same each time; what always saying the commonest token would score."""
-        from .ranks import Ranks
-
         if self.valid is None:
             return {}
         ranks, window = Ranks(), self.valid.window(0)
@@ -315,8 +315,6 @@ def _start(config):
 
 
 def _save(model, out, main):
-    from .ranks import full
-
     with torch.no_grad():
         tensors = {name: full(p) for name, p in model.named_parameters()}
     if main:
