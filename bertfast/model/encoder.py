@@ -1,11 +1,20 @@
 """Embeddings, layers and pooler, with transformers' names, on packed tokens inside."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
+
+
+class PackedSequences(NamedTuple):
+    """All that the layers need of a `Packing`, for sequences that come packed."""
+
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
+    seqlen: int  # the longest
 
 
 class Packing:
@@ -143,7 +152,7 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, hidden, packing: Packing, seeds, collect=None, rows=None):
+    def forward(self, hidden, packing: Packing | PackedSequences, seeds, collect=None, rows=None):
         """hidden [tokens, hidden] -> the same; `collect(hidden, qkv)` sees each layer's result.
 
         seeds: int64 [3 * layers, 2]. rows: those of the result that are wanted, None for all.
