@@ -91,7 +91,7 @@ TILES = {
         (2, 128): {LONG: Tile(64, 32, 8, 2)},
         (4, 32): {LONG: Tile(32, 32, 4)},
         (4, 64): {LONG: Tile(32, 32, 8)},
-        (4, 128): {LONG: Tile(16, 32, 8)},
+        (4, 128): {LONG: Tile(32, 32, 8, 2)},
     },
     ("queries", 90): {
         (2, 32): {LONG: Tile(128, 64, 8, 2)},
@@ -99,7 +99,7 @@ TILES = {
         (2, 128): {LONG: Tile(128, 32, 8, 2)},
         (4, 32): {LONG: Tile(32, 32, 4)},
         (4, 64): {LONG: Tile(32, 32, 8)},
-        (4, 128): {LONG: Tile(16, 32, 8)},
+        (4, 128): {LONG: Tile(32, 32, 8, 2)},
     },
     ("keys", 80): {
         (2, 32): {LONG: Tile(64, 128, 8, 2)},
@@ -117,7 +117,7 @@ TILES = {
         (4, 64): {LONG: Tile(16, 32, 8)},
         (4, 128): {LONG: Tile(16, 32, 8)},
     },
-    # Where there is a bias, of 2-byte elements, its tile takes the registers.
+    # Where there is a bias, its tile takes the registers; instead of the above.
     ("forward", "bias"): {
         (2, 32): {LONG: Tile(64, 32, 4, 2)},
         (2, 64): {LONG: Tile(64, 64, 4, 2)},
@@ -134,6 +134,7 @@ TILES = {
         (2, 32): {LONG: Tile(64, 32, 8, 2)},
         (2, 64): {LONG: Tile(64, 32, 8, 2)},
         (2, 128): {LONG: Tile(32, 32, 8, 2)},
+        (4, 32): {LONG: Tile(32, 32, 8)},
     },
     ("keys", "bias"): {
         (2, 32): {LONG: Tile(16, 64, 4, 2)},
