@@ -22,8 +22,8 @@ test: build ## the quick tests
 test-slow: build
 	$(BIN)/pytest -m slow
 
-test-sanitize: build ## the operators' tests on an extension built with ASan and UBSan
-	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA=off \
+test-sanitize: build ## the operators' tests with ASan and UBSan, the CUDA kernels' on the CPU
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA_HOST=ON \
 	  -DBERTFAST_SANITIZE=ON -DBERTFAST_ONE_ISA=ON -DBERTFAST_OUTPUT=$(CURDIR)/build/sanitize \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)

@@ -9,6 +9,8 @@ from .linear_act import feed_forward, linear_act, qkv_linear
 from .pack import pack, unpack
 from .registry import backend
 
+from . import cuda  # isort: skip  registers, after the operators that it serves
+
 __all__ = [
     "add_layer_norm",
     "attention",

@@ -1,0 +1,9 @@
+// float16 for the host harness; see cuda_runtime.h.
+#pragma once
+
+struct __half {
+  _Float16 value;
+};
+
+inline float __half2float(__half v) { return float(v.value); }
+inline __half __float2half(float f) { return {_Float16(f)}; }
