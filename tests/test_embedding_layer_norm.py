@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import BACKENDS, FLOATS, check, keep, refused
+from helpers import FLOATS, backends, check, keep, refused
 from torch.nn import functional as F
 
 from bertfast import ops
@@ -28,19 +28,19 @@ def plain(ids, positions, types, word, position, token_type, weight, bias, mask=
 
 @pytest.mark.parametrize("shape", [(200, 384), (65, 100), (3, 7), (1, 64)])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("embedding_layer_norm"))
 def test_forward_backward(backend, dtype, shape):
     check(backend, dtype, lambda *t: ops.embedding_layer_norm(*t, 1e-5), plain, inputs(*shape))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("embedding_layer_norm"))
 def test_without_types(backend):
     tensors = inputs(30, 40)
     tensors[2] = tensors[5] = None
     check(backend, torch.float32, lambda *t: ops.embedding_layer_norm(*t, 1e-5), plain, tensors)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("embedding_layer_norm"))
 def test_dropout(backend):
     p = 0.4
     mask = torch.stack([keep(77, 2, t, 70, p) for t in range(90)]) / (1 - p)
@@ -54,7 +54,7 @@ def test_dropout(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("embedding_layer_norm"))
 def test_empty(backend):
     tensors = inputs(0, 16)
     tensors[3].requires_grad_()
@@ -65,7 +65,7 @@ def test_empty(backend):
 
 
 @pytest.mark.parametrize("bad", [-1, 50])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("embedding_layer_norm"))
 def test_id_out_of_range(backend, bad):
     tensors = inputs(8, 16)
     tensors[0][3] = bad

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, FLOATS, check, refused
+from helpers import FLOATS, backends, check, refused
 from torch.nn import functional as F
 
 from bertfast import ops
@@ -29,7 +29,7 @@ def inputs(m, n, k, seed=0):
 @pytest.mark.parametrize("shape", [(77, 53, 100), (2, 9, 5), (33, 384, 1536), (200, 96, 64)])
 @pytest.mark.parametrize("activation", PLAIN)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("linear_act"))
 def test_forward_backward(backend, dtype, activation, shape):
     check(
         backend,
@@ -58,7 +58,7 @@ def test_long_k():
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("linear_act"))
 def test_extreme_values(backend, activation):
     """Large, infinite and NaN pre-activations; the negative tail."""
     z = torch.tensor([-math.inf, -1e30, -1e4, -20, -6, -5.4, -3, -1e-30, 0, 1e-3, 5, 1e4, 1e30])
@@ -74,7 +74,7 @@ def test_extreme_values(backend, activation):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [50, 64, 384])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("linear_act"))
 def test_qkv(backend, dtype, hidden, bias):
     x = inputs(90, 1, hidden)[0]
     parts = [inputs(1, hidden, hidden, seed)[1:] for seed in (1, 2, 3)]
@@ -92,7 +92,7 @@ def test_qkv(backend, dtype, hidden, bias):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("linear_act"))
 def test_feed_forward(backend):
     x, w1, b1 = inputs(60, 256, 64)
     _, w2, b2 = inputs(1, 64, 256, 1)
@@ -105,7 +105,7 @@ def test_feed_forward(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("linear_act"))
 def test_mixed_precision(backend):
     """bf16 activations on fp32 parameters: each gradient in its own dtype."""
     x, w, b = inputs(40, 30, 20)
@@ -117,7 +117,7 @@ def test_mixed_precision(backend):
     torch.testing.assert_close(y.float(), F.gelu(F.linear(x.float(), w, b)), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("linear_act"))
 def test_views(backend):
     """Transposed and misaligned operands, an input of more dimensions, a frozen weight."""
     x, w, b = inputs(24, 30, 20)
@@ -132,7 +132,7 @@ def test_views(backend):
         assert w.grad is None and x.grad is not None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("linear_act"))
 def test_empty(backend):
     with ops.backend(backend):
         x, w = torch.zeros(0, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)

@@ -1,6 +1,6 @@
 """The operators of a BERT encoder, each with interchangeable backends (see `registry`)."""
 
-from . import registry
+from . import cuda, registry  # noqa: F401  cuda registers its backend
 from .add_layer_norm import add_layer_norm
 from .attention import attention
 from .dropout import draw_seeds
@@ -8,8 +8,6 @@ from .embedding_layer_norm import embedding_layer_norm
 from .linear_act import feed_forward, linear_act, qkv_linear
 from .pack import pack, unpack
 from .registry import backend
-
-from . import cuda  # isort: skip  registers, after the operators that it serves
 
 __all__ = [
     "add_layer_norm",

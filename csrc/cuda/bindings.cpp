@@ -38,6 +38,10 @@ void bind(py::module_& m) {
   add(m, "cuda_scatter_rows", &scatter_rows);
   add(m, "cuda_add_layer_norm", &add_layer_norm);
   add(m, "cuda_add_layer_norm_backward", &add_layer_norm_backward);
+  add(m, "cuda_embedding_layer_norm", &embedding_layer_norm);
+  add(m, "cuda_embedding_layer_norm_backward", &embedding_layer_norm_backward);
+  add(m, "cuda_activate", &activate);
+  add(m, "cuda_activation_backward", &activation_backward);
 }
 
 void add_build_info(py::dict& info) {

@@ -33,4 +33,31 @@ void add_layer_norm_backward(int dtype, const void* grad, const void* x, const v
                              float* partial, int64_t blocks, float* columns, int device,
                              void* stream);
 
+// dropout(LN(word[ids] + position[positions] + type[types])); types and type optional; the tables
+// and y are of dtype; ids, positions, types [tokens]
+void embedding_layer_norm(int dtype, const int64_t* ids, const int64_t* positions,
+                          const int64_t* types, const void* word, const void* position,
+                          const void* type, const void* weight, const void* bias,
+                          const int64_t* seed, float keep_scale, uint32_t threshold, float eps,
+                          int64_t tokens, int64_t hidden, void* y, float* mean, float* rstd,
+                          int device, void* stream);
+// ds [tokens, hidden]: gradient of the sum that is normalised; partial [blocks, 2, hidden] is
+// scratch; columns [2, hidden]: dweight, dbias
+void embedding_layer_norm_backward(int dtype, const void* grad, const int64_t* ids,
+                                   const int64_t* positions, const int64_t* types, const void* word,
+                                   const void* position, const void* type, const void* weight,
+                                   const int64_t* seed, float keep_scale, uint32_t threshold,
+                                   const float* mean, const float* rstd, int64_t tokens,
+                                   int64_t hidden, float* ds, float* partial, int64_t blocks,
+                                   float* columns, int device, void* stream);
+
+// activation: 1 GELU (erf), 2 GELU (tanh), 3 ReLU; y = activation(z), n values, y may be z
+void activate(int dtype, const void* z, void* y, int64_t n, int activation, int device,
+              void* stream);
+// dz = grad * activation'(z), all [m, n]; partial [blocks, n] is scratch; column_sum [n]: of dz, or
+// of grad with activation 0, which leaves z and dz alone
+void activation_backward(int dtype, const void* grad, const void* z, void* dz, int64_t m, int64_t n,
+                         int activation, float* partial, int64_t blocks, float* column_sum,
+                         int device, void* stream);
+
 }  // namespace bertfast::cuda

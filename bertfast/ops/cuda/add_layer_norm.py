@@ -5,27 +5,11 @@ import torch
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
-from .arguments import dropout, dtype_code, parameter, row_blocks
-
-MAX_HIDDEN = 4096  # kMaxHidden in csrc/cuda/rows.h: a row stays in a block's registers
-
-
-def hidden_limit(hidden, dtypes, *parameters):
-    if hidden > MAX_HIDDEN:
-        return f"hidden is {hidden}, it takes at most {MAX_HIDDEN}"
-    for p in parameters:
-        if p is not None and p.dtype not in dtypes:
-            return f"a parameter is {p.dtype}, it takes {dtypes[0]} or float32"
-    return None
+from .arguments import dropout, dtype_code, hidden_limit, parameter, row_blocks
 
 
 def _limit(device, dtype, arguments):
-    why = cuda_float_limit(device, dtype, arguments)
-    if why or not arguments:
-        return why
-    vectors = [a for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 1]
-    vectors = [v for v in vectors if v.is_floating_point()]
-    return hidden_limit(vectors[0].shape[0], (dtype, torch.float32), *vectors)
+    return cuda_float_limit(device, dtype, arguments) or hidden_limit(arguments)
 
 
 @register("add_layer_norm", "cuda", limit=_limit)

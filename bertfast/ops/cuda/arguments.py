@@ -5,6 +5,17 @@ import torch
 from ..dropout import threshold
 from ..library import GPU_DTYPES, ptr
 
+MAX_HIDDEN = 4096  # kMaxHidden in csrc/cuda/rows.h: a row stays in a block's registers
+
+
+def hidden_limit(arguments):
+    """Why layer norm can't serve these; the first vector of floats among them is its weight."""
+    tensors = (a for a in arguments if isinstance(a, torch.Tensor))
+    weight = next((a for a in tensors if a.dim() == 1 and a.is_floating_point()), None)
+    if weight is None or weight.shape[0] <= MAX_HIDDEN:
+        return None
+    return f"hidden is {weight.shape[0]}, it takes at most {MAX_HIDDEN}"
+
 
 def dtype_code(t):
     return GPU_DTYPES.index(t.dtype)  # csrc/cuda/kernels.h has the same order
