@@ -59,7 +59,7 @@ def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     truth = run(plain, wide, grad)
     with ops.backend(backend):
         actual = run(function, tensors, grad)
-    low = run(plain, tensors, grad) if dtype == torch.bfloat16 else [None] * len(truth)
+    low = run(plain, tensors, grad) if dtype != torch.float32 else [None] * len(truth)
     for i, (a, t, p) in enumerate(zip(actual, truth, low, strict=True)):
         limit = fp32 if p is None else 2 * relative(p, t) + 2e-3
         assert a.dtype == dtype

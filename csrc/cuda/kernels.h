@@ -60,4 +60,25 @@ void activation_backward(int dtype, const void* grad, const void* z, void* dz, i
                          int activation, float* partial, int64_t blocks, float* column_sum,
                          int device, void* stream);
 
+// dtype 1 or 2, dim 32, 64 or 128. qkv by its strides in values, 16-byte aligned throughout, the
+// last dimension dense; bias (optional) by strides, its last dimension dense; seed (optional);
+// out [tokens, heads, dim]; lse [heads, tokens], +inf where a row is fully masked
+void attention(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
+               const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+               int64_t max_seqlen, float scale, const void* bias, bool bias_fp32,
+               int64_t bias_batch, int64_t bias_head, int64_t bias_query, const int64_t* seed,
+               float keep_scale, uint32_t threshold, bool causal, void* out, float* lse, int device,
+               void* stream);
+// grad and out [tokens, heads, dim]; dqkv [tokens, 3, heads, dim]; delta [heads, tokens] is
+// scratch; dbias (optional) [batch, heads, dbias_rows, dbias_columns] is written where there are
+// scores
+void attention_backward(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
+                        const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
+                        int64_t dim, int64_t max_seqlen, float scale, const void* bias,
+                        bool bias_fp32, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
+                        const int64_t* seed, float keep_scale, uint32_t threshold, bool causal,
+                        const void* grad, const void* out, const float* lse, float* delta,
+                        void* dqkv, float* dbias, int64_t dbias_rows, int64_t dbias_columns,
+                        int device, void* stream);
+
 }  // namespace bertfast::cuda

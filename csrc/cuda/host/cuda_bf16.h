@@ -20,3 +20,10 @@ inline __nv_bfloat16 __float2bfloat16(float f) {  // to the nearest, ties to eve
   if (f != f) return {uint16_t(0x7FFF)};
   return {uint16_t((wide + 0x7FFF + (wide >> 16 & 1)) >> 16)};
 }
+
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16(x), __float2bfloat16(y)};
+}

@@ -18,14 +18,11 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
 };
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;  // the running fiber's
@@ -75,7 +72,8 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return bertfast::host::shuffle(value, int(threadIdx.x % 32) ^ mask);
 }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 // --- the runtime's calls ---
 
