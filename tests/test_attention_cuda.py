@@ -34,7 +34,7 @@ def test_forward_backward(dtype, dim):
 # What is resident for dim 128 ends at 128 keys, for dim 64 at 320: beyond, keys stream.
 @pytest.mark.parametrize(
     "lengths, dim",
-    [([1], 32), ([64], 64), ([65, 2], 64), ([300, 7], 128), ([400], 64), ([2] * 40, 32)],
+    [([1], 32), ([64], 64), ([65, 2], 64), ([190, 7], 128), ([350], 64), ([2] * 40, 32)],
 )
 def test_lengths_and_scale(lengths, dim):
     check(
@@ -46,21 +46,26 @@ def test_lengths_and_scale(lengths, dim):
     )
 
 
-@pytest.mark.parametrize("lengths", [[3, 40, 130], [250]])
-@pytest.mark.parametrize("shape", [(1, 1), (0, 2), (1, 2), (0, 1), None])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_causal_and_bias(dtype, shape, lengths):
+@pytest.mark.parametrize(
+    "dtype, shape, lengths, dim",
+    [(d, s, [3, 40, 130], 32) for d in HALVES for s in ((1, 1), (3, 2), (1, 2), (3, 1), None)]
+    + [(torch.half, (1, 1), [200], 128)],
+)
+def test_causal_and_bias(dtype, shape, lengths, dim):
     longest = max(lengths)
     bias = None
     if shape is not None:
-        shape = (shape[0] or len(lengths), shape[1], longest, longest)
-        bias = torch.randn(shape, generator=torch.Generator().manual_seed(5)).bfloat16().float()
+        bias = (
+            torch.randn(*shape, longest, longest, generator=torch.Generator().manual_seed(5))
+            .bfloat16()
+            .float()
+        )
     check(
         "cuda",
         dtype,
         lambda qkv, b: ops.attention(qkv, offsets(lengths), longest, causal=True, bias=b),
         lambda qkv, b: plain(qkv, lengths, causal=True, bias=b),
-        [inputs(32 if longest < 200 else 128, 2, lengths), bias],
+        [inputs(dim, 2, lengths), bias],
     )
 
 
@@ -93,7 +98,7 @@ def test_masked_rows_are_zero(dtype):
 @pytest.mark.parametrize("dim", [32, 128])
 def test_dropout(dim, causal):
     """The numbers' own mask, in forward and backward; scaled by 1 / (1 - p)."""
-    lengths, heads, p = [9, 0, 150], 2, 0.3
+    lengths, heads, p = [9, 0, 140], 2, 0.3
     masks, start = [], 0
     for n in lengths:
         rows = [
@@ -108,7 +113,7 @@ def test_dropout(dim, causal):
     check(
         "cuda",
         torch.float16,
-        lambda qkv: ops.attention(qkv, offsets(lengths), 150, **options),
+        lambda qkv: ops.attention(qkv, offsets(lengths), 140, **options),
         lambda qkv: plain(qkv, lengths, masks=masks, causal=causal),
         [inputs(dim, heads, lengths)],
     )

@@ -40,8 +40,7 @@ struct Softmax {
 constexpr int kMaxWarps = 8;
 template <int D, Kind kind>
 constexpr int kBlocks = D < 128 && kind != kGeneral ? 2 : 1;
-template <Kind kind>
-constexpr int kStep = kind == kPlain ? 64 : 32;  // keys at a time
+constexpr int kStep = 32;  // keys at a time: what of their scores fits in registers
 
 template <class T, int D, Kind kind>
 __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<D, kind>)
@@ -62,8 +61,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<D, kind>)
     for (int j = 0; j < end; ++j) {
       ring.await(j, end);
       if (query < task.n)
-        for (int row = 0; row < kStage; row += kStep<kind>) {
-          constexpr int tiles = kStep<kind> / 8;
+        for (int row = 0; row < kStage; row += kStep) {
+          constexpr int tiles = kStep / 8;
           const int key = j * kStage + row;
           if (key >= keys) break;
           float s[tiles][4];

@@ -20,7 +20,7 @@
 namespace bertfast::host {
 namespace {
 
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;
 enum class State { ready, barrier, warp, done };
 
 struct Copy {
