@@ -4,8 +4,8 @@
 // is a heap block of the size asked for), shared memory read before it is written (it starts as
 // NaN), a barrier or shuffle that some threads never reach, lanes of a warp in different shuffles,
 // data of cp.async used before the wait (copies run as late as is allowed). Races: with
-// BERTFAST_HOST_ORDER=descending the threads of a block run in the other order, which a missing
-// barrier turns into another result.
+// BERTFAST_HOST_ORDER=descending the threads of a block run in the other order, and copies at once,
+// which a missing barrier turns into another result.
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -28,6 +28,13 @@ struct Copy {
   const void* from;
   size_t bytes;
 };
+
+void run_copy(const Copy& copy) {
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  else
+    std::memset(copy.to, 0, copy.bytes);
+}
 
 struct Thread {
   ucontext_t context;
@@ -143,6 +150,7 @@ void meet(void* argument, Meeting run) {
 
 void copy_later(void* to, const void* from, size_t bytes) {
   self().open.push_back({to, from, bytes});
+  if (block.step < 0) run_copy(self().open.back());
 }
 
 void close_group() {
@@ -154,11 +162,8 @@ void close_group() {
 void finish_groups(int pending) {
   auto& groups = self().groups;
   for (; int(groups.size()) > pending; groups.pop_front())
-    for (const Copy& copy : groups.front())
-      if (copy.from)
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      else
-        std::memset(copy.to, 0, copy.bytes);
+    if (block.step > 0)
+      for (const Copy& copy : groups.front()) run_copy(copy);
 }
 
 void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
