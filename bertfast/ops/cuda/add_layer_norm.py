@@ -2,6 +2,7 @@
 
 import torch
 
+from ..add_layer_norm import two_gradients
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
@@ -40,8 +41,9 @@ def _backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
         *(ptr(dx), ptr(ds), ptr(partial), blocks, ptr(columns), *cuda_queue(x)),
     )
     dw, db, dx_bias = columns
-    bias_dtype = x.dtype if x_bias is None else x_bias.dtype
+    none = torch.empty(0, dtype=x.dtype, device=x.device)
     return (
-        *(dx, ds, dw.to(weight.dtype, copy=True), db.to(weight.dtype, copy=True)),
-        dx_bias.to(bias_dtype, copy=True),
+        *(dx, ds if two_gradients(residual, seed) else none),
+        *(dw.to(weight.dtype, copy=True), db.to(weight.dtype, copy=True)),
+        none if x_bias is None else dx_bias.to(x_bias.dtype, copy=True),
     )

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from ..attention import _bias_arguments, _check_offsets, _dense_last
+from ..attention import bias_arguments, check_offsets, dense_last
 from ..extension import C
 from ..library import cuda_limit, cuda_queue, dense, ptr
 from ..registry import register
@@ -42,7 +42,7 @@ def _aligned(qkv):
 
 def _arguments(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
     tokens, _, heads, head_dim = qkv.shape
-    pointer, batch, head, query, _ = _bias_arguments(bias)
+    pointer, batch, head, query, _ = bias_arguments(bias)
     return (
         *(dtype_code(qkv), ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), cu_seqlens.shape[0] - 1),
         *(tokens, heads, head_dim, max_seqlen, scale, pointer),
@@ -55,8 +55,8 @@ def _arguments(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias
 def _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
     tokens, _, heads, head_dim = qkv.shape
     cu_seqlens, seed = dense(cu_seqlens), dense(seed)
-    _check_offsets(cu_seqlens, tokens, max_seqlen)
-    qkv, bias = _aligned(qkv), None if bias is None else _dense_last(bias)
+    check_offsets(cu_seqlens, tokens, max_seqlen)
+    qkv, bias = _aligned(qkv), None if bias is None else dense_last(bias)
     out = torch.empty((tokens, heads, qkv.shape[3]), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((heads, tokens), device=qkv.device)
     C.cuda_attention(
@@ -72,7 +72,7 @@ def _backward(
 ):
     tokens, _, heads, head_dim = qkv.shape
     cu_seqlens, seed, lse = dense(cu_seqlens), dense(seed), dense(lse)
-    qkv, bias = _aligned(qkv), None if bias is None else _dense_last(bias)
+    qkv, bias = _aligned(qkv), None if bias is None else dense_last(bias)
     grad, out = _aligned(grad.contiguous()), _aligned(out.contiguous())
     dqkv = torch.empty((tokens, 3, heads, qkv.shape[3]), dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty((heads, tokens), device=qkv.device)
