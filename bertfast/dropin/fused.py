@@ -230,6 +230,8 @@ class FusedEncoder:
 
     def _limit(self, hidden_states, attention_mask, args, kwargs):
         """(why this call can't be fused, None), or (None, the mask [batch, seqlen] or None)."""
+        if not len(self.layer):
+            return "it has no layers", None
         for layer in self.layer:
             if not isinstance(layer, FusedLayer):
                 return FOREIGN.format(type(layer).__name__), None
