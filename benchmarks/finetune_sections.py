@@ -6,7 +6,7 @@ MiniLM learns the Debian section of a package from its description (sections.*.j
 take turns seed by seed. A step's time runs from the end of one optimizer step to the end of the
 next, taken by the same hook on torch's optimizers, so it holds everything a step needs (batch,
 forward, backward, clipping, update) and, since the steps at an epoch's start don't count, neither
-evaluation nor checkpoints. Training seconds are the number of steps times the mean.
+evaluation nor checkpoints. Training seconds are the number of steps times their median.
 """
 
 import argparse
@@ -56,14 +56,14 @@ def step_times():
 
 
 def training_seconds(times: list[float], epochs: int) -> float:
-    """Steps times their mean seconds, leaving out those that follow an epoch's end."""
+    """Steps times their median seconds, leaving out those that follow an epoch's end."""
     per_epoch, rest = divmod(len(times), epochs)
     if rest or per_epoch < 2:
         raise SystemExit(
             f"{len(times)} optimizer steps in {epochs} epochs, expected 2 or more each"
         )
     inside = [times[i] - times[i - 1] for i in range(1, len(times)) if i % per_epoch]
-    return len(times) * sum(inside) / len(inside)
+    return len(times) * median(inside)
 
 
 def train_bertfast(model, files, s: Settings, seed: int, out: Path):

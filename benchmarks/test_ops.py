@@ -88,6 +88,14 @@ def embedding_layer_norm():
     )
 
 
+def masked_cross_entropy():
+    labels = torch.randint(VOCABULARY, (TOKENS,))
+    labels[torch.rand(TOKENS) > 0.15] = -100
+    labels = labels.to(DEVICE)
+    leaves = [draw(TOKENS, HIDDEN), weight(VOCABULARY, HIDDEN), draw(VOCABULARY)]
+    return leaves, lambda *leaves, **_: ops.masked_cross_entropy(*leaves, labels)
+
+
 def pack():
     mask = padded()
     return [draw(len(LENGTHS), LONGEST, HIDDEN)], lambda x, **_: ops.pack(x, mask)[0]
@@ -102,7 +110,7 @@ OPERATORS = {
     f.__name__: f
     for f in (
         *(attention, qkv_linear, linear_act, feed_forward, add_layer_norm),
-        *(embedding_layer_norm, pack, unpack),
+        *(embedding_layer_norm, masked_cross_entropy, pack, unpack),
     )
 }
 

@@ -4,18 +4,21 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
+# transformers takes seconds to import, and operators don't need it: these come when asked for.
 _MODELS = (
     "BertModel",
     "BertForMaskedLM",
     "BertForPreTraining",
     "BertForSequenceClassification",
+    "cuda_graphs",
+    "freeze",
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")
 __all__ = ["backend", "build_info", *_DROPIN, *_MODELS]
 
 
 def __getattr__(name):
-    if name in _MODELS:  # transformers takes seconds to import; operators don't need it
+    if name in _MODELS:
         from . import model
 
         return getattr(model, name)

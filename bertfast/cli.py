@@ -6,6 +6,7 @@ Data goes to stdout, progress and errors to stderr; exit 2 for wrong usage, 1 fo
 import argparse
 import dataclasses
 import json
+import os
 import sys
 
 
@@ -14,6 +15,10 @@ def _parser():
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what this installation is made of, as JSON")
+    text = "raw text to a tokenizer and token shards, for pretrain"
+    _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
+    text = "a BERT from a prepared folder, from random weights or a checkpoint's"
+    _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
@@ -24,21 +29,49 @@ def _parser():
     return parser
 
 
-def _finetune_arguments(parser):
-    from .train.config import CHOICES, FinetuneConfig
+def _prepare_arguments(parser):
+    from .data.prepare import PrepareConfig
 
-    parser.add_argument("--config", metavar="FILE", help="YAML with any of these settings")
+    _settings(parser, PrepareConfig)
+
+
+def _pretrain_arguments(parser):
+    from .train.config import PretrainConfig
+
+    _run_arguments(parser, PretrainConfig, "--settings")  # --config is the model's
+
+
+def _finetune_arguments(parser):
+    from .train.config import FinetuneConfig
+
+    _run_arguments(parser, FinetuneConfig, "--config")
+
+
+def _run_arguments(parser, settings, yaml_option):
+    text = "YAML with any of these settings"
+    parser.add_argument(yaml_option, dest="yaml", metavar="FILE", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
-    for f in dataclasses.fields(FinetuneConfig):
+    _settings(parser, settings)
+
+
+def _settings(parser, settings):
+    """An option for each field of a dataclass."""
+    from .train.config import CHOICES
+
+    for f in dataclasses.fields(settings):
+        if "help" not in f.metadata:
+            continue
         option = "--" + f.name.replace("_", "-")
-        default = "" if f.default is dataclasses.MISSING or f.default in (None, "") else f.default
+        default = "" if f.default in (dataclasses.MISSING, None, "") else f.default
         text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
         # Unset options must not hide what --config says.
         common = {"default": argparse.SUPPRESS, "help": text}
         kinds = str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type))
         if "bool" in kinds:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        elif "list" in kinds:
+            parser.add_argument(option, nargs="+", metavar="FILE", **common)
         elif "dict" in kinds:
             parser.add_argument(option, nargs="+", type=_weight, metavar="LABEL=WEIGHT", **common)
         else:
@@ -76,19 +109,55 @@ def _predict_arguments(parser):
     parser.add_argument("--output", default="-", help="JSON lines here (default: - for stdout)")
 
 
-def _finetune(args):
-    from .train.config import FinetuneConfig, read_yaml
+def _given(args, settings) -> dict:
+    """The fields of a dataclass that the command line sets."""
+    names = [f.name for f in dataclasses.fields(settings)]
+    return {n: getattr(args, n) for n in names if hasattr(args, n)}
 
-    values = read_yaml(args.config) if args.config else {}
-    names = [f.name for f in dataclasses.fields(FinetuneConfig)]
-    values |= {n: getattr(args, n) for n in names if hasattr(args, n)}
+
+def _prepare(args):
+    from .data.prepare import PrepareConfig, prepare
+
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    print(json.dumps(prepare(PrepareConfig(**_given(args, PrepareConfig)), say), indent=2))
+
+
+def _run_config(args, settings):
+    """The settings of YAML and command line; None where they were only to be printed."""
+    from .train.config import read_yaml
+
+    values = read_yaml(args.yaml, settings) if args.yaml else {}
+    values |= _given(args, settings)
     if "class_weights" in values:
         values["class_weights"] = dict(values["class_weights"])
-    config = FinetuneConfig(**values)
+    config = settings(**values)
     if args.print_config:
         import yaml
 
         print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
+        return None
+    return config
+
+
+def _pretrain(args):
+    from .train.config import PretrainConfig
+
+    config = _run_config(args, PretrainConfig)
+    if config is None:
+        return
+    config.require("data", "out")
+    from .train import pretrain
+
+    results = pretrain(config, dry_run=args.dry_run)
+    if results and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(results["valid"]))
+
+
+def _finetune(args):
+    from .train.config import FinetuneConfig
+
+    config = _run_config(args, FinetuneConfig)
+    if config is None:
         return
     config.require("model", "train", "out")
     from .train import finetune
@@ -172,6 +241,7 @@ def main(argv=None) -> int:
     from .train.config import ConfigError
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
+    commands |= {"prepare": _prepare, "pretrain": _pretrain}
     try:
         commands[args.command](args)
     except ConfigError as e:

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <vector>
 
@@ -26,7 +27,7 @@ static Dropout dropout(ptr seed, float scale, uint32_t threshold) {
 static void gemm(int64_t m, int64_t n, int64_t k, ptr a, int64_t a_row, int64_t a_k, bool a_bf16,
                  const std::vector<ptr>& b, int64_t b_row, int64_t b_k, bool b_bf16, bool split_k,
                  const std::vector<ptr>& bias, bool bias_bf16, ptr c, int64_t c_row, bool c_bf16,
-                 ptr z, int activation) {
+                 ptr z, int activation, bool accumulate) {
   if (b.empty() || b.size() > 3 || (split_k ? k : n) % int64_t(b.size()) ||
       (!bias.empty() && bias.size() != b.size()))
     throw std::invalid_argument("gemm: parts do not divide the product");
@@ -36,7 +37,7 @@ static void gemm(int64_t m, int64_t n, int64_t k, ptr a, int64_t a_row, int64_t 
   for (size_t i = 0; i < b.size(); ++i) g.b[i] = at(b[i]);
   for (size_t i = 0; i < bias.size(); ++i) g.bias[i] = at(bias[i]);
   g.bias_bf16 = bias_bf16, g.c = at<void>(c), g.c_row = c_row, g.c_bf16 = c_bf16;
-  g.z = at<void>(z), g.activation = activation;
+  g.z = at<void>(z), g.activation = activation, g.accumulate = accumulate;
   py::gil_scoped_release release;
   kernels().gemm(g);
 }
@@ -49,44 +50,53 @@ static void activation_backward(ptr grad, int64_t grad_row, ptr z, ptr dz, ptr c
   kernels().activation_backward(g);
 }
 
-static AttentionArgs attention_args(ptr qkv, int64_t token, int64_t part, int64_t head,
-                                    ptr cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
-                                    int64_t dim, float scale, ptr bias, int64_t bias_batch,
-                                    int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
-                                    float keep_scale, uint32_t threshold, bool causal, bool bf16) {
+static AttentionArgs attention_args(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head,
+                                    int64_t k_token, int64_t k_head, ptr starts_q, ptr starts_k,
+                                    int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                                    float scale, ptr bias, int64_t bias_batch, int64_t bias_head,
+                                    int64_t bias_query, bool bias_bf16, ptr seed, float keep_scale,
+                                    uint32_t threshold, bool causal, bool bf16) {
   AttentionArgs g{};
-  g.qkv = at(qkv), g.token = token, g.part = part, g.head = head;
-  g.cu_seqlens = at<const int32_t>(cu_seqlens), g.batch = batch, g.tokens = tokens;
-  g.heads = heads, g.dim = dim, g.scale = scale;
+  g.q = at(q), g.k = at(k), g.v = at(v);
+  g.q_token = q_token, g.q_head = q_head, g.k_token = k_token, g.k_head = k_head;
+  g.starts_q = at<const int32_t>(starts_q), g.starts_k = at<const int32_t>(starts_k);
+  g.batch = batch, g.tokens = tokens, g.heads = heads, g.dim = dim, g.scale = scale;
   g.bias = at(bias), g.bias_batch = bias_batch, g.bias_head = bias_head;
   g.bias_query = bias_query, g.bias_bf16 = bias_bf16;
   g.dropout = dropout(seed, keep_scale, threshold), g.causal = causal, g.bf16 = bf16;
   return g;
 }
 
-static void attention(ptr qkv, int64_t token, int64_t part, int64_t head, ptr cu_seqlens,
-                      int64_t batch, int64_t tokens, int64_t heads, int64_t dim, float scale,
-                      ptr bias, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
-                      bool bias_bf16, ptr seed, float keep_scale, uint32_t threshold, bool causal,
-                      bool bf16, ptr out, ptr lse) {
-  AttentionArgs g = attention_args(qkv, token, part, head, cu_seqlens, batch, tokens, heads, dim,
-                                   scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
-                                   keep_scale, threshold, causal, bf16);
+static void attention(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head, int64_t k_token,
+                      int64_t k_head, ptr starts_q, ptr starts_k, int64_t batch, int64_t tokens,
+                      int64_t heads, int64_t dim, float scale, ptr bias, int64_t bias_batch,
+                      int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
+                      float keep_scale, uint32_t threshold, bool causal, bool bf16, ptr out,
+                      ptr lse) {
+  AttentionArgs g =
+      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, batch, tokens,
+                     heads, dim, scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
+                     keep_scale, threshold, causal, bf16);
   g.out = at<void>(out), g.lse = at<float>(lse);
   py::gil_scoped_release release;
   kernels().attention(g);
 }
 
-static void attention_backward(ptr qkv, int64_t token, int64_t part, int64_t head, ptr cu_seqlens,
+static void attention_backward(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head,
+                               int64_t k_token, int64_t k_head, ptr starts_q, ptr starts_k,
                                int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
                                float scale, ptr bias, int64_t bias_batch, int64_t bias_head,
                                int64_t bias_query, bool bias_bf16, ptr seed, float keep_scale,
                                uint32_t threshold, bool causal, bool bf16, ptr grad, ptr lse,
-                               ptr dqkv, ptr dbias, int64_t dbias_rows, int64_t dbias_cols) {
-  AttentionArgs g = attention_args(qkv, token, part, head, cu_seqlens, batch, tokens, heads, dim,
-                                   scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
-                                   keep_scale, threshold, causal, bf16);
-  g.grad = at(grad), g.lse = at<float>(lse), g.dqkv = at<void>(dqkv);
+                               ptr dq, ptr dk, ptr dv, int64_t dq_token, int64_t dk_token,
+                               ptr dbias, int64_t dbias_rows, int64_t dbias_cols) {
+  AttentionArgs g =
+      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, batch, tokens,
+                     heads, dim, scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
+                     keep_scale, threshold, causal, bf16);
+  g.grad = at(grad), g.lse = at<float>(lse);
+  g.dq = at<void>(dq), g.dk = at<void>(dk), g.dv = at<void>(dv);
+  g.dq_token = dq_token, g.dk_token = dk_token;
   g.dbias = at<float>(dbias), g.dbias_rows = dbias_rows, g.dbias_cols = dbias_cols;
   py::gil_scoped_release release;
   kernels().attention_backward(g);
@@ -164,6 +174,16 @@ static void scatter_add(ptr x, ptr rows, ptr out, int64_t tokens, int64_t hidden
                         table);
 }
 
+static void cross_entropy_rows(ptr logits, ptr labels, ptr loss, int64_t rows, int64_t vocabulary,
+                               int64_t ignore_index, bool gradient, bool bf16) {
+  const CrossEntropyArgs g{at<float>(logits), at<const int64_t>(labels),
+                           at<float>(loss),   rows,
+                           vocabulary,        ignore_index,
+                           gradient,          bf16};
+  py::gil_scoped_release release;
+  kernels().cross_entropy_rows(g);
+}
+
 static void gather_rows(ptr x, ptr rows, ptr out, int64_t tokens, int64_t row_bytes) {
   py::gil_scoped_release release;
   kernels().gather_rows(at<const char>(x), at<const int64_t>(rows), at<char>(out), tokens,
@@ -192,6 +212,46 @@ static py::dict build_info() {
   return info;
 }
 
+// An encoder's packed weights for inference. Holds pointers alone: Python keeps the tensors.
+class Encoder {
+ public:
+  // Each layer: the packed qkv, out, up and down, then both LayerNorms' weights and biases.
+  Encoder(const std::vector<std::array<ptr, 8>>& layers, int64_t heads, int64_t hidden,
+          int64_t inner, int activation, float eps, float low, int precision) {
+    for (const auto& p : layers)
+      layers_.push_back({at(p[0]), at(p[1]), at(p[2]), at(p[3]), at<const float>(p[4]),
+                         at<const float>(p[5]), at<const float>(p[6]), at<const float>(p[7])});
+    args_.heads = heads, args_.hidden = hidden, args_.inner = inner;
+    args_.activation = activation, args_.eps = eps, args_.low = low;
+    args_.precision = precision;
+  }
+  // Layers [first, last) on packed tokens; rows may be null.
+  void forward(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16, ptr cu_seqlens,
+               int64_t batch, int64_t tokens, ptr rows, int64_t n_rows) const {
+    if (first < 0 || last > int64_t(layers_.size()) || first >= last)
+      throw std::invalid_argument("encoder: no such layers");
+    EncoderArgs g = args_;
+    g.layers = layers_.data() + first, g.count = last - first;
+    g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
+    g.cu_seqlens = at<const int32_t>(cu_seqlens), g.batch = batch, g.tokens = tokens;
+    g.rows = at<const int64_t>(rows), g.n_rows = n_rows;
+    py::gil_scoped_release release;
+    kernels().encoder(g);
+  }
+
+ private:
+  std::vector<EncoderLayer> layers_;
+  EncoderArgs args_{};
+};
+
+static void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, float low,
+                         ptr out) {
+  const PackArgs g{
+      at<const float>(weight), at<const float>(bias), n, k, precision, low, at<void>(out)};
+  py::gil_scoped_release release;
+  kernels().pack_weights(g);
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bertfast's C++ kernels; call them through bertfast.ops";
   m.def("build_info", &build_info);
@@ -204,8 +264,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_layer_norm", &embedding_layer_norm);
   m.def("embedding_layer_norm_backward", &embedding_layer_norm_backward);
   m.def("scatter_add", &scatter_add);
+  m.def("cross_entropy_rows", &cross_entropy_rows);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
+  m.def("packed_bytes", [](int64_t n, int64_t k, int precision) {
+    return kernels().packed_bytes(n, k, precision);
+  });
+  m.def("pack_weights", &pack_weights);
+  py::class_<Encoder>(m, "Encoder")
+      .def(py::init<const std::vector<std::array<ptr, 8>>&, int64_t, int64_t, int64_t, int, float,
+                    float, int>())
+      .def("forward", &Encoder::forward);
 #ifdef BERTFAST_WITH_CUDA
   m.def("cuda_gather_rows",
         [](ptr x, ptr rows, ptr out, int64_t tokens, int64_t row_bytes, int device, ptr stream) {

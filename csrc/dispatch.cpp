@@ -2,6 +2,11 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#ifdef BERTFAST_HAS_avx512_amx
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace bertfast {
 
@@ -21,6 +26,9 @@ BERTFAST_DECLARE(avx512)
 #ifdef BERTFAST_HAS_avx512_bf16
 BERTFAST_DECLARE(avx512_bf16)
 #endif
+#ifdef BERTFAST_HAS_avx512_amx
+BERTFAST_DECLARE(avx512_amx)
+#endif
 
 namespace {
 
@@ -29,9 +37,27 @@ struct Candidate {
   bool supported, preferred = true;
 };
 
+#ifdef BERTFAST_HAS_avx512_amx
+// Whether the processor has the matrix unit and the system lets this process use it.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((d & kBf16) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, asm/fpu/types.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // Best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> list;
+#ifdef BERTFAST_HAS_avx512_amx
+  list.push_back({&avx512_amx::table,
+                  __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && has_amx()});
+#endif
 #ifdef BERTFAST_HAS_avx512_bf16
   list.push_back({&avx512_bf16::table,
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -20,8 +20,9 @@ struct GemmArgs {
   void* c;
   int64_t c_row;
   bool c_bf16;
-  void* z;         // null, or the pre-activation, laid out as c
-  int activation;  // 0 none, 1 GELU (erf), 2 GELU (tanh), 3 ReLU
+  void* z;          // null, or the pre-activation, laid out as c
+  int activation;   // 0 none, 1 GELU (erf), 2 GELU (tanh), 3 ReLU
+  bool accumulate;  // c = activation(... + c)
 };
 
 // dz = grad * activation'(z); column_sum = sum of dz's (grad's without activation) rows.
@@ -43,10 +44,10 @@ struct Dropout {
 };
 
 struct AttentionArgs {
-  const void* qkv;
-  int64_t token, part, head;  // strides of qkv
-  const int32_t* cu_seqlens;
-  int64_t batch, tokens, heads, dim;
+  const void *q, *k, *v;
+  int64_t q_token, q_head, k_token, k_head;  // strides; v's are k's
+  const int32_t *starts_q, *starts_k;
+  int64_t batch, tokens, heads, dim;  // tokens of q
   float scale;
   const void* bias;  // null, or additive, by batch, head and query strides
   int64_t bias_batch, bias_head, bias_query;
@@ -56,9 +57,11 @@ struct AttentionArgs {
   // forward: out [tokens, heads, dim]; lse [heads, tokens] is +inf where a row is fully masked
   void* out;
   float* lse;
-  // backward: dqkv [tokens, 3, heads, dim]; dbias null or [batch, heads, dbias_rows, dbias_cols]
+  // backward: the strides of dq's and of dk's and dv's tokens, their heads are dense; dbias null
+  // or [batch, heads, dbias_rows, dbias_cols]
   const void* grad;
-  void* dqkv;
+  void *dq, *dk, *dv;
+  int64_t dq_token, dk_token;
   float* dbias;
   int64_t dbias_rows, dbias_cols;
 };
@@ -72,7 +75,7 @@ struct AddLayerNormArgs {
   void* y;
   float *mean, *rstd;
   const void* grad;
-  void *dx, *dresidual;
+  void *dx, *dresidual;  // dresidual is null where it is dx's
   float* columns;  // [3, hidden]: dweight, dbias, dx_bias
 };
 
@@ -90,6 +93,43 @@ struct EmbeddingArgs {
   float* columns;  // [2, hidden]: dweight, dbias
 };
 
+// A linear layer's weights packed once for inference; `precision` is 0 fp32, 1 bf16, 2 int8.
+struct PackArgs {
+  const float *weight, *bias;  // [n, k], [n]
+  int64_t n, k;
+  int precision;
+  float low;  // what an operand's unsigned int8 of 0 stands for
+  void* out;  // packed_bytes(n, k, precision), 64-byte aligned
+};
+
+struct EncoderLayer {
+  const void *qkv, *out, *up, *down;  // packed; of an int8 encoder qkv is bf16
+  const float *norm1, *norm1_bias, *norm2, *norm2_bias;
+};
+
+struct EncoderArgs {
+  const EncoderLayer* layers;
+  int64_t count, heads, hidden, inner;
+  int activation, precision;
+  float eps, low;  // low: as PackArgs', of the activation's results
+  const void* x;   // [tokens, hidden]
+  void* y;         // [tokens or n_rows, hidden]
+  bool x_bf16, y_bf16;
+  const int32_t* cu_seqlens;
+  int64_t batch, tokens;
+  const int64_t* rows;  // null, or those of the last layer's result that are wanted
+  int64_t n_rows;
+};
+
+// loss[r] = log sum exp(logits[r]) - logits[r][label], 0 where the label is ignore_index.
+struct CrossEntropyArgs {
+  float* logits;  // [rows, vocabulary]; softmax - onehot in its place, as bf16 in a row's front
+  const int64_t* labels;
+  float* loss;
+  int64_t rows, vocabulary, ignore_index;
+  bool gradient, bf16;
+};
+
 struct Kernels {
   const char* isa;
   void (*gemm)(const GemmArgs&);
@@ -103,10 +143,14 @@ struct Kernels {
   // out[rows[i]] += x[i]; out [table, hidden] is overwritten
   void (*scatter_add)(const float* x, const int64_t* rows, float* out, int64_t tokens,
                       int64_t hidden, int64_t table);
+  void (*cross_entropy_rows)(const CrossEntropyArgs&);
   void (*gather_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                       int64_t row_bytes);
   void (*scatter_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                        int64_t out_rows, int64_t row_bytes);
+  int64_t (*packed_bytes)(int64_t n, int64_t k, int precision);
+  void (*pack_weights)(const PackArgs&);
+  void (*encoder)(const EncoderArgs&);
 };
 
 }  // namespace bertfast

@@ -8,15 +8,23 @@ from bertfast import ops
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-# A new backend joins every operator's tests here; a machine without its device skips.
-DEVICES = {"reference": "cpu", "cpu": "cpu"}
-BACKENDS = list(DEVICES)
+# Where each backend's tests keep their tensors; Triton's interpreter takes the CPU's.
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU}
+BACKENDS = ["reference", "cpu"]
+
+
+def backends(operator):
+    """Those that have the operator, a parameter of its tests."""
+    return [name for name in DEVICES if name in ops.registry._table[operator]]
+
+
 FLOATS = [torch.float32, torch.bfloat16]
 
 
 def relative(actual, expected) -> float:
     """||actual - expected|| / ||expected||; inf for a NaN."""
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.double().cpu(), expected.double()
     if not torch.isfinite(actual).all():
         return float("inf")
     scale = expected.norm().item() or 1.0
@@ -37,7 +45,8 @@ def run(function, tensors, grad):
 def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     """Forward and backward of `function` against `plain` in fp64.
 
-    fp32 within 1e-5 relative; bf16 at most twice the error of `plain` run by PyTorch in bf16.
+    fp32 within 1e-5 relative; bf16 and fp16 at most twice the error of `plain` run by PyTorch in
+    that precision.
     `tensors` hold values that both dtypes represent.
     """
     tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
@@ -45,9 +54,11 @@ def check(backend, dtype, function, plain, tensors, fp32=1e-5):
     shape = plain(*wide).shape
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     truth = run(plain, wide, grad)
+    device = DEVICES[backend]
     with ops.backend(backend):
-        actual = run(function, tensors, grad)
-    low = run(plain, tensors, grad) if dtype == torch.bfloat16 else [None] * len(truth)
+        there = [None if t is None else t.to(device) for t in tensors]
+        actual = run(function, there, grad.to(device))
+    low = run(plain, tensors, grad) if dtype != torch.float32 else [None] * len(truth)
     for i, (a, t, p) in enumerate(zip(actual, truth, low, strict=True)):
         limit = fp32 if p is None else 2 * relative(p, t) + 2e-3
         assert a.dtype == dtype

@@ -1,17 +1,22 @@
 import pytest
 import torch
-from helpers import BACKENDS, FLOATS, check, keep, refused
+from helpers import DEVICES, FLOATS, backends, check, keep, refused, relative, run
 from torch.nn import functional as F
 
 from bertfast import ops
 
 pytestmark = pytest.mark.usefixtures("guarded")
+each_backend = pytest.mark.parametrize("backend", backends("add_layer_norm"))
 
 
 def inputs(tokens, hidden, seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = [(tokens, hidden), (tokens, hidden), (hidden,), (hidden,), (hidden,)]
     return [torch.randn(s, generator=g).bfloat16().float() for s in shapes]
+
+
+def there(backend, tensors):
+    return [t.to(DEVICES[backend]) for t in tensors]
 
 
 def plain(x, residual, weight, bias, x_bias, mask=None, eps=1e-5):
@@ -27,23 +32,23 @@ def ours(eps=1e-5, **options):
 
 @pytest.mark.parametrize("shape", [(200, 384), (65, 100), (3, 7), (1, 1024), (130, 65)])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_forward_backward(backend, dtype, shape):
     check(backend, dtype, ours(), plain, inputs(*shape))
 
 
 @pytest.mark.parametrize("missing", [(1,), (4,), (1, 4)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_optional_inputs(backend, missing):
     tensors = [None if i in missing else t for i, t in enumerate(inputs(70, 40))]
     check(backend, torch.float32, ours(), plain, tensors)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_dropout(backend):
     tensors, p = inputs(90, 70), 0.25
     mask = torch.stack([keep(2**40 + 3, 5, t, 70, p) for t in range(90)]) / (1 - p)
-    seed = torch.tensor([2**40 + 3, 5])
+    seed = torch.tensor([2**40 + 3, 5], device=DEVICES[backend])
     check(
         backend,
         torch.float32,
@@ -53,7 +58,7 @@ def test_dropout(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_eps_matters(backend):
     """Rows of tiny variance, where eps decides; a constant row gives the bias."""
     x, _r, w, b, _k = inputs(10, 64)
@@ -61,21 +66,22 @@ def test_eps_matters(backend):
     x[3] = 2.0
     check(backend, torch.float32, ours(1e-3), lambda *t: plain(*t, eps=1e-3), [x, None, w, b, None])
     with ops.backend(backend):
+        x, w, b = there(backend, (x, w, b))
         y = ops.add_layer_norm(x, None, w, b, 1e-12)
     torch.testing.assert_close(y[3], b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_large_mean(backend):
     """Two passes: a mean far above the spread costs no digits."""
     x, _, w, b, _ = inputs(20, 256)
     check(backend, torch.float32, ours(), plain, [x + 1000, None, w, b, None], fp32=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_views_and_mixed_dtypes(backend):
-    x, r, w, b, k = inputs(30, 40)
-    misaligned = torch.zeros(30 * 40 + 1)[1:].view(30, 40).copy_(x)
+    x, r, w, b, k = there(backend, inputs(30, 40))
+    misaligned = torch.zeros(30 * 40 + 1, device=x.device)[1:].view(30, 40).copy_(x)
     with ops.backend(backend):
         expected = ops.add_layer_norm(x, r, w, b, 1e-5, x_bias=k)
         for view in (misaligned, x.T.contiguous().T):
@@ -88,9 +94,9 @@ def test_views_and_mixed_dtypes(backend):
     torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_empty_and_nan(backend):
-    x, r, w, b, _k = inputs(5, 33)
+    x, r, w, b, _k = there(backend, inputs(5, 33))
     with ops.backend(backend):
         empty = x[:0].requires_grad_()
         w.requires_grad_()
@@ -100,6 +106,56 @@ def test_empty_and_nan(backend):
         bad[2, 4] = float("nan")
         y = ops.add_layer_norm(bad, r, w, b, 1e-5)
     assert y[2].isnan().all() and torch.isfinite(y[[0, 1, 3, 4]]).all()
+
+
+@pytest.mark.parametrize("hidden", [128, 768, 1000, 2048, 4096])
+@each_backend
+def test_hidden_sizes(backend, hidden):
+    """With dropout and mixed dtypes: bf16 beside fp32 parameters."""
+    g = torch.Generator().manual_seed(hidden)
+    x, r, w, b, k = inputs(11, hidden)
+    grad = torch.randn(11, hidden, generator=g).bfloat16()
+    seed = torch.tensor([hidden, 1], device=DEVICES[backend])
+    mask = torch.stack([keep(hidden, 1, t, hidden, 0.1) for t in range(11)]) / 0.9
+    truth = run(lambda *t: plain(*t, mask=mask), [t.double() for t in (x, r, w, b, k)], grad)
+    leaves = there(backend, (x.bfloat16(), r.bfloat16(), w, b, k))
+    with ops.backend(backend):
+        got = run(ours(dropout_p=0.1, seed=seed), leaves, grad.to(DEVICES[backend]))
+    dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
+    for i, (a, t, dtype) in enumerate(zip(got, truth, dtypes, strict=True)):
+        assert a.dtype == dtype
+        assert relative(a, t) < (1e-5 if i > 3 else 3e-5 if i == 3 else 4e-3), i
+
+
+@each_backend
+def test_repeats_are_bitwise_equal(backend):
+    tensors = there(backend, inputs(300, 96))
+    grad = tensors[1].flip(0)
+    with ops.backend(backend):
+        first, *others = (
+            run(ours(dropout_p=0.1, seed=3), tensors, grad)
+            for _ in range(250 if DEVICES[backend] == "cuda" else 3)
+        )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (3, 7)])
+def test_fp16(shape):
+    """On a GPU's kernels; PyTorch's own fp16 makes errors of 1e-3."""
+    tensors = [t.half() for t in inputs(*shape)]
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).half()
+    truth = run(plain, [t.double() for t in tensors], grad)
+    with ops.backend("triton"):
+        got = run(ours(), there("triton", tensors), grad.to(DEVICES["triton"]))
+    assert all(
+        a.dtype == torch.float16 and relative(a, t) < 2e-3 for a, t in zip(got, truth, strict=True)
+    )
+
+
+def test_longest_row():
+    x, w = torch.ones(1, 8193), torch.ones(8193)
+    with ops.backend("triton"):
+        refused(RuntimeError, "up to 8192, not 8193", ops.add_layer_norm, x, None, w, w, 1e-5)
 
 
 def test_refusals():

@@ -2,11 +2,13 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, FLOATS, check, keep, offsets, refused
+from helpers import DEVICES, FLOATS, backends, check, keep, offsets, refused
 
 from bertfast import ops
+from bertfast.ops.dropout import keep_mask
 
 pytestmark = pytest.mark.usefixtures("guarded")
+BACKENDS = backends("attention")
 LENGTHS = [0, 1, 13, 40, 0, 77, 130]
 
 
@@ -33,17 +35,21 @@ def inputs(dim, heads=3, lengths=LENGTHS, seed=0):
     return torch.randn(sum(lengths), 3, heads, dim, generator=g).bfloat16().float()
 
 
+def starts(lengths, backend):
+    return offsets(lengths).to(DEVICES[backend])
+
+
 @pytest.mark.parametrize("dim", [32, 64, 128, 24, 40])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_backward(backend, dtype, dim):
-    cu = offsets(LENGTHS)
+    cu = starts(LENGTHS, backend)
     check(
         backend,
         dtype,
         lambda qkv: ops.attention(qkv, cu, 130),
         lambda qkv: plain(qkv, LENGTHS),
-        [inputs(dim)],
+        [inputs(dim, 2)],
     )
 
 
@@ -53,7 +59,7 @@ def test_lengths_and_scale(backend, lengths):
     check(
         backend,
         torch.float32,
-        lambda qkv: ops.attention(qkv, offsets(lengths), max(lengths), scale=0.3),
+        lambda qkv: ops.attention(qkv, starts(lengths, backend), max(lengths), scale=0.3),
         lambda qkv: plain(qkv, lengths, scale=0.3),
         [inputs(32, 2, lengths)],
     )
@@ -67,7 +73,7 @@ def test_causal_and_bias(backend, dtype, shape):
     check(
         backend,
         dtype,
-        lambda qkv, b: ops.attention(qkv, offsets(LENGTHS), 130, causal=True, bias=b),
+        lambda qkv, b: ops.attention(qkv, starts(LENGTHS, backend), 130, causal=True, bias=b),
         lambda qkv, b: plain(qkv, LENGTHS, causal=True, bias=b),
         [inputs(32), bias.bfloat16().float()],
         fp32=2e-5,  # a shared bias sums thousands of terms of both signs
@@ -82,9 +88,9 @@ def test_masked_rows_are_zero(backend, dtype):
     bias = torch.zeros(2, 1, 35, 35)
     bias[0, 0, 3] = -math.inf
     bias[1, 0, :, 5:] = -math.inf
-    qkv = inputs(32, 3, lengths).to(dtype).requires_grad_()
+    qkv = inputs(32, 3, lengths).to(DEVICES[backend], dtype).requires_grad_()
     with ops.backend(backend):
-        out = ops.attention(qkv, offsets(lengths), 35, bias=bias)
+        out = ops.attention(qkv, starts(lengths, backend), 35, bias=bias.to(qkv.device))
         out.float().square().sum().backward()
     assert (out[3] == 0).all() and (qkv.grad[3, 0] == 0).all()
     assert torch.isfinite(out).all() and torch.isfinite(qkv.grad).all()
@@ -104,11 +110,11 @@ def test_dropout(backend):
         mask = [torch.stack(r) if r else torch.zeros(0, 0) for r in rows]
         masks.append(torch.stack(mask) / (1 - p))
         start += n
-    seed = torch.tensor([12345678901, 7])
+    seed = torch.tensor([12345678901, 7], device=DEVICES[backend])
     check(
         backend,
         torch.float32,
-        lambda qkv: ops.attention(qkv, offsets(lengths), 70, dropout_p=p, seed=seed),
+        lambda qkv: ops.attention(qkv, starts(lengths, backend), 70, dropout_p=p, seed=seed),
         lambda qkv: plain(qkv, lengths, masks=masks),
         [inputs(32, heads, lengths)],
     )
@@ -121,57 +127,165 @@ def test_large_logits(backend):
     check(
         backend,
         torch.float32,
-        lambda qkv: ops.attention(qkv, offsets(LENGTHS), 130, scale=1.0),
+        lambda qkv: ops.attention(qkv, starts(LENGTHS, backend), 130, scale=1.0),
         lambda qkv: plain(qkv, LENGTHS, scale=1.0),
         [qkv],
         fp32=1e-3,  # a score of 1e5 has an ulp of 1e-2
     )
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_are_apart(backend, value):
     """A NaN or inf stays in its sequence, and company doesn't change a sequence by one bit."""
-    cu = offsets([30, 50, 21])
-    qkv = inputs(32, 3, [30, 50, 21])
+    cu = starts([30, 50, 21], backend)
+    qkv = inputs(32, 3, [30, 50, 21]).to(cu.device)
     bad = qkv.clone()
     bad[40, 0, 1, 3] = value
     bad[41, 1, 1, 3] = value
     bad.requires_grad_()
     with ops.backend(backend):
         good, out = ops.attention(qkv, cu, 50), ops.attention(bad, cu, 50)
-        alone = ops.attention(qkv[30:80], offsets([50]), 50)
+        alone = ops.attention(qkv[30:80], starts([50], backend), 50)
         out.sum().backward()
     assert out[40, 1].isnan().all()
     for part in (slice(0, 30), slice(80, 101)):
         assert torch.equal(out[part], good[part]) and torch.isfinite(bad.grad[part]).all()
     torch.testing.assert_close(alone, good[30:80], rtol=0, atol=1e-6)
-    if backend == "cpu":
+    if backend != "reference":
         assert torch.equal(alone, good[30:80])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_alignment(backend):
     lengths = [5, 33]
-    dense = inputs(32, 3, lengths)
-    buffer = torch.zeros(38 * 3 * 3 * 32 + 1)
+    cu = starts(lengths, backend)
+    dense = inputs(32, 3, lengths).to(cu.device)
+    buffer = torch.zeros(38 * 3 * 3 * 32 + 1, device=cu.device)
     misaligned = buffer[1:].view(38, 3, 3, 32).copy_(dense)
-    strided = torch.zeros(38, 3, 3, 48)[..., 5:37].copy_(dense)
+    strided = torch.zeros(38, 3, 3, 48, device=cu.device)[..., 5:37].copy_(dense)
     flipped = dense.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     with ops.backend(backend):
-        expected = ops.attention(dense, offsets(lengths), 33)
+        expected = ops.attention(dense, cu, 33)
         for view in (misaligned, strided, flipped):
-            assert torch.equal(ops.attention(view, offsets(lengths), 33), expected)
+            assert torch.equal(ops.attention(view, cu, 33), expected)
+
+
+@pytest.mark.parametrize("longest", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
+def test_tiles_that_hold_a_sequence(backend, dtype, longest):
+    """Lengths around the sizes at which the kernels change."""
+    lengths = [longest, 0, longest - 1, longest // 2 + 1, 1]
+    check(
+        *(backend, dtype),
+        lambda qkv: ops.attention(qkv, starts(lengths, backend), longest),
+        lambda qkv: plain(qkv, lengths),
+        [inputs(64, 1, lengths)],
+        fp32=1e-5 if dtype == torch.float32 else 2e-3,  # fp16 has 11 bits
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_bit_for_bit(backend, dtype):
+    """Equal probabilities and one-hot values: the output shows forward's mask, dV backward's."""
+    lengths, heads, p = [100, 128], 2, 0.3
+    one_hot = torch.cat([torch.eye(128)[:n] for n in lengths])[:, None].expand(-1, heads, -1)
+    seed = torch.tensor([2**60 + 3, 5])
+    qkv = torch.stack([torch.zeros_like(one_hot)] * 2 + [one_hot], 1)
+    qkv = qkv.to(DEVICES[backend], dtype).requires_grad_()
+    with ops.backend(backend):
+        out = ops.attention(
+            *(qkv, starts(lengths, backend), 128), dropout_p=p, seed=seed.to(qkv.device)
+        )
+        out.backward(one_hot.to(qkv))
+    start = 0
+    for n in lengths:
+        rows = torch.arange(start, start + n)[:, None] * heads + torch.arange(heads)
+        mask = keep_mask(seed, rows, n, p)  # [n, heads, n]
+        part = slice(start, start + n)
+        assert torch.equal(out[part, :, :n].cpu() > 0, mask)
+        assert torch.equal(qkv.grad[part, 2, :, :n].cpu() > 0, mask.transpose(0, 2))
+        start += n
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_sequences_than_the_search_holds(backend):
+    lengths = [1] * 290 + [70, 3]
+    qkv = inputs(16, 1, lengths).to(DEVICES[backend])
+    with ops.backend(backend):
+        out = ops.attention(qkv, starts(lengths, backend), 70)
+    assert torch.equal(out[:290], qkv[:290, 2])
+    torch.testing.assert_close(out.cpu(), plain(qkv.cpu(), lengths), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[20, 90, 3], [140, 5]])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_repeat(backend, lengths):
+    """The same bits every time: no sum depends on which thread comes first."""
+    bias = torch.randn(1, 2, max(lengths), max(lengths)).to(DEVICES[backend])
+    qkv, cu = inputs(32, 2, lengths).to(bias.device, torch.bfloat16), starts(lengths, backend)
+    grads = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (qkv, bias)]
+        with ops.backend(backend):
+            out = ops.attention(
+                *(leaves[0], cu, max(lengths)), bias=leaves[1], dropout_p=0.1, seed=3
+            )
+            grads.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
     with ops.backend(backend):
-        for cu in (offsets([]), offsets([0, 0])):
-            qkv = torch.zeros(0, 3, 2, 32, requires_grad=True)
+        for cu in (starts([], backend), starts([0, 0], backend)):
+            qkv = torch.zeros(0, 3, 2, 32, device=cu.device, requires_grad=True)
             out = ops.attention(qkv, cu, 0)
             out.sum().backward()
             assert out.shape == (0, 2, 32) and qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_beyond_32_bits(backend):
+    """A second token 2**31 elements behind the first; the 4 GB between are never touched."""
+    memory = torch.empty(
+        2**31 + 96, dtype=torch.bfloat16, device=DEVICES[backend], pin_memory=False
+    )
+    qkv = memory.as_strided((2, 3, 1, 32), (2**31, 32, 32, 1))
+    qkv.copy_(torch.randn(qkv.shape))
+    results = []
+    for x in (qkv, qkv.contiguous()):
+        x.requires_grad_()
+        with ops.backend(backend):
+            out = ops.attention(x, starts([2], backend), 2)
+            results.append([out, *torch.autograd.grad(out.square().sum(), x)])
+    for far, near in zip(*results, strict=True):
+        assert torch.equal(far, near)
+
+
+def test_tf32_only_where_asked():
+    launch = pytest.importorskip("bertfast.kernels.attention_launch")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    assert launch.precision() == "ieee"
+    try:
+        matmul.fp32_precision = "tf32"
+        assert launch.precision() == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_work_covers_every_length():
+    """As many items as blocks, and few more, whichever way they are numbered."""
+    launch = pytest.importorskip("bertfast.kernels.attention_launch")
+    assert launch.work(8 * 512, offsets([512] * 8), 512, 128) == (32, 4)
+    assert launch.work(100 + 512, offsets([1] * 100 + [512]), 512, 128) == (105, None)
+    assert launch.work(0, offsets([]), 0, 128) == (0, 0)
 
 
 def test_refusals():
@@ -184,3 +298,7 @@ def test_refusals():
     refused(ValueError, "dropout_p is 1.0", ops.attention, qkv, cu, 3, dropout_p=1.0)
     refused(ValueError, "bias has shape", ops.attention, qkv, cu, 3, bias=torch.zeros(1, 1, 2, 3))
     refused(TypeError, "int64", ops.attention, qkv.long(), cu, 3)
+    if "triton" in BACKENDS:
+        with ops.backend("triton"):
+            wide = torch.zeros(5, 3, 1, 160)
+            refused(ValueError, "head_dim is 160", ops.attention, wide, cu, 3)

@@ -25,6 +25,8 @@ def samples():
     out, lse = (
         t.detach() for t in torch.ops.bertfast.attention(qkv, cu, 5, 0.5, 0.0, None, False, None)
     )
+    kv, cross_bias = leaf(9, 2, 2, 4), leaf(1, 2, 5, 6)
+    cross = (cu, torch.tensor([0, 3, 9], dtype=torch.int32), 5, 6, 0.5)
     d = lambda *ts: [t.detach() for t in ts]
     stats = torch.zeros(8), torch.ones(8)
     return {
@@ -35,6 +37,14 @@ def samples():
         "attention_backward": [
             (out, *d(qkv), out, lse, cu, 5, 0.5, 0.1, seed, False, None, False),
             (out, *d(qkv), out, lse, cu, 5, 0.5, 0.0, None, False, bias.detach(), True),
+        ],
+        "cross_attention": [
+            (leaf(8, 2, 4), kv, *cross, 0.0, None, False, None),
+            (leaf(8, 2, 4), kv, *cross, 0.1, seed, True, cross_bias),
+        ],
+        "cross_attention_backward": [
+            (out, *d(qkv[:, 0], kv), out, lse, *cross, 0.1, seed, False, None, False),
+            (out, *d(qkv[:, 0], kv), out, lse, *cross, 0.0, None, False, *d(cross_bias), True),
         ],
         "linear_act": [(x, w, b, 1, True), (x, w, None, 0, False)],
         "linear_act_backward": [(torch.ones(8, 4), *d(x, w, b), torch.ones(8, 4), 1, 7)],
@@ -60,7 +70,12 @@ def samples():
                 seed,
             )
         ],
-        "pack_indices": [(torch.tensor([[1, 0], [1, 1]]),)],
+        "masked_cross_entropy": [
+            (leaf(8, 6), leaf(9, 6), leaf(9), ids, -100, 7),
+            (leaf(8, 6), leaf(9, 6).detach(), None, ids - 1, -1, 1),
+            (*d(leaf(8, 6), leaf(9, 6), leaf(9)), ids, 3, 0),
+        ],
+        "pack_indices": [(torch.tensor([[1, 0], [1, 1]]),), (torch.tensor([[1, 0], [1, 1]]), 3)],
         "gather_rows": [(x, torch.tensor([1, 5]))],
         "scatter_rows": [(leaf(2, 6), torch.tensor([1, 5]), 8)],
     }
@@ -80,8 +95,13 @@ def public():
         return ops.unpack(p * 2, indices, 2, 5)
 
     ids = torch.arange(8)
+    labels = torch.where(ids % 3 == 0, ids, -100)
     return {
         "attention": (lambda q: ops.attention(q, cu, 5, dropout_p=0.1, seed=3), [leaf(8, 3, 2, 4)]),
+        "cross_attention": (
+            lambda q, kv: ops.cross_attention(q, kv, cu, cu, 5, 5, dropout_p=0.1, seed=3),
+            [leaf(8, 2, 4), leaf(8, 2, 2, 4)],
+        ),
         "linear_act": (
             lambda x, w, b: ops.linear_act(x, w, b, "gelu"),
             [leaf(8, 6), leaf(4, 6), leaf(4)],
@@ -97,6 +117,10 @@ def public():
         "embedding_layer_norm": (
             lambda t, w: ops.embedding_layer_norm(ids, ids, ids, t, t, t, w, w, 1e-5),
             [leaf(8, 6), leaf(6)],
+        ),
+        "masked_cross_entropy": (
+            lambda x, w: ops.masked_cross_entropy(x, w, None, labels),
+            [leaf(8, 6), leaf(9, 6)],
         ),
         "pack": (lambda x: packed(x, mask), [x]),
     }
@@ -168,7 +192,7 @@ def test_environment():
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_every_instruction_set(isa):
     """The operator tests' heart on each instruction set that this machine runs."""
     import bertfast

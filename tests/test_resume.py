@@ -9,6 +9,7 @@ import time
 
 import pytest
 import tiny
+import tiny_pretrain
 import torch
 from safetensors.torch import load_file
 
@@ -20,7 +21,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, "tests")
 import accelerate, transformers, sklearn.metrics, matplotlib.figure, torch.utils.tensorboard
-from bertfast.train import FinetuneConfig, finetune
+from bertfast.train import FinetuneConfig, PretrainConfig, finetune, pretrain
 print("ready", flush=True)
 while line := sys.stdin.readline():
     pid = os.fork()
@@ -28,7 +29,11 @@ while line := sys.stdin.readline():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
         try:
-            finetune(FinetuneConfig(**json.loads(line)))
+            values = json.loads(line)
+            if "data" in values:
+                pretrain(PretrainConfig(**values))
+            else:
+                finetune(FinetuneConfig(**values))
             code = 0
         except BaseException as e:
             print(repr(e), file=sys.stderr)
@@ -43,7 +48,7 @@ while line := sys.stdin.readline():
 
 class Runner:
     def __init__(self, log):
-        self.log = open(log, "w")  # noqa: SIM115
+        self.path, self.log = log, open(log, "w")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=-1, stdout=-1, stderr=self.log, text=True
         )
@@ -68,16 +73,22 @@ class Runner:
         self.process.wait()
 
 
-@pytest.fixture
-def runner(tmp_path):
-    r = Runner(tmp_path / "log")
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    r = Runner(tmp_path_factory.mktemp("runner") / "log")
     yield r
     r.close()
 
 
-def settings(folder, out):
+def finetuning(folder, out):
     return tiny.settings(
         folder, out=str(folder / out), epochs=4, save_steps=3, accumulation=2, batch_size=4
+    )
+
+
+def pretraining(folder, out):
+    return tiny_pretrain.settings(
+        folder, out=str(folder / out), accumulation=2, max_steps=36, eval_steps=15, save_steps=3
     )
 
 
@@ -86,19 +97,22 @@ def same(folder, out):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+TIMES = {"tokens_per_second", "eta_seconds", "mfu"}
+
+
 def steps(folder, out):
     """metrics.jsonl but for its timings."""
     import json
 
     with open(folder / out / "metrics.jsonl") as f:
         records = [json.loads(line) for line in f]
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
 
-def kills(tmp_path, runner, count):
-    tiny.settings(tmp_path)
+def kills(tmp_path, runner, count, settings):
+    settings(tmp_path, "unbroken")
     start = time.monotonic()
-    assert runner.run(settings(tmp_path, "unbroken")) == 0, (tmp_path / "log").read_text()
+    assert runner.run(settings(tmp_path, "unbroken")) == 0, runner.path.read_text()
     length = time.monotonic() - start
     moments = random.Random(1)
     killed, run = 0, 0
@@ -116,23 +130,29 @@ def kills(tmp_path, runner, count):
             killed += 1
             if killed >= count:
                 break
-        assert runner.run(settings(tmp_path, out)) == 0, (tmp_path / "log").read_text()
+        assert runner.run(settings(tmp_path, out)) == 0, runner.path.read_text()
         assert same(tmp_path, out) and steps(tmp_path, out) == steps(tmp_path, "unbroken")
     return killed
 
 
-def test_a_few_kills(tmp_path, runner):
-    assert kills(tmp_path, runner, 3) >= 3
+BOTH = pytest.mark.parametrize("settings", [finetuning, pretraining])
+
+
+@BOTH
+def test_a_few_kills(tmp_path, runner, settings):
+    assert kills(tmp_path, runner, 3, settings) >= 3
 
 
 @pytest.mark.slow
-def test_fifty_kills(tmp_path, runner):
-    assert kills(tmp_path, runner, 50) >= 50
+@BOTH
+def test_fifty_kills(tmp_path, runner, settings):
+    assert kills(tmp_path, runner, 50, settings) >= 50
 
 
-def test_sigterm_saves(tmp_path, runner):
+@BOTH
+def test_sigterm_saves(tmp_path, runner, settings):
     """Within 10 seconds, at the step under way; the run goes on from there."""
-    tiny.settings(tmp_path)
+    settings(tmp_path, "unbroken")
     start = time.monotonic()
     runner.run(settings(tmp_path, "unbroken"))
     length = time.monotonic() - start
@@ -143,4 +163,4 @@ def test_sigterm_saves(tmp_path, runner):
     assert runner.run(settings(tmp_path, "stopped")) == 0
     assert same(tmp_path, "stopped")
     if code == 1:
-        assert "stopped at step" in (tmp_path / "log").read_text()
+        assert "stopped at step" in runner.path.read_text()

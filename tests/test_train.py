@@ -67,6 +67,8 @@ def test_accumulation_changes_nothing(tmp_path):
         results.append(load_file(tmp_path / f"o{i}" / "model.safetensors"))
     for other in results[1:]:
         for name, expected in results[0].items():
+            if "key.bias" in name:  # softmax ignores it: its gradient is rounding, nothing else
+                continue
             # Adam's first steps turn a gradient's rounding into a step where it is nearly zero.
             assert (other[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
 

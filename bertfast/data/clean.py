@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 # C0 and C1 controls that are not whitespace, the BOM, lone surrogates (no UTF-8 form).
-_DROP = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff]")
+DROP = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff]")
 
 
 def clean_text(s: str) -> str:
@@ -12,4 +12,4 @@ def clean_text(s: str) -> str:
 
     Format characters that carry meaning (zero-width joiners of emoji, Persian, Indic) stay.
     """
-    return " ".join(unicodedata.normalize("NFC", _DROP.sub("", s)).split())
+    return " ".join(unicodedata.normalize("NFC", DROP.sub("", s)).split())

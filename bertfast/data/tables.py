@@ -26,7 +26,7 @@ def read_table(path, columns: Iterable[str] | None = None) -> dict[str, list]:
     name = "standard input" if str(path) == "-" else str(path)
     kind = ".jsonl" if str(path) == "-" else _kind(Path(path))
     try:
-        with _open(path) as raw:
+        with open_stream(path) as raw:
             table = _READERS[kind](raw, name, columns)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{name}: damaged or truncated gzip data ({e})") from e
@@ -57,7 +57,7 @@ def _kind(path: Path) -> str:
 
 
 @contextmanager
-def _open(path):
+def open_stream(path):
     """Binary stream; gzip is recognised by its first bytes, whatever the file is called."""
     with nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as raw:
         yield gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == _GZIP_MAGIC else raw

@@ -2,6 +2,8 @@
 
 from .bert import BertModel, BertPreTrainedModel
 from .checkpoint import CheckpointError
+from .frozen import freeze
+from .graphs import cuda_graphs
 from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 from .layer import LayerOptions, LayerWeights, encoder_layer
 
@@ -14,5 +16,7 @@ __all__ = [
     "CheckpointError",
     "LayerOptions",
     "LayerWeights",
+    "cuda_graphs",
     "encoder_layer",
+    "freeze",
 ]

@@ -1,5 +1,7 @@
 """`BertModel`: transformers' interface and state-dict keys over the packed encoder."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers import BertConfig
@@ -11,6 +13,7 @@ from .encoder import (
     BertEmbeddings,
     BertEncoder,
     BertPooler,
+    PackedSequences,
     Packing,
     attention_probabilities,
 )
@@ -93,6 +96,16 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.save(self, folder)
 
 
+class PackedInputs(NamedTuple):
+    """A packed batch: a model takes it in place of input_ids, alone."""
+
+    packing: Packing
+    ids: torch.Tensor | None  # int64 [tokens], as positions and types
+    positions: torch.Tensor
+    types: torch.Tensor
+    embeds: torch.Tensor | None = None  # [tokens, hidden] in place of ids
+
+
 class BertModel(BertPreTrainedModel):
     """The encoder, as transformers' BertModel; padded positions of its outputs are zeros."""
 
@@ -162,17 +175,13 @@ class BertModel(BertPreTrainedModel):
         first_only: hidden is column 0 alone [batch, hidden], zeros where that is padding; the last
         layer does no work for the other tokens unless their states are asked for.
         """
-        packing, ids, positions, types, embeds = self._inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        )
-        layers = self.config.num_hidden_layers
-        seeds = [None] * (1 + 3 * layers)
-        if self.training:
-            seeds = ops.draw_seeds(1 + 3 * layers, packing.mask.device)
-        hidden = self.embeddings(ids, positions, types, seeds[0], embeds)
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            hidden = hidden.to(torch.get_autocast_dtype(device))
+        if not isinstance(input_ids, PackedInputs):
+            input_ids = self._inputs(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
+        packing, ids, positions, types, embeds = input_ids
+        seeds = self._seeds(positions.device)
+        hidden = _autocast(self.embeddings(ids, positions, types, seeds[0], embeds))
         states = [packing.unpack(hidden)] if output_hidden_states else None
         attentions = [] if output_attentions else None
 
@@ -182,6 +191,8 @@ class BertModel(BertPreTrainedModel):
             if output_attentions:
                 attentions.append(attention_probabilities(qkv, packing))
 
+        if output_attentions and not isinstance(self.encoder, BertEncoder):
+            raise ValueError("a frozen model has no attention maps; ask before bertfast.freeze")
         wanted = collect if output_hidden_states or output_attentions else None
         rows = None
         if first_only and wanted is None and (torch.compiler.is_compiling() or hidden.shape[0]):
@@ -191,8 +202,50 @@ class BertModel(BertPreTrainedModel):
             hidden = packing.first(hidden) if rows is None else packing.zero_padded(hidden)
         return packing, hidden, states and tuple(states), attentions and tuple(attentions)
 
-    def _inputs(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
-        """The packing, and packed ids, positions, types and embeddings."""
+    def encode_packed(
+        self,
+        input_ids,
+        cu_seqlens,
+        max_seqlen: int,
+        position_ids=None,
+        token_type_ids=None,
+        rows=None,
+    ):
+        """Encode sequences that are already packed, without padding or unpacking.
+
+        Args:
+            input_ids: int64 [tokens], the sequences one after another.
+            cu_seqlens: int32 [sequences + 1], where each starts, and the total.
+            max_seqlen: the longest, or a bound above it.
+            position_ids, token_type_ids: int64 [tokens]; each sequence's own 0, 1, ..., and zeros.
+            rows: int64 [n], the tokens whose state is wanted; None for all. The last layer does no
+                work for others but their attention's keys and values.
+
+        Returns: [tokens or n, hidden].
+        """
+        limit = self.config.max_position_embeddings
+        if max_seqlen > limit and position_ids is None:
+            raise ValueError(f"max_seqlen is {max_seqlen}, the model takes up to {limit} tokens")
+        if position_ids is None:
+            starts = torch.repeat_interleave(
+                cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=input_ids.shape[0]
+            )
+            position_ids = torch.arange(input_ids.shape[0], device=input_ids.device) - starts
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        seeds = self._seeds(input_ids.device)
+        hidden = self.embeddings(input_ids, position_ids, token_type_ids, seeds[0])
+        packing = PackedSequences(cu_seqlens, max_seqlen)
+        return self.encoder(_autocast(hidden), packing, seeds[1:], rows=rows)
+
+    def _seeds(self, device):
+        """One of each dropout in training: int64 [1 + 3 * layers, 2]."""
+        n = 1 + 3 * self.config.num_hidden_layers
+        return ops.draw_seeds(n, device) if self.training else [None] * n
+
+    def _inputs(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+    ) -> PackedInputs:
         given = input_ids if inputs_embeds is None else inputs_embeds
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -227,7 +280,15 @@ class BertModel(BertPreTrainedModel):
             types = packed(token_type_ids, "token_type_ids")
         ids = None if input_ids is None else packed(input_ids, "input_ids")
         embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
-        return packing, ids, positions, types, embeds
+        return PackedInputs(packing, ids, positions, types, embeds)
+
+
+def _autocast(hidden):
+    """In autocast's dtype where that is on: our operators take the dtype they are given."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
 
 
 def _refuse(arguments):

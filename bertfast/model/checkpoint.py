@@ -2,13 +2,14 @@
 
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..files import write_whole
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -181,23 +182,3 @@ def save(model, folder) -> None:
     config.dtype = str(model.dtype).removeprefix("torch.")
     write_whole(folder / "config.json", lambda p: Path(p).write_text(config.to_json_string()))
     write_whole(folder / SAFETENSORS, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-
-
-def write_whole(path: Path, write) -> None:
-    """`write(temporary path)`, then fsync and rename: `path` is the old file or the whole new."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

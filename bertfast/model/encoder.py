@@ -1,11 +1,20 @@
 """Embeddings, layers and pooler, with transformers' names, on packed tokens inside."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
+
+
+class PackedSequences(NamedTuple):
+    """All that the layers need of a `Packing`, for sequences that come packed."""
+
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
+    seqlen: int  # the longest
 
 
 class Packing:
@@ -67,8 +76,9 @@ class BertEmbeddings(nn.Module):
         if inputs_embeds is not None:
             x = inputs_embeds + self.position_embeddings(position_ids)
             x = x + self.token_type_embeddings(token_type_ids)
+            weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
             return nn.functional.dropout(
-                nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps), p
+                nn.functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps), p
             )
         return ops.embedding_layer_norm(
             *(input_ids, position_ids, token_type_ids),
@@ -142,7 +152,7 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, hidden, packing: Packing, seeds, collect=None, rows=None):
+    def forward(self, hidden, packing: Packing | PackedSequences, seeds, collect=None, rows=None):
         """hidden [tokens, hidden] -> the same; `collect(hidden, qkv)` sees each layer's result.
 
         seeds: int64 [3 * layers, 2]. rows: those of the result that are wanted, None for all.

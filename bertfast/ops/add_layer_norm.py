@@ -14,6 +14,8 @@ from .library import (
     dense,
     is_bf16,
     ptr,
+    register_triton,
+    triton_row_limit,
     wide,
 )
 from .registry import register
@@ -59,12 +61,18 @@ def _fake(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     return torch.empty_like(x, memory_format=torch.contiguous_format), stats, stats.clone()
 
 
+def _two(residual, seed):
+    """Whether backward has two gradients: without dropout residual's is x's, and ds is empty."""
+    return residual is not None and seed is not None
+
+
 def _fake_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
     def like(t):
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 
-    bias = like(x[:0].sum(0) if x_bias is None else x_bias)
-    return like(x), like(x), like(weight), like(weight), bias
+    ds = like(x) if _two(residual, seed) else x.new_empty(0)
+    dx_bias = x.new_empty(0) if x_bias is None else like(x_bias)
+    return like(x), ds, like(weight), like(weight), dx_bias
 
 
 define(
@@ -115,8 +123,9 @@ def _reference_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p
     ds = ds * rstd[:, None]
     dx = ds if seed is None else torch.where(_keep(x, dropout_p, seed), ds / (1 - dropout_p), 0)
     dw, db = (grad * normed).sum(0), grad.sum(0)
-    dx_bias = dx.sum(0).to(x.dtype if x_bias is None else x_bias.dtype)
-    return dx.to(x.dtype), ds.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype), dx_bias
+    ds = ds.to(x.dtype) if _two(residual, seed) else x.new_empty(0)
+    dx_bias = x.new_empty(0) if x_bias is None else dx.sum(0).to(x_bias.dtype)
+    return dx.to(x.dtype), ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias
 
 
 @register("add_layer_norm", "cpu", limit=cpu_limit)
@@ -141,18 +150,31 @@ def _cpu_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed
     grad, x, residual, x_bias = dense(grad), dense(x), dense(residual), dense(x_bias)
     weight, seed, mean, rstd = dense(weight), dense(seed), dense(mean), dense(rstd)
     dx = torch.empty((tokens, hidden), dtype=x.dtype)
-    # Without dropout the two are equal, yet an operator must not return one tensor twice.
-    ds = torch.empty((tokens, hidden), dtype=x.dtype)
+    ds = torch.empty((tokens, hidden) if _two(residual, seed) else 0, dtype=x.dtype)
     columns = torch.empty((3, hidden))  # dweight, dbias, dx_bias
     C.add_layer_norm_backward(
         *(ptr(grad), ptr(x), ptr(residual), ptr(weight), ptr(x_bias), ptr(seed)),
-        *(ptr(mean), ptr(rstd), ptr(dx), ptr(ds), ptr(columns), tokens, hidden),
+        *(
+            ptr(mean),
+            ptr(rstd),
+            ptr(dx),
+            ptr(ds) if ds.numel() else 0,
+            ptr(columns),
+            tokens,
+            hidden,
+        ),
         *(1 / (1 - dropout_p), threshold(dropout_p)),
         *(is_bf16(x), is_bf16(weight), is_bf16(x_bias)),
     )
     dw, db, dx_bias = (c.clone() for c in columns)
-    bias_dtype = x.dtype if x_bias is None else x_bias.dtype
-    return dx, ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias.to(bias_dtype)
+    dx_bias = torch.empty(0, dtype=x.dtype) if x_bias is None else dx_bias.to(x_bias.dtype)
+    return dx, ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias
+
+
+register_triton("add_layer_norm", "add_layer_norm.add_layer_norm", triton_row_limit(1))
+register_triton(
+    "add_layer_norm_backward", "add_layer_norm.add_layer_norm_backward", triton_row_limit(0)
+)
 
 
 def _setup(ctx, inputs, output):
@@ -171,7 +193,7 @@ def _backward(ctx, grad, *_):
     )
     return (
         dx,
-        None if residual is None else ds,
+        None if residual is None else dx if seed is None else ds,
         dw,
         db.to(ctx.bias_dtype),
         None,

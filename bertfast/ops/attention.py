@@ -11,7 +11,18 @@ import torch
 
 from .dropout import as_seed, keep_mask, threshold
 from .extension import C
-from .library import autograd, check, check_device, cpu_limit, define, dense, is_bf16, ptr, wide
+from .library import (
+    autograd,
+    check,
+    check_device,
+    cpu_limit,
+    define,
+    dense,
+    is_bf16,
+    ptr,
+    register_triton,
+    wide,
+)
 from .registry import register
 
 
@@ -46,39 +57,48 @@ def attention(
         lambda: f"qkv has shape {list(qkv.shape)}, expected [tokens, 3, heads, head_dim]",
     )
     check(qkv.is_floating_point(), lambda: f"qkv has dtype {qkv.dtype}, expected floats", TypeError)
-    check(
-        cu_seqlens.dtype == torch.int32,
-        lambda: f"cu_seqlens has dtype {cu_seqlens.dtype}, expected torch.int32",
-        TypeError,
-    )
-    check(
-        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
-        lambda: f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [batch + 1]",
-    )
+    check_starts(cu_seqlens=cu_seqlens)
     check_device(qkv, cu_seqlens=cu_seqlens, bias=bias)
-    heads, batch = qkv.shape[2], cu_seqlens.shape[0] - 1
-    if bias is not None:
-        check(
-            bias.dim() == 4
-            and bias.shape[0] in (1, batch)
-            and bias.shape[1] in (1, heads)
-            and bias.shape[2] >= max_seqlen
-            and bias.shape[3] >= max_seqlen,
-            lambda: (
-                f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
-                f"{max_seqlen}, {max_seqlen}]"
-            ),
-        )
-        check(
-            bias.dtype in (qkv.dtype, torch.float32),
-            lambda: f"bias has dtype {bias.dtype}, expected {qkv.dtype} or torch.float32",
-            TypeError,
-        )
+    check_bias(bias, qkv.dtype, cu_seqlens.shape[0] - 1, qkv.shape[2], max_seqlen, max_seqlen)
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
     seed = as_seed(seed, dropout_p, qkv.device)
     return torch.ops.bertfast.attention(
         qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias
     )[0]
+
+
+def check_starts(**starts):
+    for name, t in starts.items():
+        check(
+            t.dtype == torch.int32,
+            lambda: f"{name} has dtype {t.dtype}, expected torch.int32",
+            TypeError,
+        )
+        check(
+            t.dim() == 1 and t.shape[0] >= 1,
+            lambda: f"{name} has shape {list(t.shape)}, expected [batch + 1]",
+        )
+
+
+def check_bias(bias, dtype, batch, heads, queries, keys):
+    if bias is None:
+        return
+    check(
+        bias.dim() == 4
+        and bias.shape[0] in (1, batch)
+        and bias.shape[1] in (1, heads)
+        and bias.shape[2] >= queries
+        and bias.shape[3] >= keys,
+        lambda: (
+            f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
+            f"{queries}, {keys}]"
+        ),
+    )
+    check(
+        bias.dtype in (dtype, torch.float32),
+        lambda: f"bias has dtype {bias.dtype}, expected {dtype} or torch.float32",
+        TypeError,
+    )
 
 
 def _fake(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
@@ -105,87 +125,103 @@ define(
 )
 
 
-def _check_offsets(cu_seqlens, tokens, max_seqlen):
+def check_offsets(cu_seqlens, tokens, max_seqlen, names=("cu_seqlens", "max_seqlen", "qkv")):
     """The offsets' values, where reading them is free of a synchronisation."""
     if cu_seqlens.device.type != "cpu":
         return
     lengths = cu_seqlens.diff()
     low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
+    starts, longest, tensor = names
     check(
         int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and low >= 0,
         lambda: (
-            f"cu_seqlens is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
-            f"to the {tokens} tokens of qkv"
+            f"{starts} is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
+            f"to the {tokens} tokens of {tensor}"
         ),
     )
-    check(high <= max_seqlen, lambda: f"max_seqlen is {max_seqlen}, a sequence has {high} tokens")
+    check(high <= max_seqlen, lambda: f"{longest} is {max_seqlen}, a sequence has {high} tokens")
 
 
-def _sequences(cu_seqlens):
-    offsets = cu_seqlens.tolist()
-    return enumerate(pairwise(offsets))
-
-
-def _scores(q, k, b, scale, causal, bias):
-    """[heads, length, length] of sequence b."""
+def scores(q, k, b, scale, causal, bias):
+    """[heads, queries, keys] of sequence b."""
     s = torch.einsum("qhd,khd->hqk", q, k) * scale
-    n = s.shape[-1]
+    queries, keys = s.shape[1:]
     if bias is not None:
-        s = s + bias[min(b, bias.shape[0] - 1), :, :n, :n]
+        s = s + bias[min(b, bias.shape[0] - 1), :, :queries, :keys]
     if causal:
-        s = s.masked_fill(torch.ones(n, n, dtype=torch.bool, device=s.device).triu(1), -math.inf)
+        later = torch.ones(queries, keys, dtype=torch.bool, device=s.device).triu(1)
+        s = s.masked_fill(later, -math.inf)
     return s
 
 
-def _keep(seed, start, stop, heads, dropout_p):
-    rows = torch.arange(start, stop, device=seed.device) * heads
+def _keep(seed, rows, heads, keys, dropout_p):
+    rows = torch.arange(*rows, device=seed.device) * heads
     rows = rows + torch.arange(heads, device=seed.device)[:, None]
-    return keep_mask(seed, rows, stop - start, dropout_p)
+    return keep_mask(seed, rows, keys, dropout_p)
 
 
-@register("attention", "reference")
-def _reference(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
-    tokens, _, heads, head_dim = qkv.shape
-    _check_offsets(cu_seqlens, tokens, max_seqlen)
-    out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((heads, tokens), dtype=wide(qkv.dtype), device=qkv.device)
-    for b, (i, j) in _sequences(cu_seqlens):
-        q, k, v = qkv[i:j].to(wide(qkv.dtype)).unbind(1)
-        s = _scores(q, k, b, scale, causal, bias)
+def _sequences(cu_q, cu_k):
+    return enumerate(zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True))
+
+
+def reference(q, kv, cu_q, cu_k, scale, dropout_p, seed, causal, bias):
+    """q [tokens_q, heads, dim], kv [tokens_k, 2, heads, dim] -> out as q, lse [heads, tokens_q]"""
+    tokens, heads, _ = q.shape
+    dtype = wide(q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=dtype, device=q.device)
+    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k):
+        k, v = kv[m:n].to(dtype).unbind(1)
+        s = scores(q[i:j].to(dtype), k, b, scale, causal, bias)
         row = torch.logsumexp(s, -1)
         lse[:, i:j] = row.masked_fill(row == -math.inf, math.inf)  # so exp(s - lse) is 0
         p = torch.exp(s - lse[:, i:j, None])
         if seed is not None:
-            p = torch.where(_keep(seed, i, j, heads, dropout_p), p / (1 - dropout_p), 0)
-        out[i:j] = torch.einsum("hqk,khd->qhd", p, v).to(qkv.dtype)
+            p = torch.where(_keep(seed, (i, j), heads, n - m, dropout_p), p / (1 - dropout_p), 0)
+        out[i:j] = torch.einsum("hqk,khd->qhd", p, v).to(q.dtype)
     return out, lse
 
 
-@register("attention_backward", "reference")
-def _reference_backward(
-    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
+def reference_backward(
+    grad, q, kv, lse, cu_q, cu_k, scale, dropout_p, seed, causal, bias, need_dbias
 ):
-    heads, dtype = qkv.shape[2], wide(qkv.dtype)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dbias = torch.zeros(bias.shape, dtype=dtype, device=qkv.device) if need_dbias else None
-    for b, (i, j) in _sequences(cu_seqlens):
-        q, k, v = qkv[i:j].to(dtype).unbind(1)
-        do = grad[i:j].to(dtype)
-        p = torch.exp(_scores(q, k, b, scale, causal, bias) - lse[:, i:j, None])
+    """dq and dkv as q and kv, dbias as bias or empty"""
+    heads, dtype = q.shape[1], wide(q.dtype)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dkv = torch.empty(kv.shape, dtype=q.dtype, device=q.device)
+    dbias = torch.zeros(bias.shape, dtype=dtype, device=q.device) if need_dbias else None
+    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k):
+        query, do = q[i:j].to(dtype), grad[i:j].to(dtype)
+        k, v = kv[m:n].to(dtype).unbind(1)
+        p = torch.exp(scores(query, k, b, scale, causal, bias) - lse[:, i:j, None])
         dp = torch.einsum("qhd,khd->hqk", do, v)
         dropped = p
         if seed is not None:
-            keep = _keep(seed, i, j, heads, dropout_p)
+            keep = _keep(seed, (i, j), heads, n - m, dropout_p)
             dp = torch.where(keep, dp / (1 - dropout_p), 0)
             dropped = torch.where(keep, p / (1 - dropout_p), 0)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-        dqkv[i:j, 0] = (torch.einsum("hqk,khd->qhd", ds, k) * scale).to(qkv.dtype)
-        dqkv[i:j, 1] = (torch.einsum("hqk,qhd->khd", ds, q) * scale).to(qkv.dtype)
-        dqkv[i:j, 2] = torch.einsum("hqk,qhd->khd", dropped, do).to(qkv.dtype)
+        dq[i:j] = (torch.einsum("hqk,khd->qhd", ds, k) * scale).to(q.dtype)
+        dkv[m:n, 0] = (torch.einsum("hqk,qhd->khd", ds, query) * scale).to(q.dtype)
+        dkv[m:n, 1] = torch.einsum("hqk,qhd->khd", dropped, do).to(q.dtype)
         if need_dbias:
-            target = dbias[min(b, bias.shape[0] - 1), :, : j - i, : j - i]
+            target = dbias[min(b, bias.shape[0] - 1), :, : j - i, : n - m]
             target += ds.sum_to_size(target.shape)
-    return dqkv, dbias.to(bias.dtype) if need_dbias else qkv.new_empty(0)
+    return dq, dkv, dbias.to(bias.dtype) if need_dbias else q.new_empty(0)
+
+
+@register("attention", "reference")
+def _reference(qkv, cu_seqlens, max_seqlen, *options):
+    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
+    return reference(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
+
+
+@register("attention_backward", "reference")
+def _reference_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
+    dq, dkv, dbias = reference_backward(
+        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens), *options
+    )
+    return torch.cat([dq.unsqueeze(1), dkv], 1), dbias
 
 
 def _dense_last(t):
@@ -200,40 +236,61 @@ def _bias_arguments(bias):
     return ptr(bias), *steps, bias.stride(2), is_bf16(bias)
 
 
-@register("attention", "cpu", limit=cpu_limit)
-def _cpu(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
-    tokens, _, heads, head_dim = qkv.shape
-    cu_seqlens, seed = dense(cu_seqlens), dense(seed)
-    _check_offsets(cu_seqlens, tokens, max_seqlen)
-    qkv, bias = _dense_last(qkv), None if bias is None else _dense_last(bias)
-    out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype)
-    lse = torch.empty((heads, tokens))
-    C.attention(
-        *(ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), cu_seqlens.shape[0] - 1, tokens),
-        *(heads, head_dim, scale, *_bias_arguments(bias), ptr(seed), 1 / (1 - dropout_p)),
-        *(threshold(dropout_p), causal, is_bf16(qkv), ptr(out), ptr(lse)),
+def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
+    tokens, heads, dim = q.shape
+    return (
+        *(ptr(q), ptr(kv[:, 0]), ptr(kv[:, 1])),
+        *(*q.stride()[:2], kv.stride(0), kv.stride(2), ptr(starts_q), ptr(starts_k)),
+        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, *_bias_arguments(bias)),
+        *(ptr(seed), 1 / (1 - dropout_p), threshold(dropout_p), causal, is_bf16(q)),
     )
+
+
+def cpu(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
+    """As `reference`."""
+    starts_q, starts_k, seed = dense(starts_q), dense(starts_k), dense(seed)
+    q, kv, bias = _dense_last(q), _dense_last(kv), None if bias is None else _dense_last(bias)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((q.shape[1], q.shape[0]))
+    options = scale, dropout_p, seed, causal, bias
+    C.attention(*_cpu_arguments(q, kv, starts_q, starts_k, *options), ptr(out), ptr(lse))
     return out, lse
 
 
-@register("attention_backward", "cpu", limit=cpu_limit)
-def _cpu_backward(
-    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
+def cpu_backward(
+    grad, q, kv, lse, starts_q, starts_k, scale, dropout_p, seed, causal, bias, need_dbias, dq, dkv
 ):
-    tokens, _, heads, head_dim = qkv.shape
-    cu_seqlens, seed, grad, out, lse = map(dense, (cu_seqlens, seed, grad, out, lse))
-    qkv, bias = _dense_last(qkv), None if bias is None else _dense_last(bias)
-    batch = cu_seqlens.shape[0] - 1
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    """Fills dq and dkv, whose heads are dense; -> dbias as bias, or empty."""
+    grad, lse, starts_q, starts_k, seed = map(dense, (grad, lse, starts_q, starts_k, seed))
+    q, kv, bias = _dense_last(q), _dense_last(kv), None if bias is None else _dense_last(bias)
     # One full square per sequence and head, so that no two threads add to one place.
-    dbias = torch.zeros((batch, heads, *bias.shape[2:])) if need_dbias else None
+    rows, columns = bias.shape[2:] if need_dbias else (0, 0)
+    dbias = None
+    if need_dbias:
+        dbias = torch.zeros((starts_q.shape[0] - 1, q.shape[1], rows, columns))
+    options = scale, dropout_p, seed, causal, bias
     C.attention_backward(
-        *(ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), batch, tokens),
-        *(heads, head_dim, scale, *_bias_arguments(bias), ptr(seed), 1 / (1 - dropout_p)),
-        *(threshold(dropout_p), causal, is_bf16(qkv), ptr(grad), ptr(lse), ptr(dqkv)),
-        *(ptr(dbias), bias.shape[2] if need_dbias else 0, bias.shape[3] if need_dbias else 0),
+        *_cpu_arguments(q, kv, starts_q, starts_k, *options),
+        *(ptr(grad), ptr(lse), ptr(dq), ptr(dkv[:, 0]), ptr(dkv[:, 1])),
+        *(dq.stride(0), dkv.stride(0), ptr(dbias), rows, columns),
     )
-    return dqkv, dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else torch.empty(0)
+    return dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else torch.empty(0)
+
+
+@register("attention", "cpu", limit=cpu_limit)
+def _cpu(qkv, cu_seqlens, max_seqlen, *options):
+    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
+    return cpu(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
+
+
+@register("attention_backward", "cpu", limit=cpu_limit)
+def _cpu_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    dbias = cpu_backward(
+        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens, *options),
+        *(dqkv[:, 0], dqkv[:, 1:]),
+    )
+    return dqkv, dbias
 
 
 def _setup(ctx, inputs, output):
@@ -255,3 +312,7 @@ def _backward(ctx, grad, _):
 
 
 autograd("attention", _backward, _setup)
+
+
+register_triton("attention", "attention.forward")
+register_triton("attention_backward", "attention_backward.backward")

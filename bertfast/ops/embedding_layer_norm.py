@@ -14,6 +14,8 @@ from .library import (
     dense,
     is_bf16,
     ptr,
+    register_triton,
+    triton_row_limit,
     wide,
 )
 from .registry import register
@@ -245,6 +247,16 @@ def _cpu_backward(
         scatter(token_type, types),
         *(c.to(weight.dtype, copy=True) for c in columns),
     )
+
+
+register_triton(
+    "embedding_layer_norm", "embedding_layer_norm.embedding_layer_norm", triton_row_limit(3)
+)
+register_triton(
+    "embedding_layer_norm_backward",
+    "embedding_layer_norm.embedding_layer_norm_backward",
+    triton_row_limit(3),
+)
 
 
 def _setup(ctx, inputs, output):

@@ -1,5 +1,10 @@
 """How an operator becomes `torch.ops.bertfast.<name>`."""
 
+import functools
+import importlib
+import importlib.util
+import os
+
 import torch
 
 from . import registry
@@ -7,6 +12,9 @@ from .extension import C, error
 
 LIBRARY = torch.library.Library("bertfast", "DEF")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_ROW = 8192  # the longest row that a Triton kernel keeps in registers
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def define(schema: str, fake):
@@ -57,10 +65,52 @@ def cpu_limit(device, dtype, arguments):
         return f"the tensors are on {device}"
     if dtype not in CPU_DTYPES:
         return f"it takes float32 or bfloat16, not {dtype}"
-    for a in arguments:
-        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype not in CPU_DTYPES:
+    for a in _floats(arguments):
+        if a.dtype not in CPU_DTYPES:
             return f"it takes float32 or bfloat16, not {a.dtype}"
     return None
+
+
+def triton_limit(device, dtype, arguments):
+    """The limits that all Triton kernels share."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    # The interpreter runs kernels on CPU tensors: how the tests do without a GPU.
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device}"
+    for d in (dtype, *(a.dtype for a in _floats(arguments))):
+        if d not in GPU_DTYPES:
+            return f"it takes float32, bfloat16 or float16, not {d}"
+    return None
+
+
+def triton_row_limit(at: int):
+    """Of kernels that keep a row in registers: the last dimension of arguments[at]."""
+
+    def limit(device, dtype, arguments):
+        hidden = arguments[at].shape[-1] if arguments else 0
+        if hidden > TRITON_ROW:
+            return f"it takes hidden sizes up to {TRITON_ROW}, not {hidden}"
+        return triton_limit(device, dtype, arguments)
+
+    return limit
+
+
+def register_triton(operator: str, function: str, limit=triton_limit):
+    """Backend "triton" of `operator` is `function`, "<file>.<name>" in kernels/; it and triton
+    are imported at the first call."""
+    file, name = function.split(".")
+
+    @functools.cache
+    def kernel():
+        return getattr(importlib.import_module(f"bertfast.kernels.{file}"), name)
+
+    def call(tensor, *args):
+        # A launch goes to the current device.
+        with torch.cuda.device_of(tensor):
+            return kernel()(tensor, *args)
+
+    registry.register(operator, "triton", limit=limit)(call)
 
 
 def cuda_limit(device, dtype, arguments):
@@ -70,6 +120,10 @@ def cuda_limit(device, dtype, arguments):
     if not hasattr(C, "cuda_gather_rows"):
         return "bertfast was built without CUDA; reinstall with BERTFAST_CUDA=on"
     return None if device == "cuda" else f"the tensors are on {device}"
+
+
+def _floats(arguments):
+    return (a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point())
 
 
 def dense(t):

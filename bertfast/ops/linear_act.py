@@ -19,6 +19,7 @@ from .library import (
     dense,
     is_bf16,
     ptr,
+    register_triton,
     wide,
 )
 from .registry import register
@@ -218,11 +219,23 @@ def _qkv_reference_backward(grad, x, wq, wk, wv, bq, need):
 # --- C++ CPU kernels ---
 
 
-def _gemm(a, b, c, bias=(None,), z=None, activation=0, a_t=False, b_t=True, split_k=False):
+def _gemm(
+    a,
+    b,
+    c,
+    bias=(None,),
+    z=None,
+    activation=0,
+    a_t=False,
+    b_t=True,
+    split_k=False,
+    accumulate=False,
+):
     """c[m, n] = activation(a @ b.T + bias), a.T if a_t, b for b.T unless b_t.
 
     b and bias are tuples: parts stacked along n, or along k if split_k; z takes the
-    pre-activation. Everything 2-D with any strides, but c and z with a dense last dimension.
+    pre-activation; accumulate adds what c held before the activation. Everything 2-D with any
+    strides, but c and z with a dense last dimension.
     """
     k, m = a.shape if a_t else a.shape[::-1]
     a_strides = a.stride()[::-1] if a_t else a.stride()
@@ -231,7 +244,7 @@ def _gemm(a, b, c, bias=(None,), z=None, activation=0, a_t=False, b_t=True, spli
         *(m, c.shape[1], k, ptr(a), *a_strides, is_bf16(a)),
         *([ptr(p) for p in b], *b_strides, is_bf16(b[0]), split_k),
         *([ptr(p) for p in bias if p is not None], is_bf16(bias[0])),
-        *(ptr(c), c.stride(0), is_bf16(c), ptr(z), activation),
+        *(ptr(c), c.stride(0), is_bf16(c), ptr(z), activation, accumulate),
     )
 
 
@@ -306,6 +319,12 @@ def _qkv_cpu_backward(grad, x, wq, wk, wv, bq, need):
     if not need & _DB:
         return dx, *dws, *(torch.empty(0, dtype=bias_dtype) for _ in range(3))
     return dx, *dws, *(b.to(bias_dtype, copy=True) for b in _column_sum(grad).chunk(3))
+
+
+# --- Triton kernels ---
+
+for _name in ("linear_act", "linear_act_backward", "qkv_linear", "qkv_linear_backward"):
+    register_triton(_name, f"linear_act.{_name}")
 
 
 # --- autograd ---

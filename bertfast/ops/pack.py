@@ -3,18 +3,32 @@
 import torch
 
 from .extension import C
-from .library import autograd, check, cpu_limit, cuda_limit, define, dense, ptr
+from .library import (
+    autograd,
+    check,
+    cpu_limit,
+    cuda_limit,
+    define,
+    dense,
+    ptr,
+    register_triton,
+    triton_limit,
+)
 from .registry import register
 
 _C_LIMIT = lambda device, dtype, arguments: cpu_limit(device, torch.float32, ())
+_TRITON_LIMIT = lambda device, dtype, arguments: triton_limit(device, torch.float32, ())
 
 
-def pack(x, attention_mask):
+def pack(x, attention_mask, tokens=None):
     """Drop the padding of a batch.
 
     Args:
         x: [batch, seqlen, ...], any dtype.
         attention_mask: [batch, seqlen], bool or number; non-zero keeps a position. Any pattern.
+        tokens: how many the mask keeps, where the caller knows: a GPU's host then need not wait
+            to learn it. A wrong number raises ValueError on a CPU; on a GPU it loses the last
+            tokens or repeats position 0.
 
     Returns:
         packed [tokens, ...], indices [tokens] int64 (into batch * seqlen), cu_seqlens [batch + 1]
@@ -30,7 +44,7 @@ def pack(x, attention_mask):
             f"dimensions of x {list(x.shape)}"
         ),
     )
-    indices, cu_seqlens = torch.ops.bertfast.pack_indices(attention_mask)
+    indices, cu_seqlens = torch.ops.bertfast.pack_indices(attention_mask, tokens)
     return gather(x, indices), indices, cu_seqlens, attention_mask.shape[1]
 
 
@@ -50,25 +64,34 @@ def unpack(packed, indices, batch: int, seqlen: int):
     return rows.unflatten(0, (batch, seqlen))
 
 
-def _fake_indices(mask):
-    tokens = torch.library.get_ctx().new_dynamic_size()
+def _fake_indices(mask, tokens=None):
+    if tokens is None:
+        tokens = torch.library.get_ctx().new_dynamic_size()
     return (
         mask.new_empty((tokens,), dtype=torch.int64),
         mask.new_empty((mask.shape[0] + 1,), dtype=torch.int32),
     )
 
 
-define("pack_indices(Tensor mask) -> (Tensor, Tensor)", _fake_indices)
+define("pack_indices(Tensor mask, SymInt? tokens=None) -> (Tensor, Tensor)", _fake_indices)
 
 
 @register("pack_indices", "reference")
 @register("pack_indices", "cpu", limit=_C_LIMIT)
+@register("pack_indices", "triton", limit=_TRITON_LIMIT)
 @register("pack_indices", "cuda", limit=cuda_limit)
-def _indices_reference(mask):
+def _indices_reference(mask, tokens=None):
     mask = mask != 0
     lengths = mask.sum(1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return mask.flatten().nonzero().squeeze(1), cu_seqlens
+    if tokens is None or mask.device.type == "cpu":
+        indices = mask.flatten().nonzero().squeeze(1)
+        if tokens is not None and indices.shape[0] != tokens:
+            raise ValueError(f"tokens is {tokens}, yet the mask keeps {indices.shape[0]} positions")
+    else:
+        indices = torch.nonzero_static(mask.flatten(), size=tokens, fill_value=0).squeeze(1)
+        cu_seqlens.clamp_(max=tokens)
+    return indices, cu_seqlens
 
 
 define(
@@ -119,6 +142,10 @@ def _scatter_cpu(x, indices, rows):
     if out.numel():
         C.scatter_rows(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes)
     return out
+
+
+register_triton("gather_rows", "pack.gather_rows", _TRITON_LIMIT)
+register_triton("scatter_rows", "pack.scatter_rows", _TRITON_LIMIT)
 
 
 @register("gather_rows", "cuda", limit=cuda_limit)

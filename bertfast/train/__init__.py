@@ -1,15 +1,18 @@
-"""Training: `finetune`, `evaluate` and `predict` for classification and regression."""
+"""Training: `pretrain`; `finetune`, `evaluate` and `predict` for classification, regression."""
 
 from .classify import evaluate, finetune, predict
-from .config import ConfigError, FinetuneConfig
+from .config import ConfigError, FinetuneConfig, PretrainConfig
 from .loop import InterruptedRunError, TrainingError
+from .pretrain import pretrain
 
 __all__ = [
     "ConfigError",
     "FinetuneConfig",
     "InterruptedRunError",
+    "PretrainConfig",
     "TrainingError",
     "evaluate",
     "finetune",
     "predict",
+    "pretrain",
 ]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from .ranks import full, like
+
 STATE = "state.json"
 
 
@@ -59,26 +61,32 @@ def _bytes(text):
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
-def save(folder: Path, step: int, model, optimizer, state: dict, keep: int) -> Path:
+def gather(model, optimizer) -> tuple[dict, dict]:
+    """(parameters by name, optimizer state by "name|key"), whole tensors; all ranks together."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    moments = {
+        f"{names[id(p)]}|{key}": full(torch.as_tensor(value)).contiguous()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    return {name: full(p.detach()).contiguous() for name, p in model.named_parameters()}, moments
+
+
+def save(folder: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int) -> Path:
     """Write `folder`/step-N from a temporary sibling, synced and renamed, then drop old ones.
 
-    state: JSON values. A failure (a full disk, say) leaves the checkpoints before as they were.
+    tensors: what `gather` gave. state: JSON values. A failure (a full disk, say) leaves the
+    checkpoints before as they were.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        names = {id(p): name for name, p in model.named_parameters()}
-        moments = {}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                for key, value in optimizer.state.get(p, {}).items():
-                    moments[f"{names[id(p)]}|{key}"] = torch.as_tensor(value).contiguous()
-        parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-        files = {"model.safetensors": parameters, "optimizer.safetensors": moments}
-        for name, tensors in files.items():
-            save_file(tensors, temporary / name)
+        files = dict(zip(("model.safetensors", "optimizer.safetensors"), tensors, strict=True))
+        for name, values in files.items():
+            save_file(values, temporary / name)
             _sync(temporary / name)
         sums = {name: checksum(temporary / name) for name in files}
         body = {"step": step, "rng": rng_state(), **state}
@@ -135,9 +143,12 @@ def restore(checkpoint: Path, model, optimizer) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(checkpoint / "model.safetensors").items():
-            parameters[name].copy_(value)
+            parameters[name].copy_(like(value, parameters[name]))
     for key, value in load_file(checkpoint / "optimizer.safetensors").items():
         name, field = key.rsplit("|", 1)
         p = parameters[name]
-        on_device = field != "step" or optimizer.defaults.get("fused")
-        optimizer.state[p][field] = value.to(p.device) if on_device else value
+        optimizer.state[p][field] = value
+        if field != "step":
+            optimizer.state[p][field] = like(value, p)
+        elif optimizer.defaults.get("fused"):
+            optimizer.state[p][field] = value.to(p.device)

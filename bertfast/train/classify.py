@@ -15,6 +15,7 @@ from . import metrics, plots
 from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
 from .loop import train
+from .task import Task
 
 PROBLEM = {
     "single_label": "single_label_classification",
@@ -30,8 +31,8 @@ def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-class ClassificationTask:
-    """Batches, losses and metrics of encoded examples; a `loop.Task`."""
+class ClassificationTask(Task):
+    """Batches, losses and metrics of encoded examples."""
 
     def __init__(self, config, labels, tokenizer, train, valid, device):
         self.config, self.labels, self.device = config, labels, device
@@ -75,7 +76,7 @@ class ClassificationTask:
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
         return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
 
-    def evaluate(self, model):
+    def evaluate(self, model, score=None):
         logits = compute_logits(model, self.valid, self.pad)
         targets = np.array([row["labels"] for row in self.valid])
         loss = _mean_loss(logits, targets, self.config.task)

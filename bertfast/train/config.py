@@ -1,8 +1,10 @@
-"""Settings of a fine-tuning run, from Python, a YAML file or the command line."""
+"""Settings of a run, from Python, a YAML file or the command line."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..data.masking import KINDS
 
 METRICS = {
     "single_label": ("macro_f1", "accuracy", "micro_f1", "loss"),
@@ -14,6 +16,9 @@ CHOICES = {
     "task": tuple(METRICS),
     "schedule": ("linear", "cosine", "constant"),
     "precision": ("fp32", "bf16"),
+    "optimizer": ("adamw", "lamb"),
+    "parallel": ("ddp", "fsdp"),
+    "masking": KINDS,
 }
 
 
@@ -27,46 +32,34 @@ def _setting(default, text):
 
 
 @dataclass
-class FinetuneConfig:
-    """What `finetune` does; every field is also a command-line option and a YAML key."""
+class RunConfig:
+    """What the training loop itself needs to know."""
 
-    model: str = _setting("", "folder or hub name of the pretrained checkpoint")
-    train: str = _setting("", "training data: .jsonl .csv .tsv .parquet, gzip'd or not")
-    out: str = _setting("", "folder for the model, metrics and checkpoints")
-    valid: str | None = _setting(None, "validation data (default: split off the training data)")
-    test: str | None = _setting(None, "test data (default: split off, where valid is too)")
-    task: str = _setting("single_label", "kind of labels")
-    text_column: str = _setting("text", "column of the text")
-    text_pair_column: str | None = _setting(None, "column of the second text of a pair")
-    label_column: str = _setting("label", "column of the label")
-    dedup: bool = _setting(False, "keep only the first of equal texts in each file")
     epochs: int = _setting(3, "passes over the training data")
     max_steps: int | None = _setting(None, "stop after so many optimizer steps")
+    optimizer: str = _setting("adamw", "lamb is for batches of thousands of sequences")
     lr: float = _setting(5e-5, "peak learning rate")
-    batch_size: int = _setting(32, "examples in a micro-batch")
-    accumulation: int = _setting(1, "micro-batches in an optimizer step")
-    max_length: int = _setting(128, "tokens a text is cut to")
     warmup: float = _setting(0.1, "share of the steps in which the learning rate rises")
     schedule: str = _setting("linear", "decay of the learning rate after the warm-up")
-    weight_decay: float = _setting(0.01, "AdamW's decay, not on biases and LayerNorm")
+    weight_decay: float = _setting(0.01, "decay of the weights, not on biases and LayerNorm")
     clip: float = _setting(1.0, "gradient norm to clip to, 0 for none")
+    accumulation: int = _setting(1, "micro-batches in an optimizer step")
     precision: str = _setting("fp32", "arithmetic; the weights stay in fp32")
     seed: int = _setting(0, "seed of weights, dropout, order and split")
-    metric: str | None = _setting(None, "what picks the best epoch (default: by task)")
-    patience: int | None = _setting(None, "stop after so many epochs without a better metric")
-    class_weights: dict[str, float] = _setting(dict, "label=weight in the loss, others 1")
-    freeze_layers: int | None = _setting(None, "freeze the embeddings and the first N layers")
+    patience: int | None = _setting(None, "stop after so many evaluations without a better metric")
     gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, slower")
-    save_steps: int | None = _setting(None, "checkpoint every N steps too, not only every epoch")
+    eval_steps: int | None = _setting(None, "evaluate every N steps (default: every epoch)")
+    save_steps: int | None = _setting(None, "checkpoint every N steps too, not only on evaluation")
     keep: int = _setting(2, "checkpoints to keep")
     resume: str = _setting("auto", "auto, no, or the folder of a checkpoint")
-    allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
+    parallel: str = _setting("ddp", "under torchrun: ddp, or fsdp to share out the weights too")
     device: str | None = _setting(None, "cpu or cuda (default: cuda where there is one)")
+    metric: str | None = None  # what picks the weights kept at the end; None: the last
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulation", "max_length", "keep"):
+        for name in ("epochs", "accumulation", "keep"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("max_steps", "patience", "save_steps"):
+        for name in ("max_steps", "patience", "save_steps", "eval_steps"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "1 or more")
         for name in ("weight_decay", "clip"):
@@ -74,17 +67,8 @@ class FinetuneConfig:
         self._check("lr", self.lr > 0, "above 0")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
         for name, choices in CHOICES.items():
-            self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        metrics = METRICS[self.task]
-        self.metric = self.metric or metrics[0]
-        self._check(
-            "metric", self.metric in metrics, f"for {self.task} one of {', '.join(metrics)}"
-        )
-        self._check(
-            "class_weights",
-            self.task == "single_label" or not self.class_weights,
-            "none unless the task is single_label",
-        )
+            if hasattr(self, name):
+                self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 
     def _check(self, name, good, expected):
         if not good:
@@ -99,8 +83,84 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} is not set: give --{name.replace('_', '-')}")
 
 
-def read_yaml(path) -> dict:
-    """The settings in a YAML file, checked for names and kinds."""
+@dataclass
+class FinetuneConfig(RunConfig):
+    """What `finetune` does; every field is also a command-line option and a YAML key."""
+
+    model: str = _setting("", "folder or hub name of the pretrained checkpoint")
+    train: str = _setting("", "training data: .jsonl .csv .tsv .parquet, gzip'd or not")
+    out: str = _setting("", "folder for the model, metrics and checkpoints")
+    valid: str | None = _setting(None, "validation data (default: split off the training data)")
+    test: str | None = _setting(None, "test data (default: split off, where valid is too)")
+    task: str = _setting("single_label", "kind of labels")
+    text_column: str = _setting("text", "column of the text")
+    text_pair_column: str | None = _setting(None, "column of the second text of a pair")
+    label_column: str = _setting("label", "column of the label")
+    dedup: bool = _setting(False, "keep only the first of equal texts in each file")
+    batch_size: int = _setting(32, "examples in a micro-batch")
+    max_length: int = _setting(128, "tokens a text is cut to")
+    metric: str | None = _setting(None, "what picks the best evaluation (default: by task)")
+    class_weights: dict[str, float] = _setting(dict, "label=weight in the loss, others 1")
+    freeze_layers: int | None = _setting(None, "freeze the embeddings and the first N layers")
+    allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "max_length"):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        metrics = METRICS[self.task]
+        self.metric = self.metric or metrics[0]
+        self._check(
+            "metric", self.metric in metrics, f"for {self.task} one of {', '.join(metrics)}"
+        )
+        self._check(
+            "class_weights",
+            self.task == "single_label" or not self.class_weights,
+            "none unless the task is single_label",
+        )
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """What `pretrain` does; every field is also a command-line option and a YAML key."""
+
+    data: str = _setting("", "folder that `bertfast prepare` made")
+    config: str = _setting("base", "size: tiny, mini, small, base, large, or a config.json")
+    out: str = _setting("", "folder for the model, metrics and checkpoints")
+    model: str | None = _setting(None, "checkpoint to go on from; its size and weights")
+    allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
+    length: int = _setting(128, "longest sequence in tokens")
+    nsp: bool = _setting(True, "sentence pairs and next-sentence prediction; else MLM only")
+    masking: str = _setting("token", "what is masked as one")
+    mask_share: float = _setting(0.15, "share of the tokens to predict")
+    lexicon: str | None = _setting(None, "phrases, one a line, for --masking entity")
+    batch_tokens: int = _setting(32768, "tokens in an optimizer step, over all ranks")
+    epochs: int = _setting(1, "passes over the corpus, where max_steps is not given")
+    lr: float = _setting(1e-4, "peak learning rate")
+    warmup: float = _setting(0.05, "share of the steps in which the learning rate rises")
+    accumulation: int = _setting(1, "parts a rank's share of a step is cut into")
+    eval_steps: int | None = _setting(500, "evaluate every N steps, and at the end")
+    save_steps: int | None = _setting(500, "checkpoint every N steps")
+    log_steps: int = _setting(50, "print a line every N steps")
+    eval_tokens: int = _setting(200_000, "validation tokens an evaluation reads")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_tokens", "log_steps", "eval_tokens"):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        self._check("length", self.length >= 8, "8 or more")
+        self._check("batch_tokens", self.batch_tokens >= self.length, "length or more")
+        self._check("mask_share", 0 < self.mask_share < 1, "between 0 and 1")
+        needs = self.masking == "entity"
+        self._check(
+            "lexicon",
+            needs == bool(self.lexicon),
+            "a file with --masking entity, and only then",
+        )
+
+
+def read_yaml(path, settings=FinetuneConfig) -> dict:
+    """The settings in a YAML file, checked for names and kinds against a dataclass."""
     import yaml
 
     try:
@@ -109,7 +169,7 @@ def read_yaml(path) -> dict:
         raise ConfigError(f"{path} can't be read as YAML: {e}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, expected `setting: value` lines")
-    fields = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
+    fields = {f.name: f for f in dataclasses.fields(settings)}
     for name, value in values.items():
         if name not in fields:
             raise ConfigError(f"{path}: unknown setting {name!r}; known are {', '.join(fields)}")

@@ -1,19 +1,27 @@
 """The training loop, for any task that gives batches, losses as sums, and what they count."""
 
-import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from ..files import write_whole
+from ..model.encoder import BertLayer
 from . import checkpoint
 from .config import LOWER_IS_BETTER
+from .lamb import Lamb
+from .ranks import Ranks, full, join, like
+from .speed import Speed, matmul_rate
+from .task import Task
+from .watch import Log, Stop, StoppedError, line
+
+BEST = "best.safetensors"
 
 
 class TrainingError(RuntimeError):
@@ -24,21 +32,15 @@ class InterruptedRunError(RuntimeError):
     """The run was asked to stop (SIGTERM) and saved its state."""
 
 
-class Task(Protocol):
-    def batches(self, epoch: int) -> list:
-        """The micro-batches of an epoch, the same for the same epoch."""
+class _Step(nn.Module):
+    """A task's loss as a module's forward, which is where DDP and FSDP act."""
 
-    def weight(self, batch) -> float:
-        """What the batch's summed loss is to be divided by: its targets, or their weights."""
+    def __init__(self, model, task):
+        super().__init__()
+        self.model, self.task = model, task
 
-    def tokens(self, batch) -> int:
-        """Real tokens in the batch."""
-
-    def loss(self, model, batch) -> torch.Tensor:
-        """The batch's loss, summed over its targets."""
-
-    def evaluate(self, model) -> dict:
-        """Metrics on the validation data."""
+    def forward(self, batch, score=False):
+        return (self.task.score if score else self.task.loss)(self.model, batch)
 
 
 def parameter_groups(model, weight_decay: float) -> list[dict]:
@@ -60,201 +62,282 @@ def learning_rate(step: int, steps: int, config) -> float:
     return config.lr * factor[config.schedule]
 
 
-class _Stop:
-    """SIGTERM as a flag, so that the step under way ends and is saved."""
-
-    def __enter__(self):
-        self.asked = False
-        try:
-            self.old = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # not the main thread: no handler can be set
-            self.old = None
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        if self.old is not None:
-            signal.signal(signal.SIGTERM, self.old)
-
-
-class _Log:
-    """metrics.jsonl and TensorBoard; a resumed run cuts off what came after its checkpoint."""
-
-    def __init__(self, out: Path, size: int):
-        self.file = open(out / "metrics.jsonl", "ab")  # noqa: SIM115
-        self.file.truncate(size)
-        self.board = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), flush_secs=30)
-        except ImportError:
-            pass
-
-    def write(self, **record):
-        self.file.write((json.dumps(record) + "\n").encode())
-        self.file.flush()
-        for name, value in record.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, record["step"])
-
-    def size(self) -> int:
-        os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
-
-    def close(self):
-        self.file.close()
-        if self.board:
-            self.board.close()
+def make_optimizer(model, config):
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "lamb":
+        return Lamb(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable = print) -> dict:
-    """Train `model` in place; afterwards it holds the best epoch's weights.
+    """Train `model` in place; afterwards it holds the best evaluation's weights, or the last ones
+    where config.metric is None.
 
-    The loss of a step is the sum over all its micro-batches divided by their total weight, so
-    accumulation doesn't change the gradient. `fingerprint` is what must not differ on resume.
-    Returns {"step", "epoch", "best": the best epoch's metrics, "stopped_early"}.
+    The loss of a step is the sum over all its micro-batches, of all ranks, divided by their total
+    weight, so neither accumulation nor ranks change the gradient. `fingerprint` is what must not
+    differ on resume. Returns {"step", "epoch", "best": the best evaluation, "last": the last one's
+    metrics, "tokens", "stopped_early"}.
     Raises TrainingError, InterruptedRunError, OSError (a full disk; the checkpoint before stays).
     """
-    from accelerate import Accelerator
+    return _Run(model, task, config, out, fingerprint, say).train()
 
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    # Not Accelerator's mixed_precision: a process could then run in one precision only.
-    autocast = lambda: torch.autocast(
-        accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"
-    )
-    model.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, fused=True
-    )
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    folder, best_file = out / "checkpoints", out / "checkpoints" / "best.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
 
-    per_epoch = math.ceil(len(task.batches(0)) / config.accumulation)
-    steps = config.epochs * per_epoch
-    if config.max_steps is not None:
-        steps = min(steps, config.max_steps)
-    state = {"epoch": 0, "done": 0, "log_size": 0, "best": None, "bad_epochs": 0, "stopped": False}
-    step = 0
-    found = None
-    if config.resume == "auto":
-        found = checkpoint.latest(folder, say)
-    elif config.resume != "no":
-        found = Path(config.resume), checkpoint.read_state(Path(config.resume))
-    if found:
+class _Run:
+    """One run of the loop."""
+
+    def __init__(self, model, task, config, out, fingerprint, say):
+        from accelerate import Accelerator
+
+        cpu = config.device == "cpu" or not torch.cuda.is_available()
+        join("cpu" if cpu else "cuda")
+        self.accelerator = Accelerator(cpu=cpu)
+        self.ranks = Ranks()
+        self.main = self.ranks.rank == 0
+        self.say = say if self.main else lambda text: None
+        self.model, self.task, self.config = model, task, config
+        self.out, self.fingerprint = out, fingerprint
+        self.folder = out / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        device = self.accelerator.device
+        self.low = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        layers = [m for m in model.modules() if isinstance(m, BertLayer)]
+        self.module = self.ranks.wrap(_Step(model.to(device), task), config.parallel, layers)
+        self.optimizer = make_optimizer(model, config)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.group = config.accumulation * self.ranks.world  # micro-batches in a step
+        self.steps = task.steps(config, self.group)
+        self.step = 0
+        self.state = {
+            "epoch": 0,
+            "done": 0,  # steps of the epoch
+            "evaluated": 0,  # the last step that was
+            "last": None,  # its metrics
+            "tokens": 0,
+            "log_size": 0,
+            "best": None,
+            "bad_evaluations": 0,
+            "stopped": False,
+        }
+
+    def train(self) -> dict:
+        self._resume()
+        bar = tqdm(
+            total=self.steps, initial=self.step, unit="step", desc="train", dynamic_ncols=True,
+            disable=not self.main,
+        )  # fmt: skip
+        self.log = Log(self.out, self.state["log_size"], self.main)
+        self.speed = self.ahead = None
+        try:
+            # The next step's batches are made in a thread while this step runs.
+            with ThreadPoolExecutor(1) as self.loader, Stop() as self.stop, bar as self.bar:
+                self._loop()
+        finally:
+            self.log.close()
+        if self.config.metric is not None:
+            with torch.no_grad():
+                for name, value in checkpoint.load_file(self.folder / BEST).items():
+                    p = self.model.get_parameter(name)
+                    p.copy_(like(value, p))
+        self.model.eval()
+        state = self.state
+        return {
+            "step": self.step,
+            "epoch": state["epoch"],
+            "best": state["best"],
+            "last": state["last"],
+            "tokens": state["tokens"],
+            "stopped_early": state["stopped"],
+        }
+
+    def _loop(self):
+        state, batches, part = self.state, [], None
+        while True:
+            if part != state["epoch"]:
+                part, batches = state["epoch"], self.task.batches(state["epoch"])
+            ended = state["done"] * self.group >= len(batches) or self.step >= self.steps
+            every = self.config.eval_steps
+            due = ended if every is None else self.step % every == 0 or self.step >= self.steps
+            if due and state["evaluated"] < self.step:
+                self._evaluate()
+                if ended:
+                    state["epoch"], state["done"] = state["epoch"] + 1, 0
+                self._save()
+            elif ended:
+                state["epoch"], state["done"] = state["epoch"] + 1, 0
+            if self.step >= self.steps or state["stopped"]:
+                return
+            if ended:
+                continue
+            at = state["done"] * self.group
+            following = batches[at + self.group : at + 2 * self.group]
+            self._train_step(batches[at : at + self.group], following)
+            every = self.config.save_steps
+            if every and self.step % every == 0:
+                self._save()
+
+    def _load(self, group):
+        return [(self.task.load(b), factor) for b, factor in self.ranks.share(group)]
+
+    def _train_step(self, group, following):
+        state, start = self.state, time.perf_counter()
+        self.model.train()
+        # Not Accelerator's seeds: these are the same after a restart, and differ between ranks.
+        _seed(self.config.seed, self.step, self.ranks.rank)
+        mine = self.ahead.result() if self.ahead else self._load(group)
+        self.ahead = self.loader.submit(self._load, following) if following else None
+        counted = [b for b, factor in mine if factor]
+        totals = self._totals(counted)
+        if totals["stop"]:
+            self._leave()
+        losses, norm = self._gradients(mine, totals["weights"])
+        loss = sum(losses)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step + 1}: lower --lr, or look for bad labels"
+            )
+        rate = learning_rate(self.step, self.steps, self.config)
+        for g in self.optimizer.param_groups:
+            g["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        state["done"] += 1
+        state["tokens"] += int(totals["tokens"])
+        if self.speed is None:
+            device = self.accelerator.device.type
+            self.speed = Speed(matmul_rate(device, self.low) if totals["flops"] else None)
+        self.speed.add(
+            totals["tokens"], totals["flops"] / self.ranks.world, time.perf_counter() - start
+        )
+        record = {"step": self.step, "epoch": state["epoch"], "loss": loss}
+        record |= dict(zip(self.task.names, losses, strict=False))
+        record |= {"gradient_norm": norm, "lr": rate, "tokens_seen": state["tokens"]}
+        record |= self.speed.record(self.steps - self.step)
+        self.log.write(**record)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {record['tokens_per_second']:,.0f} tokens/s")
+        self.bar.update()
+        every = getattr(self.config, "log_steps", None)
+        if every and (self.step % every == 0 or self.step == self.steps):
+            self.say(line(record, self.steps))
+
+    def _totals(self, batches) -> dict:
+        """Over all ranks: weights (one or more), tokens, flops, and whether any is to stop."""
+        weights = [self.task.weight(b) for b in batches]
+        weights = torch.tensor(weights, dtype=torch.float64).view(len(weights), -1).sum(0)
+        if not len(batches):
+            weights = torch.zeros(max(1, len(self.task.names)), dtype=torch.float64)
+        others = [
+            float(sum(self.task.tokens(b) for b in batches)),
+            sum(self.task.flops(b) for b in batches),
+            float(self.stop.asked),
+        ]
+        flat = torch.cat([weights, torch.tensor(others, dtype=torch.float64)])
+        values = self.ranks.sum(flat.to(self.accelerator.device)).tolist()
+        keys = ("tokens", "flops", "stop")
+        return {"weights": values[:-3]} | dict(zip(keys, values[-3:], strict=True))
+
+    def _gradients(self, mine, weights) -> tuple[list[float], float]:
+        """Gradients of a step, and its mean losses; the gradient's norm before clipping."""
+        device, total = self.accelerator.device, 0.0
+        weights = torch.tensor([w or 1.0 for w in weights], dtype=torch.float32, device=device)
+        for i, (batch, factor) in enumerate(mine):
+            if i and self.stop.asked and self.ranks.world == 1:  # the step is done over later
+                self._leave()
+            with self.ranks.sync(self.module, i == len(mine) - 1):
+                with self._autocast():
+                    means = self.module(batch).view(-1) * factor / weights
+                # DDP and FSDP take the mean over ranks; the sum is wanted.
+                self.accelerator.backward(means.sum() * self.ranks.world)
+            total = total + means.detach()
+        losses = self.ranks.sum(total).tolist()
+        norm = float("nan")
+        if self.config.clip:
+            norm = full(torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)).item()
+        return losses, norm
+
+    def _autocast(self):
+        # Not Accelerator's mixed_precision: a process could then run in one precision only.
+        kind = self.accelerator.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.low == torch.bfloat16)
+
+    def _leave(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        self._save()
+        raise InterruptedRunError(f"stopped at step {self.step}; --resume auto goes on from there")
+
+    def _evaluate(self):
+        """Metrics of the weights as they are; kept if they are the best yet."""
+        if self.ranks.sum(torch.tensor(float(self.stop.asked), device=self.accelerator.device)):
+            self._leave()
+        state, config = self.state, self.config
+        self.model.eval()
+        try:
+            self.stop.at_once = self.ranks.world == 1
+            with torch.no_grad(), self._autocast():
+                metrics = self.task.evaluate(self.model, lambda b: self.module(b, score=True))
+        except StoppedError:
+            self._leave()
+        finally:
+            self.stop.at_once = False
+        state["evaluated"], state["last"] = self.step, metrics
+        self.log.write(
+            step=self.step, epoch=state["epoch"], **{f"valid_{k}": v for k, v in metrics.items()}
+        )
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        self.say(f"epoch {state['epoch'] + 1}, step {self.step}: {shown}")
+        if config.metric is None:
+            return
+        sign = -1 if config.metric in LOWER_IS_BETTER else 1
+        best = state["best"]
+        if best is None or sign * metrics[config.metric] > sign * best["metrics"][config.metric]:
+            state["best"] = {"epoch": state["epoch"], "step": self.step, "metrics": metrics}
+            state["bad_evaluations"] = 0
+            _write_best(self.folder / BEST, self.model, self.main)
+        else:
+            state["bad_evaluations"] += 1
+        state["stopped"] = (
+            config.patience is not None and state["bad_evaluations"] >= config.patience
+        )
+
+    def _save(self):
+        tensors = checkpoint.gather(self.model, self.optimizer)
+        if not self.main:
+            return
+        self.state["log_size"] = self.log.size()
+        state = self.state | {"fingerprint": self.fingerprint}
+        checkpoint.save(self.folder, self.step, tensors, state, self.config.keep)
+
+    def _resume(self):
+        found = None
+        if self.config.resume == "auto":
+            found = checkpoint.latest(self.folder, self.say) if self.main else None
+            found = self.ranks.agree(found)
+        elif self.config.resume != "no":
+            found = Path(self.config.resume), checkpoint.read_state(Path(self.config.resume))
+        if not found:
+            return
         path, saved = found
-        if saved["fingerprint"] != fingerprint:
-            changed = [k for k in fingerprint if saved["fingerprint"].get(k) != fingerprint[k]]
+        if saved["fingerprint"] != self.fingerprint:
+            changed = [
+                k for k in self.fingerprint if saved["fingerprint"].get(k) != self.fingerprint[k]
+            ]
             raise TrainingError(
                 f"{path} was trained with other settings ({', '.join(changed)}); "
                 "give the same ones, another --out, or --resume no"
             )
-        checkpoint.restore(path, model, optimizer)
+        checkpoint.restore(path, self.model, self.optimizer)
         checkpoint.set_rng_state(saved["rng"])
-        step, state = saved["step"], {k: saved[k] for k in state}
-        say(f"resumed from {path}")
-    log = _Log(out, state["log_size"])
-
-    def save():
-        state["log_size"] = log.size()
-        checkpoint.save(
-            folder, step, model, optimizer, state | {"fingerprint": fingerprint}, config.keep
-        )
-
-    def run_step(group) -> tuple[float, float, int]:
-        weight = sum(task.weight(b) for b in group)
-        total = 0.0
-        for b in group:
-            with autocast():
-                loss = task.loss(model, b) / weight
-            accelerator.backward(loss)
-            total += loss.item()
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss is {total} at step {step + 1}: lower --lr, or look for bad labels"
-            )
-        norm = float("nan")
-        if config.clip:
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
-        for g in optimizer.param_groups:
-            g["lr"] = learning_rate(step, steps, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total, norm, sum(task.tokens(b) for b in group)
-
-    def end_epoch():
-        """Evaluate; keep the weights if they are the best yet."""
-        model.eval()
-        with torch.no_grad(), autocast():
-            metrics = task.evaluate(model)
-        log.write(step=step, epoch=state["epoch"], **{f"valid_{k}": v for k, v in metrics.items()})
-        sign = -1 if config.metric in LOWER_IS_BETTER else 1
-        best = state["best"]
-        if best is None or sign * metrics[config.metric] > sign * best["metrics"][config.metric]:
-            state["best"] = {"epoch": state["epoch"], "step": step, "metrics": metrics}
-            state["bad_epochs"] = 0
-            _write_best(best_file, model)
-        else:
-            state["bad_epochs"] += 1
-        state["stopped"] = config.patience is not None and state["bad_epochs"] >= config.patience
-        return metrics
-
-    bar = tqdm(total=steps, initial=step, unit="step", desc="train", dynamic_ncols=True)
-    start, tokens = time.perf_counter(), 0
-    try:
-        with _Stop() as stop, bar:
-            while (step < steps or state["done"]) and not state["stopped"]:
-                batches = task.batches(state["epoch"])
-                model.train()
-                while state["done"] < len(batches) and step < steps:
-                    group = batches[state["done"] : state["done"] + config.accumulation]
-                    loss, norm, count = run_step(group)
-                    tokens += count
-                    step += 1
-                    state["done"] += len(group)
-                    rate = tokens / (time.perf_counter() - start)
-                    log.write(
-                        step=step,
-                        epoch=state["epoch"],
-                        loss=loss,
-                        gradient_norm=norm,
-                        lr=optimizer.param_groups[0]["lr"],
-                        tokens_per_second=round(rate, 1),
-                    )
-                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
-                    bar.update()
-                    ended = state["done"] >= len(batches) or step >= steps
-                    due = config.save_steps and step % config.save_steps == 0 and not ended
-                    if due or stop.asked:
-                        save()
-                    if stop.asked:
-                        raise InterruptedRunError(
-                            f"stopped at step {step}; --resume auto goes on from there"
-                        )
-                metrics = end_epoch()
-                shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-                say(f"epoch {state['epoch'] + 1}: {shown}")
-                state["epoch"], state["done"] = state["epoch"] + 1, 0
-                save()
-    finally:
-        log.close()
-    with torch.no_grad():
-        for name, value in checkpoint.load_file(best_file).items():
-            model.get_parameter(name).copy_(value)
-    model.eval()
-    return {
-        "step": step,
-        "epoch": state["epoch"],
-        "best": state["best"],
-        "stopped_early": state["stopped"],
-    }
+        self.step, self.state = saved["step"], {k: saved[k] for k in self.state}
+        self.say(f"resumed from {path}")
 
 
-def _write_best(path: Path, model):
-    from ..model.checkpoint import write_whole
+def _seed(seed: int, step: int, rank: int):
+    """torch's generators for this step on this rank."""
+    value = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(value >> np.uint64(1)))
 
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    write_whole(path, lambda temporary: checkpoint.save_file(tensors, temporary))
+
+def _write_best(path: Path, model, main: bool):
+    tensors = {name: full(p.detach()).contiguous() for name, p in model.named_parameters()}
+    if main:
+        write_whole(path, lambda temporary: checkpoint.save_file(tensors, temporary))

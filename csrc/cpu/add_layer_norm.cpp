@@ -67,10 +67,10 @@ void backward(const AddLayerNormArgs& g) {
         store(grad_row + j, load_upto(grad + j, g.hidden - j));
       row_backward(grad_row, s, weight, g.hidden, g.mean[t], g.rstd[t], dweight, dbias);
       T* dx = static_cast<T*>(g.dx) + t * g.hidden;
-      T* dresidual = static_cast<T*>(g.dresidual) + t * g.hidden;
+      T* dresidual = g.dresidual ? static_cast<T*>(g.dresidual) + t * g.hidden : nullptr;
       for (int64_t j = 0; j < g.hidden; j += W) {
         vf d = load(s + j);
-        store_upto(dresidual + j, d, g.hidden - j);
+        if (dresidual) store_upto(dresidual + j, d, g.hidden - j);
         if (g.dropout.seed) d = drop(d, bits + j, g.dropout);
         store_upto(dx + j, d, g.hidden - j);
         store(dx_bias + j, load(dx_bias + j) + d);

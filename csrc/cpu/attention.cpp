@@ -11,34 +11,42 @@ constexpr int64_t kQueryBlock = 8 * MR;  // query rows whose probabilities backw
 
 struct Task {
   const AttentionArgs& g;
-  int64_t b, h, start, n;  // the sequence's first token and length
-  int64_t row;             // n in whole panels: a row of scores
+  int64_t b, h;
+  int64_t start, queries;   // the sequence's first query token, and how many it has
+  int64_t first_key, keys;  // the same for its keys
+  int64_t row;              // keys in whole panels: a row of scores
 
   Task(const AttentionArgs& args, int64_t index)
       : g(args),
         b(index / args.heads),
         h(index % args.heads),
-        start(args.cu_seqlens[b]),
-        n(args.cu_seqlens[b + 1] - start),
-        row(ceil_div(n, NR) * NR) {}
+        start(args.starts_q[b]),
+        queries(args.starts_q[b + 1] - start),
+        first_key(args.starts_k[b]),
+        keys(args.starts_k[b + 1] - first_key),
+        row(ceil_div(keys, NR) * NR) {}
 
   int64_t dim_row() const { return ceil_div(g.dim, NR) * NR; }
 
   template <class T>
-  const T* qkv(int part) const {
-    return static_cast<const T*>(g.qkv) + start * g.token + part * g.part + h * g.head;
+  const T* query() const {
+    return static_cast<const T*>(g.q) + start * g.q_token + h * g.q_head;
+  }
+  template <class T>
+  const T* of_key(const void* x) const {  // x is k or v
+    return static_cast<const T*>(x) + first_key * g.k_token + h * g.k_head;
   }
 
   // Scores of one query row become bias- and mask-adjusted; keys past the row's end get -inf.
   void adjust(float* s, int64_t query) const {
-    const int64_t keys = g.causal ? query + 1 : n;
+    const int64_t visible = g.causal ? min(query + 1, keys) : keys;
     const int64_t offset = b * g.bias_batch + h * g.bias_head + query * g.bias_query;
     for (int64_t j = 0; j < row; j += W) {
       vf v = load(s + j) * g.scale;
-      if (g.bias && n > j)
-        v += g.bias_bf16 ? load_upto(static_cast<const bf16*>(g.bias) + offset + j, n - j)
-                         : load_upto(static_cast<const float*>(g.bias) + offset + j, n - j);
-      store(s + j, keys - j < W ? only(v, keys - j, splat(-kInf)) : v);
+      if (g.bias && keys > j)
+        v += g.bias_bf16 ? load_upto(static_cast<const bf16*>(g.bias) + offset + j, keys - j)
+                         : load_upto(static_cast<const float*>(g.bias) + offset + j, keys - j);
+      store(s + j, visible - j < W ? only(v, visible - j, splat(-kInf)) : v);
     }
   }
 };
@@ -78,20 +86,20 @@ void forward(const AttentionArgs& g) {
 #pragma omp parallel for schedule(dynamic) if (g.tokens * g.heads > 64)
   for (int64_t index = 0; index < tasks; ++index) {
     const Task task(g, index);
-    const int64_t n = task.n, row = task.row, dim_row = task.dim_row();
-    if (n == 0) continue;
+    const int64_t m = task.queries, n = task.keys, row = task.row, dim_row = task.dim_row();
+    if (m == 0) continue;
     static thread_local Buffer buffer;
-    float* q = buffer.get<float>((n + MR) * dim_row * 2 + row * g.dim + MR * (2 * row + 64));
-    float* keys = q + n * dim_row;       // [row / NR][dim][NR]
+    float* q = buffer.get<float>((m + n + 2 * MR) * dim_row + row * g.dim + MR * (2 * row + 64));
+    float* keys = q + m * dim_row;       // [row / NR][dim][NR]
     float* values = keys + row * g.dim;  // [dim_row / NR][n][NR]
     float* out = values + n * dim_row;   // [MR, dim_row]
     float* scores = out + MR * dim_row;  // [MR, row]
     uint32_t* bits = reinterpret_cast<uint32_t*>(scores + MR * row);
-    widen(q, task.qkv<T>(0), g.token, n, g.dim, dim_row);
-    pack_keys(keys, task.qkv<T>(1), g.token, n, g.dim);
-    pack_values(values, task.qkv<T>(2), g.token, n, g.dim);
-    for (int64_t i0 = 0; i0 < n; i0 += MR) {
-      const int64_t valid = min(MR, n - i0);
+    widen(q, task.query<T>(), g.q_token, m, g.dim, dim_row);
+    pack_keys(keys, task.of_key<T>(g.k), g.k_token, n, g.dim);
+    pack_values(values, task.of_key<T>(g.v), g.k_token, n, g.dim);
+    for (int64_t i0 = 0; i0 < m; i0 += MR) {
+      const int64_t valid = min(MR, m - i0);
       product(q + i0 * dim_row, dim_row, 1, valid, keys, g.dim, row, scores, row);
       float inverse[MR];
       for (int64_t i = 0; i < valid; ++i) {
@@ -99,7 +107,7 @@ void forward(const AttentionArgs& g) {
         task.adjust(s, i0 + i);
         vf top = splat(-kInf);
         for (int64_t j = 0; j < row; j += W) top = max(load(s + j), top);
-        const float m = max_of(top), shift = m == -kInf ? 0 : m;
+        const float peak = max_of(top), shift = peak == -kInf ? 0 : peak;
         vf total = {};
         for (int64_t j = 0; j < row; j += W) {
           const vf p = exp(load(s + j) - shift);
@@ -131,42 +139,45 @@ void backward(const AttentionArgs& g) {
 #pragma omp parallel for schedule(dynamic) if (g.tokens * g.heads > 64)
   for (int64_t index = 0; index < tasks; ++index) {
     const Task task(g, index);
-    const int64_t n = task.n, row = task.row, dim_row = task.dim_row(), dim = g.dim;
-    if (n == 0) continue;
+    const int64_t m = task.queries, n = task.keys, row = task.row, dim_row = task.dim_row();
+    const int64_t dim = g.dim;
+    if (m + n == 0) continue;
     const int64_t grad_token = g.heads * dim;
     const T* grad = static_cast<const T*>(g.grad) + task.start * grad_token + task.h * dim;
     static thread_local Buffer buffer;
-    const int64_t whole = (n + MR) * dim_row;  // a last tile may write past the sequence
-    float* q = buffer.get<float>(7 * whole + 2 * row * dim + 2 * kQueryBlock * row + MR * dim_row +
-                                 2 * row + 64);
-    float* dout = q + whole;         // [n, dim_row]
-    float* q_panels = dout + whole;  // b of ds^T q
-    float* dout_panels = q_panels + whole;
-    float* k_panels = dout_panels + whole;
-    float* dk = k_panels + whole;  // [n, dim_row]
-    float* dv = dk + whole;
-    float* keys = dv + whole;              // b of q k^T
+    // A last tile may write past the sequence.
+    const int64_t of_q = (m + MR) * dim_row, of_k = (n + MR) * dim_row;
+    float* q = buffer.get<float>(4 * of_q + 3 * of_k + 2 * row * dim + 2 * kQueryBlock * row +
+                                 MR * dim_row + 2 * row + 64);
+    float* dout = q + of_q;         // [m, dim_row]
+    float* q_panels = dout + of_q;  // b of ds^T q
+    float* dout_panels = q_panels + of_q;
+    float* k_panels = dout_panels + of_q;
+    float* dk = k_panels + of_k;  // [n, dim_row]
+    float* dv = dk + of_k;
+    float* keys = dv + of_k;               // b of q k^T
     float* values = keys + row * dim;      // b of dout v^T
     float* p = values + row * dim;         // [kQueryBlock, row]: probabilities after dropout
     float* ds = p + kQueryBlock * row;     // [kQueryBlock, row]: the scores' gradient
     float* tile = ds + kQueryBlock * row;  // [MR, dim_row]
     float* probability = tile + MR * dim_row;
     uint32_t* bits = reinterpret_cast<uint32_t*>(probability + row);
-    widen(q, task.qkv<T>(0), g.token, n, dim, dim_row);
-    widen(dout, grad, grad_token, n, dim, dim_row);
-    pack_keys(keys, task.qkv<T>(1), g.token, n, dim);
-    pack_keys(values, task.qkv<T>(2), g.token, n, dim);
-    pack_values(k_panels, task.qkv<T>(1), g.token, n, dim);
-    T* dqkv = static_cast<T*>(g.dqkv) + (task.start * 3 * g.heads + task.h) * dim;
-    const auto put = [&](const float* from, int64_t rows, int64_t first, int part, float scale) {
+    widen(q, task.query<T>(), g.q_token, m, dim, dim_row);
+    widen(dout, grad, grad_token, m, dim, dim_row);
+    pack_keys(keys, task.of_key<T>(g.k), g.k_token, n, dim);
+    pack_keys(values, task.of_key<T>(g.v), g.k_token, n, dim);
+    pack_values(k_panels, task.of_key<T>(g.k), g.k_token, n, dim);
+    const auto put = [&](const float* from, int64_t rows, void* to, int64_t first, int64_t token,
+                         float scale) {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < dim; j += W)
-          store_upto(dqkv + (first + i) * 3 * grad_token + part * grad_token + j,
+          store_upto(static_cast<T*>(to) + (first + i) * token + task.h * dim + j,
                      load(from + i * dim_row + j) * scale, dim - j);
     };
+    if (m == 0) std::memset(dk, 0, 2 * of_k * sizeof(float));
 
-    for (int64_t block = 0; block < n; block += kQueryBlock) {
-      const int64_t queries = min(kQueryBlock, n - block);
+    for (int64_t block = 0; block < m; block += kQueryBlock) {
+      const int64_t queries = min(kQueryBlock, m - block);
       pack_values(q_panels, q + block * dim_row, dim_row, queries, dim);
       pack_values(dout_panels, dout + block * dim_row, dim_row, queries, dim);
       for (int64_t i0 = 0; i0 < queries; i0 += MR) {
@@ -202,7 +213,7 @@ void backward(const AttentionArgs& g) {
                 n * sizeof(float));
         }
         product(ds + i0 * row, row, 1, valid, k_panels, n, dim_row, tile, dim_row);
-        put(tile, valid, query0, 0, g.scale);
+        put(tile, valid, g.dq, task.start + query0, g.dq_token, g.scale);
       }
       for (int64_t j0 = 0; j0 < n; j0 += MR) {
         const int64_t valid = min(MR, n - j0), at = j0 * dim_row;
@@ -210,8 +221,8 @@ void backward(const AttentionArgs& g) {
         product(p + j0, 1, row, valid, dout_panels, queries, dim_row, dv + at, dim_row, block > 0);
       }
     }
-    put(dk, n, 0, 1, g.scale);
-    put(dv, n, 0, 2, 1);
+    put(dk, n, g.dk, task.first_key, g.dk_token, g.scale);
+    put(dv, n, g.dv, task.first_key, g.dk_token, 1);
   }
 }
 

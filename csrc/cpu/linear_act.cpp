@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly
 constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
-constexpr int64_t MC = 16 * MR;  // rows of a task: its block of a stays in L2 ...
-constexpr int64_t PC = 6;        // ... beside this many panels of b
+template <Math math>
+constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;  // rows of a task: its block of a stays in L2
+constexpr int64_t PC = 6;                           // ... beside this many panels of b
 
 struct Block {  // of an operand along k, packed
   float* data;
@@ -26,6 +27,10 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
   const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.parts : g.k;
   const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
   float* dst = block.data + p * block.units * NR;
+  if constexpr (kUnitStep<math> > 1) {
+    const int64_t used = ceil_div(block.k, kPerUnit<math>);
+    std::memset(dst + used * NR, 0, (block.units - used) * NR * sizeof(float));
+  }
   const auto pack = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     // Rows of one part at a time; a panel that spans two is packed by element.
@@ -49,7 +54,7 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
       return to_float(src[(g.split_k ? n : n - q * part_n) * g.b_row +
                           (g.split_k ? k - q * part_k : k) * g.b_k]);
     };
-    for (int64_t u = 0; u < block.units; ++u)
+    for (int64_t u = 0; u * per < block.k; ++u)
       for (int i = 0; i < NR; ++i) {
         const int64_t k = block.k0 + u * per;
         vf v = splat(at(n0 + i, k));
@@ -67,9 +72,16 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
 template <Math math>
 void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
   const auto pack = [&](auto* a) {
-    for (int64_t m = 0; m < rows; m += MR)
-      pack_panel<math, MR>(block.data + m * block.units, a + (m0 + m) * g.a_row + block.k0 * g.a_k,
-                           g.a_row, g.a_k, min(MR, rows - m), block.k);
+    constexpr int R = kRows<math>;
+    for (int64_t m = 0; m < rows; m += R) {
+      const auto* from = a + (m0 + m) * g.a_row + block.k0 * g.a_k;
+      float* to = block.data + m * block.units;
+      const int64_t valid = min(R, rows - m);
+      if constexpr (kAmx<math>)
+        pack_rows<R>(to, from, g.a_row, g.a_k, valid, block.k, block.units);
+      else
+        pack_panel<math, R>(to, from, g.a_row, g.a_k, valid, block.k);
+    }
   };
   if (g.a_bf16)
     pack(static_cast<const bf16*>(g.a));
@@ -96,7 +108,8 @@ void epilogue(const GemmArgs& g, const float* tile, int64_t tile_row, const floa
     for (int j = 0; j < NV; ++j) {
       const int64_t n = n0 + j * W, valid = g.n - n, at = (m0 + i) * g.c_row + n;
       if (valid <= 0) break;
-      const vf z = load(tile + i * tile_row + j * W) + load(bias + j * W);
+      vf z = load(tile + i * tile_row + j * W) + load(bias + j * W);
+      if (g.accumulate) z += load_upto(static_cast<const T*>(g.c) + at, valid);
       if (g.z) store_upto(static_cast<T*>(g.z) + at, z, valid);
       store_upto(static_cast<T*>(g.c) + at, activate<activation>(z), valid);
     }
@@ -135,16 +148,18 @@ void gemm_in(const GemmArgs& g) {
   if (g.m == 0 || g.n == 0) return;
   const Epilogue finish =
       g.c_bf16 ? choose_epilogue<bf16>(g.activation) : choose_epilogue<float>(g.activation);
-  constexpr int per = kPerUnit<math>;
+  constexpr int per = kPerUnit<math>, R = kRows<math>, step = kUnitStep<math>;
   const int64_t panels = ceil_div(g.n, NR), part_k = g.split_k ? g.k / g.parts : g.k;
-  // Blocks of k alike in size, whole pairs in each; of one part where they can be.
-  const int64_t kc = part_k ? ceil_div(ceil_div(part_k, ceil_div(part_k, KC)), 2) * 2 : 2;
+  // Blocks of k alike in size, whole units in each; of one part where they can be.
+  const int64_t whole = 2 * step;
+  const int64_t kc =
+      part_k ? ceil_div(ceil_div(part_k, ceil_div(part_k, KC)), whole) * whole : whole;
   const int64_t ks = min(KS / kc, g.k ? ceil_div(g.k, kc) : 1) * kc, units = ceil_div(kc, per);
   const int threads = g.m * g.n * (g.k + 64) < (1 << 20) ? 1 : omp_get_max_threads();
   // Tasks of equal rows, a multiple of the threads; few rows are shared out by columns too.
-  const int64_t m_tasks =
-      ceil_div(ceil_div(g.m, MC), g.m > MC ? threads : 1) * (g.m > MC ? threads : 1);
-  const int64_t mc = ceil_div(ceil_div(g.m, m_tasks), MR) * MR;
+  const int64_t m_tasks = ceil_div(ceil_div(g.m, MC<math>), g.m > MC<math> ? threads : 1) *
+                          (g.m > MC<math> ? threads : 1);
+  const int64_t mc = ceil_div(ceil_div(g.m, m_tasks), R) * R;
   const int64_t n_tasks = min(panels, ceil_div(2 * threads, m_tasks));
   static thread_local Buffer b_buffer, sums_buffer;
   float* bias = b_buffer.get<float>(panels * NR * (1 + ceil_div(ks, kc) * units));
@@ -152,14 +167,14 @@ void gemm_in(const GemmArgs& g) {
   gather_bias(g, bias, panels * NR);
   // Sums over several blocks of k wait here in fp32.
   const int64_t sums_row = panels * NR;
-  float* sums = g.k > kc ? sums_buffer.get<float>((g.m + MR) * sums_row) : nullptr;
+  float* sums = g.k > kc ? sums_buffer.get<float>((g.m + R) * sums_row) : nullptr;
 
 #pragma omp parallel num_threads(threads)
   for (int64_t s0 = 0; s0 == 0 || s0 < g.k; s0 += ks) {
     const int64_t send = min(s0 + ks, g.k), blocks = g.k ? ceil_div(send - s0, kc) : 1;
     const auto block_at = [&](int64_t i, float* data) {
       const int64_t k0 = s0 + i * kc, k = min(kc, send - k0);
-      return Block{data, k0, k, ceil_div(k, per)};
+      return Block{data, k0, k, ceil_div(ceil_div(k, per), step) * step};
     };
     const auto b_block = [&](int64_t i) { return block_at(i, b + i * panels * units * NR); };
 #pragma omp for schedule(static) collapse(2)
@@ -169,23 +184,24 @@ void gemm_in(const GemmArgs& g) {
     for (int64_t mt = 0; mt < m_tasks; ++mt)
       for (int64_t nt = 0; nt < n_tasks; ++nt) {
         static thread_local Buffer a_buffer;
+        [[maybe_unused]] const std::conditional_t<kAmx<math>, AmxScope, int> scope{};
         const int64_t m0 = mt * mc, rows = min(mc, g.m - m0);
         const int64_t p_end = panels * (nt + 1) / n_tasks;
         if (rows <= 0) continue;
         for (int64_t i = 0; i < blocks; ++i) {
-          const Block bb = b_block(i), ab = block_at(i, a_buffer.get<float>((mc + 1) * units));
+          const Block bb = b_block(i), ab = block_at(i, a_buffer.get<float>((mc + R) * units));
           const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
           pack_a<math>(g, ab, m0, rows);
           for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC)
-            for (int64_t m = 0; m < rows; m += MR)
+            for (int64_t m = 0; m < rows; m += R)
               for (int64_t p = p0; p < min(p0 + PC, p_end); ++p) {
-                alignas(64) float tile[MR * NR];
+                alignas(64) float tile[R * NR];
                 float* out = sums ? sums + (m0 + m) * sums_row + p * NR : tile;
                 const int64_t out_row = sums ? sums_row : NR;
-                if (last) prefetch_rows(g, m0 + m, min(MR, rows - m), p * NR);
+                if (last) prefetch_rows(g, m0 + m, min(R, rows - m), p * NR);
                 tile_packed<math>(ab.data + m * ab.units, bb.data + p * bb.units * NR, bb.units,
                                   out, out_row, !first);
-                if (last) finish(g, out, out_row, bias + p * NR, m0 + m, min(MR, rows - m), p * NR);
+                if (last) finish(g, out, out_row, bias + p * NR, m0 + m, min(R, rows - m), p * NR);
               }
         }
       }
@@ -233,7 +249,7 @@ void activation_backward_of(const ActivationBackwardArgs& g) {
 
 void gemm(const GemmArgs& g) {
   // In bf16 where an operand has no more precision than that; else fp32 throughout.
-  if (kHasBf16 && g.a_bf16)
+  if ((kHasBf16 || kHasAmx) && g.a_bf16)
     gemm_in<Math::bf16>(g);
   else
     gemm_in<Math::fp32>(g);

@@ -13,7 +13,11 @@ void add_layer_norm_backward(const AddLayerNormArgs&);
 void embedding_layer_norm(const EmbeddingArgs&);
 void embedding_layer_norm_backward(const EmbeddingArgs&);
 void scatter_add(const float*, const int64_t*, float*, int64_t, int64_t, int64_t);
+void cross_entropy_rows(const CrossEntropyArgs&);
 void gather_rows(const char*, const int64_t*, char*, int64_t, int64_t);
 void scatter_rows(const char*, const int64_t*, char*, int64_t, int64_t, int64_t);
+int64_t packed_bytes(int64_t, int64_t, int);
+void pack_weights(const PackArgs&);
+void encoder(const EncoderArgs&);
 
 }  // namespace bertfast::BERTFAST_ISA

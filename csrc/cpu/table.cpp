@@ -18,8 +18,12 @@ const Kernels table = {
     embedding_layer_norm,
     embedding_layer_norm_backward,
     scatter_add,
+    cross_entropy_rows,
     gather_rows,
     scatter_rows,
+    packed_bytes,
+    pack_weights,
+    encoder,
 };
 
 }  // namespace bertfast::BERTFAST_ISA

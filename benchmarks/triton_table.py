@@ -1,0 +1,149 @@
+"""Compiles every shipped variant of every Triton kernel for sm_80 and sm_90, without a GPU.
+
+    python benchmarks/triton_table.py           the table in docs/triton.md; 1 where one spills
+    python benchmarks/triton_table.py --json    the figures on stdout instead
+
+A kernel's file in kernels/ names its variants by `shipped()`. Registers and spills are ptxas's,
+shared memory is Triton's.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "triton.md"
+BEGIN, END = "<!-- benchmarks/triton_table.py -->\n", "<!-- end -->\n"
+# Compute capability: the shared memory that a program may have there, in bytes (CUDA C++
+# programming guide, technical specifications per compute capability).
+ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@cache
+def shipped(file: str) -> list:
+    module = importlib.import_module(f"bertfast.kernels.{file}")
+    return list(module.shipped()) if hasattr(module, "shipped") else []
+
+
+def files() -> list[str]:
+    import bertfast.kernels
+
+    return sorted(m.name for m in pkgutil.iter_modules(bertfast.kernels.__path__))
+
+
+def figures(job) -> dict:
+    """Compile variant `index` of `file` for an architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    file, index, architecture = job
+    spec = shipped(file)[index]
+    names = spec.kernel.arg_names
+    source = ASTSource(
+        spec.kernel,
+        {name: spec.types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in spec.constants.items()},
+        {
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in spec.types.items()
+            if kind.startswith("*")
+        },
+    )
+    row = {
+        "file": file,
+        "kernel": spec.kernel.__name__.lstrip("_"),
+        "variant": f"{spec.types} {spec.constants} warps {spec.num_warps}",
+        "architecture": architecture,
+    }
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):  # ptxas -v, by TRITON_DUMP_PTXAS_LOG
+            compiled = triton.compile(
+                source,
+                target=GPUTarget("cuda", architecture, 32),
+                options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
+            )
+    except Exception as error:
+        raise RuntimeError(f"{row} does not compile: {error}") from error
+    number = lambda pattern: int(re.search(pattern, log.getvalue())[1])
+    return row | {
+        "registers": number(r"Used (\d+) registers"),
+        "shared": compiled.metadata.shared,
+        "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+    }
+
+
+def compile_all(workers: int) -> list[dict]:
+    jobs = [
+        (file, i, architecture)
+        for file in files()
+        for i, spec in enumerate(shipped(file))
+        for architecture in ARCHITECTURES
+        if architecture >= spec.arch
+    ]
+    # Spawned, not forked: torch has threads by now.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        rows = []
+        for row in pool.map(figures, jobs):
+            rows.append(row)
+            if sys.stderr.isatty() or len(rows) % 50 == 0 or len(rows) == len(jobs):
+                print(f"{len(rows)} of {len(jobs)} compiled", file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each kernel and architecture: the range over its variants."""
+    lines = [
+        "| file | kernel | GPU | variants | registers | shared memory, bytes | spills, bytes |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    span = lambda values: f"{min(values)}-{max(values)}" if len(set(values)) > 1 else values[0]
+    for file, kernel, architecture in sorted(
+        {(r["file"], r["kernel"], r["architecture"]) for r in rows}
+    ):
+        mine = [
+            r
+            for r in rows
+            if (r["file"], r["kernel"], r["architecture"]) == (file, kernel, architecture)
+        ]
+        cells = [span([r[key] for r in mine]) for key in ("registers", "shared", "spills")]
+        cells = [f"`{file}`", f"`{kernel}`", f"sm_{architecture}", len(mine), *cells]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="figures to stdout, docs untouched")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is 1: interpreted kernels can't be compiled; unset it")
+    with tempfile.TemporaryDirectory() as cache_folder:
+        os.environ |= {"TRITON_CACHE_DIR": cache_folder, "TRITON_DUMP_PTXAS_LOG": "1"}
+        rows = compile_all(options.workers)
+    if options.json:
+        json.dump(rows, sys.stdout)
+    else:
+        before, rest = DOCUMENT.read_text().split(BEGIN)
+        DOCUMENT.write_text(before + BEGIN + table(rows) + END + rest.split(END, 1)[1])
+        print(f"wrote {DOCUMENT}")
+    bad = [r for r in rows if r["spills"] or r["shared"] > ARCHITECTURES[r["architecture"]]]
+    for r in bad:
+        print(f"spills, or has too much shared memory: {r}", file=sys.stderr)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""BERT's WordPiece tokenizer over distinct words: trained on counts, applied through a table."""
+
+import json
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+
+from .errors import DataError
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_MOST_WORDS = 4_000_000  # distinct words counted; the rarest go beyond it, so memory stays flat
+_TRAINING_WORDS = (
+    60_000_000  # occurrences shown to the trainer; counts shrink to this in proportion
+)
+
+
+class WordCounts:
+    """How often each word occurs; beyond a limit the rarest are forgotten (lossy counting)."""
+
+    def __init__(self, limit: int = _MOST_WORDS):
+        self.counts, self.limit = Counter(), limit
+
+    def add(self, table: list[str], counts: np.ndarray):
+        for word, n in zip(table, counts.tolist(), strict=True):
+            if n:
+                self.counts[word] += n
+        floor = 1
+        while len(self.counts) > self.limit:
+            self.counts = Counter({w: n for w, n in self.counts.items() if n > floor})
+            floor *= 2
+
+
+def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequency: int = 2):
+    """A `tokenizers.Tokenizer` as BERT's, its vocabulary learnt from words and their counts."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import WordPieceTrainer
+
+    if not counts:
+        raise DataError("the corpus has no words left to train a tokenizer on")
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = Counter()
+    for word, n in counts.items():
+        if word.isascii() and word.isalnum():  # what the library would make of it, but sooner
+            words[word.lower() if lowercase else word] += n
+        else:
+            for part, _ in splitter.pre_tokenize_str(normalizer.normalize_str(word)):
+                words[part] += n
+    characters = Counter()
+    for word, n in words.items():
+        for c in word:
+            characters[c] += n
+    limit = max(1000, vocab_size // 3)
+    alphabet = {c for c, _ in sorted(characters.items(), key=lambda x: (-x[1], x[0]))[:limit]}
+    words = {w: n for w, n in sorted(words.items()) if alphabet.issuperset(w)}
+    scale = min(1.0, _TRAINING_WORDS / sum(words.values()))
+
+    def texts():
+        for word, n in words.items():
+            n = n if scale == 1 else max(round(n * scale), min(n, min_frequency))
+            for start in range(0, n, 1000):
+                yield " ".join([word] * min(1000, n - start))
+
+    # Named beforehand, pieces inside words get the same ids in every run, and the trainer breaks
+    # ties by id; otherwise it would number them in the order of a hash table.
+    inner = ["##" + c for c in sorted({c for word in words for c in word[1:]})]
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=SPECIALS + inner,
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts(), trainer)
+    model = models.WordPiece(learner.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100)
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    cls, sep = (tokenizer.token_to_id(t) for t in ("[CLS]", "[SEP]"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder, lowercase: bool, max_length: int = 512) -> None:
+    """tokenizer.json, tokenizer_config.json and vocab.txt, as transformers reads them."""
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase}
+    settings |= {"model_max_length": max_length, "tokenize_chinese_chars": True}
+    settings |= {"strip_accents": None} | dict(zip(names, SPECIALS, strict=True))
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    text = "".join(f"{token}\n" for token, _ in vocabulary)
+    (folder / "vocab.txt").write_text(text, encoding="utf-8")
+
+
+def check_tokenizer(tokenizer, name) -> None:
+    """Only BERT's splits text at every space, which tokenizing distinct words relies on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    found = backend and (type(backend.model).__name__, type(backend.pre_tokenizer).__name__)
+    if found != ("WordPiece", "BertPreTokenizer"):
+        raise DataError(f"{name} is no WordPiece tokenizer as BERT's; train one (leave it out)")
+
+
+class WordTable:
+    """Token ids of words; those seen before, in the same process, come from a table."""
+
+    def __init__(self, tokenizer_file, limit: int = _MOST_WORDS // 2):
+        from tokenizers import Tokenizer
+
+        self.backend = Tokenizer.from_file(str(tokenizer_file))
+        self.backend.encode_special_tokens = True  # "[MASK]" in a text is text
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.known, self.limit = {}, limit
+
+    def __call__(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of all words one after another, int64, and offsets [words + 1]."""
+        if len(self.known) > self.limit:
+            self.known.clear()
+        new = [w for w in words if w not in self.known]
+        for word, e in zip(
+            new, self.backend.encode_batch_fast(new, add_special_tokens=False), strict=True
+        ):
+            self.known[word] = e.ids
+        ids = [self.known[w] for w in words]
+        offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+        return np.fromiter(chain.from_iterable(ids), np.int64, int(offsets[-1])), offsets
+
+
+def gather(values: np.ndarray, offsets: np.ndarray, ids: np.ndarray) -> tuple:
+    """The ranges `ids` of values, one after another, and their lengths."""
+    lengths = np.diff(offsets)[ids]
+    ends = np.cumsum(lengths)
+    place = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    return values[np.repeat(offsets[:-1][ids], lengths) + place], lengths

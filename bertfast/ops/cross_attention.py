@@ -1,0 +1,156 @@
+"""softmax(Q K^T * scale + bias) V where queries and keys are different packed sequences, as in a
+decoder that attends to an encoder; see `attention`."""
+
+import math
+
+import torch
+
+from .attention import (
+    check_bias,
+    check_offsets,
+    check_starts,
+    cpu,
+    cpu_backward,
+    reference,
+    reference_backward,
+)
+from .dropout import as_seed
+from .library import autograd, check, check_device, cpu_limit, define, register_triton, wide
+from .registry import register
+
+
+def cross_attention(
+    q,
+    kv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    *,
+    scale=None,
+    dropout_p=0.0,
+    seed=None,
+    causal=False,
+    bias=None,
+):
+    """Attention of each packed sequence's queries to its own keys, dropout on the probabilities.
+
+    Args:
+        q: [tokens_q, heads, head_dim].
+        kv: [tokens_k, 2, heads, head_dim] in q's dtype, keys and values; any strides with a dense
+            last dimension, as q.
+        cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], the sequences' offsets: 0 first, tokens last.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
+        scale: of the scores, 1 / sqrt(head_dim) if None.
+        dropout_p, seed: see `ops.dropout`; row = query token * heads + head, column = key position.
+        causal: the query at position i sees the keys at positions 0 to i, as PyTorch's is_causal.
+        bias: [batch or 1, heads or 1, max_seqlen_q, max_seqlen_k], added to the scores; -inf masks.
+
+    Returns: [tokens_q, heads, head_dim] in q's dtype. A row whose keys are all masked is zeros, as
+    are the rows of a sequence without keys.
+
+    Raises: ValueError or TypeError for arguments that don't fit together.
+    """
+    check(
+        q.dim() == 3 and kv.dim() == 4 and kv.shape[1] == 2 and kv.shape[2:] == q.shape[1:],
+        lambda: (
+            f"q has shape {list(q.shape)} and kv {list(kv.shape)}, expected "
+            "[tokens_q, heads, head_dim] and [tokens_k, 2, heads, head_dim]"
+        ),
+    )
+    check(
+        q.is_floating_point() and kv.dtype == q.dtype,
+        lambda: f"q has dtype {q.dtype} and kv {kv.dtype}, expected floats of one dtype",
+        TypeError,
+    )
+    check_starts(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check(
+        cu_seqlens_q.shape == cu_seqlens_k.shape,
+        lambda: (
+            f"cu_seqlens_q has shape {list(cu_seqlens_q.shape)} and cu_seqlens_k "
+            f"{list(cu_seqlens_k.shape)}, expected [batch + 1] of one batch"
+        ),
+    )
+    check_device(q, kv=kv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, bias=bias)
+    check_bias(bias, q.dtype, cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    seed = as_seed(seed, dropout_p, q.device)
+    return torch.ops.bertfast.cross_attention(
+        *(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        *(scale, float(dropout_p), seed, causal, bias),
+    )[0]
+
+
+def _fake(q, kv, *_):
+    tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=wide(q.dtype))
+
+
+def _fake_backward(grad, q, kv, *rest):
+    *_, bias, need_dbias = rest
+    dbias = bias.new_empty(bias.shape) if need_dbias else q.new_empty(0)
+    return q.new_empty(q.shape), kv.new_empty(kv.shape), dbias
+
+
+_OPTIONS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float scale, float dropout_p, Tensor? seed, bool causal, Tensor? bias"
+)
+define(f"cross_attention(Tensor q, Tensor kv, {_OPTIONS}) -> (Tensor, Tensor)", _fake)
+define(
+    f"cross_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, "
+    f"{_OPTIONS}, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k):
+    check_offsets(starts_q, q.shape[0], longest_q, ("cu_seqlens_q", "max_seqlen_q", "q"))
+    check_offsets(starts_k, kv.shape[0], longest_k, ("cu_seqlens_k", "max_seqlen_k", "kv"))
+
+
+@register("cross_attention", "reference")
+def _reference(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
+    _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
+    return reference(q, kv, starts_q, starts_k, *options)
+
+
+@register("cross_attention_backward", "reference")
+def _reference_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
+    return reference_backward(grad, q, kv, lse, starts_q, starts_k, *options)
+
+
+@register("cross_attention", "cpu", limit=cpu_limit)
+def _cpu(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
+    _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
+    return cpu(q, kv, starts_q, starts_k, *options)
+
+
+@register("cross_attention_backward", "cpu", limit=cpu_limit)
+def _cpu_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
+    dq, dkv = torch.empty(q.shape, dtype=q.dtype), torch.empty(kv.shape, dtype=kv.dtype)
+    return dq, dkv, cpu_backward(grad, q, kv, lse, starts_q, starts_k, *options, dq, dkv)
+
+
+register_triton("cross_attention", "attention.cross_forward")
+register_triton("cross_attention_backward", "attention_backward.cross_backward")
+
+
+def _setup(ctx, inputs, output):
+    q, kv, starts_q, starts_k, *ctx.options, seed, ctx.causal, bias = inputs
+    ctx.save_for_backward(q, kv, *output, starts_q, starts_k, seed, bias)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 11
+    *tensors, seed, bias = ctx.saved_tensors
+    need_dbias = ctx.needs_input_grad[10]
+    dq, dkv, dbias = torch.ops.bertfast.cross_attention_backward(
+        grad, *tensors, *ctx.options, seed, ctx.causal, bias, need_dbias
+    )
+    return dq, dkv, *(None,) * 8, dbias if need_dbias else None
+
+
+autograd("cross_attention", _backward, _setup)

@@ -1,0 +1,324 @@
+"""Pre-training: masked language modelling, with or without next-sentence prediction."""
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .. import ops
+from ..data import masking
+from ..data.sequences import Sequences
+from ..data.shards import Shards, read_index, sha256
+from ..model import BertForMaskedLM, BertForPreTraining, checkpoint
+from ..model.presets import bert_config
+from . import plots
+from .classify import _device, _say, _write_json, _write_yaml
+from .config import ConfigError, PretrainConfig
+from .loop import train
+from .ranks import Ranks, full
+from .task import Task
+
+# What may differ when a run is resumed; neither ranks nor accumulation change a step.
+_FREE = {"out", "resume", "keep", "save_steps", "log_steps", "allow_pickle", "device"}
+_FREE |= {"accumulation", "parallel", "data", "model", "config", "lexicon"}
+_EVAL_BATCH = 8192  # tokens in a batch of an evaluation
+_LOGIT_ROWS = 1024  # rows of logits that an evaluation holds at a time
+_SAMPLES = 3
+
+
+class Loaded(NamedTuple):
+    """A `sequences.Batch` as tensors on the device."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    positions: torch.Tensor
+    labels: torch.Tensor
+    next_sentence: torch.Tensor | None
+    attended: int  # sum over sequences of length squared
+
+
+class PretrainTask(Task):
+    """Packed, masked batches and their two losses."""
+
+    def __init__(self, config, model_config, train: Sequences, valid: Sequences | None, tokenizer):
+        self.config, self.model_config, self.tokenizer = config, model_config, tokenizer
+        self.train, self.valid = train, valid
+        self.names = ("mlm_loss", "nsp_loss") if config.nsp else ("mlm_loss",)
+        self.device = _device(config.device)
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        self.common = read_index(config.data)["statistics"]["most_frequent_token"]
+        self.samples = []
+
+    def batches(self, part):
+        self.window = self.train.window(part)
+        parts = self.config.accumulation * self.world
+        return self.train.steps(self.window, self.config.batch_tokens, parts)
+
+    def steps(self, config, group):
+        if config.max_steps is not None:
+            return config.max_steps
+        first = len(self.batches(0)) // group  # the other windows are alike
+        return config.epochs * self.train.windows * first
+
+    def load(self, chosen):
+        return self._tensors(self.train.build(self.window, chosen))
+
+    def _tensors(self, batch):
+        lengths = np.diff(batch.cu_seqlens).astype(np.int64)
+        values = (
+            torch.from_numpy(v).to(self.device, non_blocking=True)
+            if isinstance(v, np.ndarray)
+            else v
+            for v in batch
+        )
+        return Loaded(*values, int((lengths**2).sum()))
+
+    def weight(self, batch):
+        sequences = len(batch.cu_seqlens) - 1
+        targets = len(batch.labels)
+        return [targets, sequences] if self.config.nsp else [targets]
+
+    def tokens(self, batch):
+        return len(batch.input_ids)
+
+    def flops(self, batch):
+        """Three times the matrix products of a forward pass: backward has two for each of its.
+
+        Counted as computed: scores within sequences only, the head at the masked tokens only, and
+        the last layer's projections and feed-forward at those and at [CLS].
+        """
+        c, n = self.model_config, len(batch.input_ids)
+        wanted = len(batch.labels) + (len(batch.cu_seqlens) - 1) * self.config.nsp
+        h, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+        after = 2 * h * h + 4 * h * inner  # a token's output projection and feed-forward
+        forward = layers * (6 * h * h * n + 4 * h * batch.attended)
+        forward += after * ((layers - 1) * n + wanted)
+        forward += len(batch.labels) * (2 * h * h + 2 * h * c.vocab_size)
+        return 3.0 * forward
+
+    def _hidden(self, model, batch):
+        """(first tokens, where they are wanted; masked tokens) after the encoder: [n, hidden]."""
+        sequences = len(batch.cu_seqlens) - 1 if self.config.nsp else 0
+        rows = batch.positions
+        if sequences:
+            rows = torch.cat([batch.cu_seqlens[:-1].long(), rows])
+        hidden = model.bert.encode_packed(
+            *(batch.input_ids, batch.cu_seqlens, batch.max_seqlen),
+            *(batch.position_ids, batch.token_type_ids, rows),
+        )
+        return hidden[:sequences], hidden[sequences:]
+
+    def loss(self, model, batch):
+        """fp32 [1 or 2]: summed losses of the masked tokens and of the pairs."""
+        first, masked = self._hidden(model, batch)
+        head = model.cls.predictions
+        mean = ops.masked_cross_entropy(
+            head.transform(masked), head.decoder.weight, head.decoder.bias, batch.labels
+        )
+        losses = [mean.float() * len(batch.labels)]
+        if self.config.nsp:
+            relation = model.cls.seq_relationship(model.bert.pooler(first)).float()
+            losses.append(F.cross_entropy(relation, batch.next_sentence, reduction="sum"))
+        return torch.stack(losses)
+
+    def score(self, model, batch):
+        """fp64 [7]: of masked tokens the loss, the right ones, those that the commonest token
+        would get right, and their number; of pairs the loss, the right ones, their number."""
+        first, masked = self._hidden(model, batch)
+        found, loss, right = [], 0.0, 0
+        for hidden, labels in zip(
+            masked.split(_LOGIT_ROWS), batch.labels.split(_LOGIT_ROWS), strict=True
+        ):
+            logits = model.cls.predictions(hidden).float()
+            loss += F.cross_entropy(logits, labels, reduction="sum").double()
+            found.append(logits.argmax(1))
+            right += (found[-1] == labels).sum()
+        common = (batch.labels == self.common).sum()
+        sums = [loss, right, common, len(batch.labels)]
+        if self.config.nsp:
+            relation = model.cls.seq_relationship(model.bert.pooler(first)).float()
+            loss = F.cross_entropy(relation, batch.next_sentence, reduction="sum")
+            right = (relation.argmax(1) == batch.next_sentence).sum()
+            sums += [loss, right, len(relation)]
+        if not self.samples:
+            self.samples = self._samples(batch, torch.cat(found))
+        return torch.tensor([float(s) for s in sums], dtype=torch.float64)
+
+    def _samples(self, batch, found):
+        """The first sequences as text, with [true word -> prediction] where a token is hidden."""
+        out, ids = [], batch.input_ids.tolist()
+        piece = self.tokenizer.convert_ids_to_tokens
+        for start, end in zip(batch.cu_seqlens[:_SAMPLES], batch.cu_seqlens[1:], strict=False):
+            words = piece(ids[start:end])
+            inside = (batch.positions >= start) & (batch.positions < end)
+            for p, true, guess in zip(
+                batch.positions[inside], batch.labels[inside], found[inside], strict=True
+            ):
+                words[p - start] = f"[{piece(int(true))} -> {piece(int(guess))}]"
+            out.append(" ".join(words).replace(" ##", ""))
+        return out
+
+    def evaluate(self, model, score):
+        """Losses, perplexity and accuracies of up to eval_tokens validation tokens, masked the
+        same each time; what always saying the commonest token would score."""
+        if self.valid is None:
+            return {}
+        ranks, window = Ranks(), self.valid.window(0)
+        total = np.cumsum(window.lengths())
+        last = max(1, int(np.searchsorted(total, self.config.eval_tokens)))
+        cuts = np.unique(np.searchsorted(total[:last], np.arange(0, total[last - 1], _EVAL_BATCH)))
+        batches = np.split(np.arange(last), cuts[cuts > 0])
+        sums, self.samples = 0.0, []
+        for chosen, factor in ranks.share(batches):
+            sums = sums + factor * score(self._tensors(self.valid.build(window, chosen)))
+        sums = ranks.sum(sums.to(self.device)).tolist()
+        loss = sums[0] / sums[3]
+        metrics = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 80.0)),
+            "mlm_accuracy": sums[1] / sums[3],
+            "unigram_accuracy": sums[2] / sums[3],
+        }
+        if self.config.nsp:
+            metrics |= {"nsp_loss": sums[4] / sums[6], "nsp_accuracy": sums[5] / sums[6]}
+        if ranks.rank == 0:
+            for text in self.samples:
+                _say(f"  {text}")
+        return metrics | {"samples": self.samples}
+
+
+def _tokenizer(config):
+    """The prepared folder's tokenizer; a checkpoint to go on from must have the same."""
+    from transformers import AutoTokenizer
+
+    folder = Path(config.data) / "tokenizer"
+    for name, expected in read_index(config.data)["tokenizer_sha256"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise ConfigError(f"{folder / name} does not match its checksum; prepare the data anew")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if config.model and (Path(config.model) / "tokenizer_config.json").is_file():
+        other = AutoTokenizer.from_pretrained(config.model)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"{config.data} was prepared with another vocabulary than {config.model} has: "
+                f"prepare it with --tokenizer {config.model}"
+            )
+    return tokenizer
+
+
+def _model(config, tokenizer):
+    cls = BertForPreTraining if config.nsp else BertForMaskedLM
+    torch.manual_seed(config.seed)
+    if config.model:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = cls.from_pretrained(config.model, allow_pickle=config.allow_pickle)
+        for w in caught:
+            _say(str(w.message))
+        if model.config.vocab_size < len(tokenizer):
+            raise ConfigError(
+                f"{config.model} has a vocabulary of {model.config.vocab_size}, {config.data} one "
+                f"of {len(tokenizer)}: prepare it with --tokenizer {config.model}"
+            )
+    else:
+        sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        try:
+            model_config = bert_config(config.config, **sizes)
+        except ValueError as e:
+            raise ConfigError(str(e)) from None
+        model = cls(model_config)
+    limit = model.config.max_position_embeddings
+    if config.length > limit:
+        raise ConfigError(f"length is {config.length}, the model takes up to {limit}")
+    model.gradient_checkpointing_enable(config.gradient_checkpointing)
+    return model
+
+
+def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
+    """Pre-train a BERT on a prepared folder; `config.out` then holds a checkpoint as transformers
+    reads it, with its tokenizer, run_config.yaml, metrics.jsonl, tensorboard/, training_curve.png,
+    eval_results.json and checkpoints/. Progress goes to stderr.
+
+    Under torchrun the ranks share each step's sequences, and rank 0 writes.
+
+    Returns {"valid": metrics, "train": how training went}; None for a dry run, which checks
+    everything and trains nothing.
+
+    Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError.
+    """
+    config.require("data", "out")
+    main = int(os.environ.get("RANK", 0)) == 0
+    say = _say if main else lambda text: None
+    tokenizer = _tokenizer(config)
+    words = masking.vocabulary(tokenizer)
+    lexicon = None
+    if config.lexicon:
+        lexicon = masking.Lexicon(config.lexicon, tokenizer, words.inner)
+    options = {"length": config.length, "pairs": config.nsp, "kind": config.masking}
+    options |= {"share": config.mask_share, "lexicon": lexicon}
+    train_part = Sequences(Shards(config.data, "train"), words, seed=config.seed, **options)
+    valid = Shards(config.data, "valid")
+    # The same validation whatever the run's seed, so that runs compare.
+    valid_part = Sequences(valid, words, seed=0, **options) if len(valid) else None
+    model = _model(config, tokenizer)
+    task = PretrainTask(config, model.config, train_part, valid_part, tokenizer)
+    parts = config.accumulation * task.world
+    steps = task.steps(config, parts)
+    size = sum(p.numel() for p in model.parameters())
+    say(
+        f"{size:,} parameters, {train_part.shards.tokens:,} training tokens, {steps} steps of up "
+        f"to {config.batch_tokens:,} tokens on {task.world} x {task.device.type}"
+    )
+    if dry_run:
+        say("dry run: nothing trained")
+        return None
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if main:
+        _write_yaml(out / "run_config.yaml", config)
+    fingerprint = {k: v for k, v in config.as_dict().items() if k not in _FREE}
+    fingerprint |= {
+        "index_sha256": sha256(Path(config.data) / "index.json"),
+        "lexicon_sha256": sha256(config.lexicon) if config.lexicon else None,
+        "model": model.config.to_diff_dict(),
+        "start": _start(config),
+    }
+    outcome = train(model, task, config, out, fingerprint, say)
+    results = {"train": outcome, "valid": outcome.pop("last") or {}}
+    if main:
+        results["valid"].pop("samples", None)
+        if len(valid):
+            plots.training_curve(out / "metrics.jsonl", "mlm_accuracy", out / "training_curve.png")
+        _write_json(out / "eval_results.json", results)
+        tokenizer.save_pretrained(out)
+    _save(model, out, main)
+    return results
+
+
+def _start(config):
+    """What the first weights were: the checksums of a checkpoint gone on from."""
+    if not config.model:
+        return config.seed
+    folder = checkpoint.resolve(config.model)
+    return [sha256(p) for p in checkpoint.files(folder, config.allow_pickle)]
+
+
+def _save(model, out, main):
+    with torch.no_grad():
+        tensors = {name: full(p) for name, p in model.named_parameters()}
+    if main:
+        plain = type(model)(model.config)
+        plain.tie_weights()
+        plain.load_state_dict(tensors, strict=False)
+        plain.save_pretrained(out)

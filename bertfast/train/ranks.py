@@ -1,0 +1,101 @@
+"""One process or many: what the loop needs to know of the others, under torchrun."""
+
+import os
+from contextlib import nullcontext
+
+import torch
+from torch import distributed, nn
+
+try:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+except ImportError:  # a torch built without distributed
+    DTensor = distribute_tensor = None
+
+
+def join(device_type: str) -> None:
+    """Join the other processes of torchrun or `accelerate launch`, where there are any.
+
+    Each attempt after a lost rank has keys of its own in torchrun's store; with the shared ones
+    (torch 2.13, `--standalone`) Gloo would look for the ranks of the attempt before.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+        return
+    store, rank, world = next(distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"bertfast/{attempt}/{world}", store)
+    backend = "gloo"
+    if device_type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+class Ranks:
+    """This process's rank among `world`, and collectives that do nothing where it is alone."""
+
+    def __init__(self):
+        self.on = distributed.is_available() and distributed.is_initialized()
+        self.rank = distributed.get_rank() if self.on else 0
+        self.world = distributed.get_world_size() if self.on else 1
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def agree(self, value):
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share(self, group: list) -> list[tuple]:
+        """(batch, 1.0) for each of this rank's; every rank gets equally many, filled up with
+        (batch, 0.0), whose loss counts for nothing: each forward and backward is a meeting."""
+        count = -(-len(group) // self.world)
+        mine = [(b, 1.0) for b in group[self.rank :: self.world]]
+        return mine + [(group[0], 0.0)] * (count - len(mine))
+
+    def wrap(self, module: nn.Module, kind: str, layers) -> nn.Module:
+        """`module` with gradients averaged over ranks: DDP, or FSDP2 with a unit each layer."""
+        if self.world == 1:
+            return module
+        device = next(module.parameters()).device
+        if kind == "ddp":
+            from torch.nn.parallel import DistributedDataParallel
+
+            ids = [device.index] if device.type == "cuda" else None
+            return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (self.world,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        # Also the root: checkpoints find sharded parameters between steps.
+        return fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+    def sync(self, module: nn.Module, last: bool):
+        """The context of a backward pass: gradients meet in the last one of a step alone."""
+        if self.world == 1:
+            return nullcontext()
+        if hasattr(module, "set_requires_gradient_sync"):
+            module.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else module.no_sync()
+
+
+def full(value: torch.Tensor) -> torch.Tensor:
+    """A plain tensor of a sharded one; all ranks must ask together."""
+    return value.full_tensor() if DTensor is not None and isinstance(value, DTensor) else value
+
+
+def like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A full tensor laid out as `p` is: on its device, sharded where it is."""
+    value = value.to(p.device)
+    if DTensor is not None and isinstance(p, DTensor):
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    return value

@@ -1,0 +1,44 @@
+"""How fast a run is: tokens, time left, and the share of the machine's matrix products (MFU)."""
+
+import time
+from collections import deque
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here, the best of some; what MFU is a share of."""
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    b, best = a.clone(), 0.0
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: str):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Speed:
+    """Rates over the last steps; evaluation and checkpoints between them don't count."""
+
+    def __init__(self, peak: float | None, window: int = 50):
+        self.peak, self.steps = peak, deque(maxlen=window)
+
+    def add(self, tokens: float, flops: float, seconds: float):
+        self.steps.append((tokens, flops, seconds))
+
+    def record(self, steps_left: int) -> dict:
+        tokens, flops, seconds = (sum(column) for column in zip(*self.steps, strict=True))
+        out = {"tokens_per_second": round(tokens / seconds, 1)}
+        if flops and self.peak:
+            out["mfu"] = round(flops / seconds / self.peak, 4)
+        return out | {"eta_seconds": round(steps_left * seconds / len(self.steps), 1)}

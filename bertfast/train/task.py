@@ -1,0 +1,54 @@
+"""What the training loop asks of a task."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+
+class Task:
+    """What is trained: its batches, their losses as sums, and what those are to be divided by.
+
+    A task may have several objectives, named in `names`: `weight` and `loss` then give one value
+    for each, and the loss of a step is the sum of their means.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def batches(self, part: int) -> list:
+        """The micro-batches of an epoch (or another part of the data), the same each time."""
+        raise NotImplementedError
+
+    def steps(self, config, group: int) -> int:
+        """Optimizer steps in the run; `group` micro-batches make one."""
+        steps = config.epochs * math.ceil(len(self.batches(0)) / group)
+        return steps if config.max_steps is None else min(steps, config.max_steps)
+
+    def load(self, batch):
+        """What the methods below get for a batch; by default the batch."""
+        return batch
+
+    def weight(self, batch) -> float | list[float]:
+        """What the batch's summed loss is to be divided by: its targets, or their weights."""
+        raise NotImplementedError
+
+    def tokens(self, batch) -> int:
+        """Real tokens in the batch."""
+        raise NotImplementedError
+
+    def flops(self, batch) -> float:
+        """Floating-point operations of the batch's forward and backward; 0 for no MFU."""
+        return 0.0
+
+    def loss(self, model, batch) -> torch.Tensor:
+        """The batch's loss, summed over its targets; [objectives] where there are several."""
+        raise NotImplementedError
+
+    def score(self, model, batch):
+        """What `evaluate` needs of a batch, for tasks that may run on several ranks."""
+        raise NotImplementedError
+
+    def evaluate(self, model, score: Callable) -> dict:
+        """Metrics on the validation data, floats by name. `score(batch)` calls the method of that
+        name so that sharded weights are there; what is no float is logged alone."""
+        raise NotImplementedError

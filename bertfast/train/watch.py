@@ -1,0 +1,82 @@
+"""A run seen from outside: asked to stop, and logged."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+
+class Stop:
+    """SIGTERM as a flag, so that the step under way ends and is saved."""
+
+    def __enter__(self):
+        self.asked = self.at_once = False
+        try:
+            self.old = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # not the main thread: no handler can be set
+            self.old = None
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+        if self.at_once:
+            raise StoppedError
+
+    def __exit__(self, *_):
+        if self.old is not None:
+            signal.signal(signal.SIGTERM, self.old)
+
+
+class StoppedError(Exception):
+    """SIGTERM came where nothing is lost by leaving."""
+
+
+class Log:
+    """metrics.jsonl and TensorBoard; a resumed run cuts off what came after its checkpoint."""
+
+    def __init__(self, out: Path, size: int, on: bool):
+        self.file = self.board = None
+        if not on:
+            return
+        self.file = open(out / "metrics.jsonl", "ab")  # noqa: SIM115
+        self.file.truncate(size)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), flush_secs=30)
+        except ImportError:
+            pass
+
+    def write(self, **record):
+        if self.file is None:
+            return
+        self.file.write((json.dumps(record) + "\n").encode())
+        self.file.flush()
+        for name, value in record.items() if self.board else ():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, record["step"])
+
+    def size(self) -> int:
+        if self.file is None:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def line(record: dict, steps: int) -> str:
+    """A log line for people."""
+    left = time.strftime("%H:%M:%S", time.gmtime(record["eta_seconds"]))
+    mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    losses = ", ".join(f"{k} {v:.4f}" for k, v in record.items() if k.endswith("loss"))
+    return (
+        f"step {record['step']}/{steps}: {losses}, lr {record['lr']:.2e}, "
+        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}, "
+        f"{record['tokens_seen']:,} tokens seen, {left} left"
+    )

@@ -1,0 +1,195 @@
+// Products of rows as they lie in memory with weights packed once, for inference.
+//
+// A row of a is a row of 32-bit units: one float, two bf16 or four int8 of neighbouring k. Weights
+// stand in panels unit[k][NR], zero-padded along n and k. Where the instruction set has no dot
+// product for a weight's type, a stays fp32 and each weight is widened as it is loaded.
+#pragma once
+#include <array>
+#include <type_traits>
+
+#include "tile.h"
+
+namespace bertfast::BERTFAST_ISA {
+namespace {
+
+struct quad {  // four int8 of neighbouring k
+  uint32_t bits;
+};
+struct pair {  // two bf16
+  uint32_t bits;
+};
+enum class Sign { none, both };  // of an int8 operand: 0 to 255, or -127 to 127
+
+#if defined(__AVX512VNNI__)
+constexpr bool kHasInt8 = true;
+#else
+constexpr bool kHasInt8 = false;
+#endif
+
+// The weights of each precision here: what a unit of a panel holds, and what a holds beside it.
+template <int precision>
+struct Format;
+template <>
+struct Format<0> {
+  using Weight = float;
+  using A = float;
+};
+template <>
+struct Format<1> {
+  static constexpr bool kDot = kHasBf16 || kHasAmx;
+  using Weight = std::conditional_t<kDot, pair, bf16>;
+  using A = std::conditional_t<kDot, bf16, float>;
+};
+template <>
+struct Format<2> {
+  using Weight = std::conditional_t<kHasInt8, quad, int8_t>;
+  using A = std::conditional_t<kHasInt8, int8_t, float>;
+};
+template <class A>
+constexpr int kPer = 4 / sizeof(A);  // elements of a in a unit
+template <class Weight>
+constexpr bool kMatrixUnit =
+    kHasAmx && (std::is_same_v<Weight, pair> || std::is_same_v<Weight, quad>);
+template <class Weight>
+constexpr int kTileRows = kMatrixUnit<Weight> ? 32 : MR;
+constexpr int kMaxTileRows = kHasAmx ? 32 : MR;
+template <class Weight>
+constexpr int kUnits = kMatrixUnit<Weight> ? 16 : 1;  // a row is a multiple of so many units
+
+inline vf load(const pair* p) { return load(reinterpret_cast<const float*>(p)); }
+inline vf load(const quad* p) { return load(reinterpret_cast<const float*>(p)); }
+inline vf load(const int8_t* p) {
+  typedef int8_t vb __attribute__((vector_size(W)));
+  vb b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+}
+
+template <class Weight>
+inline vf dot(vf acc, vf a, vf b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Weight, pair>)
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+#endif
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<Weight, quad>)  // a is unsigned, see kOffset
+    return (vf)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#endif
+  return acc + a * b;
+}
+// What is added to a signed int8 of a to make it unsigned; the matrix unit takes signed ones too.
+template <Sign sign>
+constexpr int kOffset = kHasAmx || sign == Sign::none ? 0 : 128;
+
+// out[R][NR] = sum over units of a[R][units] b[units][NR]. Five base pointers serve all rows: with
+// one a row, they would not fit the registers.
+template <int R, class Weight>
+void rows_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, int64_t units,
+               float* out, int64_t out_row) {
+  constexpr int bases = (R + 2) / 3;
+  const float* base[bases];
+  for (int i = 0; i < bases; ++i) base[i] = a + 3 * i * a_row;
+  vf acc[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
+  for (int64_t u = 0; u < units; ++u, b += b_row) {
+    vf bu[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) bu[j] = load(b + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      // Not splat(): arithmetic would change units that are no floats.
+      float x = base[i / 3][i % 3 * a_row];
+      vf v;
+#if defined(__AVX512F__)
+      v = (vf)_mm512_set1_ps(x);
+#else
+      v = splat(x);
+#endif
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] = dot<Weight>(acc[i][j], v, bu[j]);
+    }
+#pragma GCC unroll 5
+    for (int i = 0; i < bases; ++i) {
+      ++base[i];
+      asm("" : "+r"(base[i]));  // or the compiler would keep a pointer for each row
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) store(out + i * out_row + j * W, acc[i][j]);
+}
+
+#if defined(__AMX_BF16__)
+// A macro: the instructions take their registers' numbers as literals.
+#define BERTFAST_TILE_DOT(c, a, b)            \
+  if constexpr (std::is_same_v<Weight, pair>) \
+    _tile_dpbf16ps(c, a, b);                  \
+  else if constexpr (sign == Sign::both)      \
+    _tile_dpbssd(c, a, b);                    \
+  else                                        \
+    _tile_dpbusd(c, a, b)
+
+// The same for 32 rows; rows of `a` past the valid ones are read, and their sums mean nothing.
+template <class Weight, Sign sign>
+void matrix_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, int64_t units,
+                 float* out, int64_t out_row, bool low_rows) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (low_rows) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const float* low = a + 16 * a_row;
+  for (int64_t u = 0; u < units; u += 16) {
+    _tile_loadd(6, b + u * b_row, b_row * 4);
+    _tile_loadd(4, a + u, a_row * 4);
+    _tile_loadd(7, b + u * b_row + 16, b_row * 4);
+    BERTFAST_TILE_DOT(0, 4, 6);
+    BERTFAST_TILE_DOT(1, 4, 7);
+    if (!low_rows) continue;
+    _tile_loadd(5, low + u, a_row * 4);
+    BERTFAST_TILE_DOT(2, 5, 6);
+    BERTFAST_TILE_DOT(3, 5, 7);
+  }
+  _tile_stored(0, out, out_row * 4);
+  _tile_stored(1, out + 16, out_row * 4);
+  if (!low_rows) return;
+  _tile_stored(2, out + 16 * out_row, out_row * 4);
+  _tile_stored(3, out + 16 * out_row + 16, out_row * 4);
+}
+#endif
+
+template <class Weight>
+using RowsTile = void (*)(const float*, int64_t, const Weight*, int64_t, int64_t, float*, int64_t);
+template <class Weight, int... I>
+constexpr std::array<RowsTile<Weight>, sizeof...(I)> rows_tiles(std::integer_sequence<int, I...>) {
+  return {rows_tile<I + 1, Weight>...};
+}
+
+// out[rows][NR], rows <= kTileRows; up to kMaxTileRows rows of out may be written.
+template <class Weight, Sign sign = Sign::both>
+inline void multiply(const float* a, int64_t a_row, int64_t rows, const Weight* b, int64_t b_row,
+                     int64_t units, float* out, int64_t out_row) {
+  if constexpr (kMatrixUnit<Weight>) {
+#if defined(__AMX_BF16__)
+    matrix_tile<Weight, sign>(a, a_row, b, b_row, units, out, out_row, rows > 16);
+#endif
+  } else {
+    static constexpr auto tiles = rows_tiles<Weight>(std::make_integer_sequence<int, MR>{});
+    tiles[rows - 1](a, a_row, b, b_row, units, out, out_row);
+  }
+}
+
+// Rows in tiles alike in size: the largest tile of `rows` that a loop over them takes.
+template <class Weight>
+inline int64_t tile_rows(int64_t rows) {
+  if (kMatrixUnit<Weight>) return 32;
+  return rows ? ceil_div(rows, ceil_div(rows, MR)) : 1;
+}
+
+}  // namespace
+}  // namespace bertfast::BERTFAST_ISA

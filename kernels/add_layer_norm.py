@@ -1,0 +1,179 @@
+"""LN(residual + dropout(x + x_bias)): each value is read once and written once.
+
+Bytes per value in bf16: forward 6 (x, residual, y); backward 10 (grad, x, residual, dx, ds), less
+2 without dropout, where dx and ds are one. Programs of backward take every tile'th rows in turn,
+keep their share of the column sums in registers and write it once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from bertfast.ops.dropout import threshold
+
+from .philox import keep_mask
+from .rows import (
+    as_int32,
+    gradient,
+    load_columns,
+    programs,
+    statistics,
+    sum_partials,
+    tile,
+)
+from .spec import Spec
+
+_FORWARD, _BACKWARD = 4096, 2048  # values of a tile
+
+
+@triton.jit
+def _sum(
+    x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """s = residual + dropout(x + k) and the dropout's mask."""
+    s = tl.load(x + at, mask, other=0).to(tl.float32)
+    keep = mask
+    if k is not None:
+        s = tl.where(mask, s + k[None, :], 0)
+    if seed is not None:
+        keep = keep_mask(seed, rows, tl.arange(0, BLOCK // 4), threshold) & mask
+        s = tl.where(keep, s * scale, 0)
+    if residual is not None:
+        s += tl.load(residual + at, mask, other=0).to(tl.float32)
+    return s, keep
+
+
+@triton.jit(do_not_specialize=["tokens", "threshold"])
+def _forward(
+    x, residual, weight, bias, x_bias, seed, y, mean, rstd, tokens, eps, scale, threshold,
+    N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """x, residual, y [tokens, N]; weight, bias, x_bias [N]; mean, rstd fp32 [tokens]."""
+    rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    j = tl.arange(0, BLOCK)
+    at = rows[:, None] * N + j[None, :]
+    mask = (rows < tokens)[:, None] & (j < N)[None, :]
+    k = None if x_bias is None else load_columns(x_bias, j, N)
+    s, _ = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
+    m, r, centred = statistics(s, mask, eps, N)
+    tl.store(mean + rows, m, rows < tokens)
+    tl.store(rstd + rows, r, rows < tokens)
+    out = centred * r[:, None] * load_columns(weight, j, N)[None, :]
+    out += load_columns(bias, j, N)[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "threshold"])
+def _backward(
+    grad, x, residual, weight, x_bias, seed, mean, rstd, dx, ds, partial, tokens, scale, threshold,
+    N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """partial fp32 [programs, SUMS, N]: dweight, dbias and, with x_bias, dx_bias."""
+    j = tl.arange(0, BLOCK)
+    w = load_columns(weight, j, N)
+    k = None if x_bias is None else load_columns(x_bias, j, N)
+    dw = tl.zeros([BLOCK], tl.float32)
+    db = tl.zeros([BLOCK], tl.float32)
+    dk = tl.zeros([BLOCK], tl.float32)
+    for t in range(tl.program_id(0), tl.cdiv(tokens, R), tl.num_programs(0)):
+        rows = t * R + tl.arange(0, R).to(tl.int64)
+        at = rows[:, None] * N + j[None, :]
+        mask = (rows < tokens)[:, None] & (j < N)[None, :]
+        g = tl.load(grad + at, mask, other=0).to(tl.float32)
+        s, keep = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
+        m = tl.load(mean + rows, rows < tokens, other=0)
+        r = tl.load(rstd + rows, rows < tokens, other=0)
+        normed = tl.where(mask, (s - m[:, None]) * r[:, None], 0)
+        dw += tl.sum(g * normed, 0)
+        db += tl.sum(g, 0)
+        d = gradient(g * w[None, :], normed, r, N)
+        if ds is not None:
+            tl.store(ds + at, d.to(ds.dtype.element_ty), mask)
+        if seed is not None:
+            d = tl.where(keep, d * scale, 0)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask)
+        if x_bias is not None:
+            dk += tl.sum(d, 0)
+    partial += tl.program_id(0) * SUMS * N + j
+    tl.store(partial, dw, j < N)
+    tl.store(partial + N, db, j < N)
+    if x_bias is not None:
+        tl.store(partial + 2 * N, dk, j < N)
+
+
+def _dense(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
+    tokens, hidden = x.shape
+    y = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
+    if tokens:
+        block, rows, warps = tile(hidden, _FORWARD)
+        _forward[triton.cdiv(tokens, rows),](
+            *_dense(x, residual, weight, bias, x_bias, seed),
+            *(y, mean, rstd, tokens, eps, 1 / (1 - dropout_p), as_int32(threshold(dropout_p))),
+            *(hidden, block, rows),
+            num_warps=warps,
+        )
+    return y, mean, rstd
+
+
+def add_layer_norm_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
+    tokens, hidden = x.shape
+    two = residual is not None and seed is not None
+    sums = 2 if x_bias is None else 3
+    block, rows, warps = tile(hidden, _BACKWARD)
+    grid = max(1, min(programs(x.device), triton.cdiv(tokens, rows)))
+
+    def empty(*shape, dtype=x.dtype):
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    dx, ds = empty(tokens, hidden), empty(tokens, hidden) if two else None
+    partial = empty(grid, sums, hidden, dtype=torch.float32)
+    _backward[grid,](
+        *_dense(grad, x, residual, weight, x_bias, seed, mean, rstd),
+        *(dx, ds, partial, tokens, 1 / (1 - dropout_p), as_int32(threshold(dropout_p))),
+        *(hidden, block, rows, sums),
+        num_warps=warps,
+    )
+    dw, db = (empty(hidden, dtype=weight.dtype) for _ in range(2))
+    dx_bias = None if x_bias is None else empty(hidden, dtype=x_bias.dtype)
+    sum_partials(partial, dw, db, dx_bias)
+    return dx, empty(0) if ds is None else ds, dw, db, empty(0) if dx_bias is None else dx_bias
+
+
+def shipped():
+    """bf16 beside fp32 parameters (training) and all in one dtype; with and without the rest."""
+    for hidden in (128, 384, 768, 1024, 4096):
+        for x, p in (
+            ("*bf16", "*fp32"),
+            ("*bf16", "*bf16"),
+            ("*fp16", "*fp16"),
+            ("*fp32", "*fp32"),
+        ):
+            for extras in ("residual x_bias seed", "residual x_bias", "residual", ""):
+                if hidden != 768 and (p != "*fp32" or x != "*bf16" or "seed" not in extras):
+                    continue
+                yield from _specs(hidden, x, p, extras.split())
+
+
+def _specs(hidden, x, parameter, extras):
+    optional = {"residual": x, "x_bias": parameter, "seed": "*i64"}
+    types = {k: v for k, v in optional.items() if k in extras}
+    nothing = {k: None for k in optional if k not in extras}
+    types |= {"x": x, "weight": parameter, "mean": "*fp32", "rstd": "*fp32"}
+    types |= {"tokens": "i32", "scale": "fp32", "threshold": "i32"}
+    block, rows, warps = tile(hidden, _FORWARD)
+    constants = nothing | {"N": hidden, "BLOCK": block, "R": rows}
+    yield Spec(_forward, types | {"bias": parameter, "y": x, "eps": "fp32"}, constants, warps)
+    block, rows, warps = tile(hidden, _BACKWARD)
+    constants = nothing | {"N": hidden, "BLOCK": block, "R": rows}
+    constants["SUMS"] = 3 if "x_bias" in extras else 2
+    types |= {"grad": x, "dx": x, "partial": "*fp32"}
+    if "seed" in extras:
+        types["ds"] = x
+    else:
+        constants["ds"] = None
+    yield Spec(_backward, types, constants, warps)

@@ -1,0 +1,204 @@
+"""Attention over packed sequences, forward; see bertfast/ops/attention.py.
+
+The softmax is in tiles as in FlashAttention-2 (Dao, arXiv:2307.08691), in base 2. Where all keys
+of a sequence fit one tile there is nothing to rescale, and the loop over keys falls away.
+
+Shapes: q [tokens_q, HEADS, DIM]; k, v [tokens_k, HEADS, DIM], of equal strides; out as q, dense;
+lse fp32 [HEADS, tokens_q]; starts_q, starts_k int32 [batch + 1]; bias by its batch, head and query
+strides, 0 where it broadcasts; seed int64 [2]. D is DIM rounded up to a power of two.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_launch import arguments, choose, dense_last, launch, variants, work
+from .dot import dot
+from .philox import keep_mask
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+_LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def place(starts, item, batch, blocks, SIZE: tl.constexpr):
+    """The sequence of a work item, and which of its blocks of SIZE rows the item is.
+
+    Each sequence has `blocks` items, or, where that is None, sequence b has those from
+    starts[b] // SIZE + b up to its successor's first: as many as it can have blocks, so that
+    mixed lengths need neither a list of work nor many more programs than blocks.
+    """
+    if blocks is None:
+        found = 0
+        for first in range(0, batch, 256):
+            b = first + tl.arange(0, 256)
+            begin = tl.load(starts + b, mask=b < batch, other=0) // SIZE + b
+            found += tl.sum(((b < batch) & (begin <= item)).to(tl.int32))
+        sequence = found - 1
+        block = item - tl.load(starts + sequence) // SIZE - sequence
+    else:
+        sequence = item // blocks
+        block = item % blocks
+    return sequence, block
+
+
+@triton.jit
+def span(starts, sequence):
+    """Where a sequence starts, and its length."""
+    start = tl.load(starts + sequence)
+    return start, tl.load(starts + sequence + 1) - start
+
+
+@triton.jit
+def load_rows(base, row, rows, TOKEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    """[len(row), D] from `base`, zeros past the `rows` rows and DIM columns that there are."""
+    column = tl.arange(0, D)
+    mask = (row < rows)[:, None]
+    if DIM < D:
+        mask = mask & (column < DIM)[None, :]
+    at = base + row.to(tl.int64)[:, None] * TOKEN + column[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, x, row, rows, TOKEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
+    column = tl.arange(0, D)
+    mask = (row < rows)[:, None]
+    if DIM < D:
+        mask = mask & (column < DIM)[None, :]
+    at = base + row.to(tl.int64)[:, None] * TOKEN + column[None, :]
+    tl.store(at, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def square(base, row, query, key, step):
+    """Pointers to a tile of [queries, keys] of row stride `step`; `row` is the tile's first, so
+    that a 64-bit offset is needed once and not for every element."""
+    return base + tl.cast(row, tl.int64) * step + ((query - row) * step + key)
+
+
+@triton.jit
+def scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr):
+    """A tile of q k^T -> its scores in base 2, -inf where masked.
+
+    query [M, 1] from `row` and key [1, N], or [1, M] and [N, 1] for the transposed tile.
+    """
+    s = product * (scale * _LOG2E) + tl.where(key < keys, 0.0, float("-inf"))
+    if bias is not None:
+        inside = (query < queries) & (key < keys)
+        at = square(bias, row, query, key, bias_query)
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    if CAUSAL:
+        s = tl.where(key <= query, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def kept(seed, token, head, key, threshold, HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Dropout's mask [M, N] of the rows from `token` and the keys from `key`, a multiple of 4."""
+    row = (token + tl.arange(0, M)).to(tl.int64) * HEADS + head
+    return keep_mask(seed, row, key // 4 + tl.arange(0, N // 4), threshold)
+
+
+@triton.jit(do_not_specialize=["batch", "tokens"])
+def _forward(
+    q, k, v, out, lse, starts_q, starts_k, bias, seed, bias_batch, bias_head, bias_query,
+    batch, tokens, blocks, scale, keep_scale, threshold,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+):  # fmt: skip
+    """A program is a block of M queries of one head and sequence; heads are neighbours."""
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    sequence, block = place(starts_q, tl.program_id(0) // HEADS, batch, blocks, M)
+    start_q, queries = span(starts_q, sequence)
+    if block * M >= queries:
+        return
+    start_k, keys = span(starts_k, sequence)
+    q += start_q.to(tl.int64) * Q_TOKEN + head * Q_HEAD
+    k += start_k.to(tl.int64) * K_TOKEN + head * K_HEAD
+    v += start_k.to(tl.int64) * K_TOKEN + head * K_HEAD
+    if bias is not None:
+        bias += sequence.to(tl.int64) * bias_batch + head * bias_head
+    row = block * M + tl.arange(0, M)
+    column = tl.arange(0, N)
+    query = load_rows(q, row, queries, Q_TOKEN, DIM, D)
+    if ONE_PASS:
+        key = load_rows(k, column, keys, K_TOKEN, DIM, D)
+        value = load_rows(v, column, keys, K_TOKEN, DIM, D)
+        s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
+        at = column[None, :]
+        s = scores(s, block * M, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL)
+        top = tl.max(s, 1)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(s - shift[:, None])
+        total = tl.sum(p, 1)
+        if seed is not None:
+            keep = kept(seed, start_q + block * M, head, 0, threshold, HEADS, M, N)
+            p = tl.where(keep, p, 0.0)
+        acc = dot(p.to(value.dtype), value, tl.zeros([M, D], tl.float32), PRECISION)
+    else:
+        end = tl.minimum(keys, (block + 1) * M) if CAUSAL else keys
+        top = tl.full([M], float("-inf"), tl.float32)
+        shift = tl.zeros([M], tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D], tl.float32)
+        for first in range(0, end, N):
+            key = load_rows(k, first + column, keys, K_TOKEN, DIM, D)
+            s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
+            at = first + column[None, :]
+            s = scores(
+                s, block * M, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL
+            )
+            new = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(s - shift[:, None])
+            rescale = tl.exp2(top - shift)
+            total = total * rescale + tl.sum(p, 1)
+            if seed is not None:
+                keep = kept(seed, start_q + block * M, head, first, threshold, HEADS, M, N)
+                p = tl.where(keep, p, 0.0)
+            value = load_rows(v, first + column, keys, K_TOKEN, DIM, D)
+            acc = acc * rescale[:, None]
+            acc = dot(p.to(value.dtype), value, acc, PRECISION)
+            top = new
+    # A row without a key sums to 0; +inf makes its probabilities 0 in backward too.
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    inverse = tl.where(empty, 0.0, (1.0 if seed is None else keep_scale) / total)
+    acc = acc * inverse[:, None]
+    out += (start_q.to(tl.int64) * HEADS + head) * DIM
+    store_rows(out, acc, row, queries, HEADS * DIM, DIM, D)
+    log = tl.where(empty, float("inf"), (shift + tl.log2(total)) * _LN2)
+    tl.store(lse + head * tokens + start_q + row, log, mask=row < queries)
+
+
+def cross_forward(
+    q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias,
+    launch=launch,
+):  # fmt: skip
+    """The operator `cross_attention`: out [tokens_q, heads, dim], lse [heads, tokens_q]."""
+    q, kv = dense_last(q), dense_last(kv)
+    k, v = kv.unbind(1)
+    tokens, heads, dim = q.shape
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
+    tile = choose("forward", launch.arch(q.device), q, longest_k, bias)
+    items, blocks = work(tokens, starts_q, longest_q, tile.m)
+    a |= dict(out=out, lse=lse, blocks=blocks, ONE_PASS=longest_k <= tile.n)
+    launch(_forward, items * heads, tile, a)
+    return out, lse
+
+
+def forward(qkv, starts, longest, *options, launch=launch):
+    """The operator `attention`."""
+    q, kv = qkv[:, 0], qkv[:, 1:]
+    return cross_forward(q, kv, starts, starts, longest, longest, *options, launch)
+
+
+def shipped():
+    yield from variants(lambda launch, *arguments: forward(*arguments, launch=launch))

@@ -1,0 +1,165 @@
+"""The Triton kernels of linear_act; `linear_act.py` launches them."""
+
+import triton
+import triton.language as tl
+
+from .dot import dot
+
+
+@triton.jit
+def _activate(z, ACT: tl.constexpr):
+    """None, GELU, its tanh approximation or ReLU of z, fp32."""
+    if ACT == 1 or ACT == 2:
+        z = tl.where(z < -30, -30.0, z)  # so that -inf gives its limit 0
+    if ACT == 1:
+        z = 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
+    if ACT == 2:  # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
+        z = z / (1 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    if ACT == 3:
+        z = tl.where(z < 0, 0.0, z)
+    return z
+
+
+@triton.jit
+def _derivative(z, ACT: tl.constexpr):
+    """activation'(z), fp32."""
+    if ACT == 3:
+        d = tl.where(z > 0, 1.0, 0.0)
+    else:
+        z = tl.where(z < -30, -30.0, tl.where(z > 30, 30.0, z))  # the limits 0 and 1 at infinity
+        if ACT == 1:
+            d = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476))
+            d += z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        else:
+            s = 1 / (1 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+            d = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+    return d
+
+
+@triton.jit
+def _finish(acc, m0, n0, part, b, y, z, M, N: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr):
+    """The epilogue: bias, z, activation, y for the tile at (m0, n0) of a part."""
+    rm = m0 + tl.arange(0, acc.shape[0])
+    rn = n0 + tl.arange(0, acc.shape[1])
+    if b is not None:
+        acc += tl.load(b + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
+    at = rm.to(tl.int64)[:, None] * (PARTS * N) + (part * N + rn)[None, :]
+    inside = (rm < M)[:, None] & (rn < N)[None, :]
+    if z is not None:
+        tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside)
+    tl.store(y + at, _activate(acc, ACT).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])  # it changes with every batch
+def product(
+    x,  # [M, K], pointer or descriptor
+    w0,  # PARTS weights [N, K], pointers or one descriptor
+    w1,
+    w2,
+    b0,  # PARTS biases [N], or None
+    b1,
+    b2,
+    y,  # [M, PARTS * N]
+    z,  # [M, PARTS * N] or None
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X_M: tl.constexpr,  # strides
+    W_N: tl.constexpr,
+    W_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """y = activation(x @ w.T + bias), z = its argument."""
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    columns: tl.constexpr = blocks * PARTS
+    rows = tl.cdiv(M, BLOCK_M)
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=PERSISTENT):
+        top = tile // (GROUP * columns) * GROUP
+        height = min(rows - top, GROUP)
+        within = tile % (GROUP * columns)
+        m0 = (top + within % height) * BLOCK_M
+        part = within // height // blocks
+        n0 = within // height % blocks * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if PERSISTENT:
+            for k in range(0, K, BLOCK_K):
+                acc = dot(x.load([m0, k]), w0.load([n0, k]).T, acc, PRECISION)
+        else:
+            w = w0
+            if PARTS == 3:
+                w = tl.where(part == 0, w0, tl.where(part == 1, w1, w2))
+            # Rows past the end repeat the last one: their products are not stored.
+            xm = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+            rn = n0 + tl.arange(0, BLOCK_N)
+            wn = rn if N % BLOCK_N == 0 else tl.minimum(rn, N - 1)
+            rk = tl.arange(0, BLOCK_K).to(tl.int64)
+            xp = x + xm[:, None] * X_M + rk[None, :]
+            wp = w + wn.to(tl.int64)[None, :] * W_N + rk[:, None] * W_K
+            for k in range(0, K, BLOCK_K):
+                if K % BLOCK_K == 0:
+                    a = tl.load(xp)
+                    b = tl.load(wp)
+                else:
+                    a = tl.load(xp, mask=rk[None, :] < K - k, other=0)
+                    b = tl.load(wp, mask=rk[:, None] < K - k, other=0)
+                acc = dot(a, b, acc, PRECISION)
+                xp += BLOCK_K
+                wp += BLOCK_K * W_K
+        b = b0
+        if PARTS == 3 and b0 is not None:
+            b = tl.where(part == 0, b0, tl.where(part == 1, b1, b2))
+        if BLOCK_N > 64:  # by halves, for the registers' sake
+            half: tl.constexpr = BLOCK_N // 2
+            left, right = acc.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
+            _finish(left, m0, n0, part, b, y, z, M, N, PARTS, ACT)
+            _finish(right, m0, n0 + half, part, b, y, z, M, N, PARTS, ACT)
+        else:
+            _finish(acc, m0, n0, part, b, y, z, M, N, PARTS, ACT)
+
+
+@triton.jit
+def activation(z, y, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    """y = activation(z), flat."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(z + at, mask=at < size, other=0).to(tl.float32)
+    tl.store(y + at, _activate(value, ACT).to(y.dtype.element_ty), mask=at < size)
+
+
+@triton.jit(do_not_specialize=["M", "chunk"])
+def gradient(
+    grad,  # [M, N], rows STRIDE apart
+    z,  # [M, N]; None without an activation
+    dz,  # [M, N]; None where only sums are wanted
+    sums,  # [chunks, N] or None: over each `chunk` rows
+    M,
+    chunk,
+    N: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dz = grad * activation'(z), and column sums of it."""
+    rn = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.program_id(1) * chunk
+    total = tl.zeros([COLUMNS], tl.float32)
+    for row in range(start, min(start + chunk, M), ROWS):
+        rm = (row + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (rm < M)[:, None] & (rn < N)[None, :]
+        value = tl.load(grad + rm[:, None] * STRIDE + rn[None, :], mask=inside, other=0)
+        value = value.to(tl.float32)
+        if z is not None:
+            at = rm[:, None] * N + rn[None, :]
+            value *= _derivative(tl.load(z + at, mask=inside, other=0).to(tl.float32), ACT)
+            tl.store(dz + at, value.to(dz.dtype.element_ty), mask=inside)
+        total += tl.sum(value, 0)
+    if sums is not None:
+        at = tl.program_id(1).to(tl.int64) * N + rn
+        tl.store(sums + at, total.to(sums.dtype.element_ty), mask=rn < N)

@@ -1,0 +1,78 @@
+"""Which product serves a linear layer: Triton's with the epilogue inside, or cuBLAS.
+
+`benchmarks/linear_act_table.py` measures every candidate on a GPU and prints rows for `MEASURED`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """A variant of the Triton product; an output tile is m x n, k its step."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    # Operands by tensor descriptor (Hopper's TMA), and as many programs as the GPU has processors.
+    persistent: bool = False
+
+
+TILES = {
+    "small": Tile(64, 64, 64, 4, 4),
+    "medium": Tile(128, 128, 64, 8, 3),
+    "large": Tile(128, 256, 64, 8, 3, True),
+    "narrow": Tile(64, 64, 32, 4, 3),
+}
+CUBLAS = "cublas"
+
+# (capability, dtype, bucket(M), N, K, activation, z is stored, parts) -> a name in TILES,
+# or CUBLAS.
+# Empty: no GPU has measured these kernels yet.
+MEASURED: dict[tuple, str] = {}
+
+
+def bucket(rows: int) -> int:
+    """The power of two at or above `rows`, from 16 to 65,536: how MEASURED groups M."""
+    return min(max(1 << (rows - 1).bit_length(), 16), 65536)
+
+
+def candidates(dtype, arch: int, k: int, vectors: bool, parts: int = 1) -> list[str]:
+    """The names that can serve.
+
+    vectors: the rows of all operands are dense and start at multiples of 16 bytes; parts: see
+    `choose`.
+    """
+    if dtype == torch.float32 or not vectors:
+        return [CUBLAS, "narrow"]
+    names = [CUBLAS, "small", "medium"]
+    # With a single step over k the large tile's registers spill.
+    large = parts == 1 and k > TILES["large"].k and 90 <= arch < 100
+    return [*names, "large"] if large else names
+
+
+def choose(arch, dtype, m, n, k, activation, save, vectors, parts=1) -> str:
+    """A name in TILES, or CUBLAS, for [m, k] @ [n, k].T.
+
+    arch: 10 * major + minor of the compute capability. activation, save: the operator's.
+    parts: 3 where the weight is scattered in three, which cuBLAS needs copied together.
+
+    Defaults for shapes that MEASURED lacks, by arithmetic and not by measurement: cuBLAS where
+    there is no activation, and in fp32, whose product without tensor cores hides one more pass
+    over the output; else Triton, which saves that pass: at N = 3072 and K = 768 in 16 bits it
+    moves 12 KiB a row beside 4.7 MFLOP, on an H200 near a third of the product's own time.
+    Scattered parts: copying them costs the same at any m, so Triton up to 1,024 rows.
+    """
+    able = candidates(dtype, arch, k, vectors, parts)
+    name = MEASURED.get((arch, dtype, bucket(m), n, k, activation, save, parts))
+    if name in able:
+        return name
+    if dtype == torch.float32 or not (activation or (parts > 1 and m <= 1024)):
+        return CUBLAS
+    if not vectors:
+        return "narrow"
+    if -(-m // 128) * -(-n // 128) < 128:  # too few large tiles to fill a GPU
+        return "small"
+    return "large" if "large" in able and m >= 4096 else "medium"

@@ -1,0 +1,95 @@
+"""What the kernels that go row by row share: tiles of whole rows, layer norm in fp32, and column
+sums in two stages without atomics, so that a result is the same bits every time on a device."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .spec import Spec
+
+_COLUMNS, _PARTS = 64, 32  # of a tile of `_sum_partials`
+
+
+def tile(hidden: int, values: int) -> tuple[int, int, int]:
+    """(BLOCK, R, warps): R rows of BLOCK columns, about `values` in all; 16 bytes of bf16 a thread
+    span a row of up to 4096, so that parameters are loaded once for all R rows."""
+    block = max(16, triton.next_power_of_2(hidden))
+    return block, max(1, values // block), min(16, max(4, block // 256))
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """Of a backward: enough to fill the GPU, few enough that their partial sums cost little."""
+    if device.type != "cuda":
+        return 3  # the interpreter's: several tiles each
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def as_int32(threshold: int) -> int:
+    """The same 32 bits in the one integer type that the kernels are compiled for."""
+    return threshold - 2**32 if threshold >= 2**31 else threshold
+
+
+@triton.jit
+def load_columns(pointer, j, N: tl.constexpr):
+    return tl.load(pointer + j, j < N, other=0).to(tl.float32)
+
+
+@triton.jit
+def statistics(s, mask, eps, N: tl.constexpr):
+    """mean [R], rstd [R] and s - mean [R, BLOCK] of rows of N values; s is 0 outside mask."""
+    mean = tl.sum(s, 1) / N
+    centred = tl.where(mask, s - mean[:, None], 0)
+    return mean, tl.rsqrt(tl.sum(centred * centred, 1) / N + eps), centred
+
+
+@triton.jit
+def gradient(scaled, normed, rstd, N: tl.constexpr):
+    """Of the sum that was normalised; scaled = grad * weight, 0 outside the rows, as normed."""
+    a = tl.sum(scaled, 1) / N
+    b = tl.sum(scaled * normed, 1) / N
+    return (scaled - a[:, None] - normed * b[:, None]) * rstd[:, None]
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _sum_partials(
+    partial, out0, out1, out2, parts,
+    N: tl.constexpr, SUMS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out_k [N] = sum over p of partial [parts, SUMS, N] [p, k]; out2 is None where SUMS is 2."""
+    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.program_id(1)
+    total = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, parts, PARTS):
+        p = start + tl.arange(0, PARTS)
+        at = (p[:, None] * SUMS + k) * N + j[None, :]
+        total += tl.load(partial + at, (p < parts)[:, None] & (j < N)[None, :], other=0)
+    result = tl.sum(total, 0)
+    if k == 0:
+        tl.store(out0 + j, result.to(out0.dtype.element_ty), j < N)
+    if k == 1:
+        tl.store(out1 + j, result.to(out1.dtype.element_ty), j < N)
+    if out2 is not None:  # noqa: SIM102  decided when compiled: None has no type
+        if k == 2:
+            tl.store(out2 + j, result.to(out2.dtype.element_ty), j < N)
+
+
+def sum_partials(partial, out0, out1, out2=None):
+    parts, sums, n = partial.shape
+    _sum_partials[triton.cdiv(n, _COLUMNS), sums](
+        *(partial, out0, out1, out2, parts, n, sums, _COLUMNS, _PARTS), num_warps=4
+    )
+
+
+def shipped():
+    for out in ("*fp32", "*bf16", "*fp16"):
+        for third in (out, None):
+            types = {"partial": "*fp32", "out0": out, "out1": out}
+            constants = {"N": 768, "COLUMNS": _COLUMNS, "PARTS": _PARTS}
+            if third:
+                types["out2"], constants["SUMS"] = third, 3
+            else:
+                constants["out2"], constants["SUMS"] = None, 2
+            yield Spec(_sum_partials, types | {"parts": "i32"}, constants, 4)

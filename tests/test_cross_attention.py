@@ -1,0 +1,145 @@
+import math
+
+import pytest
+import torch
+from helpers import DEVICES, FLOATS, backends, check, keep, offsets, refused
+
+from bertfast import ops
+
+pytestmark = pytest.mark.usefixtures("guarded")
+BACKENDS = backends("cross_attention")
+QUERIES = [0, 1, 13, 40, 5, 17]
+KEYS = [3, 77, 20, 0, 1, 33]
+
+
+def plain(q, kv, bias=None, causal=False, masks=None, lengths=(QUERIES, KEYS)):
+    """Attention by autograd on each sequence; `masks` drop probabilities (already scaled)."""
+    out, i, j = [], 0, 0
+    for b, (m, n) in enumerate(zip(*lengths, strict=True)):
+        query = q[i : i + m].transpose(0, 1)  # [heads, m, dim]
+        k, v = kv[j : j + n].transpose(0, 2).unbind(1)
+        s = query @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+        if bias is not None:
+            s = s + bias[b % bias.shape[0], :, :m, :n]
+        if causal:
+            later = torch.ones(m, n, dtype=torch.bool).triu(1)
+            s = s.masked_fill(later, -math.inf)
+        p = s.softmax(-1).nan_to_num(0)
+        if masks is not None:
+            p = p * masks[b].to(p)
+        out.append((p @ v).transpose(0, 1))
+        i, j = i + m, j + n
+    return torch.cat(out)
+
+
+def inputs(backend, dim=24, heads=2, lengths=(QUERIES, KEYS)):
+    g = torch.Generator().manual_seed(0)
+    shapes = (sum(lengths[0]), heads, dim), (sum(lengths[1]), 2, heads, dim)
+    values = [torch.randn(*s, generator=g).bfloat16().float() for s in shapes]
+    starts = [offsets(n) for n in lengths]
+    return values, (*(s.to(DEVICES[backend]) for s in starts), *map(max, lengths))
+
+
+@pytest.mark.parametrize("dim", [24, 64])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_backward(backend, dtype, dim):
+    tensors, starts = inputs(backend, dim)
+    check(
+        *(backend, dtype, lambda q, kv: ops.cross_attention(q, kv, *starts)),
+        *(plain, tensors),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_keys(backend):
+    """Keys beyond one tile; few queries, then the reverse."""
+    for lengths in ([[5, 20], [150, 9]], [[150, 9], [5, 20]]):
+        tensors, starts = inputs(backend, 16, 1, lengths)
+        check(
+            *(backend, torch.float32, lambda q, kv: ops.cross_attention(q, kv, *starts)),
+            *(lambda q, kv: plain(q, kv, lengths=lengths), tensors),
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (6, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_and_causal(backend, causal, shape):
+    tensors, starts = inputs(backend)
+    g = torch.Generator().manual_seed(5)
+    bias = torch.randn(*shape, 41, 80, generator=g)
+    check(
+        *(backend, torch.float32),
+        lambda q, kv, b: ops.cross_attention(q, kv, *starts, causal=causal, bias=b),
+        lambda q, kv, b: plain(q, kv, b, causal),
+        [*tensors, bias],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout(backend):
+    """Row = query token * heads + head, column = key position."""
+    p, heads, masks, start = 0.3, 2, [], 0
+    for m, n in zip(QUERIES, KEYS, strict=True):
+        rows = [
+            torch.stack([keep(2**40 + 5, 9, (start + i) * heads + h, n, p) for h in range(heads)])
+            for i in range(m)
+        ]
+        mask = torch.stack(rows, 1) if rows else torch.zeros(heads, 0, n)
+        masks.append(mask / (1 - p))
+        start += m
+    tensors, starts = inputs(backend, heads=heads)
+    seed = torch.tensor([2**40 + 5, 9], device=DEVICES[backend])
+    check(
+        *(backend, torch.float32),
+        lambda q, kv: ops.cross_attention(q, kv, *starts, dropout_p=p, seed=seed),
+        lambda q, kv: plain(q, kv, masks=masks),
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sequences_without_keys_or_queries(backend):
+    """Zeros forward and backward, not what the memory held."""
+    tensors, starts = inputs(backend)
+    q, kv = (t.to(DEVICES[backend]).requires_grad_() for t in tensors)
+    with ops.backend(backend):
+        out = ops.cross_attention(q, kv, *starts)
+        out.square().sum().backward()
+    assert (out[14:54] == 0).all() and (q.grad[14:54] == 0).all()
+    assert (kv.grad[:3] == 0).all() and (kv.grad[3:80] != 0).any()
+    assert torch.isfinite(out).all() and torch.isfinite(kv.grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_attention_where_both_are_one(backend):
+    qkv = torch.randn(39, 3, 3, 32).to(DEVICES[backend])
+    cu = offsets([30, 9]).to(qkv.device)
+    with ops.backend(backend):
+        own = ops.attention(qkv, cu, 30)
+        cross = ops.cross_attention(qkv[:, 0], qkv[:, 1:], cu, cu, 30, 30)
+    assert torch.equal(own, cross)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend):
+    q, kv = torch.zeros(0, 2, 8), torch.zeros(4, 2, 2, 8)
+    q, kv = (t.to(DEVICES[backend]).requires_grad_() for t in (q, kv))
+    starts = [offsets(n).to(q.device) for n in ([0], [4])]
+    with ops.backend(backend):
+        out = ops.cross_attention(q, kv, *starts, 0, 4)
+        out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 2, 8) and (kv.grad == 0).all()
+
+
+def test_refusals():
+    q, kv, a, b = torch.zeros(5, 2, 8), torch.zeros(7, 2, 2, 8), offsets([2, 3]), offsets([3, 4])
+    cross = ops.cross_attention
+    refused(ValueError, r"\[7, 3, 2, 8\]", cross, q, torch.zeros(7, 3, 2, 8), a, b, 3, 4)
+    refused(TypeError, "float64", cross, q, kv.double(), a, b, 3, 4)
+    refused(ValueError, "one batch", cross, q, kv, a, offsets([7]), 3, 7)
+    refused(ValueError, "cu_seqlens_k is .*7 tokens of kv", cross, q, kv, a, a, 3, 4)
+    refused(ValueError, "max_seqlen_k is 3", cross, q, kv, a, b, 3, 3)
+    refused(TypeError, "cu_seqlens_q has dtype torch.int64", cross, q, kv, a.long(), b, 3, 4)
+    refused(ValueError, "bias has shape", cross, q, kv, a, b, 3, 4, bias=torch.zeros(1, 1, 4, 3))

