@@ -51,7 +51,7 @@ def test_outputs_and_gradients(family, head, kind):
 @pytest.mark.parametrize("by", ["call", "config"])
 @pytest.mark.parametrize(
     "family, attention",
-    [("Bert", "eager"), ("Bert", "sdpa"), ("DistilBert", "eager"), ("MPNet", "eager")],
+    [("Bert", "sdpa"), ("Roberta", "sdpa"), *((family, "eager") for family in FAMILIES)],
 )
 def test_hidden_states_and_attentions(family, attention, by):
     theirs = build(family, attention=attention)
@@ -79,6 +79,24 @@ def test_hidden_states_and_attentions(family, attention, by):
         with torch.no_grad():
             ours(**given)
         assert not any(report.fallbacks.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_to_see(family):
+    """An empty batch, a batch without a real token, a model without layers."""
+    theirs = build(family)
+    ours = copy.deepcopy(theirs)
+    report = bertfast.accelerate(ours)
+    given = inputs_for()
+    with torch.no_grad():
+        empty = {name: t[:0] for name, t in given.items()}
+        assert ours(**empty)[0].shape == (0, 17, 48)
+        out = ours(**given | {"attention_mask": torch.zeros_like(given["attention_mask"])})[0]
+        assert out.shape == (4, 17, 48) and not out.any()
+        for m in theirs, ours:
+            next(c for c in m.children() if hasattr(c, "layer")).layer = torch.nn.ModuleList()
+        torch.testing.assert_close(ours(**given)[0], theirs(**given)[0])
+    assert "no layers" in str(report)
 
 
 def test_restore_is_the_inverse():

@@ -11,19 +11,23 @@ class TransformerBlock(FusedLayer, theirs.TransformerBlock):
     stock = theirs.TransformerBlock
 
     def parts(self) -> Parts:
-        attention, ffn = self.attention, self.ffn
+        own = self._modules
+        attention, ffn = own["attention"], own["ffn"]
+        inner, outer = attention._modules, ffn._modules
         return Parts(
-            *(attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin),
-            *(self.sa_layer_norm, ffn.lin1, ffn.lin2, self.output_layer_norm),
-            activation=ffn.activation,
+            (
+                *(inner["q_lin"], inner["k_lin"], inner["v_lin"], inner["out_lin"]),
+                *(own["sa_layer_norm"], outer["lin1"], outer["lin2"], own["output_layer_norm"]),
+            ),
+            activation=outer["activation"],
             head_dim=attention.attention_head_size,
-            attention_dropout=attention.dropout.p if attention.training else 0.0,
+            attention_dropout=rate(inner["dropout"], attention),
             projection_dropout=0.0,
-            output_dropout=rate(ffn.dropout),
+            output_dropout=rate(outer["dropout"]),
             inside=(
                 (attention, theirs.DistilBertSelfAttention),
                 (ffn, theirs.FFN),
-                (ffn.dropout, nn.Dropout),
+                (outer["dropout"], nn.Dropout),
             ),
         )
 

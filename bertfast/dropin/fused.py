@@ -18,24 +18,30 @@ FOREIGN = "{} is not a layer that bertfast knows"
 
 
 class Parts(NamedTuple):
-    """What a family's layer is made of, by the names of `model.layer`."""
+    """What a family's layer is made of. `parts` reads `_modules`: several times as fast as
+    attributes, at every forward of every layer."""
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    projection: nn.Module
-    norm1: nn.Module
-    up: nn.Module
-    down: nn.Module
-    norm2: nn.Module
+    # query, key, value, projection, norm1, up, down, norm2: the order of `LayerWeights`
+    weighted: tuple[nn.Module, ...]
     activation: nn.Module
     head_dim: int
     attention_dropout: float
     projection_dropout: float
     output_dropout: float
-    inside: tuple[
-        tuple[nn.Module, type], ...
-    ]  # modules that a fused layer doesn't call: (it, its class)
+    # the other modules that a fused layer bypasses, each with the class it must have
+    inside: tuple[tuple[nn.Module, type], ...]
+
+
+_WEIGHTED = {
+    "query": nn.Linear,
+    "key": nn.Linear,
+    "value": nn.Linear,
+    "projection": nn.Linear,
+    "norm1": nn.LayerNorm,
+    "up": nn.Linear,
+    "down": nn.Linear,
+    "norm2": nn.LayerNorm,
+}
 
 
 class Call(NamedTuple):
@@ -46,9 +52,10 @@ class Call(NamedTuple):
     unfused: list[str]  # the reasons of the layers that did not run fused
 
 
-def rate(dropout: nn.Dropout) -> float:
-    """The probability that the module drops with now."""
-    return dropout.p if dropout.training else 0.0
+def rate(dropout: nn.Dropout, user: nn.Module | None = None) -> float:
+    """The probability that the module drops with now; `user` is the module that decides, where
+    its code reads the probability instead of calling the module."""
+    return dropout.p if (user or dropout).training else 0.0
 
 
 class FusedLayer:
@@ -72,13 +79,16 @@ class FusedLayer:
             call.unfused.append(why)
             padded = packing.unpack(hidden_states) if packed else hidden_states
             return super().forward(padded, attention_mask, *args, **kwargs)
+        weights = LayerWeights(
+            *(m._parameters[name] for m in parts.weighted for name in ("weight", "bias"))
+        )
         hidden, _ = encoder_layer(
             hidden_states if packed else packing.pack(hidden_states),
-            LayerWeights(*(p for m in parts[:8] for p in (m.weight, m.bias))),
+            weights,
             LayerOptions(
-                parts.query.weight.shape[0] // parts.head_dim,
+                weights.wq.shape[0] // parts.head_dim,
                 _KERNELS[type(parts.activation)],
-                parts.norm1.eps,
+                parts.weighted[4].eps,
                 parts.attention_dropout,
                 parts.projection_dropout,
                 parts.output_dropout,
@@ -100,8 +110,8 @@ class FusedLayer:
         """(why this layer can't run fused now, or None; its parts). Asked at every forward."""
         try:
             parts = self.parts()
-        except AttributeError as e:
-            return f"it is not built as its class is: {e}", None
+        except (AttributeError, KeyError) as e:
+            return f"it is not built as its class is: {e!r}", None
         return self.limit(parts), parts
 
     def limit(self, parts: Parts) -> str | None:
@@ -109,17 +119,18 @@ class FusedLayer:
             return "it is a decoder layer"
         if getattr(self, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set"
-        if type(parts.activation) not in _KERNELS:
+        activation = type(parts.activation)
+        if activation not in _KERNELS:
             return f"no kernel has its activation, {parts.activation!r}"
-        for name, m in zip(Parts._fields[:8], parts, strict=False):
-            why = plain(m, nn.LayerNorm if name.startswith("norm") else nn.Linear)
+        for (name, expected), m in zip(_WEIGHTED.items(), parts.weighted, strict=True):
+            why = plain(m, expected)
             if why:
                 return f"{name}: {why}"
-        for m, expected in (*parts.inside, (parts.activation, type(parts.activation))):
+        for m, expected in (*parts.inside, (parts.activation, activation)):
             why = untouched(m, expected)
             if why:
                 return f"{expected.__name__}: {why}"
-        if parts.norm1.eps != parts.norm2.eps:
+        if parts.weighted[4].eps != parts.weighted[7].eps:
             return "its LayerNorms differ in eps"
         return None
 
@@ -134,20 +145,24 @@ class BertLikeLayer(FusedLayer):
     classes: tuple[type, ...]  # of attention, its self and output, intermediate, output
 
     def parts(self) -> Parts:
-        attention, up, down = self.attention, self.intermediate, self.output
-        inner, projection = attention.self, attention.output
+        own = self._modules
+        attention, up, down = own["attention"], own["intermediate"], own["output"]
+        inner, projection = attention._modules["self"], attention._modules["output"]
+        qkv, after, last = inner._modules, projection._modules, down._modules
         return Parts(
-            *(inner.query, inner.key, inner.value),
-            *(projection.dense, projection.LayerNorm, up.dense, down.dense, down.LayerNorm),
+            (
+                *(qkv["query"], qkv["key"], qkv["value"], after["dense"], after["LayerNorm"]),
+                *(up._modules["dense"], last["dense"], last["LayerNorm"]),
+            ),
             activation=up.intermediate_act_fn,
             head_dim=inner.attention_head_size,
-            attention_dropout=inner.dropout.p if inner.training else 0.0,
-            projection_dropout=rate(projection.dropout),
-            output_dropout=rate(down.dropout),
+            attention_dropout=rate(qkv["dropout"], inner),
+            projection_dropout=rate(after["dropout"]),
+            output_dropout=rate(last["dropout"]),
             inside=(
                 *zip((attention, inner, projection, up, down), self.classes, strict=True),
-                (projection.dropout, nn.Dropout),
-                (down.dropout, nn.Dropout),
+                (after["dropout"], nn.Dropout),
+                (last["dropout"], nn.Dropout),
             ),
         )
 
@@ -215,6 +230,8 @@ class FusedEncoder:
 
     def _limit(self, hidden_states, attention_mask, args, kwargs):
         """(why this call can't be fused, None), or (None, the mask [batch, seqlen] or None)."""
+        if not len(self.layer):
+            return "it has no layers", None
         for layer in self.layer:
             if not isinstance(layer, FusedLayer):
                 return FOREIGN.format(type(layer).__name__), None

@@ -10,7 +10,6 @@ from torch.nn.modules import module as torch_module
 
 from ..ops import registry
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
     table
     for name, table in vars(torch_module).items()
@@ -24,8 +23,12 @@ _OPERATORS = ("attention", "qkv_linear", "linear_act", "add_layer_norm", "gather
 
 def hooked(m: nn.Module) -> bool:
     """Whether anyone but transformers' collector has a hook on this module."""
-    own = vars(m)
-    return any(own[name] and _foreign(own[name]) for name in _HOOKS)
+    own = m.__dict__
+    forward, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+    backward, before_backward = own["_backward_hooks"], own["_backward_pre_hooks"]
+    if not (forward or before or backward or before_backward):
+        return False
+    return any(map(_foreign, (forward, before, backward, before_backward)))
 
 
 def _foreign(hooks) -> bool:
@@ -36,7 +39,8 @@ def untouched(m: nn.Module, expected: type) -> str | None:
     """Whether calling m would run `expected`'s forward and nothing else."""
     if type(m) is not expected:
         return f"it is a {type(m).__name__}, not a plain {expected.__name__}"
-    if hooked(m) or "forward" in vars(m) or "_hf_hook" in vars(m):
+    own = m.__dict__
+    if hooked(m) or "forward" in own or "_hf_hook" in own:
         return "it has a hook or a forward of its own"
     return None
 
@@ -46,8 +50,9 @@ def plain(m: nn.Module, expected: type) -> str | None:
     why = untouched(m, expected)
     if why:
         return why
+    parameters = m._parameters
     for name in ("weight", "bias"):
-        p = m._parameters.get(name)
+        p = parameters.get(name)
         # A Parameter over a tensor subclass (DTensor, torchao's) has that subclass as its type.
         if type(p) is not nn.Parameter:
             return f"its {name} is {'missing' if p is None else f'a {type(p).__name__}'}"

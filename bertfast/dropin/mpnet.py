@@ -12,23 +12,28 @@ class MPNetLayer(FusedLayer, theirs.MPNetLayer):
     in_tuple = True
 
     def parts(self) -> Parts:
-        attention, up, down = self.attention.attn, self.intermediate, self.output
+        own = self._modules
+        attention, up, down = own["attention"], own["intermediate"], own["output"]
+        around, last = attention._modules, down._modules
+        inner = around["attn"]._modules
         return Parts(
-            *(attention.q, attention.k, attention.v, attention.o, self.attention.LayerNorm),
-            *(up.dense, down.dense, down.LayerNorm),
+            (
+                *(inner["q"], inner["k"], inner["v"], inner["o"], around["LayerNorm"]),
+                *(up._modules["dense"], last["dense"], last["LayerNorm"]),
+            ),
             activation=up.intermediate_act_fn,
-            head_dim=attention.attention_head_size,
-            attention_dropout=rate(attention.dropout),
-            projection_dropout=rate(self.attention.dropout),
-            output_dropout=rate(down.dropout),
+            head_dim=around["attn"].attention_head_size,
+            attention_dropout=rate(inner["dropout"]),
+            projection_dropout=rate(around["dropout"]),
+            output_dropout=rate(last["dropout"]),
             inside=(
-                (self.attention, theirs.MPNetAttention),
-                (attention, theirs.MPNetSelfAttention),
+                (attention, theirs.MPNetAttention),
+                (around["attn"], theirs.MPNetSelfAttention),
                 (up, theirs.MPNetIntermediate),
                 (down, theirs.MPNetOutput),
-                (attention.dropout, nn.Dropout),
-                (self.attention.dropout, nn.Dropout),
-                (down.dropout, nn.Dropout),
+                (inner["dropout"], nn.Dropout),
+                (around["dropout"], nn.Dropout),
+                (last["dropout"], nn.Dropout),
             ),
         )
 

@@ -4,6 +4,7 @@ Each operator file registers one function per backend; all have the operator's o
 `select` picks by device, in the order of `ORDER`, the first whose `limit` lets it serve.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ def register(operator: str, name: str, limit: Callable | None = None):
 
     def add(function):
         _table.setdefault(operator, {})[name] = Entry(function, limit or (lambda *_: None))
+        fast.cache_clear()
         return function
 
     return add
@@ -79,6 +81,7 @@ def select(operator: str, tensor: torch.Tensor, *arguments) -> Callable:
     raise RuntimeError(f"no backend serves {operator} on {device} in {dtype}")
 
 
+@functools.cache
 def fast(operator: str, device: str, dtype: torch.dtype) -> bool:
     """Whether a kernel, not the plain PyTorch reference, serves an operator by default."""
     entries = _table[operator]
