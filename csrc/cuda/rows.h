@@ -26,7 +26,7 @@ void by_hidden(int64_t hidden, const F& f) {
 template <class S>
 using Row = float[S::kChunks][kVector];
 
-// This thread's first column of a chunk, and how many columns are left from there on.
+// This thread's first column of a chunk.
 template <class S>
 __device__ __forceinline__ int64_t column(int chunk) {
   return (int64_t(chunk) * S::kThreads + threadIdx.x) * kVector;
