@@ -19,7 +19,7 @@ from bertfast.data import prepare as module
 from bertfast.data.prepare import PrepareConfig, prepare
 from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import Shards, read_index
-from bertfast.data.wordpiece import WordCounts
+from bertfast.data.wordpiece import WordCounts, train_tokenizer
 
 WORDS = [
     a + b for a in ("ba", "de", "fi", "go", "lu", "mé") for b in ("na", "ros", "tik", "Wem", "x")
@@ -182,7 +182,9 @@ def test_prepare(tmp_path):
 def test_tokens_are_the_tokenizers(tmp_path):
     """Word by word through a table: the same ids as the tokenizer gives whole documents."""
     strange = [
-        "Ünïcode ＡＢＣ, don't [MASK] foo-bar_baz (x86)! 日本語 text… naïve" + c for c in "abc"
+        "Ünïcode ＡＢＣ, don't [MASK] foo-bar_baz (x86)! a+b=c;'q' [SEP]. <p>~`^| 日本語 text… naïve"
+        + c
+        for c in "abc"
     ]
     documents = [d + " " + s for d, s in zip(texts(60), strange * 20, strict=True)]
     write(tmp_path / "c.txt", documents)
@@ -201,6 +203,24 @@ def test_tokens_are_the_tokenizers(tmp_path):
         tokens, sentences, docs = shards.load(i)
         found += [tokens[sentences[a] : sentences[b]].tolist() for a, b in pairwise(docs)]
     assert found == [backend.encode(d, add_special_tokens=False).ids for d in documents]
+
+
+def test_ascii_words_by_hand_as_by_the_library():
+    """The shortcut for ASCII words learns the vocabulary, and gives the ids, of the library's way."""
+    r = random.Random(2)
+    printable = [chr(i) for i in range(33, 127)]
+    words = ["".join(r.choice(printable) for _ in range(r.randint(1, 9))) for _ in range(400)]
+    for lowercase in (True, False):
+        tokenizer = train_tokenizer(dict.fromkeys(words, 3), 300, lowercase)
+        parts = [
+            p
+            for w in words
+            for p, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+                tokenizer.normalizer.normalize_str(w)
+            )
+        ]
+        again = train_tokenizer({p: 3 * parts.count(p) for p in parts}, 300, lowercase)
+        assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_processes_and_restart_change_nothing(tmp_path, monkeypatch):
