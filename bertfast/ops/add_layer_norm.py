@@ -171,9 +171,9 @@ def _cpu_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed
     return dx, ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias
 
 
-register_triton("add_layer_norm", "add_layer_norm.add_layer_norm", triton_row_limit(1))
+register_triton("add_layer_norm", "add_layer_norm.add_layer_norm", triton_row_limit)
 register_triton(
-    "add_layer_norm_backward", "add_layer_norm.add_layer_norm_backward", triton_row_limit(0)
+    "add_layer_norm_backward", "add_layer_norm.add_layer_norm_backward", triton_row_limit
 )
 
 

@@ -84,16 +84,12 @@ def triton_limit(device, dtype, arguments):
     return None
 
 
-def triton_row_limit(at: int):
-    """Of kernels that keep a row in registers: the last dimension of arguments[at]."""
-
-    def limit(device, dtype, arguments):
-        hidden = arguments[at].shape[-1] if arguments else 0
-        if hidden > TRITON_ROW:
-            return f"it takes hidden sizes up to {TRITON_ROW}, not {hidden}"
-        return triton_limit(device, dtype, arguments)
-
-    return limit
+def triton_row_limit(device, dtype, arguments):
+    """Of kernels that keep a row in registers: the last dimension of the first argument."""
+    hidden = arguments[0].shape[-1] if arguments else 0
+    if hidden > TRITON_ROW:
+        return f"it takes hidden sizes up to {TRITON_ROW}, not {hidden}"
+    return triton_limit(device, dtype, arguments)
 
 
 def register_triton(operator: str, function: str, limit=triton_limit):
