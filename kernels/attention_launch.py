@@ -148,11 +148,6 @@ TILES = {
 def choose(kernel, arch, q, longest, bias):
     """The tile for sequences up to `longest`, None where the table has none."""
     dim = max(triton.next_power_of_2(q.shape[2]), 32)
-    if dim > 128:
-        raise ValueError(
-            f"head_dim is {q.shape[2]}, the Triton kernels take up to 128; "
-            'use bertfast.backend("reference")'
-        )
     # Of the rest, sm_86, 89 and 120 have an A100's registers and less shared memory.
     table = TILES[kernel, 90 if arch in (90, 100, 103) else 80]
     if bias is not None:

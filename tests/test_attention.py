@@ -302,4 +302,4 @@ def test_refusals():
     if "triton" in BACKENDS:
         with ops.backend("triton"):
             wide = torch.zeros(5, 3, 1, 160)
-            refused(ValueError, "head_dim is 160", ops.attention, wide, cu, 3)
+            refused(RuntimeError, "head_dim is 160", ops.attention, wide, cu, 3)

@@ -21,6 +21,7 @@ from .library import (
     is_bf16,
     ptr,
     register_triton,
+    triton_limit,
     wide,
 )
 from .registry import register
@@ -314,5 +315,12 @@ def _backward(ctx, grad, _):
 autograd("attention", _backward, _setup)
 
 
-register_triton("attention", "attention.forward")
-register_triton("attention_backward", "attention_backward.backward")
+def triton_attention_limit(device, dtype, arguments):
+    head_dim = arguments[0].shape[-1] if arguments else 0
+    if head_dim > 128:
+        return f"head_dim is {head_dim}, it takes up to 128"
+    return triton_limit(device, dtype, arguments)
+
+
+register_triton("attention", "attention.forward", triton_attention_limit)
+register_triton("attention_backward", "attention_backward.backward", triton_attention_limit)

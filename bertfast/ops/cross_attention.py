@@ -13,6 +13,7 @@ from .attention import (
     cpu_backward,
     reference,
     reference_backward,
+    triton_attention_limit,
 )
 from .dropout import as_seed
 from .library import autograd, check, check_device, cpu_limit, define, register_triton, wide
@@ -132,8 +133,10 @@ def _cpu_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_
     return dq, dkv, cpu_backward(grad, q, kv, lse, starts_q, starts_k, *options, dq, dkv)
 
 
-register_triton("cross_attention", "attention.cross_forward")
-register_triton("cross_attention_backward", "attention_backward.cross_backward")
+register_triton("cross_attention", "attention.cross_forward", triton_attention_limit)
+register_triton(
+    "cross_attention_backward", "attention_backward.cross_backward", triton_attention_limit
+)
 
 
 def _setup(ctx, inputs, output):
