@@ -6,12 +6,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 INSTALLED := $(VENV)/.installed
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
-OPERATOR_TESTS = $(wildcard tests/test_frozen.py $(patsubst bertfast/ops/%,tests/test_%,$(wildcard bertfast/ops/*.py)))
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+OPERATOR_TESTS = $(wildcard tests/test_frozen.py tests/test_*_cuda.py tests/test_cuda_*.py $(patsubst bertfast/ops/%,tests/test_%,$(wildcard bertfast/ops/*.py)))
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-sanitize bench report lint format build clean
+.PHONY: demo test test-slow test-sanitize test-cuda-host bench report lint format build clean
 
 demo: build ## fine-tune MiniLM on docstrings and compare with transformers
 	$(BIN)/python examples/docstrings.py --out build/demo
@@ -22,8 +22,8 @@ test: build ## the quick tests
 test-slow: build
 	$(BIN)/pytest -m slow
 
-test-sanitize: build ## the operators' tests on an extension built with ASan and UBSan
-	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA=off \
+test-sanitize: build ## the operators' tests with ASan and UBSan, the CUDA kernels' on the CPU
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA_HOST=ON \
 	  -DBERTFAST_SANITIZE=ON -DBERTFAST_ONE_ISA=ON -DBERTFAST_OUTPUT=$(CURDIR)/build/sanitize \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
@@ -31,6 +31,13 @@ test-sanitize: build ## the operators' tests on an extension built with ASan and
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	BERTFAST_EXTENSION=$(CURDIR)/build/sanitize/_C.so $(BIN)/pytest -k "not triton" $(OPERATOR_TESTS)
+
+test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
+	cmake -S . -B build/cuda_host -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA_HOST=ON \
+	  -DBERTFAST_ONE_ISA=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build build/cuda_host
+	BERTFAST_EXTENSION=$(CURDIR)/build/cuda_host/_C.so $(BIN)/pytest -k cuda $(OPERATOR_TESTS)
 
 bench: build ## every operator and the encoder beside their rivals; the README's table
 	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group \

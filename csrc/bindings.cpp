@@ -7,7 +7,7 @@
 #include <vector>
 
 #ifdef BERTFAST_WITH_CUDA
-#include "cuda/kernels.h"
+#include "cuda/bindings.h"
 #endif
 #include "dispatch.h"
 
@@ -202,10 +202,7 @@ static py::dict build_info() {
   info["cpu_isa"] = kernels().isa;
   info["isas_built"] = built_isas();
 #ifdef BERTFAST_WITH_CUDA
-  std::string why = "no GPU";
-  const int devices = cuda::device_count(why);
-  info["cuda_built"] = true;
-  info["gpus"] = devices ? py::object(py::int_(devices)) : py::object(py::str("none: " + why));
+  cuda::add_build_info(info);
 #else
   info["cuda_built"] = false;
 #endif
@@ -276,15 +273,6 @@ PYBIND11_MODULE(_C, m) {
                     float, int>())
       .def("forward", &Encoder::forward);
 #ifdef BERTFAST_WITH_CUDA
-  m.def("cuda_gather_rows",
-        [](ptr x, ptr rows, ptr out, int64_t tokens, int64_t row_bytes, int device, ptr stream) {
-          cuda::gather_rows(at(x), at<const int64_t>(rows), at<void>(out), tokens, row_bytes,
-                            device, at<void>(stream));
-        });
-  m.def("cuda_scatter_rows", [](ptr x, ptr rows, ptr out, int64_t tokens, int64_t out_rows,
-                                int64_t row_bytes, int device, ptr stream) {
-    cuda::scatter_rows(at(x), at<const int64_t>(rows), at<void>(out), tokens, out_rows, row_bytes,
-                       device, at<void>(stream));
-  });
+  cuda::bind(m);
 #endif
 }

@@ -76,7 +76,7 @@ struct AddLayerNormArgs {
   float *mean, *rstd;
   const void* grad;
   void *dx, *dresidual;  // dresidual is null where it is dx's
-  float* columns;  // [3, hidden]: dweight, dbias, dx_bias
+  float* columns;        // [3, hidden]: dweight, dbias, dx_bias
 };
 
 struct EmbeddingArgs {

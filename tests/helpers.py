@@ -5,12 +5,16 @@ import pytest
 import torch
 
 from bertfast import ops
+from bertfast.ops.extension import C
+from bertfast.ops.library import CUDA_DEVICE
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 # Where each backend's tests keep their tensors; Triton's interpreter takes the CPU's.
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU}
+if hasattr(C, "cuda_gather_rows"):
+    DEVICES["cuda"] = CUDA_DEVICE  # the CPU in a build with BERTFAST_CUDA_HOST
 BACKENDS = ["reference", "cpu"]
 
 

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# (name, file, text that occurs once, its replacement, test file that must fail)
+# (name, file of csrc/cpu or with its folder, text that occurs once, its replacement, test file that
+# must fail); the CUDA kernels run on the CPU
 MUTANTS = [
     ("causal mask ignored", "attention", "g.causal ? min(query + 1, keys) : keys", "keys", "attention"),
     ("last key dropped", "attention", "g.causal ? min(query + 1, keys) : keys", "g.causal ? min(query + 1, keys) : keys - (keys > 1)", "attention"),
@@ -60,7 +61,21 @@ MUTANTS = [
     ("int8 row scale off", "encoder", "*scale = 1 / inverse", "*scale = 1.2f / inverse", "frozen"),
     ("padding not zeroed", "pack", "std::memset(out + r * row_bytes, 0, row_bytes);", "(void)r;", "pack"),
     ("write past the end", "pack", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes);", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes), out[tokens * row_bytes] = 0;", "pack"),
+    ("CUDA: barrier of a sum missing", "cuda/math.h", "  __syncthreads();\n  v = 0;", "  v = 0;", "add_layer_norm"),
+    ("CUDA: half of the blocks' sums", "cuda/rows.h", "b < blocks; ++b)", "b < blocks; b += 2)", "linear_act"),
+    ("CUDA: dropout not in the embedding's backward", "cuda/embedding_layer_norm.cu", "      drop8(in, t, j, g[c]);\n", "", "embedding_layer_norm"),
+    ("CUDA: keys past the end seen", "cuda/attention.h", "if (key >= n || query >= n", "if (query >= n", "attention_cuda"),
+    ("CUDA: output not rescaled", "cuda/attention.cu", "d[j][2 * half] *= rescale, d[j][2 * half + 1] *= rescale;", "(void)d;", "attention_cuda"),
+    ("CUDA: a stage loaded too early", "cuda/attention.h", "    __syncthreads();  // all have read", "    // all have read", "cuda_host"),
+    ("CUDA: a stage used too early", "cuda/attention.h", "    wait_copies<1>();\n", "", "attention_cuda"),
+    ("CUDA: dropout's bits of the other row", "cuda/attention.h", "bits_[0] = odd_ ? other : mine;", "bits_[0] = odd_ ? mine : other;", "attention_cuda"),
+    ("CUDA: transposed dropout mask", "cuda/attention.h", "return bits_[e] >> (4 * tile + which_) & 1;", "return bits_[e ^ 1] >> (4 * tile + which_) & 1;", "attention_cuda"),
 ]  # fmt: skip
+
+
+def source_of(tree, file):
+    folder = "csrc" if "/" in file else "csrc/cpu"
+    return tree / folder / (file if "." in file else f"{file}.cpp")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +85,7 @@ def tree(tmp_path_factory):
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     shutil.copy(ROOT / "CMakeLists.txt", tree)
     configure = ["cmake", "-S", str(tree), "-B", str(tree / "build"), "-G", "Ninja"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DBERTFAST_CUDA=off", "-DBERTFAST_ONE_ISA=ON"]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DBERTFAST_CUDA_HOST=ON", "-DBERTFAST_ONE_ISA=ON"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     subprocess.run(configure, check=True, capture_output=True)
@@ -83,24 +98,24 @@ def build(tree):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-def run_tests(tree, stem):
-    command = [str(Path(sys.executable).parent / "pytest"), "-x", "-q", "-k", "not triton"]
-    command.append(f"tests/test_{stem}.py")
+def run_tests(tree, stem, cuda):
+    command = [str(Path(sys.executable).parent / "pytest"), "-x", "-q", f"tests/test_{stem}.py"]
+    command += ["-k", "cuda" if cuda else "not cuda and not triton"]
     env = os.environ | {"BERTFAST_EXTENSION": str(tree / "build" / "_C.so")}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", sorted({m[4] for m in MUTANTS}))
-def test_the_sources_pass(tree, stem):
-    done = run_tests(tree, stem)
+@pytest.mark.parametrize("stem, cuda", sorted({(m[4], "/" in m[1]) for m in MUTANTS}))
+def test_the_sources_pass(tree, stem, cuda):
+    done = run_tests(tree, stem, cuda)
     assert done.returncode == 0, done.stdout[-2000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, file, old, new, stem", MUTANTS, ids=[m[0] for m in MUTANTS])
 def test_fault_is_caught(tree, name, file, old, new, stem):
-    path = tree / "csrc" / "cpu" / (file if "." in file else f"{file}.cpp")
+    path = source_of(tree, file)
     source = path.read_text()
     assert source.count(old) == 1, (
         f"{name}: {old!r} occurs {source.count(old)} times in {path.name}"
@@ -108,7 +123,7 @@ def test_fault_is_caught(tree, name, file, old, new, stem):
     path.write_text(source.replace(old, new))
     try:
         build(tree)
-        done = run_tests(tree, stem)
+        done = run_tests(tree, stem, "/" in file)
     finally:
         path.write_text(source)
     # 1: a test failed; a crash of the process (negative) is a catch too
@@ -119,5 +134,5 @@ def test_fault_is_caught(tree, name, file, old, new, stem):
 def test_gate_is_complete():
     assert len(MUTANTS) >= 20
     for name, file, old, _, _ in MUTANTS:
-        path = ROOT / "csrc" / "cpu" / (file if "." in file else f"{file}.cpp")
+        path = source_of(ROOT, file)
         assert path.read_text().count(old) == 1, f"{name}: adapt the gate to {path.name}"

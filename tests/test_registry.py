@@ -199,7 +199,7 @@ def test_every_instruction_set(isa):
 
     if isa not in bertfast.build_info()["isas_built"]:
         pytest.skip(f"{isa} is not built here")
-    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-x', '-k', 'forward_backward and cpu', 'tests/test_attention.py', 'tests/test_linear_act.py', 'tests/test_add_layer_norm.py', 'tests/test_embedding_layer_norm.py']))"
+    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-x', '-k', 'forward_backward and cpu', 'tests/test_attention.py', 'tests/test_linear_act.py', 'tests/test_add_layer_norm.py', 'tests/test_embedding_layer_norm.py', 'tests/test_masked_cross_entropy.py']))"
     done = run_python(code, BERTFAST_CPU_ISA=isa)
     if "which this processor lacks" in done.stdout + done.stderr:
         pytest.skip(f"this processor lacks {isa}")

@@ -12,7 +12,7 @@ SHINGLE = 5  # words in a shingle
 HASHES = 64  # in a signature
 ROWS = 4  # hashes in a band
 BANDS = HASHES // ROWS
-_IN_MEMORY = 16_000_000  # hashes sorted at a time, which bounds memory
+_IN_MEMORY = 4_000_000  # hashes sorted at a time, which bounds memory
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -254,7 +254,8 @@ def _read_words(work, i) -> corpus.Words:
 
 
 def _find_duplicates(config, work, batches):
-    """dropped.npy: bool [documents]; boilerplate.npy: hashes of sentences to leave out."""
+    """dropped.npy: bool [documents]; duplicates.npz: where in it each batch starts, and the hashes
+    of sentences to leave out."""
     target = work / "duplicates.npz"
     if target.exists():
         return
@@ -283,17 +284,24 @@ def _find_duplicates(config, work, batches):
             ]
 
         boilerplate = dedup.frequent([lambda i=i: sentences(i) for i in n], limit)
-    _save(
-        target, {"dropped": dropped, "starts": starts, "boilerplate": boilerplate, "equal": equal}
-    )
+    _save_array(work / "dropped.npy", dropped)  # on its own, to be mapped rather than read
+    _save(target, {"starts": starts, "boilerplate": boilerplate, "equal": equal})
+
+
+def _save_array(target, values):
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            np.save(f, values)
+
+    write_whole(target, write)
 
 
 def _kept(work, i):
     """(words of batch i without what is dropped, their documents' hashes, counts)."""
     with np.load(work / "duplicates.npz") as f:
         starts = f["starts"]
-        gone = f["dropped"][starts[i] : starts[i + 1]]
         boilerplate = f["boilerplate"]
+    gone = np.load(work / "dropped.npy", mmap_mode="r")[starts[i] : starts[i + 1]]
     words = _read_words(work, i)
     good = np.repeat(~gone, np.diff(words.documents))
     common = np.isin(_load(work, i, "sentence_hashes"), boilerplate)
@@ -382,7 +390,8 @@ def _statistics(out, work, batches, shards, vocab_size) -> dict:
         read.update(json.loads((work / f"shard-{i:06d}.json").read_text())["counts"])
     with np.load(work / "duplicates.npz") as f:
         read["documents_equal"] = int(f["equal"])
-        read["documents_similar"] = int(f["dropped"].sum()) - int(f["equal"])
+    dropped = np.load(work / "dropped.npy", mmap_mode="r")
+    read["documents_similar"] = int(dropped.sum()) - read["documents_equal"]
     found = dict(read)
     for name in PARTS:
         total = lambda key, name=name: sum(e[key] for e in shards[name])

@@ -1,6 +1,7 @@
 """BERT's WordPiece tokenizer over distinct words: trained on counts, applied through a table."""
 
 import json
+import re
 from collections import Counter
 from itertools import chain
 
@@ -13,6 +14,11 @@ _MOST_WORDS = 4_000_000  # distinct words counted; the rarest go beyond it, so m
 _TRAINING_WORDS = (
     60_000_000  # occurrences shown to the trainer; counts shrink to this in proportion
 )
+
+
+# BERT splits at punctuation, which in ASCII is all that is no letter or digit. Done here for ASCII
+# words, it leaves far fewer distinct ones for the tokenizer.
+_ASCII_PARTS = re.compile("[0-9A-Za-z]+|[^0-9A-Za-z]")
 
 
 class WordCounts:
@@ -42,8 +48,9 @@ def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequ
     splitter = pre_tokenizers.BertPreTokenizer()
     words = Counter()
     for word, n in counts.items():
-        if word.isascii() and word.isalnum():  # what the library would make of it, but sooner
-            words[word.lower() if lowercase else word] += n
+        if word.isascii():
+            for part in _ASCII_PARTS.findall(word.lower() if lowercase else word):
+                words[part] += n
         else:
             for part, _ in splitter.pre_tokenize_str(normalizer.normalize_str(word)):
                 words[part] += n
@@ -128,11 +135,16 @@ class WordTable:
         """Token ids of all words one after another, int64, and offsets [words + 1]."""
         if len(self.known) > self.limit:
             self.known.clear()
-        new = [w for w in words if w not in self.known]
-        for word, e in zip(
-            new, self.backend.encode_batch_fast(new, add_special_tokens=False), strict=True
-        ):
-            self.known[word] = e.ids
+        split = {
+            w: _ASCII_PARTS.findall(w) if w.isascii() else [w] for w in words if w not in self.known
+        }
+        new = list({p for parts in split.values() for p in parts if p not in self.known})
+        encoded = self.backend.encode_batch_fast(new, add_special_tokens=False)
+        for part, e in zip(new, encoded, strict=True):
+            self.known[part] = e.ids
+        for word, parts in split.items():
+            if len(parts) > 1:
+                self.known[word] = [i for p in parts for i in self.known[p]]
         ids = [self.known[w] for w in words]
         offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
         return np.fromiter(chain.from_iterable(ids), np.int64, int(offsets[-1])), offsets

@@ -1,6 +1,6 @@
 """The operators of a BERT encoder, each with interchangeable backends (see `registry`)."""
 
-from . import registry
+from . import cuda, registry  # noqa: F401  cuda registers its backend
 from .add_layer_norm import add_layer_norm
 from .attention import attention
 from .cross_attention import cross_attention

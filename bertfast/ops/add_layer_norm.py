@@ -61,7 +61,7 @@ def _fake(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     return torch.empty_like(x, memory_format=torch.contiguous_format), stats, stats.clone()
 
 
-def _two(residual, seed):
+def two_gradients(residual, seed):
     """Whether backward has two gradients: without dropout residual's is x's, and ds is empty."""
     return residual is not None and seed is not None
 
@@ -70,7 +70,7 @@ def _fake_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, see
     def like(t):
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 
-    ds = like(x) if _two(residual, seed) else x.new_empty(0)
+    ds = like(x) if two_gradients(residual, seed) else x.new_empty(0)
     dx_bias = x.new_empty(0) if x_bias is None else like(x_bias)
     return like(x), ds, like(weight), like(weight), dx_bias
 
@@ -123,7 +123,7 @@ def _reference_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p
     ds = ds * rstd[:, None]
     dx = ds if seed is None else torch.where(_keep(x, dropout_p, seed), ds / (1 - dropout_p), 0)
     dw, db = (grad * normed).sum(0), grad.sum(0)
-    ds = ds.to(x.dtype) if _two(residual, seed) else x.new_empty(0)
+    ds = ds.to(x.dtype) if two_gradients(residual, seed) else x.new_empty(0)
     dx_bias = x.new_empty(0) if x_bias is None else dx.sum(0).to(x_bias.dtype)
     return dx.to(x.dtype), ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias
 
@@ -150,7 +150,7 @@ def _cpu_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed
     grad, x, residual, x_bias = dense(grad), dense(x), dense(residual), dense(x_bias)
     weight, seed, mean, rstd = dense(weight), dense(seed), dense(mean), dense(rstd)
     dx = torch.empty((tokens, hidden), dtype=x.dtype)
-    ds = torch.empty((tokens, hidden) if _two(residual, seed) else 0, dtype=x.dtype)
+    ds = torch.empty((tokens, hidden) if two_gradients(residual, seed) else 0, dtype=x.dtype)
     columns = torch.empty((3, hidden))  # dweight, dbias, dx_bias
     C.add_layer_norm_backward(
         *(ptr(grad), ptr(x), ptr(residual), ptr(weight), ptr(x_bias), ptr(seed)),
@@ -171,9 +171,9 @@ def _cpu_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed
     return dx, ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias
 
 
-register_triton("add_layer_norm", "add_layer_norm.add_layer_norm", triton_row_limit(1))
+register_triton("add_layer_norm", "add_layer_norm.add_layer_norm", triton_row_limit)
 register_triton(
-    "add_layer_norm_backward", "add_layer_norm.add_layer_norm_backward", triton_row_limit(0)
+    "add_layer_norm_backward", "add_layer_norm.add_layer_norm_backward", triton_row_limit
 )
 
 

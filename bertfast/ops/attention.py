@@ -224,11 +224,11 @@ def _reference_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
     return torch.cat([dq.unsqueeze(1), dkv], 1), dbias
 
 
-def _dense_last(t):
+def dense_last(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _bias_arguments(bias):
+def bias_arguments(bias):
     """Pointer, the batch, head and query strides (0 where broadcast), and dtype."""
     if bias is None:
         return 0, 0, 0, 0, False
@@ -241,7 +241,7 @@ def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bi
     return (
         *(ptr(q), ptr(kv[:, 0]), ptr(kv[:, 1])),
         *(*q.stride()[:2], kv.stride(0), kv.stride(2), ptr(starts_q), ptr(starts_k)),
-        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, *_bias_arguments(bias)),
+        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, *bias_arguments(bias)),
         *(ptr(seed), 1 / (1 - dropout_p), threshold(dropout_p), causal, is_bf16(q)),
     )
 
@@ -249,7 +249,7 @@ def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bi
 def cpu(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
     """As `reference`."""
     starts_q, starts_k, seed = dense(starts_q), dense(starts_k), dense(seed)
-    q, kv, bias = _dense_last(q), _dense_last(kv), None if bias is None else _dense_last(bias)
+    q, kv, bias = dense_last(q), dense_last(kv), None if bias is None else dense_last(bias)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]))
     options = scale, dropout_p, seed, causal, bias
@@ -262,7 +262,7 @@ def cpu_backward(
 ):
     """Fills dq and dkv, whose heads are dense; -> dbias as bias, or empty."""
     grad, lse, starts_q, starts_k, seed = map(dense, (grad, lse, starts_q, starts_k, seed))
-    q, kv, bias = _dense_last(q), _dense_last(kv), None if bias is None else _dense_last(bias)
+    q, kv, bias = dense_last(q), dense_last(kv), None if bias is None else dense_last(bias)
     # One full square per sequence and head, so that no two threads add to one place.
     rows, columns = bias.shape[2:] if need_dbias else (0, 0)
     dbias = None

@@ -250,12 +250,12 @@ def _cpu_backward(
 
 
 register_triton(
-    "embedding_layer_norm", "embedding_layer_norm.embedding_layer_norm", triton_row_limit(3)
+    "embedding_layer_norm", "embedding_layer_norm.embedding_layer_norm", triton_row_limit
 )
 register_triton(
     "embedding_layer_norm_backward",
     "embedding_layer_norm.embedding_layer_norm_backward",
-    triton_row_limit(3),
+    triton_row_limit,
 )
 
 

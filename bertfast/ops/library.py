@@ -84,16 +84,12 @@ def triton_limit(device, dtype, arguments):
     return None
 
 
-def triton_row_limit(at: int):
-    """Of kernels that keep a row in registers: the last dimension of arguments[at]."""
-
-    def limit(device, dtype, arguments):
-        hidden = arguments[at].shape[-1] if arguments else 0
-        if hidden > TRITON_ROW:
-            return f"it takes hidden sizes up to {TRITON_ROW}, not {hidden}"
-        return triton_limit(device, dtype, arguments)
-
-    return limit
+def triton_row_limit(device, dtype, arguments):
+    """Of kernels that keep a row in registers: the last dimension of the first argument."""
+    hidden = arguments[0].shape[-1] if arguments else 0
+    if hidden > TRITON_ROW:
+        return f"it takes hidden sizes up to {TRITON_ROW}, not {hidden}"
+    return triton_limit(device, dtype, arguments)
 
 
 def register_triton(operator: str, function: str, limit=triton_limit):
@@ -113,13 +109,32 @@ def register_triton(operator: str, function: str, limit=triton_limit):
     registry.register(operator, "triton", limit=limit)(call)
 
 
+# A test build runs the CUDA kernels on CPU tensors (BERTFAST_CUDA_HOST in CMakeLists.txt).
+CUDA_DEVICE = "cpu" if C is not None and C.build_info().get("cuda_host") else "cuda"
+
+
 def cuda_limit(device, dtype, arguments):
     """The limits that all CUDA kernels share."""
     if C is None:
         return error
     if not hasattr(C, "cuda_gather_rows"):
         return "bertfast was built without CUDA; reinstall with BERTFAST_CUDA=on"
-    return None if device == "cuda" else f"the tensors are on {device}"
+    return None if device == CUDA_DEVICE else f"the tensors are on {device}"
+
+
+def cuda_float_limit(device, dtype, arguments):
+    """`cuda_limit`, for kernels whose tensors are floats."""
+    for d in (dtype, *(a.dtype for a in _floats(arguments))):
+        if d not in GPU_DTYPES:
+            return f"it takes float32, bfloat16 or float16, not {d}"
+    return cuda_limit(device, dtype, arguments)
+
+
+def cuda_queue(t):
+    """The device index and stream that a CUDA launcher takes last."""
+    if CUDA_DEVICE == "cpu":
+        return 0, 0
+    return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
 
 
 def _floats(arguments):

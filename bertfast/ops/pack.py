@@ -8,6 +8,7 @@ from .library import (
     check,
     cpu_limit,
     cuda_limit,
+    cuda_queue,
     define,
     dense,
     ptr,
@@ -152,10 +153,8 @@ register_triton("scatter_rows", "pack.scatter_rows", _TRITON_LIMIT)
 def _gather_cuda(x, indices):
     x, indices = dense(x), dense(indices)
     out = torch.empty((indices.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
     C.cuda_gather_rows(
-        *(ptr(x), ptr(indices), ptr(out), indices.shape[0], _row_bytes(x)),
-        *(x.device.index, stream),
+        *(ptr(x), ptr(indices), ptr(out), indices.shape[0], _row_bytes(x)), *cuda_queue(x)
     )
     return out
 
@@ -165,10 +164,8 @@ def _scatter_cuda(x, indices, rows):
     x, indices = dense(x), dense(indices)
     out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
     if out.numel():
-        stream = torch.cuda.current_stream(x.device).cuda_stream
         C.cuda_scatter_rows(
-            *(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes),
-            *(x.device.index, stream),
+            *(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes), *cuda_queue(x)
         )
     return out
 

@@ -18,7 +18,7 @@ ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 class Entry(NamedTuple):
     function: Callable
-    limit: Callable  # (device, dtype, arguments) -> why it can't serve, or None
+    limit: Callable  # (device, dtype, all arguments) -> why it can't serve, or None
 
 
 _table: dict[str, dict[str, Entry]] = {}
@@ -66,6 +66,7 @@ def register(operator: str, name: str, limit: Callable | None = None):
 def select(operator: str, tensor: torch.Tensor, *arguments) -> Callable:
     """The function that serves this call; `tensor` decides device and dtype."""
     entries, device, dtype = _table[operator], tensor.device.type, tensor.dtype
+    arguments = (tensor, *arguments)
     name = forced()
     if name is not None:
         entry = entries.get(name)

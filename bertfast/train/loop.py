@@ -154,16 +154,16 @@ class _Run:
         while True:
             if part != state["epoch"]:
                 part, batches = state["epoch"], self.task.batches(state["epoch"])
+                if not batches:
+                    raise TrainingError(f"part {part} of the training data holds no batch")
             ended = state["done"] * self.group >= len(batches) or self.step >= self.steps
-            every = self.config.eval_steps
-            due = ended if every is None else self.step % every == 0 or self.step >= self.steps
-            if due and state["evaluated"] < self.step:
+            due = self._due(ended)
+            if due:
                 self._evaluate()
-                if ended:
-                    state["epoch"], state["done"] = state["epoch"] + 1, 0
-                self._save()
-            elif ended:
+            if ended:
                 state["epoch"], state["done"] = state["epoch"] + 1, 0
+            if due:
+                self._save()
             if self.step >= self.steps or state["stopped"]:
                 return
             if ended:
@@ -172,8 +172,17 @@ class _Run:
             following = batches[at + self.group : at + 2 * self.group]
             self._train_step(batches[at : at + self.group], following)
             every = self.config.save_steps
-            if every and self.step % every == 0:
+            if every and self.step % every == 0 and not self._due(not following):
                 self._save()
+
+    def _due(self, ended: bool) -> bool:
+        """Whether the weights are to be evaluated, which also saves them."""
+        if self.state["evaluated"] == self.step:
+            return False
+        every = self.config.eval_steps
+        if every is None:
+            return ended
+        return self.step % every == 0 or self.step >= self.steps
 
     def _load(self, group):
         return [(self.task.load(b), factor) for b, factor in self.ranks.share(group)]

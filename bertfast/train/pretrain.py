@@ -123,7 +123,8 @@ class PretrainTask(Task):
         first, masked = self._hidden(model, batch)
         head = model.cls.predictions
         mean = ops.masked_cross_entropy(
-            head.transform(masked), head.decoder.weight, head.decoder.bias, batch.labels
+            *(head.transform(masked), head.decoder.weight, head.decoder.bias, batch.labels),
+            labelled_only=True,
         )
         losses = [mean.float() * len(batch.labels)]
         if self.config.nsp:

@@ -25,4 +25,18 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), as a call that C++ has too.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
+            size_t shared_bytes, void* stream, const Arguments&... arguments) {
+  if (shared_bytes > (48 << 10))  // more than a kernel gets unasked
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shared_bytes)),
+          name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
 }  // namespace bertfast::cuda

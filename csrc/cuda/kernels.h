@@ -1,4 +1,8 @@
 // Launchers of the CUDA kernels: raw device pointers, sizes and a stream; no torch header.
+//
+// Each works on `device`, queues its kernels on `stream` and throws std::runtime_error with CUDA's
+// own message where a launch fails. dtype is 0 fp32, 1 bf16, 2 fp16; pointers of void are of that
+// type, or of fp32 where a flag says so. Pointers that may be null are named optional.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -8,10 +12,73 @@ namespace bertfast::cuda {
 // How many devices the driver shows, and why there are none.
 int device_count(std::string& why);
 
-// Each throws std::runtime_error with CUDA's own message where a launch fails.
 void gather_rows(const void* x, const int64_t* rows, void* out, int64_t tokens, int64_t row_bytes,
                  int device, void* stream);
 void scatter_rows(const void* x, const int64_t* rows, void* out, int64_t tokens, int64_t out_rows,
                   int64_t row_bytes, int device, void* stream);
+
+// x, residual (optional), y [tokens, hidden]; weight, bias, x_bias (optional) [hidden]; seed
+// (optional) [2]; mean, rstd [tokens]
+void add_layer_norm(int dtype, const void* x, const void* residual, const void* weight,
+                    bool weight_fp32, const void* bias, bool bias_fp32, const void* x_bias,
+                    bool x_bias_fp32, const int64_t* seed, float keep_scale, uint32_t threshold,
+                    float eps, int64_t tokens, int64_t hidden, void* y, float* mean, float* rstd,
+                    int device, void* stream);
+// partial [blocks, 3, hidden] is scratch; columns [3, hidden]: dweight, dbias, dx_bias
+void add_layer_norm_backward(int dtype, const void* grad, const void* x, const void* residual,
+                             const void* weight, bool weight_fp32, const void* x_bias,
+                             bool x_bias_fp32, const int64_t* seed, float keep_scale,
+                             uint32_t threshold, const float* mean, const float* rstd,
+                             int64_t tokens, int64_t hidden, void* dx, void* dresidual,
+                             float* partial, int64_t blocks, float* columns, int device,
+                             void* stream);
+
+// dropout(LN(word[ids] + position[positions] + type[types])); types and type optional; the tables
+// and y are of dtype; ids, positions, types [tokens]
+void embedding_layer_norm(int dtype, const int64_t* ids, const int64_t* positions,
+                          const int64_t* types, const void* word, const void* position,
+                          const void* type, const void* weight, const void* bias,
+                          const int64_t* seed, float keep_scale, uint32_t threshold, float eps,
+                          int64_t tokens, int64_t hidden, void* y, float* mean, float* rstd,
+                          int device, void* stream);
+// ds [tokens, hidden]: gradient of the sum that is normalised; partial [blocks, 2, hidden] is
+// scratch; columns [2, hidden]: dweight, dbias
+void embedding_layer_norm_backward(int dtype, const void* grad, const int64_t* ids,
+                                   const int64_t* positions, const int64_t* types, const void* word,
+                                   const void* position, const void* type, const void* weight,
+                                   const int64_t* seed, float keep_scale, uint32_t threshold,
+                                   const float* mean, const float* rstd, int64_t tokens,
+                                   int64_t hidden, float* ds, float* partial, int64_t blocks,
+                                   float* columns, int device, void* stream);
+
+// activation: 1 GELU (erf), 2 GELU (tanh), 3 ReLU; y = activation(z), n values, y may be z
+void activate(int dtype, const void* z, void* y, int64_t n, int activation, int device,
+              void* stream);
+// dz = grad * activation'(z), all [m, n]; partial [blocks, n] is scratch; column_sum [n]: of dz, or
+// of grad with activation 0, which leaves z and dz alone
+void activation_backward(int dtype, const void* grad, const void* z, void* dz, int64_t m, int64_t n,
+                         int activation, float* partial, int64_t blocks, float* column_sum,
+                         int device, void* stream);
+
+// dtype 1 or 2, dim 32, 64 or 128. qkv by its strides in values, 16-byte aligned throughout, the
+// last dimension dense; bias (optional) by strides, its last dimension dense; seed (optional);
+// out [tokens, heads, dim]; lse [heads, tokens], +inf where a row is fully masked
+void attention(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
+               const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+               int64_t max_seqlen, float scale, const void* bias, bool bias_fp32,
+               int64_t bias_batch, int64_t bias_head, int64_t bias_query, const int64_t* seed,
+               float keep_scale, uint32_t threshold, bool causal, void* out, float* lse, int device,
+               void* stream);
+// grad and out [tokens, heads, dim]; dqkv [tokens, 3, heads, dim]; delta [heads, tokens] is
+// scratch; dbias (optional) [batch, heads, dbias_rows, dbias_columns] is written where there are
+// scores
+void attention_backward(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
+                        const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
+                        int64_t dim, int64_t max_seqlen, float scale, const void* bias,
+                        bool bias_fp32, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
+                        const int64_t* seed, float keep_scale, uint32_t threshold, bool causal,
+                        const void* grad, const void* out, const float* lse, float* delta,
+                        void* dqkv, float* dbias, int64_t dbias_rows, int64_t dbias_columns,
+                        int device, void* stream);
 
 }  // namespace bertfast::cuda

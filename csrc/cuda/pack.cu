@@ -17,21 +17,22 @@ __global__ void copy_rows(const Unit* x, const int64_t* rows, Unit* out, int64_t
 }
 
 template <bool scatter>
-void launch(const void* x, const int64_t* rows, void* out, int64_t tokens, int64_t row_bytes,
-            cudaStream_t stream) {
+void copy(const void* x, const int64_t* rows, void* out, int64_t tokens, int64_t row_bytes,
+          void* stream) {
   if (tokens == 0 || row_bytes == 0) return;
+  const auto start = [&](auto unit) {
+    using Unit = decltype(unit);
+    launch("copy_rows", copy_rows<Unit, scatter>, dim3(unsigned(tokens)), kThreads, 0, stream,
+           static_cast<const Unit*>(x), rows, static_cast<Unit*>(out),
+           row_bytes / int64_t(sizeof(Unit)));
+  };
   const uint64_t alignment = uint64_t(x) | uint64_t(out) | uint64_t(row_bytes);
-  const unsigned blocks = unsigned(tokens);
   if (alignment % 16 == 0)
-    copy_rows<uint4, scatter><<<blocks, kThreads, 0, stream>>>(
-        static_cast<const uint4*>(x), rows, static_cast<uint4*>(out), row_bytes / 16);
+    start(uint4());
   else if (alignment % 4 == 0)
-    copy_rows<uint32_t, scatter><<<blocks, kThreads, 0, stream>>>(
-        static_cast<const uint32_t*>(x), rows, static_cast<uint32_t*>(out), row_bytes / 4);
+    start(uint32_t());
   else
-    copy_rows<char, scatter><<<blocks, kThreads, 0, stream>>>(static_cast<const char*>(x), rows,
-                                                              static_cast<char*>(out), row_bytes);
-  check(cudaGetLastError(), "copy_rows launch");
+    start(char());
 }
 
 }  // namespace
@@ -48,15 +49,15 @@ int device_count(std::string& why) {
 void gather_rows(const void* x, const int64_t* rows, void* out, int64_t tokens, int64_t row_bytes,
                  int device, void* stream) {
   const DeviceGuard guard(device);
-  launch<false>(x, rows, out, tokens, row_bytes, static_cast<cudaStream_t>(stream));
+  copy<false>(x, rows, out, tokens, row_bytes, stream);
 }
 
 void scatter_rows(const void* x, const int64_t* rows, void* out, int64_t tokens, int64_t out_rows,
                   int64_t row_bytes, int device, void* stream) {
   const DeviceGuard guard(device);
-  const auto s = static_cast<cudaStream_t>(stream);
-  check(cudaMemsetAsync(out, 0, size_t(out_rows * row_bytes), s), "cudaMemsetAsync");
-  launch<true>(x, rows, out, tokens, row_bytes, s);
+  check(cudaMemsetAsync(out, 0, size_t(out_rows * row_bytes), static_cast<cudaStream_t>(stream)),
+        "cudaMemsetAsync");
+  copy<true>(x, rows, out, tokens, row_bytes, stream);
 }
 
 }  // namespace bertfast::cuda

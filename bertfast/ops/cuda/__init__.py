@@ -1,0 +1,5 @@
+"""Backend "cuda": each operator's arguments as raw pointers for csrc/cuda. Importing registers."""
+
+from . import add_layer_norm, attention, embedding_layer_norm, linear_act
+
+__all__ = ["add_layer_norm", "attention", "embedding_layer_norm", "linear_act"]

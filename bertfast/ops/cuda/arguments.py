@@ -1,0 +1,35 @@
+"""What the operators here share."""
+
+import torch
+
+from ..dropout import threshold
+from ..library import GPU_DTYPES, ptr
+
+MAX_HIDDEN = 4096  # kMaxHidden in csrc/cuda/rows.h: a row stays in a block's registers
+
+
+def hidden_limit(arguments):
+    """Why layer norm can't serve these; the first vector of floats among them is its weight."""
+    tensors = (a for a in arguments if isinstance(a, torch.Tensor))
+    weight = next((a for a in tensors if a.dim() == 1 and a.is_floating_point()), None)
+    if weight is None or weight.shape[0] <= MAX_HIDDEN:
+        return None
+    return f"hidden is {weight.shape[0]}, it takes at most {MAX_HIDDEN}"
+
+
+def dtype_code(t):
+    return GPU_DTYPES.index(t.dtype)  # csrc/cuda/kernels.h has the same order
+
+
+def parameter(t):
+    """Pointer of an optional parameter vector, and whether it is fp32."""
+    return ptr(t), t is not None and t.dtype == torch.float32
+
+
+def dropout(p, seed):
+    return ptr(seed), 1 / (1 - p), threshold(p)
+
+
+def row_blocks(rows):
+    """Thread blocks that share out a sum over rows: by the rows alone, so its bits never change."""
+    return min(-(-rows // 8), 264)

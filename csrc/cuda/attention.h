@@ -1,0 +1,362 @@
+// What attention's forward and backward kernels share.
+//
+// A thread block serves one head of one sequence; each warp owns 16 rows (queries, or keys for the
+// gradients of keys and values) and walks over the other side's rows, which lie in shared memory
+// 64 at a time. See mma.h for what of a matrix a lane holds: g = lane / 4, t = lane % 4.
+#pragma once
+#include "check.h"
+#include "kernels.h"
+#include "math.h"
+#include "mma.h"
+
+namespace bertfast::cuda {
+namespace {
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
+constexpr int kStage = 64;                 // rows of a stage in shared memory
+constexpr size_t kSharedLimit = 99 << 10;  // what sm_86 and sm_89 give a block
+
+enum Kind { kPlain, kDropout, kGeneral };  // kGeneral: bias, causal mask, dropout as asked
+
+struct Attention {
+  const void* qkv;
+  int64_t token, part, head;  // strides of qkv in values
+  const int32_t* cu_seqlens;
+  int64_t tokens;
+  int heads;
+  float scale;
+  const void* bias;  // null, or additive, by batch, head and query strides
+  int64_t bias_batch, bias_head, bias_query;
+  bool bias_fp32, causal;
+  Dropout dropout;
+};
+
+template <Kind kind>
+__device__ __forceinline__ bool has_dropout(const Attention& g) {
+  return kind == kDropout || (kind == kGeneral && g.dropout.seed);
+}
+template <Kind kind>
+__device__ __forceinline__ bool is_causal(const Attention& g) {
+  return kind == kGeneral && g.causal;
+}
+
+// The sequence and head of this thread block: grid (batch, heads, ...).
+struct Task {
+  int64_t start, b, h;
+  int n;
+
+  __device__ __forceinline__ explicit Task(const Attention& g)
+      : start(g.cu_seqlens[blockIdx.x]),
+        b(blockIdx.x),
+        h(blockIdx.y),
+        n(int(g.cu_seqlens[blockIdx.x + 1] - start)) {}
+
+  template <class T>
+  __device__ __forceinline__ const T* qkv(const Attention& g, int which) const {
+    return static_cast<const T*>(g.qkv) + start * g.token + which * g.part + h * g.head;
+  }
+  // Of [tokens, heads, D], and of [heads, tokens].
+  __device__ __forceinline__ int64_t packed(const Attention& g, int dim) const {
+    return (start * g.heads + h) * dim;
+  }
+  __device__ __forceinline__ int64_t statistic(const Attention& g) const {
+    return h * g.tokens + start;
+  }
+  __device__ __forceinline__ int64_t dropout_row(const Attention& g, int query) const {
+    return (start + query) * g.heads + h;
+  }
+
+  // A score in units of log 2: scaled, biased, -inf where the key is masked.
+  template <class T, Kind kind>
+  __device__ __forceinline__ float score(const Attention& g, float s, int query, int key) const {
+    if (key >= n || query >= n || (is_causal<kind>(g) && key > query)) return -INFINITY;
+    s *= g.scale * kLog2e;
+    if (kind == kGeneral && g.bias) {
+      const int64_t at = b * g.bias_batch + h * g.bias_head + query * g.bias_query + key;
+      s += kLog2e * (g.bias_fp32 ? static_cast<const float*>(g.bias)[at]
+                                 : to_float(static_cast<const T*>(g.bias)[at]));
+    }
+    return s;
+  }
+};
+
+// The lane's e-th value of a tile of columns: how far below and right of the product's corner.
+__device__ __forceinline__ int row_of(int e) { return threadIdx.x % 32 / 4 + e / 2 * 8; }
+__device__ __forceinline__ int column_of(int tile, int e) {
+  return 8 * tile + threadIdx.x % 4 * 2 + e % 2;
+}
+
+// A product q k^T from (row, column) on becomes scores; by_key: it is k q^T, keys in rows.
+template <class T, Kind kind, bool by_key, int tiles>
+__device__ __forceinline__ void to_scores(const Attention& g, const Task& task,
+                                          float (&s)[tiles][4], int row, int column) {
+  const bool whole = row + 16 <= task.n && column + 8 * tiles <= task.n;  // no edge inside
+#pragma unroll
+  for (int i = 0; i < tiles; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int y = row + row_of(e), x = column + column_of(i, e);
+      s[i][e] = kind != kGeneral && whole
+                    ? s[i][e] * (g.scale * kLog2e)
+                    : task.score<T, kind>(g, s[i][e], by_key ? x : y, by_key ? y : x);
+    }
+}
+
+// --- rows in shared memory ---
+
+template <int D>
+constexpr int kRow = D + 8;  // values from row to row: eight rows meet all banks once
+
+template <int D>
+constexpr size_t kStageBytes = 2 * kStage * kRow<D> * 2;  // of both operands
+
+// Rows [0, n) of two operands a and b, each [n, D], by stages of 64 rows: all of them at once where
+// they fit, to stay; otherwise a ring of two stages that loads one ahead of use.
+template <class T, int D>
+class Ring {
+ public:
+  __device__ __forceinline__ Ring(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int n,
+                                  int stages)
+      : a_(a), b_(b), a_stride_(a_stride), b_stride_(b_stride), n_(n), stages_(stages) {
+    resident_ = n <= stages * kStage;
+    if (!resident_) return;
+    for (int j = 0; j * kStage < n; ++j) load(j);
+    close_copies();
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+  // Around a walk over stages [first, end), by all threads of the block.
+  __device__ __forceinline__ void begin(int first) {
+    if (resident_) return;
+    load(first);
+    close_copies();
+  }
+  __device__ __forceinline__ void await(int j, int end) {
+    if (resident_) return;
+    if (j + 1 < end) load(j + 1);
+    close_copies();
+    wait_copies<1>();
+    __syncthreads();
+  }
+  __device__ __forceinline__ void release(int j, int end) {
+    if (resident_) return;
+    if (j + 1 == end) wait_copies<0>();
+    __syncthreads();  // all have read what the next load overwrites
+  }
+
+  __device__ __forceinline__ const T* a(int j) const { return memory(j); }
+  __device__ __forceinline__ const T* b(int j) const { return memory(j) + kStage * kRow<D>; }
+
+ private:
+  __device__ __forceinline__ T* memory(int j) const {
+    return reinterpret_cast<T*>(shared_memory()) +
+           (resident_ ? j : j % stages_) * (2 * kStage * kRow<D>);
+  }
+  __device__ __forceinline__ void load(int j) const {
+    constexpr int pieces = D / 8;  // of 16 bytes
+    for (int i = threadIdx.x; i < kStage * pieces; i += blockDim.x) {
+      const int row = j * kStage + i / pieces, column = i % pieces * 8;
+      const bool valid = row < n_;  // past the end zeros: a NaN of the next sequence stays there
+      T* to = memory(j) + i / pieces * kRow<D> + column;
+      copy_async(to, a_ + (valid ? row * a_stride_ + column : 0), valid);
+      copy_async(to + kStage * kRow<D>, b_ + (valid ? row * b_stride_ + column : 0), valid);
+    }
+  }
+
+  const T *a_, *b_;
+  int64_t a_stride_, b_stride_;
+  int n_, stages_;
+  bool resident_;
+};
+
+// --- fragments ---
+
+// Rows [row, row + 16) of x [n, D] in global memory as an a operand; zeros from n on.
+template <class T, int D>
+__device__ __forceinline__ void load_a(uint32_t (&a)[D / 16][4], const T* x, int64_t stride,
+                                       int row, int n) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + lane / 4 + 8 * half;
+    const T* from = x + at * stride + lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      a[k][half] = at < n ? *reinterpret_cast<const uint32_t*>(from + 16 * k) : 0;
+      a[k][half + 2] = at < n ? *reinterpret_cast<const uint32_t*>(from + 16 * k + 8) : 0;
+    }
+  }
+}
+
+// A product's result [16, 16 of it from column tile 2k on], rounded, as the a operand of the next.
+template <class T, int tiles>
+__device__ __forceinline__ void to_a(uint32_t (&a)[4], const float (&d)[tiles][4], int k) {
+  a[0] = pair(T(), d[2 * k][0], d[2 * k][1]);
+  a[1] = pair(T(), d[2 * k][2], d[2 * k][3]);
+  a[2] = pair(T(), d[2 * k + 1][0], d[2 * k + 1][1]);
+  a[3] = pair(T(), d[2 * k + 1][2], d[2 * k + 1][3]);
+}
+
+// d = a x^T for rows [row, row + 8 * tiles) of x in shared memory.
+template <class T, int D, int tiles>
+__device__ __forceinline__ void rows_product(float (&d)[tiles][4], const uint32_t (&a)[D / 16][4],
+                                             const T* x, int row) {
+  const int lane = threadIdx.x % 32;
+  const T* at = x + (row + lane / 16 * 8 + lane % 8) * kRow<D> + lane / 8 % 2 * 8;
+#pragma unroll
+  for (int j = 0; j < tiles; ++j) d[j][0] = d[j][1] = d[j][2] = d[j][3] = 0;
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+    for (int j = 0; j < tiles; j += 2) {
+      uint32_t b[4];
+      ldmatrix(b, at + 8 * j * kRow<D> + 16 * k);
+      mma(T(), d[j], a[k], b[0], b[1]);
+      mma(T(), d[j + 1], a[k], b[2], b[3]);
+    }
+}
+
+// d += p x, p [16, 8 * tiles] a product's result, for rows [row, row + 8 * tiles) of x.
+template <class T, int D, int tiles>
+__device__ __forceinline__ void columns_product(float (&d)[D / 8][4], const float (&p)[tiles][4],
+                                                const T* x, int row) {
+  const int lane = threadIdx.x % 32;
+  const T* at = x + (row + lane / 8 % 2 * 8 + lane % 8) * kRow<D> + lane / 16 * 8;
+#pragma unroll
+  for (int k = 0; k < tiles / 2; ++k) {
+    uint32_t a[4], b[4];
+    to_a<T>(a, p, k);
+#pragma unroll
+    for (int j = 0; j < D / 8; j += 2) {
+      ldmatrix_transposed(b, at + 16 * k * kRow<D> + 8 * j);
+      mma(T(), d[j], a, b[0], b[1]);
+      mma(T(), d[j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// Writes d [16, D] times a factor for each of the lane's two rows, where the row is below n.
+template <class T, int D>
+__device__ __forceinline__ void store_rows(T* to, int64_t stride, const float (&d)[D / 8][4],
+                                           float first, float second, int row, int n) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + lane / 4 + 8 * half;
+    const float factor = half ? second : first;
+    if (at < n)
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+        *reinterpret_cast<uint32_t*>(to + at * stride + 8 * j + lane % 4 * 2) =
+            pair(T(), d[j][2 * half] * factor, d[j][2 * half + 1] * factor);
+  }
+}
+
+// Sum and maximum over the four lanes that share rows.
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
+  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
+}
+
+// Which probabilities dropout keeps, for queries [query, query + 16) in rows and keys
+// [key, key + 8 * tiles) in columns. Philox gives four adjacent keys of a query at once, so two
+// lanes that share them each do one of their two rows and exchange the bits.
+template <int tiles>
+class KeepByQuery {
+ public:
+  __device__ __forceinline__ KeepByQuery(const Attention& g, const Task& task, int query, int key) {
+    const int lane = threadIdx.x % 32;
+    odd_ = lane % 2;
+    const int64_t row = task.dropout_row(g, query + lane / 4 + 8 * odd_);
+    uint32_t mine = 0;
+#pragma unroll
+    for (int j = 0; j < tiles; ++j)
+      mine |= keep4(g.dropout, row, uint32_t(key / 4 + 2 * j + lane % 4 / 2)) << 4 * j;
+    const uint32_t other = __shfl_xor_sync(~0u, mine, 1);
+    bits_[0] = odd_ ? other : mine;
+    bits_[1] = odd_ ? mine : other;
+  }
+  __device__ __forceinline__ bool operator()(int tile, int e) const {
+    return bits_[e / 2] >> (4 * tile + 2 * odd_ + e % 2) & 1;
+  }
+
+ private:
+  uint32_t bits_[2];
+  int odd_;
+};
+
+// The same with keys in rows and queries in columns: four lanes share four keys and do one each of
+// their two queries and two groups of keys.
+template <int tiles>
+class KeepByKey {
+ public:
+  __device__ __forceinline__ KeepByKey(const Attention& g, const Task& task, int key, int query) {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    which_ = lane / 4 % 4;
+    const uint32_t block = uint32_t(key / 4 + lane / 16 + 2 * (which_ / 2));
+    uint32_t mine = 0;
+#pragma unroll
+    for (int j = 0; j < tiles; ++j)
+      mine |= keep4(g.dropout, task.dropout_row(g, query + 8 * j + 2 * t + which_ % 2), block)
+              << 4 * j;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) bits_[e] = __shfl_sync(~0u, mine, lane / 16 * 16 + 4 * e + t);
+  }
+  __device__ __forceinline__ bool operator()(int tile, int e) const {
+    return bits_[e] >> (4 * tile + which_) & 1;
+  }
+
+ private:
+  uint32_t bits_[4];
+  int which_;
+};
+
+// --- launches ---
+
+// Stages in shared memory, warps and groups of rows for sequences up to max_seqlen.
+struct Shape {
+  int stages, warps, groups;
+};
+
+template <int D>
+Shape shape(int64_t max_seqlen, int64_t tasks, int max_warps) {
+  constexpr int fit = int(kSharedLimit / kStageBytes<D>);
+  const int all = int((max_seqlen + kStage - 1) / kStage);
+  Shape s;
+  s.warps = max_seqlen <= 64 ? 4 : max_warps;
+  s.stages = all <= fit ? all : 2;
+  // What is resident serves all of a sequence's rows, unless that left the device idle.
+  const int groups = int((max_seqlen + 16 * s.warps - 1) / (16 * s.warps));
+  s.groups = all <= fit && tasks >= 256 ? 1 : groups;
+  return s;
+}
+
+template <class F>
+void by_half(int dtype, const F& f) {
+  if (dtype == 1) return f(bf16());
+  if (dtype == 2) return f(fp16());
+  throw std::invalid_argument("attention takes dtype 1 (bf16) or 2 (fp16)");
+}
+
+template <class F>
+void by_dim(int64_t dim, const F& f) {
+  if (dim == 32) return f(std::integral_constant<int, 32>());
+  if (dim == 64) return f(std::integral_constant<int, 64>());
+  if (dim == 128) return f(std::integral_constant<int, 128>());
+  throw std::invalid_argument("head_dim is " + std::to_string(dim) + ", expected 32, 64 or 128");
+}
+
+template <class F>
+void by_kind(const Attention& g, const F& f) {
+  if (g.bias || g.causal) return f(std::integral_constant<Kind, kGeneral>());
+  if (g.dropout.seed) return f(std::integral_constant<Kind, kDropout>());
+  return f(std::integral_constant<Kind, kPlain>());
+}
+
+}  // namespace
+}  // namespace bertfast::cuda

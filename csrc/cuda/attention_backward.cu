@@ -1,0 +1,202 @@
+// Attention's gradients. The probabilities are made again from the log-sum-exp (Dao et al.,
+// arXiv:2205.14135), once by queries for dq and once by keys for dk and dv: two matrix products
+// more than with dq summed up by atomics, but the same bits at every run.
+#include "attention.h"
+
+namespace bertfast::cuda {
+namespace {
+
+constexpr int kMaxWarps = 4;
+
+struct Gradients {
+  const void *grad, *out;
+  const float* lse;
+  float* delta;  // [heads, tokens]: sum of grad * out over a row
+  void* dqkv;
+  float* dbias;  // null, or [batch, heads, rows, columns]
+  int64_t dbias_rows, dbias_columns;
+};
+
+// Rows of the other side at a time: what of scores and their gradient fits in registers.
+template <int D>
+constexpr int kStep = D == 128 ? 16 : 32;
+
+template <class T, int D>
+__device__ __forceinline__ T* gradient(const Attention& g, const Gradients& b, const Task& task,
+                                       int which) {
+  return static_cast<T*>(b.dqkv) + ((task.start * 3 + which) * g.heads + task.h) * D;
+}
+
+// dq, by queries; also delta, for the keys' kernel, and dbias.
+template <class T, int D, Kind kind>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    query_gradient(Attention g, Gradients b, int stages) {
+  const Task task(g);
+  const int rows = blockDim.x / 32 * 16;
+  if (int(blockIdx.z) * rows >= task.n) return;
+  const int64_t row_stride = int64_t(g.heads) * D;
+  Ring<T, D> ring(task.qkv<T>(g, 1), g.token, task.qkv<T>(g, 2), g.token, task.n, stages);
+  for (int first = blockIdx.z * rows; first < task.n; first += gridDim.z * rows) {
+    const int query = first + threadIdx.x / 32 * 16;
+    const int keys = is_causal<kind>(g) ? min(task.n, first + rows) : task.n;
+    const int end = (keys + kStage - 1) / kStage;
+    uint32_t q[D / 16][4], grad[D / 16][4];
+    load_a<T, D>(q, task.qkv<T>(g, 0), g.token, query, task.n);
+    load_a<T, D>(grad, static_cast<const T*>(b.grad) + task.packed(g, D), row_stride, query,
+                 task.n);
+    float lse[2], delta[2] = {0, 0};
+    {
+      uint32_t out[D / 16][4];
+      load_a<T, D>(out, static_cast<const T*>(b.out) + task.packed(g, D), row_stride, query,
+                   task.n);
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float2 x = both(T(), grad[k][r]), y = both(T(), out[k][r]);
+          delta[r % 2] += x.x * y.x + x.y * y.y;
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = query + row_of(2 * half);
+      const int64_t at = task.statistic(g) + row;
+      delta[half] = quad_sum(delta[half]);
+      lse[half] = row < task.n ? b.lse[at] * kLog2e : INFINITY;
+      if (threadIdx.x % 4 == 0 && row < task.n) b.delta[at] = delta[half];
+    }
+    float dq[D / 8][4] = {};
+    ring.begin(0);
+    for (int j = 0; j < end; ++j) {
+      ring.await(j, end);
+      if (query < task.n)
+        for (int row = 0; row < kStage; row += kStep<D>) {
+          constexpr int tiles = kStep<D> / 8;
+          const int key = j * kStage + row;
+          if (key >= keys) break;
+          float s[tiles][4], ds[tiles][4];
+          rows_product<T, D>(s, q, ring.a(j), row);
+          rows_product<T, D>(ds, grad, ring.b(j), row);
+          to_scores<T, kind, false>(g, task, s, query, key);
+          if (has_dropout<kind>(g)) {
+            const KeepByQuery<tiles> keep(g, task, query, key);
+#pragma unroll
+            for (int i = 0; i < tiles; ++i)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) ds[i][e] = keep(i, e) ? ds[i][e] * g.dropout.scale : 0;
+          }
+#pragma unroll
+          for (int i = 0; i < tiles; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              ds[i][e] = exp2f(s[i][e] - lse[e / 2]) * (ds[i][e] - delta[e / 2]);
+              const int y = query + row_of(e), x = key + column_of(i, e);
+              if (kind == kGeneral && b.dbias && y < task.n && x < task.n)
+                b.dbias[((task.b * g.heads + task.h) * b.dbias_rows + y) * b.dbias_columns + x] =
+                    ds[i][e];
+            }
+          columns_product<T, D>(dq, ds, ring.a(j), row);
+        }
+      ring.release(j, end);
+    }
+    store_rows<T, D>(gradient<T, D>(g, b, task, 0), 3 * row_stride, dq, g.scale, g.scale, query,
+                     task.n);
+  }
+}
+
+// dk and dv, by keys: the products are those of query_gradient, transposed.
+template <class T, int D, Kind kind>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    key_gradients(Attention g, Gradients b, int stages) {
+  const Task task(g);
+  const int rows = blockDim.x / 32 * 16;
+  if (int(blockIdx.z) * rows >= task.n) return;
+  const int64_t row_stride = int64_t(g.heads) * D;
+  Ring<T, D> ring(task.qkv<T>(g, 0), g.token, static_cast<const T*>(b.grad) + task.packed(g, D),
+                  row_stride, task.n, stages);
+  const int end = (task.n + kStage - 1) / kStage;
+  for (int first = blockIdx.z * rows; first < task.n; first += gridDim.z * rows) {
+    const int key = first + threadIdx.x / 32 * 16;
+    uint32_t k[D / 16][4], v[D / 16][4];
+    load_a<T, D>(k, task.qkv<T>(g, 1), g.token, key, task.n);
+    load_a<T, D>(v, task.qkv<T>(g, 2), g.token, key, task.n);
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    const int begin = is_causal<kind>(g) ? first / kStage : 0;
+    ring.begin(begin);
+    for (int j = begin; j < end; ++j) {
+      ring.await(j, end);
+      if (key < task.n)
+        for (int row = 0; row < kStage; row += kStep<D>) {
+          constexpr int tiles = kStep<D> / 8;
+          const int query = j * kStage + row;
+          if (query >= task.n) break;
+          float p[tiles][4], ds[tiles][4];
+          rows_product<T, D>(p, k, ring.a(j), row);
+          rows_product<T, D>(ds, v, ring.b(j), row);
+          to_scores<T, kind, true>(g, task, p, key, query);
+          uint32_t kept[tiles];
+          if (has_dropout<kind>(g)) {
+            const KeepByKey<tiles> keep(g, task, key, query);
+#pragma unroll
+            for (int i = 0; i < tiles; ++i)
+              kept[i] = keep(i, 0) | keep(i, 1) << 1 | keep(i, 2) << 2 | keep(i, 3) << 3;
+          }
+#pragma unroll
+          for (int i = 0; i < tiles; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int x = query + column_of(i, e);
+              const int64_t at = task.statistic(g) + min(x, task.n - 1);  // past it p is 0
+              p[i][e] = exp2f(p[i][e] - b.lse[at] * kLog2e);
+              const bool keep = !has_dropout<kind>(g) || kept[i] >> e & 1;
+              if (has_dropout<kind>(g)) ds[i][e] = keep ? ds[i][e] * g.dropout.scale : 0;
+              ds[i][e] = p[i][e] * (ds[i][e] - b.delta[at]);
+              if (!keep) p[i][e] = 0;
+            }
+          columns_product<T, D>(dv, p, ring.b(j), row);
+          columns_product<T, D>(dk, ds, ring.a(j), row);
+        }
+      ring.release(j, end);
+    }
+    const float kept = has_dropout<kind>(g) ? g.dropout.scale : 1;
+    store_rows<T, D>(gradient<T, D>(g, b, task, 1), 3 * row_stride, dk, g.scale, g.scale, key,
+                     task.n);
+    store_rows<T, D>(gradient<T, D>(g, b, task, 2), 3 * row_stride, dv, kept, kept, key, task.n);
+  }
+}
+
+}  // namespace
+
+void attention_backward(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
+                        const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
+                        int64_t dim, int64_t max_seqlen, float scale, const void* bias,
+                        bool bias_fp32, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
+                        const int64_t* seed, float keep_scale, uint32_t threshold, bool causal,
+                        const void* grad, const void* out, const float* lse, float* delta,
+                        void* dqkv, float* dbias, int64_t dbias_rows, int64_t dbias_columns,
+                        int device, void* stream) {
+  if (tokens == 0 || heads == 0 || max_seqlen == 0) return;
+  const DeviceGuard guard(device);
+  const Attention g{qkv,       token,      part,      head,   cu_seqlens,
+                    tokens,    int(heads), scale,     bias,   bias_batch,
+                    bias_head, bias_query, bias_fp32, causal, {seed, keep_scale, threshold}};
+  const Gradients b{grad, out, lse, delta, dqkv, dbias, dbias_rows, dbias_columns};
+  by_half(dtype, [&](auto type) {
+    by_dim(dim, [&](auto size) {
+      by_kind(g, [&](auto which) {
+        using T = decltype(type);
+        constexpr int D = decltype(size)::value;
+        constexpr Kind kind = decltype(which)::value;
+        const Shape s = shape<D>(max_seqlen, batch * heads, kMaxWarps);
+        const dim3 grid(unsigned(batch), unsigned(heads), unsigned(s.groups));
+        const size_t shared = s.stages * kStageBytes<D>;
+        launch("attention_backward, queries", query_gradient<T, D, kind>, grid, 32 * s.warps,
+               shared, stream, g, b, s.stages);
+        launch("attention_backward, keys", key_gradients<T, D, kind>, grid, 32 * s.warps, shared,
+               stream, g, b, s.stages);
+      });
+    });
+  });
+}
+
+}  // namespace bertfast::cuda

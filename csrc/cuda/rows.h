@@ -1,0 +1,114 @@
+// Layer norm's rows: a block holds one row in registers, eight adjacent values of each chunk in a
+// thread. What add_layer_norm and embedding_layer_norm share.
+#pragma once
+#include "check.h"
+#include "math.h"
+
+namespace bertfast::cuda {
+
+// How a row is spread over a block: kThreads threads, kChunks times eight values in each.
+template <int threads, int chunks>
+struct Spread {
+  static constexpr int kThreads = threads, kChunks = chunks;
+  static constexpr size_t kShared = threads / 32 * sizeof(float);  // for block_sum
+};
+
+constexpr int64_t kMaxHidden = 4096;
+
+template <class F>
+void by_hidden(int64_t hidden, const F& f) {
+  if (hidden <= 256) return f(Spread<32, 1>());
+  if (hidden <= 1024) return f(Spread<128, 1>());
+  if (hidden <= kMaxHidden) return f(Spread<256, 2>());
+  throw std::invalid_argument("hidden is " + std::to_string(hidden) + ", expected at most 4096");
+}
+
+template <class S>
+using Row = float[S::kChunks][kVector];
+
+// This thread's first column of a chunk.
+template <class S>
+__device__ __forceinline__ int64_t column(int chunk) {
+  return (int64_t(chunk) * S::kThreads + threadIdx.x) * kVector;
+}
+
+// Mean and 1 / sqrt(var + eps) of s, in two passes; what lies past `hidden` is zero.
+template <class S>
+__device__ __forceinline__ void row_statistics(const Row<S>& s, int64_t hidden, float eps,
+                                               float& mean, float& rstd) {
+  float total = 0, squares = 0;
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) total += s[c][i];
+  mean = block_sum<S::kThreads>(total) / float(hidden);
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float centred = column<S>(c) + i < hidden ? s[c][i] - mean : 0.f;
+      squares += centred * centred;
+    }
+  rstd = 1 / sqrtf(block_sum<S::kThreads>(squares) / float(hidden) + eps);
+}
+
+// For one row: grad and the normalised s in, in place: s becomes the gradient of the sum that was
+// normalised; dweight and dbias gain this row's share.
+template <class S, class T>
+__device__ __forceinline__ void row_backward(const Row<S>& grad, Row<S>& s,
+                                             const Parameter<T>& weight, int64_t hidden, float mean,
+                                             float rstd, bool whole, Row<S>& dweight,
+                                             Row<S>& dbias) {
+  Row<S> scaled;
+  float a = 0, b = 0;
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c) {
+    const int64_t j = column<S>(c);
+    weight.load(scaled[c], j, hidden - j, whole);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      s[c][i] = j + i < hidden ? (s[c][i] - mean) * rstd : 0.f;
+      scaled[c][i] *= grad[c][i];
+      a += scaled[c][i];
+      b += scaled[c][i] * s[c][i];
+      dweight[c][i] += grad[c][i] * s[c][i];
+      dbias[c][i] += grad[c][i];
+    }
+  }
+  a = block_sum<S::kThreads>(a) / float(hidden);
+  b = block_sum<S::kThreads>(b) / float(hidden);
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) s[c][i] = (scaled[c][i] - a - s[c][i] * b) * rstd;
+}
+
+// Sums over rows go in two steps of fixed order, so their bits never change: each block adds up
+// its share of the rows into partial [blocks, columns], then add_partials sums over the blocks.
+template <class S>
+__device__ __forceinline__ void store_partial(float* partial, int64_t hidden, const Row<S>& sum) {
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c) {
+    const int64_t j = column<S>(c);
+    store8(partial + j, sum[c], hidden - j, false);
+  }
+}
+
+static __global__ void add_partials(const float* partial, float* out, int64_t blocks,
+                                    int64_t columns) {
+  const int64_t j = int64_t(blockIdx.x) * 128 + threadIdx.x;
+  if (j >= columns) return;
+  float total = 0;
+#pragma unroll 8
+  for (int64_t b = 0; b < blocks; ++b) total += partial[b * columns + j];
+  out[j] = total;
+}
+
+inline void launch_add_partials(const float* partial, float* out, int64_t blocks, int64_t columns,
+                                void* stream) {
+  if (columns > 0)
+    launch("add_partials", add_partials, dim3(unsigned((columns + 127) / 128)), 128, 0, stream,
+           partial, out, blocks, columns);
+}
+
+}  // namespace bertfast::cuda

@@ -1,0 +1,183 @@
+"""Attention's CUDA kernels; those take half precision only, so test_attention.py's fp32 can't.
+
+Without a GPU they run on the CPU, in an extension built with BERTFAST_CUDA_HOST.
+"""
+
+import math
+
+import pytest
+import torch
+from helpers import DEVICES, check, keep, offsets, refused
+from test_attention import LENGTHS, inputs, plain
+
+from bertfast import ops
+
+pytestmark = [
+    pytest.mark.usefixtures("guarded"),
+    pytest.mark.skipif("cuda" not in DEVICES, reason="the extension has no CUDA kernels"),
+]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128, 24, 40])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_forward_backward(dtype, dim):
+    check(
+        "cuda",
+        dtype,
+        lambda qkv: ops.attention(qkv, offsets(LENGTHS), 130),
+        lambda qkv: plain(qkv, LENGTHS),
+        [inputs(dim, 2)],
+    )
+
+
+# What is resident for dim 128 ends at 128 keys, for dim 64 at 320: beyond, keys stream.
+@pytest.mark.parametrize(
+    "lengths, dim",
+    [([1], 32), ([64], 64), ([65, 2], 64), ([190, 7], 128), ([350], 64), ([2] * 40, 32)],
+)
+def test_lengths_and_scale(lengths, dim):
+    check(
+        "cuda",
+        torch.float16,
+        lambda qkv: ops.attention(qkv, offsets(lengths), max(lengths), scale=0.3),
+        lambda qkv: plain(qkv, lengths, scale=0.3),
+        [inputs(dim, 1, lengths)],
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype, shape, lengths, dim",
+    [(d, s, [3, 40, 130], 32) for d in HALVES for s in ((1, 1), (3, 2), (1, 2), (3, 1), None)]
+    + [(torch.half, (1, 1), [200], 128)],
+)
+def test_causal_and_bias(dtype, shape, lengths, dim):
+    longest = max(lengths)
+    bias = None
+    if shape is not None:
+        bias = (
+            torch.randn(*shape, longest, longest, generator=torch.Generator().manual_seed(5))
+            .bfloat16()
+            .float()
+        )
+    check(
+        "cuda",
+        dtype,
+        lambda qkv, b: ops.attention(qkv, offsets(lengths), longest, causal=True, bias=b),
+        lambda qkv, b: plain(qkv, lengths, causal=True, bias=b),
+        [inputs(dim, 2, lengths), bias],
+    )
+
+
+def test_fp32_bias():
+    bias = torch.randn(1, 2, 70, 70, generator=torch.Generator().manual_seed(5))
+    qkv = inputs(64, 2, [9, 70]).half()
+    with ops.backend("cuda"):
+        out = ops.attention(qkv, offsets([9, 70]), 70, bias=bias)
+    expected = plain(qkv.double(), [9, 70], bias=bias.double())
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_masked_rows_are_zero(dtype):
+    """-inf on all of a row's keys gives zeros, forward and backward."""
+    lengths = [20, 75]
+    bias = torch.zeros(2, 1, 75, 75)
+    bias[0, 0, 3] = -math.inf
+    bias[1, 0, :, 5:] = -math.inf
+    qkv = inputs(32, 3, lengths).to(dtype).requires_grad_()
+    with ops.backend("cuda"):
+        out = ops.attention(qkv, offsets(lengths), 75, bias=bias)
+        out.float().square().sum().backward()
+    assert (out[3] == 0).all() and (qkv.grad[3, 0] == 0).all()
+    assert torch.isfinite(out).all() and torch.isfinite(qkv.grad).all()
+    assert (qkv.grad[25:95, 1:] == 0).all() and (qkv.grad[20:25, 2] != 0).any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [32, 128])
+def test_dropout(dim, causal):
+    """The numbers' own mask, in forward and backward; scaled by 1 / (1 - p)."""
+    lengths, heads, p = [9, 0, 140], 2, 0.3
+    masks, start = [], 0
+    for n in lengths:
+        rows = [
+            [keep(12345678901, 7, (start + q) * heads + h, n, p) for q in range(n)]
+            for h in range(heads)
+        ]
+        mask = [torch.stack(r) if r else torch.zeros(0, 0) for r in rows]
+        masks.append(torch.stack(mask) / (1 - p))
+        start += n
+    seed = torch.tensor([12345678901, 7])
+    options = {"dropout_p": p, "seed": seed, "causal": causal}
+    check(
+        "cuda",
+        torch.float16,
+        lambda qkv: ops.attention(qkv, offsets(lengths), 140, **options),
+        lambda qkv: plain(qkv, lengths, masks=masks, causal=causal),
+        [inputs(dim, heads, lengths)],
+    )
+
+
+def test_large_logits():
+    qkv = inputs(32) * torch.tensor([100.0, 100.0, 1.0])[:, None, None]
+    check(
+        "cuda",
+        torch.bfloat16,
+        lambda qkv: ops.attention(qkv, offsets(LENGTHS), 130, scale=1.0),
+        lambda qkv: plain(qkv, LENGTHS, scale=1.0),
+        [qkv],
+    )
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_sequences_are_apart(value):
+    """A NaN or inf stays in its sequence, and company doesn't change a sequence by one bit."""
+    cu = offsets([30, 50, 21])
+    qkv = inputs(32, 3, [30, 50, 21]).bfloat16()
+    bad = qkv.clone()
+    bad[40, 0, 1, 3] = value
+    bad[41, 1, 1, 3] = value
+    bad.requires_grad_()
+    with ops.backend("cuda"):
+        good, out = ops.attention(qkv, cu, 50), ops.attention(bad, cu, 50)
+        alone = ops.attention(qkv[30:80], offsets([50]), 400)
+        out.sum().backward()
+    assert out[40, 1].isnan().all()
+    for part in (slice(0, 30), slice(80, 101)):
+        assert torch.equal(out[part], good[part]) and torch.isfinite(bad.grad[part]).all()
+    assert torch.equal(alone, good[30:80])
+
+
+def test_views():
+    """Strided and misaligned projections, read in place or copied."""
+    lengths = [33, 20]
+    qkv = inputs(32, 2, lengths).bfloat16()
+    flat = torch.zeros(qkv.numel() + 1, dtype=qkv.dtype)
+    views = [
+        qkv.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+        flat[1:].view(qkv.shape).copy_(qkv),
+        qkv.transpose(0, 3).contiguous().transpose(0, 3),
+    ]
+    with ops.backend("cuda"):
+        expected = ops.attention(qkv, offsets(lengths), 33)
+        for view in views:
+            assert torch.equal(ops.attention(view, offsets(lengths), 33), expected)
+
+
+def test_empty():
+    with ops.backend("cuda"):
+        for cu in (offsets([]), offsets([0, 0])):
+            qkv = torch.zeros(0, 3, 2, 32, dtype=torch.bfloat16, requires_grad=True)
+            out = ops.attention(qkv, cu, 0)
+            out.sum().backward()
+            assert out.shape == (0, 2, 32) and qkv.grad.shape == qkv.shape
+
+
+def test_refusals():
+    with ops.backend("cuda"):
+        for qkv, why in (
+            (torch.zeros(5, 3, 2, 32), "bfloat16 or float16, not torch.float32"),
+            (torch.zeros(5, 3, 2, 160, dtype=torch.half), "head_dim is 160"),
+        ):
+            refused(RuntimeError, why, ops.attention, qkv, offsets([5]), 5)
