@@ -43,6 +43,7 @@ bench: build ## every operator and the encoder beside their rivals; the README's
 	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
+	$(BIN)/python benchmarks/dropin.py
 	$(BIN)/python benchmarks/report.py
 
 report: build ## the README's table from benchmarks/results
