@@ -210,7 +210,7 @@ def learn(args):
         # Dropout keeps from overfitting; in a run of about one pass there is nothing to overfit.
         still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         bert_config("mini", **still).to_json_file(work / "mini.json")
-        common = {"config": str(work / "mini.json"), "batch_tokens": args.batch_tokens, "lr": 2e-3}
+        common = {"config": str(work / "mini.json"), "batch_tokens": args.batch_tokens}
         common |= {"save_steps": None, "eval_tokens": 50_000}
         with step_times() as times:
             pretrain(settings(data, work / "probe", max_steps=20, eval_steps=10**6, **common))
@@ -218,7 +218,7 @@ def learn(args):
         steps = args.steps or max(50, int(0.95 * args.minutes * 60 / seconds))
         begin = time.perf_counter()
         folder = args.run or work / "pretrained"
-        options = common | {"max_steps": steps, "eval_steps": max(1, steps // 20)}
+        options = common | {"max_steps": steps, "eval_steps": max(1, steps // 12)}
         results = pretrain(settings(data, folder, **options))
         minutes = (time.perf_counter() - begin) / 60
         valid = results["valid"]
@@ -228,13 +228,15 @@ def learn(args):
         random = work / "random"
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         torch.manual_seed(0)
-        BertForMaskedLM(bert_config("mini", vocab_size=len(tokenizer))).save_pretrained(random)
+        BertForMaskedLM(transformers.BertConfig.from_pretrained(folder)).save_pretrained(random)
         tokenizer.save_pretrained(random)
-        files = {}
-        for part in ("train", "val", "test"):
+        names = ("train", "val", "test")
+        parts = {p: read(args.data / f"sections.{p}.jsonl.gz", args.rows) for p in names}
+        known, files = {r["label"] for r in parts["train"]}, {}
+        for part, table in parts.items():
             files[part] = str(work / f"{part}.jsonl")
-            table = read(args.data / f"sections.{part}.jsonl.gz", args.rows)
-            Path(files[part]).write_text("".join(json.dumps(r) + "\n" for r in table))
+            lines = (json.dumps(r) + "\n" for r in table if r["label"] in known)
+            Path(files[part]).write_text("".join(lines))
         scores = {}
         for name, model in (("pretrained", folder), ("random", random)):
             scores[name] = [macro_f1(model, files, work / f"{name}-{s}", s) for s in args.seeds]
@@ -271,7 +273,7 @@ def main():
         command.add_argument("--steps", type=int, default=30 if name == "speed" else None)
         vocabulary = 30522 if name == "speed" else 8192  # BERT's; and one that 20 MB can fill
         command.add_argument("--vocabulary", type=int, default=vocabulary)
-        command.add_argument("--batch-tokens", type=int, default=4096)
+        command.add_argument("--batch-tokens", type=int, default=4096 if name == "speed" else 2048)
         if name == "speed":
             command.add_argument("--rounds", type=int, default=2)
         else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,11 @@ def test_two_ranks_are_one(alone, tmp_path, parallel):
     for name in a:
         if "key.bias" not in name:
             assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-5, name
+    # Their checkpoint at step 4 is one that a single process goes on from.
+    shutil.rmtree(sorted((out / "checkpoints").glob("step-*"))[-1])
+    pretrain(PretrainConfig(**(settings | {"out": str(out)})))
+    assert len(losses(out)) == 8
+    np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ class RunConfig:
     max_steps: int | None = _setting(None, "stop after so many optimizer steps")
     optimizer: str = _setting("adamw", "lamb is for batches of thousands of sequences")
     lr: float = _setting(5e-5, "peak learning rate")
+    beta2: float = _setting(0.999, "decay of the squared gradient's mean; lower suits short runs")
     warmup: float = _setting(0.1, "share of the steps in which the learning rate rises")
     schedule: str = _setting("linear", "decay of the learning rate after the warm-up")
     weight_decay: float = _setting(0.01, "decay of the weights, not on biases and LayerNorm")
@@ -65,6 +66,7 @@ class RunConfig:
         for name in ("weight_decay", "clip"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("lr", self.lr > 0, "above 0")
+        self._check("beta2", 0 < self.beta2 < 1, "between 0 and 1")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
         for name, choices in CHOICES.items():
             if hasattr(self, name):

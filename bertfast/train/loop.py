@@ -65,8 +65,8 @@ def learning_rate(step: int, steps: int, config) -> float:
 def make_optimizer(model, config):
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "lamb":
-        return Lamb(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        return Lamb(groups, lr=config.lr, betas=(0.9, config.beta2))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
 def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable = print) -> dict:
