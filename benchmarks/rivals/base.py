@@ -8,8 +8,8 @@ class Rival:
 
     `Rival(folder, precision, threads)` loads the transformers checkpoint in `folder`; a call takes
     {"input_ids", "attention_mask"}, int64 [batch, seqlen] and right-padded, and gives
-    last_hidden_state [batch, seqlen, hidden], in which padded positions mean nothing. torch's
-    threads are the caller's to set.
+    last_hidden_state [batch, seqlen, hidden], in which padded positions mean nothing and which the
+    next call may overwrite. torch's threads are the caller's to set.
     """
 
     name: str

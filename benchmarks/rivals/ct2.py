@@ -1,10 +1,29 @@
 """CTranslate2: fp32, and int8 with weights by channel and activations by token as they come."""
 
+import json
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from .base import Rival
 from .export import cached
+
+
+def convert(folder, path):
+    """Its converter asks for a setting that transformers 5 no longer writes."""
+    import ctranslate2
+
+    with tempfile.TemporaryDirectory() as copy:
+        for file in Path(folder).resolve().iterdir():
+            Path(copy, file.name).symlink_to(file)
+        config = json.loads(Path(folder, "config.json").read_text())
+        Path(copy, "config.json").unlink()
+        Path(copy, "config.json").write_text(
+            json.dumps({"position_embedding_type": "absolute"} | config)
+        )
+        ctranslate2.converters.TransformersConverter(copy).convert(str(path))
 
 
 class CTranslate2(Rival):
@@ -18,7 +37,7 @@ class CTranslate2(Rival):
 
         path = cached(folder, ".ct2")
         if not path.exists():
-            ctranslate2.converters.TransformersConverter(str(folder)).convert(str(path))
+            convert(folder, path)
         self.view = ctranslate2.StorageView.from_array
         self.encoder = ctranslate2.Encoder(
             str(path),
