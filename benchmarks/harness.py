@@ -10,12 +10,14 @@ import re
 import statistics
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
 
 
 def minilm() -> str:
@@ -56,8 +58,11 @@ def real_batch(tokenizer, lengths: list[int]) -> dict[str, torch.Tensor]:
     return dict(tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
 
 
-def interleave(rivals: dict, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call; every round calls each rival once, starting with another each time."""
+def interleave(
+    rivals: dict, rounds: int, warmup: int = 3, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each call; every round calls each rival once, starting with another each time,
+    after a pause of some seconds in which another library's threads stop spinning."""
     names = list(rivals)
     for name in names:
         for _ in range(warmup):
@@ -65,6 +70,7 @@ def interleave(rivals: dict, rounds: int, warmup: int = 3) -> dict[str, list[flo
     seconds = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            time.sleep(pause)
             start = time.perf_counter()
             rivals[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -89,11 +95,18 @@ def origin() -> dict:
 
     import bertfast
 
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    sources = ("--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    changed = "+changes" if git("status", "--porcelain", *sources) else ""
     return {
         "device": {"name": cpu_name(), "threads": torch.get_num_threads()},
         "versions": {
@@ -101,6 +114,7 @@ def origin() -> dict:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **{name: v for name in BENCHED if (v := version(name))},
         },
         "build": {
             key: value
@@ -112,15 +126,25 @@ def origin() -> dict:
     }
 
 
-def save(name: str, result: dict, folder: Path | None = None) -> Path:
-    """Write results/<device>/<name>.json: the origin, then `result`."""
-    about = origin()
+def result_file(name: str, folder: Path | None = None) -> Path:
+    """results/<device>/<name>.json, or in another folder."""
     if folder is None:
-        device = f"{about['device']['name']} {about['device']['threads']} threads"
+        device = f"{cpu_name()} {torch.get_num_threads()} threads"
         device = re.sub(r"\(\w+\)|\bCPU\b|\bProcessor\b|@.*?(?= \d+ threads)", " ", device)
         folder = RESULTS / "-".join(re.findall(r"[a-z0-9.]+", device.lower()))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    return folder / f"{name}.json"
+
+
+def load(name: str, folder: Path | None = None) -> dict | None:
+    """What `save` wrote there before."""
+    path = result_file(name, folder)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def save(name: str, result: dict, folder: Path | None = None) -> Path:
+    """Write results/<device>/<name>.json: the origin, then `result`."""
+    about, path = origin(), result_file(name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, **about, **result}, indent=2) + "\n")
     print(f"wrote {path}")
     return path
