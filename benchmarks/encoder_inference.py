@@ -63,8 +63,8 @@ def useful_flop(config, lengths: list[int]) -> int:
 
 
 def product(precision: str):
-    """torch's own 3072 x 3072 product, the ceiling that this machine's kernels are known to reach,
-    and its operations."""
+    """torch's own 3072 x 3072 product, the yardstick of `share_of_peak`, and its operations. In
+    int8 it is no ceiling: weights that are packed already can pass it."""
     if precision == "int8":
         a, b = torch.randint(-127, 128, (2, 3072, 3072), dtype=torch.int8).unbind()
         return lambda: torch._int_mm(a, b), 2 * 3072**3
