@@ -211,7 +211,7 @@ def learn(args):
         still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         bert_config("mini", **still).to_json_file(work / "mini.json")
         common = {"config": str(work / "mini.json"), "batch_tokens": args.batch_tokens}
-        common |= {"save_steps": None, "eval_tokens": 50_000}
+        common |= {"save_steps": None, "eval_tokens": 50_000, "lr": 5e-4, "beta2": 0.98}
         with step_times() as times:
             pretrain(settings(data, work / "probe", max_steps=20, eval_steps=10**6, **common))
         seconds = median(np.diff(times))
