@@ -76,7 +76,13 @@ def figures(job) -> dict:
             )
     except Exception as error:
         raise RuntimeError(f"{row} does not compile: {error}") from error
-    number = lambda pattern: int(re.search(pattern, log.getvalue())[1])
+
+    def number(pattern):
+        found = re.search(pattern, log.getvalue())
+        if found is None:
+            raise RuntimeError(f"{row}: no {pattern!r} in ptxas's log {log.getvalue()[:500]!r}")
+        return int(found[1])
+
     return row | {
         "registers": number(r"Used (\d+) registers"),
         "shared": compiled.metadata.shared,
@@ -97,7 +103,7 @@ def compile_all(workers: int) -> list[dict]:
         rows = []
         for row in pool.map(figures, jobs):
             rows.append(row)
-            if sys.stderr.isatty() or len(rows) % 50 == 0 or len(rows) == len(jobs):
+            if sys.stderr.isatty() or len(rows) % 20 == 0 or len(rows) == len(jobs):
                 print(f"{len(rows)} of {len(jobs)} compiled", file=sys.stderr)
     return rows
 
@@ -131,7 +137,9 @@ def main():
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is 1: interpreted kernels can't be compiled; unset it")
     with tempfile.TemporaryDirectory() as cache_folder:
-        os.environ |= {"TRITON_CACHE_DIR": cache_folder, "TRITON_DUMP_PTXAS_LOG": "1"}
+        # Always compile: a variant that equals another would come from the cache, without a log.
+        os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
+        os.environ["TRITON_CACHE_DIR"] = cache_folder
         rows = compile_all(options.workers)
     if options.json:
         json.dump(rows, sys.stdout)

@@ -264,7 +264,7 @@ def test_second_derivative_is_refused():
     x, w, b, labels = inputs(6, 8, 20, labelled=1.0)
     x.requires_grad_()
     (grad,) = torch.autograd.grad(ops.masked_cross_entropy(x, w, b, labels), x, create_graph=True)
-    refused(RuntimeError, "once_differentiable|does not require grad", grad.sum().backward)
+    refused(RuntimeError, "no second derivative", grad.sum().backward)
 
 
 def test_refusals():
