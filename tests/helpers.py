@@ -15,7 +15,6 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU}
 if hasattr(C, "cuda_gather_rows"):
     DEVICES["cuda"] = CUDA_DEVICE  # the CPU in a build with BERTFAST_CUDA_HOST
-BACKENDS = ["reference", "cpu"]
 
 
 def backends(operator):
