@@ -9,9 +9,10 @@ from .ort import OnnxRuntime
 from .vino import Calibrated, OpenVino
 
 OURS = (Frozen, Loaded)
+COMPILED = (Compiled, MaxAutotune)
 RIVALS = (
-    *(Sdpa, Eager, Compiled, MaxAutotune),
+    *(Sdpa, Eager, *COMPILED),
     *(OneDnn, OnnxRuntime, OpenVino, Calibrated, CTranslate2),
 )
 
-__all__ = ["OURS", "RIVALS", "Rival"]
+__all__ = ["COMPILED", "OURS", "RIVALS", "Frozen", "OneDnn", "Rival", "Sdpa"]
