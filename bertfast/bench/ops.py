@@ -234,7 +234,7 @@ def unpack(s):
 OPERATORS = {
     f.__name__: f
     for f in (
-        *(attention, qkv_linear, linear_act, feed_forward, add_layer_norm),
+        *(attention, qkv_linear, linear, linear_act, feed_forward, add_layer_norm),
         *(embedding_layer_norm, masked_cross_entropy, pack, unpack),
     )
 }
