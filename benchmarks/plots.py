@@ -204,7 +204,8 @@ def roof(axes, parts):
         lw=1.2,
     )
     axes.text(edges[1], peak * 1.08, f"product {peak:.0f} GFLOP/s", ha="right", fontsize=8)
-    axes.text(edges[0], edges[0] * bandwidth * 1.5, f" copy {bandwidth:.0f} GB/s", fontsize=8)
+    text = f" copy {bandwidth:.0f} GB/s"
+    axes.text(edges[0], edges[0] * bandwidth * 0.8, text, va="top", fontsize=8)
     for p, x in sorted(zip(parts, xs, strict=True), key=lambda pair: pair[1]):
         ours, theirs = (1e3 * p["gflop"] / p[key] for key in ("bertfast_ms", "torch_ms"))
         axes.plot([x, x], [theirs, ours], color=RIVAL, lw=1, zorder=1)
@@ -216,11 +217,18 @@ def roof(axes, parts):
     axes.set(xscale="log", yscale="log", xlim=edges, ylim=(min(lows) / 8, peak * 2))
     axes.set_xlabel("useful FLOP for each byte that must move", loc="left")
     axes.set_ylabel("useful GFLOP/s")
-    axes.text(0.02, 0.97, "bertfast", color=OURS, transform=axes.transAxes, va="top", weight="bold")
-    axes.text(0.02, 0.89, "PyTorch, padded", color=FAINT, transform=axes.transAxes, va="top")
+    place = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
+    axes.text(0.99, 0.1, "bertfast", color=OURS, weight="bold", **place)
+    axes.text(0.99, 0.02, "PyTorch, padded", color=FAINT, **place)
+
+
+def short(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 SHADES = ("#d9480f", "#f08c5a", "#f7b48f", "#8a2f0b", "#fbd7c3")  # one for each operator
+DARK = ("#d9480f", "#8a2f0b", "#646c75")
 GREYS = ("#8b949e", "#aab1b8", "#c3c8ce", "#646c75", "#dfe2e6")
 
 
@@ -239,9 +247,11 @@ def breakdown(result):
                 axes.barh(y, p[key], left=left, color=shade, edgecolor="white", height=0.8)
                 if p[key] > 0.09 * max(totals):
                     name = p["operator"].replace("_", " ")
-                    axes.text(left + p[key] / 2, y, name, ha="center", va="center", fontsize=7)
+                    ink = "white" if shade in DARK else INK
+                    place = {"ha": "center", "va": "center", "fontsize": 7, "color": ink}
+                    axes.text(left + p[key] / 2, y, name, **place)
                 left += p[key]
-            text = f" {left:.3g} ms" + (f", {totals[1] / left:.1f}x" if y == 0 else "")
+            text = f" {short(left)} ms" + (f", {totals[1] / left:.1f}x" if y == 0 else "")
             axes.text(left, y, text, va="center", fontsize=8, weight="bold" if y == 0 else None)
         axes.set_xlim(0, 1.14 * max(totals))
         axes.set_axis_off()

@@ -77,21 +77,20 @@ def cell_table(cell: dict) -> str:
 
 def layer_table(cell: dict) -> str:
     """A layer's operators: work, the time that the roof allows, and what is taken."""
-    rows = []
-    parts = cell["parts"]
-    for p in parts:
-        name = p["operator"] + (f" x {p['uses']}" if p["uses"] > 1 else "")
-        roof = f"{p['roof_ms']:.3g} ({p['roof']})"
-        ours, theirs = p["bertfast_ms"], p["torch_ms"]
-        rows.append([name, f"{p['gflop']:.3g}", f"{p['mb']:.3g}", roof, f"{ours:.3g}"])
-        rows[-1] += [f"{p['roof_ms'] / ours:.0%}", f"{theirs:.3g}", f"{theirs / ours:.2f}x"]
-    gflop, mb, roof, ours, theirs = (
-        sum(p[key] for p in parts) for key in ("gflop", "mb", "roof_ms", "bertfast_ms", "torch_ms")
-    )
-    total = [f"{gflop:.3g}", f"{mb:.3g}", f"{roof:.3g}", f"{ours:.3g}"]
-    total += [f"{roof / ours:.0%}", f"{theirs:.3g}", f"{theirs / ours:.2f}x"]
     titles = ["", "GFLOP", "MB", "roof, ms", "bertfast, ms", "of the roof", "PyTorch, ms", "ratio"]
-    return grid(titles, [*rows, ["layer", *total]])
+    keys = ("gflop", "mb", "roof_ms", "bertfast_ms", "torch_ms")
+
+    def line(name, figures, roof=""):
+        gflop, mb, least, ours, theirs = figures
+        shown = [name, *map(plots.short, (gflop, mb)), plots.short(least) + roof, plots.short(ours)]
+        return [*shown, f"{least / ours:.0%}", plots.short(theirs), f"{theirs / ours:.2f}x"]
+
+    rows = []
+    for p in cell["parts"]:
+        name = p["operator"] + (f" x {p['uses']}" if p["uses"] > 1 else "")
+        rows.append(line(name, [p[key] for key in keys], f" ({p['roof']})"))
+    total = [sum(p[key] for p in cell["parts"]) for key in keys]
+    return grid(titles, [*rows, line("layer", total)])
 
 
 def layers(found: list[dict]) -> str:
