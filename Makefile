@@ -41,10 +41,10 @@ test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	BERTFAST_EXTENSION=$(CURDIR)/build/cuda_host/_C.so $(BIN)/pytest -k cuda $(OPERATOR_TESTS)
 
 bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, and the report
-	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group --benchmark-max-time=0.3 \
+	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group --benchmark-max-time=0.1 \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
-	$(BIN)/python benchmarks/dropin.py --rounds 3
+	$(BIN)/python benchmarks/dropin.py --rounds 3 --steps 8
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/breakdown.py

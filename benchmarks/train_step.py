@@ -20,7 +20,7 @@ from bertfast.bench.measure import natural_lengths, random_batch
 WORKLOADS = {  # title: the task, the lengths, the implementations
     "MiniLM, classifier, 32 natural-length sentences": (
         *("classify", natural_lengths(32)),
-        ("bertfast", "dropin", "sdpa", "eager", "compile"),
+        ("bertfast", "dropin", "sdpa", "eager"),
     ),
     "BERT-base, masked LM, 4 x 128 tokens": ("mlm", [128] * 4, ("bertfast", "dropin", "sdpa")),
 }

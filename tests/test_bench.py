@@ -1,6 +1,7 @@
 """`bertfast bench`, at sizes that take no time."""
 
 import json
+import time
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ def small_product(monkeypatch):
     for module in (encoder, train, ops):
         monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 1))
     monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 1))
+    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1))
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,37 @@ def test_operators_find_a_wrong_kernel(folder, capsys, monkeypatch):
         ops.cell("linear_act", "forward", "fp32", ["cpu"], shape, 1)
 
 
+def test_burst_and_turns(monkeypatch):
+    monkeypatch.undo()
+    calls = []
+    repeat, count = measure.burst(lambda: calls.append(0) or time.sleep(0.002), 0.02)
+    assert 2 <= count <= 11 and len(calls) == 1
+    repeat()
+    assert len(calls) == 1 + count
+    slow, fast = (lambda s=s: time.sleep(s) for s in (0.01, 0.002))
+    found = measure.take_turns({"slow": slow, "fast": fast}, 3, seconds=0.01)
+    assert found["slow"] > 1.5 * found["fast"] and found["slow"] >= 0.01
+
+
+def test_memory_rows(folder, capsys, tmp_path, monkeypatch):
+    """Of what has no such precision and what fails, a sentence."""
+
+    def measured(cls, *_):
+        if cls is rivals.Sdpa:
+            raise RuntimeError("killed")
+        return {"imports_mb": 200, "load_peak_mb": 30, "inference_peak_mb": 20}
+
+    monkeypatch.setattr(memory, "measure", measured)
+    arguments = f"encoder --memory --model {folder} --seq 9 --dtype int8 fp32 --impl sdpa frozen"
+    cells, out, _ = bench(capsys, tmp_path, *arguments.split())
+    assert [[r.get("note") for r in c["rows"]] for c in cells] == [
+        ["has no int8", None],
+        ["killed", None],
+    ]
+    assert "inference, MB" in out and "killed" in out
+
+
+@pytest.mark.slow
 def test_memory(folder):
     if not memory.STATUS.exists():
         pytest.skip("no /proc")

@@ -15,8 +15,9 @@ import memory
 import plots
 import report
 import sweep
+import train_step
 
-from bertfast.bench import encoder, ops
+from bertfast.bench import encoder, measure, ops, train
 
 ORIGIN = {
     "device": {"name": "D", "threads": 2},
@@ -92,9 +93,10 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "minilm", lambda: folder)
     monkeypatch.setattr(memory, "checkpoint", lambda _: folder)
     monkeypatch.setattr(memory, "LENGTHS", [8, 8])
-    for module in (encoder, ops):
+    for module in (encoder, ops, train):
         monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 10**9))
     monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 10**9))
+    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1))
     return folder
 
 
@@ -118,6 +120,18 @@ def test_breakdown(small, tmp_path, monkeypatch):
     (linear,) = (p for p in result["cells"][0]["parts"] if p["operator"] == "feed_forward")
     assert linear["gflop"] == pytest.approx(2 * 2 * 11 * 32 * 48 / 1e9, abs=1e-4)
     assert report.layers([result]).count("| layer |") == 4
+
+
+def test_train_step(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "minilm", lambda: small)
+    titles = {"MiniLM, A": ("classify", [8, 3], ("bertfast", "sdpa"))}
+    monkeypatch.setattr(train_step, "WORKLOADS", titles)
+    train_step.main(["--rounds", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "train_step.json").read_text())
+    assert [len(c["rows"]) for c in result["cells"]] == [2, 2]
+    for row in result["summary"]:
+        assert row["rival"] / row["bertfast"] == pytest.approx(row["ratio"], rel=0.01)
+    assert "## Training step" in report.report({"train_step": result})
 
 
 @pytest.mark.slow

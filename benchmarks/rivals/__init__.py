@@ -15,4 +15,4 @@ RIVALS = (
     *(OneDnn, OnnxRuntime, OpenVino, Calibrated, CTranslate2),
 )
 
-__all__ = ["COMPILED", "OURS", "RIVALS", "Frozen", "OneDnn", "Rival", "Sdpa"]
+__all__ = ["COMPILED", "OURS", "RIVALS", "Eager", "Frozen", "OneDnn", "Rival", "Sdpa"]

@@ -97,10 +97,11 @@ def burst(run, seconds: float, device: str = "cpu"):
     return repeat, count
 
 
-def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds: float = 0.1) -> dict:
-    """Median seconds of each run(), in interleaved bursts."""
-    for run in runs.values():
-        run()  # what the first call makes doesn't count
+def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False) -> dict:
+    """Median seconds of each run(), in interleaved bursts of so many seconds. warm: each has run
+    before; otherwise it does once, since what a first call makes doesn't count."""
+    for run in () if warm else runs.values():
+        run()
     bursts = {name: burst(run, seconds, device) for name, run in runs.items()}
     timed = interleave({name: repeat for name, (repeat, _) in bursts.items()}, rounds, 0, 0.02)
     return {name: median(s) / bursts[name][1] for name, s in timed.items()}
