@@ -43,7 +43,14 @@ def bars(axes, rows, field, unit, places):
     values = [row[field] for row in rows]
     axes.barh([row["name"] for row in rows], values, color=[color(row["name"]) for row in rows])
     for i, value in enumerate(values):
-        axes.text(value, i, f" {human(value)}{unit}", va="center", fontsize=8, color=INK)
+        axes.text(
+            value,
+            i,
+            f" {(short if unit else human)(value)}{unit}",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
     for label in axes.get_yticklabels():
         if label.get_text().startswith("bertfast"):
             label.set(color=OURS, fontweight="bold")
