@@ -45,10 +45,9 @@ bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, an
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
 	$(BIN)/python benchmarks/dropin.py --rounds 3 --steps 8
-	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/breakdown.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/rivals_memory.py
 	$(BIN)/python benchmarks/report.py
 
 report: build ## tables and plots from benchmarks/results

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from bertfast.bench.measure import cpu_name, origin
+from bertfast.bench.measure import cpu_name, interleave, median, natural_lengths, origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+__all__ = ["ROOT", "interleave", "load", "median", "minilm", "natural_lengths", "origin"]
+__all__ += ["real_batch", "real_text", "result_file", "save"]
 
 
 def minilm() -> str:

@@ -270,7 +270,7 @@ PLOTS = {  # file: the benchmark that it shows, and how
     "speed": ("encoder_inference", speed),
     "latency": ("encoder_inference", latency),
     "sweep": ("sweep", sweep),
-    "memory": ("memory", memory),
+    "memory": ("rivals_memory", memory),
     "roofline": ("breakdown", roofline),
     "breakdown": ("breakdown", breakdown),
 }

@@ -18,8 +18,7 @@ DETAIL = ("sweep", "breakdown")  # in report.md, and too much for the README
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
     "sweep": ("Length and padding", ("sweep",)),
-    "train_step": ("Training step", ()),
-    "memory": ("Memory", ("memory",)),
+    "rivals_memory": ("Memory", ("memory",)),
     "breakdown": ("One layer by operator", ("breakdown", "roofline")),
 }
 

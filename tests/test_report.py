@@ -11,13 +11,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import breakdown
-import memory
 import plots
 import report
+import rivals_memory
 import sweep
-import train_step
 
-from bertfast.bench import encoder, measure, ops, train
+from bertfast.bench import encoder, measure, ops
 
 ORIGIN = {
     "device": {"name": "D", "threads": 2},
@@ -57,7 +56,7 @@ def found():
     cells = {
         "encoder_inference": [cell(workload="m-natural"), cell(workload="m-1x32")],
         "sweep": [cell(axis=a, value=v) for a in ("length", "padding") for v in (0.5, 1)],
-        "memory": [cell(rows=sizes)],
+        "rivals_memory": [cell(rows=sizes)],
         "breakdown": [layer],
     }
     return {name: {"benchmark": name, **ORIGIN, "cells": made} for name, made in cells.items()}
@@ -91,9 +90,9 @@ def small(tmp_path, monkeypatch):
     """A tiny model and yardsticks, for all scripts."""
     folder = str(tiny.checkpoint(tmp_path / "model"))
     monkeypatch.setattr(sweep, "minilm", lambda: folder)
-    monkeypatch.setattr(memory, "checkpoint", lambda _: folder)
-    monkeypatch.setattr(memory, "LENGTHS", [8, 8])
-    for module in (encoder, ops, train):
+    monkeypatch.setattr(rivals_memory, "checkpoint", lambda _: folder)
+    monkeypatch.setattr(rivals_memory, "LENGTHS", [8, 8])
+    for module in (encoder, ops):
         monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 10**9))
     monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 10**9))
     monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1))
@@ -122,21 +121,9 @@ def test_breakdown(small, tmp_path, monkeypatch):
     assert report.layers([result]).count("| layer |") == 4
 
 
-def test_train_step(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "minilm", lambda: small)
-    titles = {"MiniLM, A": ("classify", [8, 3], ("bertfast", "sdpa"))}
-    monkeypatch.setattr(train_step, "WORKLOADS", titles)
-    train_step.main(["--rounds", "1", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "train_step.json").read_text())
-    assert [len(c["rows"]) for c in result["cells"]] == [2, 2]
-    for row in result["summary"]:
-        assert row["rival"] / row["bertfast"] == pytest.approx(row["ratio"], rel=0.01)
-    assert "## Training step" in report.report({"train_step": result})
-
-
 @pytest.mark.slow
 def test_memory(small, tmp_path):
     arguments = ["--precisions", "bf16", "--rivals", "transformers sdpa", "--out", str(tmp_path)]
-    memory.main(arguments)
-    (found,) = json.loads((tmp_path / "memory.json").read_text())["cells"]
+    rivals_memory.main(arguments)
+    (found,) = json.loads((tmp_path / "rivals_memory.json").read_text())["cells"]
     assert {"bertfast frozen", "transformers sdpa"} < {row["name"] for row in found["rows"]}

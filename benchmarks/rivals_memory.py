@@ -1,6 +1,6 @@
-"""Peak memory of CPU inference, each implementation in a process of its own: BERT-base, 8 x 128.
+"""Peak memory of CPU inference beside all rivals, each in a process of its own: BERT-base, 8 x 128.
 
-    python benchmarks/memory.py [--precisions fp32 bf16 int8] [--rivals NAME ...]
+    python benchmarks/rivals_memory.py [--precisions fp32 bf16 int8] [--rivals NAME ...]
 
 MB above what the imports take (Python, torch, transformers, bertfast): the weights as each holds
 them, and what a forward needs beside them. Compiled models are left out: their compiler's memory
@@ -71,7 +71,7 @@ def main(argv=None):
         found["rows"] = measure(able, folder, precision, config)
         print("\n" + table(task, found), flush=True)
         cells.append(found)
-    save("memory", {"cells": cells, "summary": summary(cells)}, args.out)
+    save("rivals_memory", {"cells": cells, "summary": summary(cells)}, args.out)
 
 
 if __name__ == "__main__":
