@@ -45,6 +45,8 @@ bench: build $(BENCH_INSTALLED) ## every operator and the encoder beside their r
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
 	$(BIN)/python benchmarks/dropin.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/report.py
 
 report: build ## the README's table from benchmarks/results
