@@ -45,6 +45,8 @@ bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, an
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
 	$(BIN)/python benchmarks/dropin.py --rounds 3 --steps 8
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/breakdown.py
 	$(BIN)/python benchmarks/rivals_memory.py

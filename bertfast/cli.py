@@ -21,6 +21,8 @@ def _parser():
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
     text = "times beside rivals, each after its outputs were checked"
     _bench_arguments(commands.add_parser("bench", help=text, description=text))
+    text = "accuracy and speed of the precisions of inference on a CPU, on a text of your own"
+    _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
@@ -96,23 +98,42 @@ def _weight(text):
 
 
 def _model_arguments(parser):
-    parser.add_argument("--model", required=True, help="folder of the fine-tuned model")
+    parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--text-pair-column")
     parser.add_argument("--max-length", type=int, help="tokens a text is cut to")
     parser.add_argument("--allow-pickle", action="store_true", help="read pickled weights")
+
+
+def _inference_arguments(parser):
+    _model_arguments(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"))
+    text = "pack the weights for inference on the CPU; int8 and bf16 round (see quantize)"
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=text)
+
+
+def _quantize_arguments(parser):
+    _model_arguments(parser)
+    parser.add_argument("--check", required=True, metavar="FILE", help="a table of texts")
+    text = "a classifier's labels (default: label where the table has it; '' for none)"
+    parser.add_argument("--label-column", help=text)
+    every = ("fp32", "bf16", "int8")
+    parser.add_argument("--precision", nargs="+", choices=every, default=every)
+    parser.add_argument("--batch-size", type=int, default=32, help="texts in a batch (default: 32)")
+    text = "read N rows, evenly spread over the table (default: all)"
+    parser.add_argument("--limit", type=int, metavar="N", help=text)
+    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
 
 
 def _evaluate_arguments(parser):
-    _model_arguments(parser)
+    _inference_arguments(parser)
     parser.add_argument("--data", required=True, help="labelled data")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--json", metavar="FILE", help="write the metrics here, not to stdout")
 
 
 def _predict_arguments(parser):
-    _model_arguments(parser)
+    _inference_arguments(parser)
     parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
     parser.add_argument("--output", default="-", help="JSON lines here (default: - for stdout)")
 
@@ -126,8 +147,7 @@ def _given(args, settings) -> dict:
 def _prepare(args):
     from .data.prepare import PrepareConfig, prepare
 
-    say = lambda text: print(text, file=sys.stderr, flush=True)
-    print(json.dumps(prepare(PrepareConfig(**_given(args, PrepareConfig)), say), indent=2))
+    print(json.dumps(prepare(PrepareConfig(**_given(args, PrepareConfig)), _say), indent=2))
 
 
 def _run_config(args, settings):
@@ -188,13 +208,12 @@ def _evaluate(args):
         max_length=args.max_length,
         allow_pickle=args.allow_pickle,
         device=args.device,
+        precision=args.precision,
     )
-    text = json.dumps(result, indent=2) + "\n"
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            f.write(text)
+        _write_json(args.json, result)
     else:
-        sys.stdout.write(text)
+        print(json.dumps(result, indent=2))
 
 
 def _predict(args):
@@ -227,6 +246,7 @@ def _predict(args):
         max_length=args.max_length,
         allow_pickle=args.allow_pickle,
         device=args.device,
+        precision=args.precision,
     )
     lines = [json.dumps(row) + "\n" for row in rows]
     if args.output == "-":
@@ -242,6 +262,36 @@ def _bench(args):
     run(args)
 
 
+def _quantize(args):
+    from . import quantize
+
+    result = quantize.report(
+        args.model,
+        args.check,
+        precisions=args.precision,
+        text_column=args.text_column,
+        text_pair_column=args.text_pair_column,
+        label_column=args.label_column,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        allow_pickle=args.allow_pickle,
+        say=_say,
+    )
+    print(quantize.table(result))
+    if args.json:
+        _write_json(args.json, result)
+
+
+def _write_json(path, value):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=2) + "\n")
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
 def _info(args):
     from . import build_info
     from .ops import registry
@@ -255,7 +305,8 @@ def main(argv=None) -> int:
     from .train.config import ConfigError
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
-    commands |= {"prepare": _prepare, "pretrain": _pretrain, "bench": _bench}
+    commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize}
+    commands["bench"] = _bench
     try:
         commands[args.command](args)
     except ConfigError as e:

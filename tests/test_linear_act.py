@@ -63,6 +63,30 @@ def test_long_k():
     torch.testing.assert_close(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=2e-5)
 
 
+def test_fp32_is_as_exact_as_torch():
+    """All 24 bits of the operands count, in whatever way the processor multiplies them."""
+    g = torch.Generator().manual_seed(3)
+    scales = torch.randn(300, 1, generator=g).mul(3).exp()  # sums of many magnitudes
+    x, w = torch.randn(300, 384, generator=g) * scales, torch.randn(96, 384, generator=g)
+    exact = x.double() @ w.double().T
+
+    def error(y):
+        return ((y.double() - exact) / scales).square().mean().sqrt().item()
+
+    with ops.backend("cpu"):
+        assert error(ops.linear_act(x, w)) <= 1.1 * error(x @ w.T)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_non_finite_rows_stay_apart(value):
+    x, w = torch.randn(100, 64), torch.randn(40, 64)
+    x[7, 3] = value
+    with ops.backend("cpu"):
+        y = ops.linear_act(x, w)
+    assert not y[7].isfinite().any()
+    assert y[:7].isfinite().all() and y[8:].isfinite().all()
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("backend", backends("linear_act"))
 def test_extreme_values(backend, activation):

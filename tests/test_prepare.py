@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +20,7 @@ from bertfast.data import prepare as module
 from bertfast.data.prepare import PrepareConfig, prepare
 from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import Shards, read_index
-from bertfast.data.wordpiece import WordCounts, train_tokenizer
+from bertfast.data.wordpiece import WordCounts, WordTable, train_tokenizer
 
 WORDS = [
     a + b for a in ("ba", "de", "fi", "go", "lu", "mé") for b in ("na", "ros", "tik", "Wem", "x")
@@ -353,3 +354,26 @@ def test_command_line(tmp_path, capsys):
         main(["prepare", "--corpus", str(tmp_path / "none.txt"), "--out", str(tmp_path / "n")]) == 1
     )
     assert "none.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("added", [[], ["net"], ["##s"], ["new york"]])
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_word_table(tmp_path, lowercase, added):
+    """The tokens of each word by itself, whatever words are encoded beside it."""
+    text = "The Network of new york nets, and networks' nettle e-mails, (x86_64)! 中文 Éléphant"
+    counts = dict.fromkeys(text.split(), 5)
+    tokenizer = train_tokenizer(Counter(counts), 120, lowercase)
+    tokenizer.add_tokens(added)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    r = random.Random(0)
+    pieces = [*text.split(), "new", "york", "net", "[MASK]", "s", "a" * 101, "\ufffd"]
+    words = ["".join(r.choices(pieces, k=r.randint(1, 3))) for _ in range(500)]
+    words = list(dict.fromkeys(pieces + words))
+    table = WordTable(tmp_path / "tokenizer.json")
+    tokenizer.encode_special_tokens = True
+    for part in (words[:200], words):  # the second time some are known
+        tokens, offsets = table(part)
+        assert len(offsets) == len(part) + 1
+        for word, start, end in zip(part, offsets[:-1], offsets[1:], strict=True):
+            expected = tokenizer.encode(word, add_special_tokens=False).ids
+            assert tokens[start:end].tolist() == expected, word

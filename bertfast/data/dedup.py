@@ -58,11 +58,13 @@ def signatures(hashes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         inside = starts + k < end[starts]
         shingles = mix(shingles + np.where(inside, padded[starts + k], np.uint64(0)))
     first = np.searchsorted(starts, offsets[:-1])
-    out = np.empty((len(lengths), HASHES), np.uint32)
+    out = np.empty((HASHES, len(lengths)), np.uint32)
+    values = np.empty_like(shingles)
     for i in range(HASHES):
-        values = ((shingles * _FACTORS[i] + _TERMS[i]) >> np.uint64(32)).astype(np.uint32)
-        out[:, i] = np.minimum.reduceat(values, first)
-    return out
+        np.multiply(shingles, _FACTORS[i], out=values)
+        values += _TERMS[i]
+        out[i] = np.minimum.reduceat(values, first) >> np.uint64(32)
+    return np.ascontiguousarray(out.T)
 
 
 def bands(signature: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from ..files import write_whole
 from . import corpus, dedup, wordpiece
 from .config import PrepareConfig
 from .errors import DataError
+from .pool import Pool
 from .shards import (
     FORMAT,
     INDEX,
@@ -61,7 +61,7 @@ def prepare(config: PrepareConfig, say=print) -> dict:
         say(f"{name}: {seconds[name]:.1f} s")
         return result
 
-    with _Pool(config.processes) as pool:
+    with Pool(config.processes) as pool:
         batches = timed("clean", _clean_all, config, work, pool)
         timed("duplicates", _find_duplicates, config, work, batches)
         vocab_size = timed("tokenizer", _make_tokenizer, config, out, work, batches)
@@ -84,40 +84,6 @@ def prepare(config: PrepareConfig, say=print) -> dict:
     )
     shutil.rmtree(work)
     return statistics
-
-
-class _Pool:
-    """Runs jobs in processes, a bounded number at a time; one process is this one."""
-
-    def __init__(self, processes: int):
-        self.processes, self.pool = processes, None
-
-    def __enter__(self):
-        if self.processes > 1:
-            self.pool = ProcessPoolExecutor(self.processes, initializer=_start_worker)
-        return self
-
-    def __exit__(self, *_):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-    def run(self, function, jobs):
-        """function(*job) of each; results as they come."""
-        if self.pool is None:
-            for job in jobs:
-                yield function(*job)
-            return
-        pending = set()
-        for job in jobs:
-            pending.add(self.pool.submit(function, *job))
-            if len(pending) > self.processes:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (f.result() for f in done)
-        yield from (f.result() for f in pending)
-
-
-def _start_worker():
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _batch(work: Path, i: int) -> Path:
@@ -179,10 +145,12 @@ def _clean(block, name, column, min_words, target):
     _save(target, arrays)
 
 
-def _save(target, arrays):
+def _save(target, values):
+    """One array, or a dict of them, in a file."""
+
     def write(temporary):
         with open(temporary, "wb") as f:
-            np.savez(f, **arrays)
+            np.savez(f, **values) if isinstance(values, dict) else np.save(f, values)
 
     write_whole(target, write)
 
@@ -224,16 +192,8 @@ def _find_duplicates(config, work, batches):
             ]
 
         boilerplate = dedup.frequent([lambda i=i: sentences(i) for i in n], limit)
-    _save_array(work / "dropped.npy", dropped)  # on its own, to be mapped rather than read
+    _save(work / "dropped.npy", dropped)  # on its own, to be mapped rather than read
     _save(target, {"starts": starts, "boilerplate": boilerplate, "equal": equal})
-
-
-def _save_array(target, values):
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            np.save(f, values)
-
-    write_whole(target, write)
 
 
 def _kept(work, i):

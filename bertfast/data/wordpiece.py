@@ -19,6 +19,8 @@ _TRAINING_WORDS = (
 # BERT splits at punctuation, which in ASCII is all that is no letter or digit. Done here for ASCII
 # words, it leaves far fewer distinct ones for the tokenizer.
 _ASCII_PARTS = re.compile("[0-9A-Za-z]+|[^0-9A-Za-z]")
+_NOT_PLAIN = re.compile("[^0-9A-Za-z ]")
+_JOINED = 64  # plain parts encoded as one text
 
 
 class WordCounts:
@@ -129,25 +131,46 @@ class WordTable:
         self.backend.encode_special_tokens = True  # "[MASK]" in a text is text
         self.backend.no_truncation()
         self.backend.no_padding()
+        # What the tokenizer would do to ASCII words; done before, it leaves fewer distinct ones.
+        lowers = getattr(self.backend.normalizer, "lowercase", False)
+        self.ascii = str.lower if lowers else str
         self.known, self.limit = {}, limit
+        # Plain parts are encoded many in one text and told apart by the prefix of inner pieces.
+        prefix = self.backend.model.continuing_subword_prefix
+        self.starts = np.ones(self.backend.get_vocab_size(), bool)
+        for token, i in self.backend.get_vocab().items():
+            self.starts[i] = not token.startswith(prefix)
+        added = self.backend.get_added_tokens_decoder().values()
+        self.joins = bool(prefix) and all(_NOT_PLAIN.search(t.content) for t in added)
 
     def __call__(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of all words one after another, int64, and offsets [words + 1]."""
         if len(self.known) > self.limit:
             self.known.clear()
         split = {
-            w: _ASCII_PARTS.findall(w) if w.isascii() else [w] for w in words if w not in self.known
+            w: _ASCII_PARTS.findall(self.ascii(w)) if w.isascii() else [w]
+            for w in words
+            if w not in self.known
         }
         new = list({p for parts in split.values() for p in parts if p not in self.known})
-        encoded = self.backend.encode_batch_fast(new, add_special_tokens=False)
-        for part, e in zip(new, encoded, strict=True):
-            self.known[part] = e.ids
+        plain = [p for p in new if self.joins and p.isascii() and p.isalnum()]
+        chunks = [plain[i : i + _JOINED] for i in range(0, len(plain), _JOINED)]
+        for chunk, ids in zip(chunks, self._encode(map(" ".join, chunks)), strict=True):
+            cuts = [*np.flatnonzero(self.starts[ids]).tolist(), len(ids)]
+            for part, start, end in zip(chunk, cuts[:-1], cuts[1:], strict=True):
+                self.known[part] = ids[start:end]
+        others = [p for p in new if p not in self.known]
+        self.known.update(zip(others, self._encode(others), strict=True))
         for word, parts in split.items():
-            if len(parts) > 1:
+            if word not in self.known:
                 self.known[word] = [i for p in parts for i in self.known[p]]
         ids = [self.known[w] for w in words]
         offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
         return np.fromiter(chain.from_iterable(ids), np.int64, int(offsets[-1])), offsets
+
+    def _encode(self, texts) -> list[list[int]]:
+        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [e.ids for e in found]
 
 
 def gather(values: np.ndarray, offsets: np.ndarray, ids: np.ndarray) -> tuple:

@@ -163,6 +163,7 @@ def load(cls, name_or_folder, allow_pickle, dtype, overrides):
             stacklevel=3,
         )
     model.load_state_dict({k: t for k, t in found.items() if k in own}, strict=False)
+    model.new_weights = new
     model.unused_weights = sorted(set(found) - set(own))
     return (model if dtype is None else model.to(dtype)).eval()
 

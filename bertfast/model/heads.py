@@ -1,14 +1,26 @@
 """BERT with a head: masked language model, pre-training, sequence classification."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
-from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.modeling_outputs import MaskedLMOutput, ModelOutput, SequenceClassifierOutput
 
 from .. import ops
 from .bert import BertModel, BertPreTrainedModel, _default, finish
 from .layer import ACTIVATIONS
+
+
+@dataclass
+class BertForPreTrainingOutput(ModelOutput):
+    """transformers' own would bring its modelling code and torch's compiler: 200 MB, seconds."""
+
+    loss: torch.FloatTensor | None = None
+    prediction_logits: torch.FloatTensor | None = None  # [batch, seqlen, vocabulary]
+    seq_relationship_logits: torch.FloatTensor | None = None  # [batch, 2]
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class BertPredictionHeadTransform(nn.Module):

@@ -1,7 +1,8 @@
 """Training: `pretrain`; `finetune`, `evaluate` and `predict` for classification, regression."""
 
-from .classify import evaluate, finetune, predict
+from .classify import finetune
 from .config import ConfigError, FinetuneConfig, PretrainConfig
+from .inference import evaluate, predict
 from .loop import InterruptedRunError, TrainingError
 from .pretrain import pretrain
 

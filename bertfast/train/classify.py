@@ -1,4 +1,4 @@
-"""Classification (single- and multi-label, pairs) and regression: fine-tune, evaluate, predict."""
+"""Fine-tuning for classification (single- and multi-label, pairs) and regression."""
 
 import json
 import sys
@@ -14,15 +14,18 @@ from ..model import BertForSequenceClassification, checkpoint
 from . import metrics, plots
 from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
+from .inference import (
+    PROBLEM,
+    choose_device,
+    compute_logits,
+    encoded_rows,
+    evaluated,
+    load_tokenizer,
+    mean_loss,
+)
 from .loop import train
 from .task import Task
 
-PROBLEM = {
-    "single_label": "single_label_classification",
-    "multi_label": "multi_label_classification",
-    "regression": "regression",
-}
-EVAL_BATCH = 64
 # What may differ when a run is resumed.
 _FREE = {"out", "resume", "keep", "save_steps", "allow_pickle", "device"}
 
@@ -79,54 +82,8 @@ class ClassificationTask(Task):
     def evaluate(self, model, score=None):
         logits = compute_logits(model, self.valid, self.pad)
         targets = np.array([row["labels"] for row in self.valid])
-        loss = _mean_loss(logits, targets, self.config.task)
+        loss = mean_loss(logits, targets, self.config.task)
         return metrics.summary(logits, targets, self.config.task, loss)
-
-
-def compute_logits(model, rows, pad: int, batch_size: int = EVAL_BATCH) -> np.ndarray:
-    """fp32 [n, outputs] of encoded rows, in their order; computed in order of length."""
-    out = None
-    with torch.no_grad():
-        for batch in data.batches([len(r["input_ids"]) for r in rows], batch_size):
-            tensors = data.collate([rows[i] for i in batch], pad)
-            tensors.pop("labels", None)
-            tensors = {name: t.to(model.device) for name, t in tensors.items()}
-            logits = model(**tensors).logits.float().cpu().numpy()
-            if out is None:
-                out = np.empty((len(rows), logits.shape[1]), np.float32)
-            out[batch] = logits
-    return np.empty((0, model.num_labels), np.float32) if out is None else out
-
-
-def _mean_loss(logits, targets, task) -> float:
-    logits, targets = torch.from_numpy(logits), torch.from_numpy(targets)
-    if task == "regression":
-        return F.mse_loss(logits[:, 0], targets.float()).item()
-    if task == "multi_label":
-        return F.binary_cross_entropy_with_logits(logits, targets.float()).item()
-    return F.cross_entropy(logits, targets).item()
-
-
-def _encoded(tokenizer, examples, labels, max_length):
-    rows = data.encode(tokenizer, examples.texts, examples.pairs, max_length)
-    if labels is not None:
-        for row, target in zip(rows, labels.encode(examples), strict=True):
-            row["labels"] = target
-    return rows
-
-
-def _tokenizer(folder):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def _device(name) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no GPU; use cpu")
-    return torch.device(name)
 
 
 def _load(config, path, text_label=True):
@@ -186,12 +143,12 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
     Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError.
     """
     config.require("model", "train", "out")
-    device = _device(config.device)
+    device = choose_device(config.device)
     folder = checkpoint.resolve(config.model)
     checkpoint.verify(folder, config.allow_pickle)
     train_part, valid, test = _read_data(config)
     labels = data.LabelSet.from_examples(train_part)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     report = data.dataset_report(train_part, valid, test, tokenizer, config.max_length)
     _say(str(report))
 
@@ -215,7 +172,7 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
     freeze(model, config.freeze_layers)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
     encoded = {
-        name: _encoded(tokenizer, part, labels, config.max_length)
+        name: encoded_rows(tokenizer, part, labels, config.max_length)
         for name, part in (("train", train_part), ("valid", valid), ("test", test))
         if part is not None
     }
@@ -239,7 +196,7 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
     results = {"train": outcome}
     for name in ("valid", "test"):
         if name in encoded:
-            logits, results[name] = _evaluated(model, encoded[name], labels, tokenizer)
+            logits, results[name] = evaluated(model, encoded[name], labels, tokenizer)
     if config.task == "single_label":
         targets = np.array([row["labels"] for row in encoded[name if test else "valid"]])
         plots.confusion_matrix(metrics.confusion(logits, targets, len(labels)), labels.names, out)
@@ -249,90 +206,6 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
     return results
-
-
-def _evaluated(model, rows, labels, tokenizer):
-    logits = compute_logits(model, rows, tokenizer.pad_token_id)
-    targets = np.array([row["labels"] for row in rows])
-    loss = _mean_loss(logits, targets, labels.task)
-    return logits, metrics.full(logits, targets, labels.task, labels.names, loss)
-
-
-def _trained(model_folder, allow_pickle, device):
-    """(model, tokenizer, labels) of a fine-tuned checkpoint."""
-    folder = checkpoint.resolve(model_folder)
-    checkpoint.verify(folder, allow_pickle)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a classifier that had to be made up predicts nothing
-        try:
-            model = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
-        except UserWarning as e:
-            raise checkpoint.CheckpointError(f"{folder} is no fine-tuned classifier: {e}") from None
-    problem = (
-        model.config.problem_type
-        or PROBLEM["single_label" if model.num_labels > 1 else "regression"]
-    )
-    task = next(t for t, p in PROBLEM.items() if p == problem)
-    names = (
-        ()
-        if task == "regression"
-        else tuple(model.config.id2label[i] for i in range(model.num_labels))
-    )
-    return model.to(_device(device)), _tokenizer(folder), data.LabelSet(names, task)
-
-
-def _max_length(model, max_length):
-    return min(max_length or 512, model.config.max_position_embeddings)
-
-
-def evaluate(
-    model: str,
-    path: str,
-    *,
-    text_column: str = "text",
-    text_pair_column: str | None = None,
-    label_column: str = "label",
-    max_length: int | None = None,
-    allow_pickle: bool = False,
-    device: str | None = None,
-) -> dict:
-    """Metrics of a fine-tuned model on labelled data: accuracy, precision, recall, F1 (macro,
-    micro, per class), or the errors of a regression. A label the model doesn't know is a
-    DataError naming it and its row."""
-    network, tokenizer, labels = _trained(model, allow_pickle, device)
-    examples = data.load_classification(
-        path, text_column, text_pair_column, label_column, labels.task
-    )
-    if not len(examples):
-        raise data.DataError(f"{path} has no rows")
-    rows = _encoded(tokenizer, examples, labels, _max_length(network, max_length))
-    return _evaluated(network, rows, labels, tokenizer)[1]
-
-
-def predict(
-    model: str,
-    texts: list[str],
-    pairs: list[str] | None = None,
-    *,
-    max_length: int | None = None,
-    allow_pickle: bool = False,
-    device: str | None = None,
-) -> list[dict]:
-    """For each text (or pair) its label and the probability of each: {"label", "probabilities"};
-    "labels" for a multi-label model, "value" alone for a regression."""
-    network, tokenizer, labels = _trained(model, allow_pickle, device)
-    texts = [data.clean_text(t) for t in texts]
-    pairs = None if pairs is None else [data.clean_text(t) for t in pairs]
-    rows = data.encode(tokenizer, texts, pairs, _max_length(network, max_length))
-    logits = compute_logits(network, rows, tokenizer.pad_token_id)
-    if labels.task == "regression":
-        return [{"value": float(v)} for v in logits[:, 0]]
-    chosen = labels.decode(metrics.predicted(logits, labels.task))
-    key = "labels" if labels.task == "multi_label" else "label"
-    return [
-        {key: c, "probabilities": dict(zip(labels.names, map(float, p), strict=True))}
-        for c, p in zip(chosen, metrics.probabilities(logits, labels.task), strict=True)
-    ]
 
 
 def _write_json(path, value):

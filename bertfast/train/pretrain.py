@@ -17,8 +17,9 @@ from ..data.shards import Shards, read_index, sha256
 from ..model import BertForMaskedLM, BertForPreTraining, checkpoint
 from ..model.presets import bert_config
 from . import plots
-from .classify import _device, _say, _write_json, _write_yaml
+from .classify import _say, _write_json, _write_yaml
 from .config import ConfigError, PretrainConfig
+from .inference import choose_device
 from .loop import train
 from .ranks import Ranks, full
 from .task import Task
@@ -52,7 +53,7 @@ class PretrainTask(Task):
         self.config, self.model_config, self.tokenizer = config, model_config, tokenizer
         self.train, self.valid = train, valid
         self.names = ("mlm_loss", "nsp_loss") if config.nsp else ("mlm_loss",)
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -5,149 +5,11 @@
 #include <cmath>
 
 #include "operators.h"
+#include "packed_linear.h"
 #include "rows.h"
-#include "rows_tile.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
-
-int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
-
-// --- packed weights ---
-
-// The view of a block of packed weights: panels, then bias, scale and sum by output.
-template <int precision>
-struct Linear {
-  using Weight = typename Format<precision>::Weight;
-  using A = typename Format<precision>::A;
-  int64_t n, k, panels, units;
-  const Weight* data;
-  const float *bias, *scale;  // scale: of int8 weights
-  const int32_t* sum;         // of an output's int8 weights
-
-  Linear(const void* packed, int64_t n_, int64_t k_)
-      : n(n_),
-        k(k_),
-        panels(ceil_div(n_, NR)),
-        units(round_up(ceil_div(k_, kPer<A>), kUnits<Weight>)),
-        data(static_cast<const Weight*>(packed)) {
-    const char* end = static_cast<const char*>(packed) + round_up(panel_bytes() * panels, 64);
-    bias = reinterpret_cast<const float*>(end);
-    scale = bias + panels * NR;
-    sum = reinterpret_cast<const int32_t*>(scale + panels * NR);
-  }
-  int64_t panel_bytes() const { return units * NR * int64_t(sizeof(Weight)); }
-  int64_t bytes() const {
-    return reinterpret_cast<const char*>(sum + panels * NR) - reinterpret_cast<const char*>(data);
-  }
-  const Weight* panel(int64_t p) const { return data + p * units * NR; }
-};
-
-template <int precision>
-void pack(const PackArgs& g) {
-  using L = Linear<precision>;
-  const L view(g.out, g.n, g.k);
-  auto* data = static_cast<char*>(g.out);
-  auto *bias = const_cast<float*>(view.bias), *scale = const_cast<float*>(view.scale);
-  auto* sum = const_cast<int32_t*>(view.sum);
-#pragma omp parallel for schedule(static)
-  for (int64_t p = 0; p < view.panels; ++p)
-    for (int64_t i = 0; i < NR; ++i) {
-      const int64_t n = p * NR + i;
-      const float* row = n < g.n ? g.weight + n * g.k : nullptr;
-      float top = 0;
-      for (int64_t k = 0; row && k < g.k; ++k) top = std::fmax(top, std::fabs(row[k]));
-      scale[n] = precision == 2 ? (top > 0 ? top / 127 : 1) : 1;
-      bias[n] = row && g.bias ? g.bias[n] : 0;
-      sum[n] = 0;
-      constexpr int per = kPer<typename L::A>;
-      for (int64_t u = 0; u < view.units; ++u)
-        for (int j = 0; j < per; ++j) {
-          const int64_t k = u * per + j, at = (p * view.units + u) * NR + i;
-          const float w = row && k < g.k ? row[k] : 0;
-          if constexpr (precision == 0) {
-            reinterpret_cast<float*>(data)[at] = w;
-          } else if constexpr (precision == 1) {
-            reinterpret_cast<uint16_t*>(data)[at * per + j] = uint16_t(round_bf16(splat(w))[0]);
-          } else {
-            const int q = int(std::lrintf(w / scale[n]));
-            reinterpret_cast<int8_t*>(data)[at * per + j] = int8_t(q);
-            sum[n] += q;
-          }
-        }
-      bias[n] += g.low * scale[n] * float(sum[n]);
-    }
-}
-
-// --- products ---
-
-// Rows of a, and for int8 the scale of each.
-template <class A>
-struct Operand {
-  A* data;
-  int64_t row;  // elements, a multiple of what a tile reads, zeros behind k
-  float* scale;
-};
-
-// put(row, column, register) for all rows and the columns of panels [p0, p1); the columns run on
-// to the end of the last panel.
-template <Sign sign, int precision, class Put>
-void linear(const Linear<precision>& w, const Operand<typename Format<precision>::A>& a,
-            int64_t rows, int64_t p0, int64_t p1, const Put& put) {
-  using Weight = typename Format<precision>::Weight;
-  using A = typename Format<precision>::A;
-  [[maybe_unused]] const std::conditional_t<kMatrixUnit<Weight>, AmxScope, int> scope{};
-  alignas(64) float tile[kMaxTileRows * NR];
-  const int64_t step = tile_rows<Weight>(rows);
-  for (int64_t p = p0; p < p1; ++p)
-    for (int64_t m = 0; m < rows; m += step) {
-      const int64_t valid = min(step, rows - m);
-      multiply<Weight, sign>(reinterpret_cast<const float*>(a.data + m * a.row), a.row / kPer<A>,
-                             valid, w.panel(p), int64_t(NR), w.units, tile, NR);
-      for (int64_t i = 0; i < valid; ++i)
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) {
-          const int64_t n = p * NR + j * W;
-          vf v = load(tile + i * NR + j * W);
-          if constexpr (std::is_same_v<Weight, quad>) {
-            vi sum;
-            __builtin_memcpy(&sum, w.sum + n, sizeof sum);
-            v = __builtin_convertvector((vi)v - kOffset<sign> * sum, vf) *
-                (load(w.scale + n) * a.scale[m + i]);
-          } else if constexpr (std::is_same_v<Weight, int8_t>) {
-            v *= load(w.scale + n);
-          }
-          put(m + i, n, v + load(w.bias + n));
-        }
-    }
-}
-
-// A row of floats or bf16 as a's elements, zeros from n to a's whole row. As unsigned int8, 0
-// stands for `low`, which no value is below.
-template <Sign sign = Sign::both, class A, class T>
-void convert_row(const T* from, int64_t n, A* to, int64_t row, float* scale, float low = 0) {
-  if constexpr (sizeof(A) == 1) {
-    vf top = {}, poison = {};  // inf and NaN make the row NaN
-    for (int64_t j = 0; j < n; j += W) {
-      const vf v = only(load(from + j), n - j);
-      top = max(top, sign == Sign::both && v < 0 ? -v : v);
-      poison += v * 0.f;
-    }
-    const float most = max_of(top) - low,
-                inverse = most > 0 ? (sign == Sign::both ? 127 : 255) / most : 1;
-    *scale = 1 / inverse + sum(poison);
-    for (int64_t j = 0; j < row; j += W) {
-      const vf v = (j < n ? only(load(from + j), n - j) - low : vf{}) * inverse;
-      // Adding 1.5 * 2^23 rounds to an integer in the low bits.
-      const vi q = (vi)(v + 12582912.f) - 0x4B400000 + kOffset<sign>;
-      typedef int8_t vb __attribute__((vector_size(W)));
-      const vb b = __builtin_convertvector(q, vb);
-      __builtin_memcpy(to + j, &b, sizeof b);
-    }
-  } else {
-    for (int64_t j = 0; j < row; j += W) store(to + j, j < n ? only(load(from + j), n - j) : vf{});
-  }
-}
 
 // --- the encoder ---
 
@@ -158,7 +20,7 @@ struct Encoder {
   static constexpr int kQkv = precision == 2 ? 1 : precision;
   using F = Format<precision>;
   using A = typename F::A;
-  using T = typename Format<kQkv>::A;  // also of what attention makes
+  using T = std::conditional_t<kQkv == 0, float, typename Format<1>::A>;  // of attention
   using Key = std::conditional_t<std::is_same_v<T, float>, float, pair>;
 
   const EncoderArgs& g;
@@ -173,22 +35,25 @@ struct Encoder {
 
   // What one block of rows needs, for one thread or shared by all.
   struct Scratch {
-    float* sum;      // [rows, hidden_row]
-    Operand<T> qkv;  // the projection's; of all but int8 also the others'
-    Operand<A> operand, inner;
+    float* sum;         // [rows, hidden_row]
+    Operand<kQkv> qkv;  // the projection's
+    Operand<precision> operand, inner;
     T* wide;  // [rows, inner_row]: int8's inner activations before they are quantised
 
-    Scratch(const Encoder& e, Buffer& buffer, int64_t rows) {
-      const int64_t padded = rows + kMaxTileRows;
+    // With `inner_columns` of the inner activations at a time, a multiple of 64.
+    Scratch(const Encoder& e, Buffer& buffer, int64_t rows, int64_t inner_columns) {
+      const int64_t padded = rows + kMaxTileRows, most = Operand<precision>::kParts + 2;
       sum = buffer.get<float>(rows * e.hidden_row + 2 * padded +
-                              2 * padded * (e.hidden_row + e.inner_row));
+                              padded * most * (e.hidden_row + inner_columns));
       operand.scale = sum + rows * e.hidden_row;
       inner.scale = operand.scale + padded;
-      qkv = {reinterpret_cast<T*>(inner.scale + padded), e.hidden_row, nullptr};
-      operand.data = reinterpret_cast<A*>(qkv.data + padded * e.hidden_row),
+      qkv = {reinterpret_cast<typename Operand<kQkv>::A*>(inner.scale + padded), e.hidden_row,
+             nullptr};
+      operand.data = reinterpret_cast<A*>(qkv.data + qkv.elements(padded, e.hidden_row));
       operand.row = e.hidden_row;
-      inner.data = operand.data + padded * e.hidden_row, inner.row = e.inner_row;
-      wide = reinterpret_cast<T*>(inner.data + padded * e.inner_row);
+      inner.data = operand.data + operand.elements(padded, e.hidden_row);
+      inner.row = inner_columns;
+      wide = reinterpret_cast<T*>(inner.data + inner.elements(padded, inner_columns));
     }
   };
 
@@ -206,26 +71,28 @@ struct Encoder {
 
   explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.tokens) {}
 
-  // Every panel of a product, or the team's part of them.
-  template <int p = precision, Sign sign = Sign::both, class Put>
-  void product(const void* packed, int64_t n, int64_t k, const Operand<typename Format<p>::A>& a,
-               int64_t rows, const Team& team, const Put& put) const {
-    const Linear<p> w(packed, n, k);
-    linear<sign, p>(w, a, rows, team.begin(w.panels), team.end(w.panels), put);
+  // A product, or the team's part of its panels.
+  template <Sign sign = Sign::both, int p, class Put>
+  void product(const Linear<p>& w, Part part, const Operand<p>& a, int64_t rows, const Team& team,
+               const Put& put) const {
+    const int64_t p0 = part.p0, panels = part.p1 - p0;
+    part.p0 = p0 + team.begin(panels), part.p1 = p0 + team.end(panels);
+    linear<sign>(w, a, rows, part, put);
     team.meet();
   }
 
   void project_qkv(const EncoderLayer& layer, int64_t m0, int64_t rows, const Scratch& s,
                    const Team& team) const {
     T* to = qkv + m0 * qkv_row;
-    product<kQkv>(layer.qkv, 3 * g.hidden, g.hidden, s.qkv, rows, team,
-                  [&](int64_t m, int64_t n, vf v) { store(to + m * qkv_row + n, v); });
+    const Linear<kQkv> w(layer.qkv, 3 * g.hidden, g.hidden);
+    product(w, w.whole(), s.qkv, rows, team,
+            [&](int64_t m, int64_t n, vf v) { store(to + m * qkv_row + n, v); });
   }
 
   // hidden = LN(sum), and the next product's operand of it.
-  template <class B>
+  template <int p>
   void normalise(const float* weight, const float* bias, int64_t m0, int64_t rows, const Scratch& s,
-                 const Operand<B>& operand, const Team& team) const {
+                 const Operand<p>& operand, const Team& team) const {
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
       const float* from = s.sum + m * hidden_row;
       float* to = hidden + (m0 + m) * hidden_row;
@@ -236,35 +103,45 @@ struct Encoder {
         const vf v = (load(from + j) - mean) * rstd * load_upto(weight + j, left);
         store(to + j, v + load_upto(bias + j, left));
       }
-      convert_row(to, g.hidden, operand.data + m * operand.row, operand.row, operand.scale + m);
+      put_row(operand, m, to, g.hidden);
     }
     team.meet();
   }
 
+  // Up and down, some of the inner activations after the other: sum becomes x + the result.
   template <int activation>
-  void project_up(const EncoderLayer& layer, int64_t rows, const Scratch& s,
-                  const Team& team) const {
+  void feed_forward(const EncoderLayer& layer, const float* x, int64_t rows, const Scratch& s,
+                    const Team& team) const {
     constexpr bool quantised = sizeof(A) == 1;
-    product(layer.up, g.inner, g.hidden, s.operand, rows, team, [&](int64_t m, int64_t n, vf v) {
-      if constexpr (activation == 1 && precision > 0)
-        v = gelu_coarse(v);
-      else
-        v = activate<activation>(v);
-      if constexpr (quantised)
-        store(s.wide + m * inner_row + n, v);
-      else
-        store(s.inner.data + m * inner_row + n, v);
-    });
-    if constexpr (quantised) {
-      for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-        convert_row<Sign::none>(s.wide + m * inner_row, g.inner, s.inner.data + m * inner_row,
-                                inner_row, s.inner.scale + m, g.low);
-      team.meet();
-    } else if (inner_row > round_up(g.inner, NR)) {
-      for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-        std::memset(s.inner.data + m * inner_row + round_up(g.inner, NR), 0,
-                    (inner_row - round_up(g.inner, NR)) * sizeof(A));
-      team.meet();
+    const Linear<precision> up(layer.up, g.inner, g.hidden), down(layer.down, g.hidden, g.inner);
+    for (int64_t c = 0; c < g.inner; c += s.inner.row) {
+      const int64_t columns = min(s.inner.row, g.inner - c), put_to = round_up(columns, NR);
+      product(up, {c / NR, ceil_div(c + columns, NR), 0, g.hidden}, s.operand, rows, team,
+              [&](int64_t m, int64_t n, vf v) {
+                if constexpr (activation == 1 && precision > 0)
+                  v = gelu_coarse(v);
+                else
+                  v = activate<activation>(v);
+                if constexpr (quantised)
+                  store(s.wide + m * inner_row + n, v);
+                else
+                  s.inner.put(m, n - c, v);
+              });
+      if constexpr (quantised) {
+        for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
+          put_row<Sign::none>(s.inner, m, s.wide + m * inner_row, g.inner, g.low);
+        team.meet();
+      } else if (put_to % 64) {
+        for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
+          for (int64_t n = put_to; n < round_up(put_to, 64); n += W) s.inner.put(m, n, vf{});
+        team.meet();
+      }
+      const float* before = c ? s.sum : x;
+      product<Sign::none>(down, {0, down.panels, c, columns}, s.inner, rows, team,
+                          [&](int64_t m, int64_t n, vf v) {
+                            const int64_t at = m * hidden_row + n;
+                            store(s.sum + at, v + load(before + at));
+                          });
     }
   }
 
@@ -276,7 +153,7 @@ struct Encoder {
       for (int64_t j = 0; j < g.hidden; j += W)
         store(to + j, g.x_bf16 ? load_upto(static_cast<const bf16*>(g.x) + at + j, g.hidden - j)
                                : load_upto(static_cast<const float*>(g.x) + at + j, g.hidden - j));
-      convert_row(to, g.hidden, s.qkv.data + m * s.qkv.row, s.qkv.row, s.qkv.scale);
+      put_row(s.qkv, m, to, g.hidden);
     }
     team.meet();
     project_qkv(g.layers[0], m0, rows, s, team);
@@ -287,31 +164,30 @@ struct Encoder {
     const EncoderLayer& layer = g.layers[index];
     T* from = context + m0 * hidden_row;
     const float* residual = hidden + m0 * hidden_row;
-    const auto add = [&](int64_t m, int64_t n, vf v) {
-      store(s.sum + m * hidden_row + n, v + load(residual + m * hidden_row + n));
-    };
-    Operand<A> operand = s.operand;
-    if constexpr (std::is_same_v<A, T>) {
+    Operand<precision> operand = s.operand;
+    if constexpr (std::is_same_v<A, T> && !kMatrixUnit<typename F::Weight>) {
       operand = {from, hidden_row, nullptr};
     } else {
       for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-        convert_row(from + m * hidden_row, g.hidden, operand.data + m * operand.row, operand.row,
-                    operand.scale + m);
+        put_row(operand, m, from + m * hidden_row, g.hidden);
       team.meet();
     }
-    product(layer.out, g.hidden, g.hidden, operand, rows, team, add);
+    const Linear<precision> out(layer.out, g.hidden, g.hidden);
+    product(out, out.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
+      const int64_t at = m * hidden_row + n;
+      store(s.sum + at, v + load(residual + at));
+    });
     normalise(layer.norm1, layer.norm1_bias, m0, rows, s, s.operand, team);
     switch (g.activation) {
       case 1:
-        project_up<1>(layer, rows, s, team);
+        feed_forward<1>(layer, residual, rows, s, team);
         break;
       case 2:
-        project_up<2>(layer, rows, s, team);
+        feed_forward<2>(layer, residual, rows, s, team);
         break;
       default:
-        project_up<3>(layer, rows, s, team);
+        feed_forward<3>(layer, residual, rows, s, team);
     }
-    product<precision, Sign::none>(layer.down, g.hidden, g.inner, s.inner, rows, team, add);
     normalise(layer.norm2, layer.norm2_bias, m0, rows, s, s.qkv, team);
     if (index + 1 < g.count) return project_qkv(g.layers[index + 1], m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
@@ -429,18 +305,20 @@ struct Encoder {
     using Weight = typename F::Weight;
     const int64_t tile = kTileRows<Weight>;
     if (tokens <= 4 * tile && threads > 1) {
-      const Scratch s(*this, shared, 4 * tile);
+      const Scratch s(*this, shared, 4 * tile, inner_row);
       return work(0, tokens, s, Team{omp_get_thread_num(), threads});
     }
-    // A block's inner activations stay in L2.
-    const int64_t fitting = (768 << 10) / (inner_row * int64_t(sizeof(T)));
+    // A block stays in L2.
+    const int64_t columns = kSplit<Weight> ? min(inner_row, 512) : inner_row;
+    const int64_t bytes = kSplit<Weight> ? hidden_row * 10 + columns * 6 : columns * sizeof(T);
+    const int64_t fitting = (kHasAmx ? 1600 << 10 : 768 << 10) / bytes;
     const int64_t most = fitting > 2 * tile ? fitting : 2 * tile;
     const int64_t blocks = round_up(ceil_div(tokens, most), threads);
     const int64_t rows = round_up(ceil_div(tokens, blocks), tile);
 #pragma omp for schedule(dynamic)
     for (int64_t m0 = 0; m0 < tokens; m0 += rows) {
       static thread_local Buffer own;
-      work(m0, min(rows, tokens - m0), Scratch(*this, own, rows), Team{});
+      work(m0, min(rows, tokens - m0), Scratch(*this, own, rows, columns), Team{});
     }
   }
   void run() {
@@ -453,7 +331,7 @@ struct Encoder {
     qkv = context_kept + kept * hidden_row;
     const int threads = omp_get_max_threads();
     {
-      const Scratch sized(*this, shared, 4 * kTileRows<typename F::Weight>);
+      const Scratch sized(*this, shared, 4 * kTileRows<typename F::Weight>, inner_row);
     }
     Buffer& together = shared;
     const int64_t tasks = g.batch * g.heads;
@@ -483,18 +361,6 @@ struct Encoder {
 };
 
 }  // namespace
-
-int64_t packed_bytes(int64_t n, int64_t k, int precision) {
-  return precision == 0   ? Linear<0>(nullptr, n, k).bytes()
-         : precision == 1 ? Linear<1>(nullptr, n, k).bytes()
-                          : Linear<2>(nullptr, n, k).bytes();
-}
-
-void pack_weights(const PackArgs& g) {
-  if (g.precision == 0) return pack<0>(g);
-  if (g.precision == 1) return pack<1>(g);
-  pack<2>(g);
-}
 
 void encoder(const EncoderArgs& g) {
   if (g.tokens == 0) return;

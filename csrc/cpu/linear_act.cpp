@@ -12,14 +12,20 @@ namespace {
 
 constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly
 constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
-template <Math math>
-constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;  // rows of a task: its block of a stays in L2
-constexpr int64_t PC = 6;                           // ... beside this many panels of b
+template <Math math>             // rows of a task: its block of a stays in L2
+constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;
+constexpr int64_t PC = 6;           // ... beside this many panels of b
+constexpr int64_t kSplitRows = 48;  // with fewer, packing b in three parts costs more than it gains
 
 struct Block {  // of an operand along k, packed
   float* data;
-  int64_t k0, k, units;
+  int64_t k0, k, units;  // units of 32 bits that a row has
 };
+template <Math math>
+int64_t row_units(int64_t k) {
+  constexpr int64_t step = kUnitStep<math>;
+  return ceil_div(ceil_div(k, kPerUnit<math>), step) * step * kUnitParts<math>;
+}
 
 // Panel p of b over the block's k; the parts may meet inside it.
 template <Math math>
@@ -27,40 +33,31 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
   const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.parts : g.k;
   const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
   float* dst = block.data + p * block.units * NR;
-  if constexpr (kUnitStep<math> > 1) {
-    const int64_t used = ceil_div(block.k, kPerUnit<math>);
-    std::memset(dst + used * NR, 0, (block.units - used) * NR * sizeof(float));
-  }
   const auto pack = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     // Rows of one part at a time; a panel that spans two is packed by element.
     const int64_t part = n0 / part_n, end = min(n0 + NR, g.n);
     if (!g.split_k && end <= (part + 1) * part_n) {
       const T* src = static_cast<const T*>(g.b[part]) + (n0 - part * part_n) * g.b_row;
-      pack_panel<math, NR>(dst, src + block.k0 * g.b_k, g.b_row, g.b_k, end - n0, block.k);
+      pack_b_panel<math>(dst, src + block.k0 * g.b_k, g.b_row, g.b_k, end - n0, block.k);
       return;
     }
     if (g.split_k && block.k0 / part_k == (block.k0 + block.k - 1) / part_k) {
       const int64_t q = block.k0 / part_k;
       const T* src = static_cast<const T*>(g.b[q]) + n0 * g.b_row + (block.k0 - q * part_k) * g.b_k;
-      pack_panel<math, NR>(dst, src, g.b_row, g.b_k, end - n0, block.k);
+      pack_b_panel<math>(dst, src, g.b_row, g.b_k, end - n0, block.k);
       return;
     }
-    constexpr int per = kPerUnit<math>;
-    const auto at = [&](int64_t n, int64_t k) {
-      if (n >= g.n || k >= block.k0 + block.k) return 0.f;
-      const int64_t q = g.split_k ? k / part_k : n / part_n;
-      const T* src = static_cast<const T*>(g.b[q]);
-      return to_float(src[(g.split_k ? n : n - q * part_n) * g.b_row +
-                          (g.split_k ? k - q * part_k : k) * g.b_k]);
-    };
-    for (int64_t u = 0; u * per < block.k; ++u)
-      for (int i = 0; i < NR; ++i) {
-        const int64_t k = block.k0 + u * per;
-        vf v = splat(at(n0 + i, k));
-        if constexpr (math == Math::bf16) v = pair_up(v, splat(at(n0 + i, k + 1)));
-        dst[u * NR + i] = v[0];
+    static thread_local Buffer buffer;
+    float* rows = buffer.get<float>(NR * block.k);
+    for (int64_t n = n0; n < end; ++n)
+      for (int64_t k = block.k0; k < block.k0 + block.k; ++k) {
+        const int64_t q = g.split_k ? k / part_k : n / part_n;
+        rows[(n - n0) * block.k + k - block.k0] =
+            to_float(static_cast<const T*>(g.b[q])[(g.split_k ? n : n - q * part_n) * g.b_row +
+                                                   (g.split_k ? k - q * part_k : k) * g.b_k]);
       }
+    pack_b_panel<math>(dst, rows, block.k, 1, end - n0, block.k);
   };
   if (g.b_bf16)
     pack(static_cast<bf16*>(nullptr));
@@ -75,12 +72,8 @@ void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
     constexpr int R = kRows<math>;
     for (int64_t m = 0; m < rows; m += R) {
       const auto* from = a + (m0 + m) * g.a_row + block.k0 * g.a_k;
-      float* to = block.data + m * block.units;
-      const int64_t valid = min(R, rows - m);
-      if constexpr (kAmx<math>)
-        pack_rows<R>(to, from, g.a_row, g.a_k, valid, block.k, block.units);
-      else
-        pack_panel<math, R>(to, from, g.a_row, g.a_k, valid, block.k);
+      pack_a_panel<math>(block.data + m * block.units, from, g.a_row, g.a_k, min(R, rows - m),
+                         block.k);
     }
   };
   if (g.a_bf16)
@@ -129,6 +122,20 @@ void prefetch_rows(const GemmArgs& g, int64_t m0, int64_t rows, int64_t n0) {
 using Epilogue = void (*)(const GemmArgs&, const float*, int64_t, const float*, int64_t, int64_t,
                           int64_t);
 
+// A finished tile, whose epilogue runs while the next one is computed.
+struct Finished {
+  const GemmArgs* g;
+  Epilogue finish;
+  const float *tile = nullptr, *bias = nullptr;
+  int64_t tile_row = 0, m0 = 0, n0 = 0, rows = 0;
+
+  void take(int64_t count) {
+    count = min(count, rows);
+    if (count) finish(*g, tile, tile_row, bias, m0, count, n0);
+    tile += count * tile_row, m0 += count, rows -= count;
+  }
+};
+
 template <class T>
 Epilogue choose_epilogue(int activation) {
   switch (activation) {
@@ -148,13 +155,13 @@ void gemm_in(const GemmArgs& g) {
   if (g.m == 0 || g.n == 0) return;
   const Epilogue finish =
       g.c_bf16 ? choose_epilogue<bf16>(g.activation) : choose_epilogue<float>(g.activation);
-  constexpr int per = kPerUnit<math>, R = kRows<math>, step = kUnitStep<math>;
+  constexpr int R = kRows<math>;
   const int64_t panels = ceil_div(g.n, NR), part_k = g.split_k ? g.k / g.parts : g.k;
   // Blocks of k alike in size, whole units in each; of one part where they can be.
-  const int64_t whole = 2 * step;
+  const int64_t whole = 2 * kUnitStep<math>;
   const int64_t kc =
       part_k ? ceil_div(ceil_div(part_k, ceil_div(part_k, KC)), whole) * whole : whole;
-  const int64_t ks = min(KS / kc, g.k ? ceil_div(g.k, kc) : 1) * kc, units = ceil_div(kc, per);
+  const int64_t ks = min(KS / kc, g.k ? ceil_div(g.k, kc) : 1) * kc, units = row_units<math>(kc);
   const int threads = g.m * g.n * (g.k + 64) < (1 << 20) ? 1 : omp_get_max_threads();
   // Tasks of equal rows, a multiple of the threads; few rows are shared out by columns too.
   const int64_t m_tasks = ceil_div(ceil_div(g.m, MC<math>), g.m > MC<math> ? threads : 1) *
@@ -174,7 +181,7 @@ void gemm_in(const GemmArgs& g) {
     const int64_t send = min(s0 + ks, g.k), blocks = g.k ? ceil_div(send - s0, kc) : 1;
     const auto block_at = [&](int64_t i, float* data) {
       const int64_t k0 = s0 + i * kc, k = min(kc, send - k0);
-      return Block{data, k0, k, ceil_div(ceil_div(k, per), step) * step};
+      return Block{data, k0, k, row_units<math>(k)};
     };
     const auto b_block = [&](int64_t i) { return block_at(i, b + i * panels * units * NR); };
 #pragma omp for schedule(static) collapse(2)
@@ -188,6 +195,9 @@ void gemm_in(const GemmArgs& g) {
         const int64_t m0 = mt * mc, rows = min(mc, g.m - m0);
         const int64_t p_end = panels * (nt + 1) / n_tasks;
         if (rows <= 0) continue;
+        alignas(64) float tiles[2][R * NR];
+        Finished before{&g, finish};
+        int current = 0;
         for (int64_t i = 0; i < blocks; ++i) {
           const Block bb = b_block(i), ab = block_at(i, a_buffer.get<float>((mc + R) * units));
           const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
@@ -195,14 +205,17 @@ void gemm_in(const GemmArgs& g) {
           for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC)
             for (int64_t m = 0; m < rows; m += R)
               for (int64_t p = p0; p < min(p0 + PC, p_end); ++p) {
-                alignas(64) float tile[R * NR];
-                float* out = sums ? sums + (m0 + m) * sums_row + p * NR : tile;
+                const int64_t valid = min(R, rows - m);
+                float* out = sums ? sums + (m0 + m) * sums_row + p * NR : tiles[current ^= 1];
                 const int64_t out_row = sums ? sums_row : NR;
-                if (last) prefetch_rows(g, m0 + m, min(R, rows - m), p * NR);
-                tile_packed<math>(ab.data + m * ab.units, bb.data + p * bb.units * NR, bb.units,
-                                  out, out_row, !first);
-                if (last) finish(g, out, out_row, bias + p * NR, m0 + m, min(R, rows - m), p * NR);
+                if (last) prefetch_rows(g, m0 + m, valid, p * NR);
+                tile_packed<math>(ab.data + m * ab.units, valid, bb.data + p * bb.units * NR,
+                                  bb.units, out, out_row, !first,
+                                  [&](int64_t times) { before.take(ceil_div(R, times)); });
+                before.take(R);
+                if (last) before = {&g, finish, out, bias + p * NR, out_row, m0 + m, p * NR, valid};
               }
+          before.take(R);
         }
       }
   }
@@ -248,11 +261,12 @@ void activation_backward_of(const ActivationBackwardArgs& g) {
 }  // namespace
 
 void gemm(const GemmArgs& g) {
-  // In bf16 where an operand has no more precision than that; else fp32 throughout.
-  if ((kHasBf16 || kHasAmx) && g.a_bf16)
-    gemm_in<Math::bf16>(g);
-  else
-    gemm_in<Math::fp32>(g);
+  // In bf16 where an operand has no more precision than that; else fp32, on the matrix unit too.
+  if ((kHasBf16 || kHasAmx) && g.a_bf16) return gemm_in<Math::bf16>(g);
+#if defined(__AMX_BF16__)
+  if (g.m >= kSplitRows) return gemm_in<Math::split>(g);
+#endif
+  gemm_in<Math::fp32>(g);
 }
 
 void activation_backward(const ActivationBackwardArgs& g) {

@@ -2,7 +2,8 @@
 //
 // A row of a is a row of 32-bit units: one float, two bf16 or four int8 of neighbouring k. Weights
 // stand in panels unit[k][NR], zero-padded along n and k. Where the instruction set has no dot
-// product for a weight's type, a stays fp32 and each weight is widened as it is loaded.
+// product for a weight's type, a stays fp32 and each weight is widened as it is loaded. For the
+// matrix unit, weights and a stand in the panels of amx.h.
 #pragma once
 #include <array>
 #include <type_traits>
@@ -18,6 +19,9 @@ struct quad {  // four int8 of neighbouring k
 struct pair {  // two bf16
   uint32_t bits;
 };
+struct split {  // a float that becomes three bf16 before the matrix unit takes it, see amx.h
+  float value;
+};
 enum class Sign { none, both };  // of an int8 operand: 0 to 255, or -127 to 127
 
 #if defined(__AVX512VNNI__)
@@ -31,8 +35,8 @@ template <int precision>
 struct Format;
 template <>
 struct Format<0> {
-  using Weight = float;
-  using A = float;
+  using Weight = std::conditional_t<kHasAmx, split, float>;
+  using A = std::conditional_t<kHasAmx, bf16, float>;
 };
 template <>
 struct Format<1> {
@@ -48,13 +52,16 @@ struct Format<2> {
 template <class A>
 constexpr int kPer = 4 / sizeof(A);  // elements of a in a unit
 template <class Weight>
-constexpr bool kMatrixUnit =
-    kHasAmx && (std::is_same_v<Weight, pair> || std::is_same_v<Weight, quad>);
+constexpr bool kSplit = std::is_same_v<Weight, split>;
 template <class Weight>
-constexpr int kTileRows = kMatrixUnit<Weight> ? 32 : MR;
-constexpr int kMaxTileRows = kHasAmx ? 32 : MR;
+constexpr bool kMatrixUnit = kHasAmx && !std::is_same_v<Weight, float>;
 template <class Weight>
-constexpr int kUnits = kMatrixUnit<Weight> ? 16 : 1;  // a row is a multiple of so many units
+constexpr int kTileRows = kMatrixUnit<Weight> ? kAmxRows : MR;
+constexpr int kMaxTileRows = kHasAmx ? kAmxRows : MR;
+template <class Weight>
+constexpr int kUnits = kSplit<Weight>        ? 2 * kStep
+                       : kMatrixUnit<Weight> ? kStep
+                                             : 1;  // a row is a multiple of so many units
 
 inline vf load(const pair* p) { return load(reinterpret_cast<const float*>(p)); }
 inline vf load(const quad* p) { return load(reinterpret_cast<const float*>(p)); }
@@ -123,46 +130,6 @@ void rows_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, in
     for (int j = 0; j < NV; ++j) store(out + i * out_row + j * W, acc[i][j]);
 }
 
-#if defined(__AMX_BF16__)
-// A macro: the instructions take their registers' numbers as literals.
-#define BERTFAST_TILE_DOT(c, a, b)            \
-  if constexpr (std::is_same_v<Weight, pair>) \
-    _tile_dpbf16ps(c, a, b);                  \
-  else if constexpr (sign == Sign::both)      \
-    _tile_dpbssd(c, a, b);                    \
-  else                                        \
-    _tile_dpbusd(c, a, b)
-
-// The same for 32 rows; rows of `a` past the valid ones are read, and their sums mean nothing.
-template <class Weight, Sign sign>
-void matrix_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, int64_t units,
-                 float* out, int64_t out_row, bool low_rows) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if (low_rows) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  const float* low = a + 16 * a_row;
-  for (int64_t u = 0; u < units; u += 16) {
-    _tile_loadd(6, b + u * b_row, b_row * 4);
-    _tile_loadd(4, a + u, a_row * 4);
-    _tile_loadd(7, b + u * b_row + 16, b_row * 4);
-    BERTFAST_TILE_DOT(0, 4, 6);
-    BERTFAST_TILE_DOT(1, 4, 7);
-    if (!low_rows) continue;
-    _tile_loadd(5, low + u, a_row * 4);
-    BERTFAST_TILE_DOT(2, 5, 6);
-    BERTFAST_TILE_DOT(3, 5, 7);
-  }
-  _tile_stored(0, out, out_row * 4);
-  _tile_stored(1, out + 16, out_row * 4);
-  if (!low_rows) return;
-  _tile_stored(2, out + 16 * out_row, out_row * 4);
-  _tile_stored(3, out + 16 * out_row + 16, out_row * 4);
-}
-#endif
-
 template <class Weight>
 using RowsTile = void (*)(const float*, int64_t, const Weight*, int64_t, int64_t, float*, int64_t);
 template <class Weight, int... I>
@@ -170,14 +137,14 @@ constexpr std::array<RowsTile<Weight>, sizeof...(I)> rows_tiles(std::integer_seq
   return {rows_tile<I + 1, Weight>...};
 }
 
-// out[rows][NR], rows <= kTileRows; up to kMaxTileRows rows of out may be written.
-template <class Weight, Sign sign = Sign::both>
+// out[rows][NR], rows <= kTileRows; up to kMaxTileRows rows of out may be written. On the matrix
+// unit b_row is NR.
+template <class Weight>
 inline void multiply(const float* a, int64_t a_row, int64_t rows, const Weight* b, int64_t b_row,
                      int64_t units, float* out, int64_t out_row) {
   if constexpr (kMatrixUnit<Weight>) {
-#if defined(__AMX_BF16__)
-    matrix_tile<Weight, sign>(a, a_row, b, b_row, units, out, out_row, rows > 16);
-#endif
+    amx_multiply<Dot::bf16, 1>({a, a_row, kStep}, rows, reinterpret_cast<const float*>(b),
+                               units / kStep, out, out_row, false, [] {});
   } else {
     static constexpr auto tiles = rows_tiles<Weight>(std::make_integer_sequence<int, MR>{});
     tiles[rows - 1](a, a_row, b, b_row, units, out, out_row);
@@ -187,7 +154,7 @@ inline void multiply(const float* a, int64_t a_row, int64_t rows, const Weight* 
 // Rows in tiles alike in size: the largest tile of `rows` that a loop over them takes.
 template <class Weight>
 inline int64_t tile_rows(int64_t rows) {
-  if (kMatrixUnit<Weight>) return 32;
+  if (kMatrixUnit<Weight>) return kAmxRows;
   return rows ? ceil_div(rows, ceil_div(rows, MR)) : 1;
 }
 

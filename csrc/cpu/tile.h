@@ -2,15 +2,12 @@
 //
 // A panel holds TILE rows, k-major: unit[k][TILE], zero-padded. A unit is 32 bits: one float, or
 // two bf16 of neighbouring k for the bf16 dot-product instruction. See Goto & van de Geijn,
-// "Anatomy of high-performance matrix multiplication", 2008. Where the processor has a matrix unit
-// (AMX), bf16 panels of a hold row after row instead: unit[TILE][k].
+// "Anatomy of high-performance matrix multiplication", 2008. Panels for the matrix unit hold a
+// step of k after the other, see amx.h: [part][TILE][16 units] of a, [part][16 units][TILE] of b.
 #pragma once
 #include <utility>
 
-#include "vec.h"
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "amx.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -21,26 +18,24 @@ constexpr int MR = 14;  // 28 accumulators of 32 registers
 constexpr int MR = 6;  // 12 accumulators of 16 registers
 #endif
 constexpr int NV = 2, NR = NV * W;
+static_assert(!kHasAmx || NR == kAmxRows);
 
-enum class Math { fp32, bf16 };
+enum class Math { fp32, bf16, split };  // split: fp32 on the matrix unit
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16 = true;
 #else
 constexpr bool kHasBf16 = false;  // bf16 inputs are widened when packed
 #endif
 template <Math math>
-constexpr int kPerUnit = math == Math::bf16 ? 2 : 1;
-#if defined(__AMX_BF16__)
-constexpr bool kHasAmx = true;
-#else
-constexpr bool kHasAmx = false;
-#endif
+constexpr int kPerUnit = math == Math::fp32 ? 1 : 2;
 template <Math math>
-constexpr bool kAmx = kHasAmx && math == Math::bf16;
+constexpr bool kAmx = kHasAmx && math != Math::fp32;
 template <Math math>
-constexpr int kRows = kAmx<math> ? 32 : MR;  // of a tile
+constexpr int kRows = kAmx<math> ? kAmxRows : MR;  // of a tile
 template <Math math>
-constexpr int kUnitStep = kAmx<math> ? 16 : 1;  // panels have a multiple of this many units
+constexpr int kUnitStep = kAmx<math> ? kStep : 1;  // panels have a multiple of this many units ...
+template <Math math>
+constexpr int kUnitParts = math == Math::split ? kParts : 1;  // ... so often
 
 template <Math math>
 inline vf multiply_add(vf acc, float a, vf b) {
@@ -80,65 +75,20 @@ inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t
     for (int j = 0; j < NV; ++j) store(out + i * out_row + j * W, acc[i][j]);
 }
 
-#if defined(__AMX_BF16__)
-static_assert(NR == 32);
-
-// The calling thread's tile registers: eight of 16 rows of 64 bytes. Others may have left them in
-// another shape, so every task that uses them says so anew.
-struct AmxScope {
-  AmxScope() {
-    alignas(64) struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const config;
-    _tile_loadconfig(&config);
-  }
-  ~AmxScope() { _tile_release(); }
-};
-
-// Tiles 0-3: the sums' quarters; 4, 5: rows of a; 6, 7: columns of b.
-inline void tile_amx(const float* a, int64_t a_row, const float* b, int64_t units, float* out,
-                     int64_t out_row, bool accumulate) {
-  float* low = out + 16 * out_row;
-  if (accumulate) {
-    _tile_loadd(0, out, out_row * 4);
-    _tile_loadd(1, out + 16, out_row * 4);
-    _tile_loadd(2, low, out_row * 4);
-    _tile_loadd(3, low + 16, out_row * 4);
+// a is a packed panel, of which `rows` are wanted. units: of all parts. `meanwhile(n)` is called n
+// times while the matrix unit works, never elsewhere.
+template <Math math, class Meanwhile>
+void tile_packed(const float* a, [[maybe_unused]] int64_t rows, const float* b, int64_t units,
+                 float* out, int64_t out_row, bool accumulate,
+                 [[maybe_unused]] const Meanwhile& meanwhile) {
+  if constexpr (kAmx<math>) {
+    constexpr int parts = kUnitParts<math>;
+    const int64_t steps = units / (kStep * parts);
+    amx_multiply<Dot::bf16, parts>({a, kStep, parts * kBlock}, rows, b, steps, out, out_row,
+                                   accumulate, [&] { meanwhile(steps); });
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tile_product<math>([a](int i) { return a + i; }, MR, b, units, out, out_row, accumulate);
   }
-  for (int64_t u = 0; u < units; u += 16) {
-    _tile_loadd(6, b + u * NR, NR * 4);
-    _tile_loadd(4, a + u, a_row * 4);
-    _tile_loadd(7, b + u * NR + 16, NR * 4);
-    _tile_loadd(5, a + 16 * a_row + u, a_row * 4);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, out, out_row * 4);
-  _tile_stored(1, out + 16, out_row * 4);
-  _tile_stored(2, low, out_row * 4);
-  _tile_stored(3, low + 16, out_row * 4);
-}
-#else
-struct AmxScope {};
-#endif
-
-// a is a packed panel.
-template <Math math>
-void tile_packed(const float* a, const float* b, int64_t units, float* out, int64_t out_row,
-                 bool accumulate) {
-#if defined(__AMX_BF16__)
-  if constexpr (kAmx<math>) return tile_amx(a, units, b, units, out, out_row, accumulate);
-#endif
-  tile_product<math>([a](int i) { return a + i; }, MR, b, units, out, out_row, accumulate);
 }
 
 // a is a matrix with any strides and `valid` rows; the tile's other rows repeat the last.
@@ -169,23 +119,6 @@ inline void transpose(vf* r) { transpose_stage<W / 2>(r); }
 
 inline vf pair_up(vf even, vf odd) {  // two bf16 in each 32-bit unit
   return (vf)(round_bf16(even) | (round_bf16(odd) << 16));
-}
-
-// 2 W neighbours as W pairs.
-inline vf load_pairs(const bf16* p) {
-  vf v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline vf load_pairs(const float* p) {
-#if defined(__AVX512BF16__)
-  return (vf)_mm512_cvtne2ps_pbh((__m512)load(p + W), (__m512)load(p));
-#else
-  bf16 pairs[2 * W];
-  store(pairs, load(p));
-  store(pairs + W, load(p + W));
-  return load_pairs(pairs);
-#endif
 }
 
 // A register's lanes become rows lane0... of one k. A whole store runs over into the next k,
@@ -249,34 +182,63 @@ void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
     }
 }
 
-// The same rows as bf16 pairs, row after row: dst[TILE][units], zeros behind count.
-template <int TILE, class T>
-void pack_rows(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid, int64_t count,
-               int64_t units) {
-  const auto element = [&](int64_t i, int64_t k) {
-    return i < valid && k < count ? to_float(src[i * row + k * kstep]) : 0.f;
-  };
-  for (int64_t i = 0; i < TILE; i += W)
-    for (int64_t u = 0; u < units; u += W) {
-      const int64_t k = 2 * u;
-      vf r[W];
-      if (row == 1 && i + W <= valid && k + 2 * W <= count) {
-#pragma GCC unroll 16
-        for (int j = 0; j < W; ++j)
-          r[j] =
-              pair_up(load(src + i + (k + 2 * j) * kstep), load(src + i + (k + 2 * j + 1) * kstep));
-        transpose(r);
-      } else if (kstep == 1 && k + 2 * W <= count) {
-        for (int j = 0; j < W; ++j)
-          r[j] = i + j < valid ? load_pairs(src + (i + j) * row + k) : vf{};
-      } else {
-        for (int j = 0; j < W; ++j)
-          for (int lane = 0; lane < W; ++lane)
-            r[j][lane] = pair_up(splat(element(i + j, k + 2 * lane)),
-                                 splat(element(i + j, k + 2 * lane + 1)))[0];
-      }
-      for (int j = 0; j < W; ++j) store(dst + (i + j) * units + u, r[j]);
+// 16 rows of 32 k for the matrix unit: unit j of row i of a part goes to dst[i * dst_row + j], or,
+// where the rows are b's, to dst[j * dst_row + i].
+template <int parts, bool is_b, class T>
+void pack_step(float* dst, int64_t dst_row, const T* src, int64_t row, int64_t kstep, int64_t valid,
+               int64_t count) {
+  vf units[parts][W];
+  const bool by_k = !(row == 1 && kstep != 1 && valid >= W && count >= 2 * W);  // lanes are k
+  for (int i = 0; i < W; ++i) {
+    vf x0 = {}, x1 = {};
+    if (!by_k) {
+      x0 = load(src + 2 * i * kstep), x1 = load(src + (2 * i + 1) * kstep);
+    } else if (kstep == 1 && i < valid) {
+      x0 = load_upto(src + i * row, count < 0 ? 0 : count);
+      x1 = load_upto(src + i * row + W, count < W ? 0 : count - W);
+    } else if (i < valid) {
+      for (int64_t k = 0; k < min(W, count); ++k) x0[k] = to_float(src[i * row + k * kstep]);
+      for (int64_t k = W; k < min(2 * W, count); ++k)
+        x1[k - W] = to_float(src[i * row + k * kstep]);
     }
+    for (int part = 0; part < parts; ++part) {
+      vf e = x0, o = x1;
+      if (parts > 1) e = take_bf16(x0), o = take_bf16(x1);
+      units[part][i] = by_k ? both(e, o) : pair_up(e, o);
+    }
+  }
+  for (int part = 0; part < parts; ++part) {
+    if (by_k == is_b) transpose(units[part]);
+    for (int i = 0; i < W; ++i) store(dst + part * kBlock + i * dst_row, units[part][i]);
+  }
+}
+
+template <Math math, bool is_b, class T>
+void pack_steps(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
+                int64_t count) {
+  constexpr int parts = kUnitParts<math>;
+  for (int64_t k = 0; k < count; k += 2 * W, dst += parts * kBlock)
+    for (int64_t i = 0; i < kAmxRows; i += W)
+      pack_step<parts, is_b>(dst + i * (is_b ? 1 : kStep), is_b ? kAmxRows : kStep,
+                             src + i * row + k * kstep, row, kstep, valid - i, count - k);
+}
+
+// Panels of gemm's operands a and b, see pack_panel.
+template <Math math, class T>
+void pack_a_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
+                  int64_t count) {
+  if constexpr (kAmx<math>)
+    pack_steps<math, false>(dst, src, row, kstep, valid, count);
+  else
+    pack_panel<math, MR>(dst, src, row, kstep, valid, count);
+}
+template <Math math, class T>
+void pack_b_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
+                  int64_t count) {
+  if constexpr (kAmx<math>)
+    pack_steps<math, true>(dst, src, row, kstep, valid, count);
+  else
+    pack_panel<math, NR>(dst, src, row, kstep, valid, count);
 }
 
 }  // namespace

@@ -1,0 +1,38 @@
+"""Jobs in processes, a bounded number at a time."""
+
+import os
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+
+
+class Pool:
+    """Runs jobs in processes, a bounded number at a time; one process is this one."""
+
+    def __init__(self, processes: int):
+        self.processes, self.pool = processes, None
+
+    def __enter__(self):
+        if self.processes > 1:
+            self.pool = ProcessPoolExecutor(self.processes, initializer=_start_worker)
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, function, jobs):
+        """function(*job) of each; results as they come."""
+        if self.pool is None:
+            for job in jobs:
+                yield function(*job)
+            return
+        pending = set()
+        for job in jobs:
+            pending.add(self.pool.submit(function, *job))
+            if len(pending) > self.processes:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (f.result() for f in done)
+        yield from (f.result() for f in pending)
+
+
+def _start_worker():
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

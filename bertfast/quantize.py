@@ -1,0 +1,219 @@
+"""What the precisions of `bertfast.freeze` cost in accuracy and bring in speed, on a text of one's
+own."""
+
+import copy
+import math
+import time
+import warnings
+
+import numpy as np
+import torch
+
+from . import data
+from .model import BertForSequenceClassification, checkpoint, freeze
+from .model.frozen import PRECISIONS
+from .train import metrics
+from .train.config import METRICS, ConfigError
+from .train.inference import encoded_rows, label_set, load_tokenizer, longest, mean_loss
+
+
+def report(
+    model: str,
+    check: str,
+    *,
+    precisions=PRECISIONS,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    allow_pickle: bool = False,
+    say=lambda text: None,
+) -> dict:
+    """Runs a BERT checkpoint over a table of texts, as it is stored and frozen in each precision.
+
+    Args:
+        model: folder or hub name; the head counts where it is a sequence classifier's.
+        check: the table, see `data.read_table`.
+        precisions: of "fp32", "bf16" and "int8".
+        label_column: of a classifier's labels; None takes "label" where the table has it, "" none.
+        max_length: tokens a text is cut to (None: 512, or the model's limit).
+        limit: rows to read, evenly spread over the table; None for all.
+        say: called with a line of progress, now and then.
+
+    Returns:
+        {"model", "data", "task", "texts", "tokens", "batches", "batch_size", "threads", "rows"};
+        a row for the checkpoint as it is ("precision": "not frozen"), the reference of all others,
+        then one for each precision. "milliseconds" a batch and "speedup". "cosine" (mean),
+        "percentile_1" and "least_cosine" of mean-pooled last hidden states to the reference's, and
+        "max_error" of last hidden states. With a classifier "agreement", the share of texts with
+        the same prediction ("max_difference" of the values for a regression), and with labels the
+        two first metrics of `bertfast evaluate`. The models take turns on every batch.
+
+    Raises: ConfigError, data.DataError, model.CheckpointError; RuntimeError without the compiled
+    extension.
+    """
+    for name, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, expected 1 or more")
+    folder = checkpoint.resolve(model)
+    checkpoint.verify(folder, allow_pickle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the head that a headless checkpoint lacks
+        network = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
+    lacking = [n for n in network.new_weights if n.startswith(("bert.embed", "bert.encoder"))]
+    if lacking:
+        raise checkpoint.CheckpointError(f"{folder} lacks weights: {', '.join(lacking)}")
+    labels = None if network.new_weights else label_set(network)
+    tokenizer = load_tokenizer(folder)
+    examples = _examples(check, text_column, text_pair_column, label_column, labels)
+    if limit is not None and limit < len(examples):
+        examples = examples.select(np.linspace(0, len(examples) - 1, limit).astype(int).tolist())
+    labelled = labels if examples.labels is not None else None
+    rows = encoded_rows(tokenizer, examples, labelled, longest(network, max_length))
+    models = {"not frozen": network}
+    for precision in precisions:
+        models[precision] = freeze(copy.deepcopy(network), precision)
+    batches = data.batches([len(row["input_ids"]) for row in rows], batch_size)
+    found = _run(models, rows, batches, tokenizer.pad_token_id, labels, say)
+    return {
+        "model": str(model),
+        "data": str(check),
+        "task": labels and labels.task,
+        "texts": len(rows),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "batches": len(batches),
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "rows": _rows(found, rows, labels, len(batches)),
+    }
+
+
+def _examples(path, text_column, text_pair_column, label_column, labels):
+    """With labels only where there are a classifier and a column of them."""
+    if labels is None and label_column:
+        raise ConfigError(
+            f"label_column is {label_column!r}, but the model is no classifier: leave it out"
+        )
+    if label_column is None and labels is not None and "label" in data.read_table(path):
+        label_column = "label"
+    task = "single_label" if labels is None else labels.task
+    examples = data.load_classification(
+        path, text_column, text_pair_column, label_column or None, task
+    )
+    if not len(examples):
+        raise data.DataError(f"{path} has no rows")
+    return examples
+
+
+@torch.inference_mode()
+def _run(models, rows, batches, pad, labels, say) -> dict:
+    """For each model its seconds, logits, cosines [texts] and largest error."""
+    n = len(rows)
+    outputs = 0 if labels is None else next(iter(models.values())).num_labels
+    found = {
+        name: {
+            "seconds": 0.0,
+            "logits": np.empty((n, outputs), np.float32),
+            "cosines": np.empty(n, np.float32),
+            "max_error": 0.0,
+        }
+        for name in models
+    }
+    for number, batch in enumerate(batches):
+        given = data.collate([rows[i] for i in batch], pad)
+        given.pop("labels", None)
+        if number == 0:
+            for model in models.values():
+                model.bert(**given)  # warms threads and buffers
+        real = given["attention_mask"].unsqueeze(2)
+        expected = None
+        for name, model in models.items():
+            start = time.perf_counter()
+            out = model.bert(**given)
+            logits = model.classifier(out.pooler_output) if outputs else None
+            one = found[name]
+            one["seconds"] += time.perf_counter() - start
+            if outputs:
+                one["logits"][batch] = logits.float().numpy()
+            states = out.last_hidden_state.float()
+            expected = states if expected is None else expected
+            pooled = [(x * real).sum(1) for x in (states, expected)]
+            one["cosines"][batch] = torch.cosine_similarity(*pooled)
+            error = ((states - expected) * real).abs().nan_to_num(math.inf).max().item()
+            one["max_error"] = max(one["max_error"], error)
+        if (number + 1) % 50 == 0:
+            say(f"{number + 1} of {len(batches)} batches")
+    return found
+
+
+def _rows(found, rows, labels, batches) -> list[dict]:
+    out, reference = [], found["not frozen"]
+    targets = None
+    if labels is not None and "labels" in rows[0]:
+        targets = np.array([row["labels"] for row in rows])
+    for name, one in found.items():
+        row = {
+            "precision": name,
+            "milliseconds": 1e3 * one["seconds"] / batches,
+            "speedup": reference["seconds"] / one["seconds"],
+        }
+        if one is not reference:
+            row |= {
+                "cosine": float(one["cosines"].mean(dtype=np.float64)),
+                "percentile_1": float(np.percentile(one["cosines"], 1)),
+                "least_cosine": float(one["cosines"].min()),
+                "max_error": one["max_error"],
+            }
+            if labels is not None:
+                row |= _agreement(one["logits"], reference["logits"], labels.task)
+        if targets is not None:
+            loss = mean_loss(one["logits"], targets, labels.task)
+            scores = metrics.summary(one["logits"], targets, labels.task, loss)
+            row |= {key: scores[key] for key in METRICS[labels.task][:2]}
+        out.append(row)
+    return out
+
+
+def _agreement(logits, expected, task) -> dict:
+    if task == "regression":
+        return {"max_difference": float(np.abs(logits - expected).max())}
+    same = metrics.predicted(logits, task) == metrics.predicted(expected, task)
+    return {"agreement": float((same if same.ndim == 1 else same.all(1)).mean())}
+
+
+_COLUMNS = {  # key: title, format
+    "precision": ("precision", "{}"),
+    "milliseconds": ("ms/batch", "{:.2f}"),
+    "speedup": ("speed-up", "{:.2f}x"),
+    "cosine": ("cosine", "{:.6f}"),
+    "percentile_1": ("1st percentile", "{:.6f}"),
+    "least_cosine": ("least", "{:.6f}"),
+    "max_error": ("max error", "{:.1e}"),
+    "agreement": ("agreement", "{:.2%}"),
+    "max_difference": ("max difference", "{:.4g}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "macro_f1": ("macro F1", "{:.4f}"),
+    "micro_f1": ("micro F1", "{:.4f}"),
+    "mse": ("MSE", "{:.4g}"),
+    "mae": ("MAE", "{:.4g}"),
+}
+
+
+def table(result: dict) -> str:
+    """What `report` returns, as lines of text."""
+    rows = result["rows"]
+    keys = [key for key in _COLUMNS if any(key in row for row in rows)]
+    cells = [[_COLUMNS[key][0] for key in keys]]
+    cells += [[_COLUMNS[key][1].format(row[key]) if key in row else "-" for key in keys]
+              for row in rows]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    ]
+    about = (
+        "{texts} texts of {data}, {tokens} tokens, {batches} batches of up to {batch_size}, "
+        "threads: {threads}; errors are to the model as it is stored"
+    ).format(**result)
+    return "\n".join([about, *lines])

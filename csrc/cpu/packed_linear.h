@@ -1,0 +1,172 @@
+// A linear layer on weights packed once, and its operand.
+#pragma once
+#include "rows_tile.h"
+
+namespace bertfast::BERTFAST_ISA {
+namespace {
+
+int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
+// What a call multiplies: the columns of panels [p0, p1) and k of [k0, k0 + k), k0 > 0 only where
+// weights are split.
+struct Part {
+  int64_t p0, p1, k0, k;
+};
+
+// The view of a block of packed weights: panels, then bias, scale and sum by output.
+template <int precision>
+struct Linear {
+  using Weight = typename Format<precision>::Weight;
+  using A = typename Format<precision>::A;
+  static constexpr int kPerUnit = kSplit<Weight> ? 1 : kPer<A>;
+  int64_t n, k, panels, units;  // units: of a column
+  const Weight* data;
+  const float *bias, *scale;  // scale: of int8 weights
+  const int32_t* sum;         // of an output's int8 weights
+
+  Linear(const void* packed, int64_t n_, int64_t k_)
+      : n(n_),
+        k(k_),
+        panels(ceil_div(n_, NR)),
+        units(round_up(ceil_div(k_, kPerUnit), kUnits<Weight>)),
+        data(static_cast<const Weight*>(packed)) {
+    const char* end = static_cast<const char*>(packed) + round_up(panel_bytes() * panels, 64);
+    bias = reinterpret_cast<const float*>(end);
+    scale = bias + panels * NR;
+    sum = reinterpret_cast<const int32_t*>(scale + panels * NR);
+  }
+  int64_t panel_bytes() const { return units * NR * int64_t(sizeof(Weight)); }
+  int64_t bytes() const {
+    return reinterpret_cast<const char*>(sum + panels * NR) - reinterpret_cast<const char*>(data);
+  }
+  const Weight* panel(int64_t p) const { return data + p * units * NR; }
+  Part whole() const { return {0, panels, 0, k}; }
+};
+
+// Rows of a, and for int8 the scale of each. `row` elements stand for k of them, a multiple of what
+// a tile reads, with zeros behind k. For the matrix unit, 32 rows follow each other step by step.
+template <int precision>
+struct Operand {
+  using Weight = typename Format<precision>::Weight;
+  using A = typename Format<precision>::A;
+  static constexpr int64_t kParts = kSplit<Weight> ? bertfast::BERTFAST_ISA::kParts : 1;
+  static constexpr int64_t kStepK = kStep * kPer<A>;
+  A* data;
+  int64_t row;
+  float* scale;
+
+  static int64_t elements(int64_t rows, int64_t row) { return rows * row * kParts; }
+  A* at(int64_t m, int64_t n) const {  // of the first part
+    if constexpr (!kMatrixUnit<Weight>) return data + m * row + n;
+    const int64_t step = m / kAmxRows * (row / kStepK) + n / kStepK;
+    return data + (step * kParts * kAmxRows + m % kAmxRows) * kStepK + n % kStepK;
+  }
+  // W elements from n on, a multiple of W.
+  void put(int64_t m, int64_t n, vf v) const {
+    A* to = at(m, n);
+    if constexpr (kSplit<Weight>)
+      for (int part = 0; part < kParts; ++part) store(to + part * kBlock * kPer<A>, take_bf16(v));
+    else if constexpr (sizeof(A) > 1)
+      store(to, v);
+  }
+};
+
+// put(row, column, register) for all rows and the part's columns, which run on to the end of the
+// last panel. `a` starts at the part's k0; the bias is added with the first k.
+template <Sign sign, int precision, class Put>
+void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t rows, const Part& part,
+            const Put& put) {
+  using Weight = typename Format<precision>::Weight;
+  [[maybe_unused]] const std::conditional_t<kMatrixUnit<Weight>, AmxScope, int> scope{};
+  alignas(64) float tiles[2][kMaxTileRows * NR];
+  const int64_t step = tile_rows<Weight>(rows);
+  // A tile's results are put while the next one is computed.
+  int64_t panel = 0, row = 0, end = 0;  // of those still to put
+  const float* from = nullptr;
+  const auto finish = [&](int64_t count) {
+    for (const int64_t stop = min(row + count, end); row < stop; ++row, from += NR)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        const int64_t n = panel * NR + j * W;
+        vf v = load(from + j * W);
+        if constexpr (std::is_same_v<Weight, quad>) {
+          vi sum;
+          __builtin_memcpy(&sum, w.sum + n, sizeof sum);
+          v = __builtin_convertvector((vi)v - kOffset<sign> * sum, vf) *
+              (load(w.scale + n) * a.scale[row]);
+        } else if constexpr (std::is_same_v<Weight, int8_t>) {
+          v *= load(w.scale + n);
+        }
+        put(row, n, part.k0 ? v : v + load(w.bias + n));
+      }
+  };
+  constexpr Dot dot = precision < 2 ? Dot::bf16 : sign == Sign::both ? Dot::int8 : Dot::uint8;
+  constexpr int64_t parts = Operand<precision>::kParts;
+  const int64_t steps = ceil_div(part.k, Operand<precision>::kStepK);
+  // A panel is split while the one before it is multiplied.
+  static thread_local Buffer buffer;
+  const int64_t split_panel = kSplit<Weight> ? steps * parts * kBlock : 0;
+  float* panels = buffer.get<float>(2 * split_panel);
+  Splitter splitter{nullptr, panels, 0, 0};
+  const auto split = [&](int64_t p) {
+    if (kSplit<Weight> && p < part.p1)
+      splitter = {reinterpret_cast<const float*>(w.panel(p)) + part.k0 * NR,
+                  panels + (p - part.p0) % 2 * split_panel, 0, steps * kStep * 2};
+  };
+  split(part.p0);
+  int current = 0;
+  for (int64_t p = part.p0; p < part.p1; ++p) {
+    splitter.take(splitter.end);
+    const float* b = kSplit<Weight> ? splitter.to : reinterpret_cast<const float*>(w.panel(p));
+    split(p + 1);
+    [[maybe_unused]] const int64_t share = ceil_div(splitter.end, steps * ceil_div(rows, step));
+    for (int64_t m = 0; m < rows; m += step) {
+      float* tile = tiles[current ^= 1];
+      const float* lhs = reinterpret_cast<const float*>(a.at(m, 0));
+      const int64_t valid = min(step, rows - m);
+      if constexpr (kMatrixUnit<Weight>)
+        amx_multiply<dot, parts>({lhs, kStep, parts * kBlock}, valid, b, steps, tile, NR, false,
+                                 [&] {
+                                   finish(ceil_div(kAmxRows, steps));
+                                   splitter.take(share);
+                                 });
+      else
+        multiply(lhs, a.row / kPer<typename Format<precision>::A>, valid,
+                 reinterpret_cast<const Weight*>(b), int64_t(NR), w.units, tile, NR);
+      finish(kMaxTileRows);
+      panel = p, row = m, end = m + valid, from = tile;
+    }
+  }
+  finish(kMaxTileRows);
+}
+
+// Row m of the operand from n floats or bf16. As unsigned int8, 0 stands for `low`, which no value
+// is below.
+template <Sign sign = Sign::both, int precision, class T>
+void put_row(const Operand<precision>& to, int64_t m, const T* from, int64_t n, float low = 0) {
+  if constexpr (sizeof(*to.data) == 1) {
+    vf top = {}, poison = {};  // inf and NaN make the row NaN
+    for (int64_t j = 0; j < n; j += W) {
+      const vf v = only(load(from + j), n - j);
+      top = max(top, sign == Sign::both && v < 0 ? -v : v);
+      poison += v * 0.f;
+    }
+    const float most = max_of(top) - low,
+                inverse = most > 0 ? (sign == Sign::both ? 127 : 255) / most : 1;
+    to.scale[m] = 1 / inverse + sum(poison);
+    for (int64_t j = 0; j < to.row; j += W) {
+      const vf v = (j < n ? only(load(from + j), n - j) - low : vf{}) * inverse;
+      // Adding 1.5 * 2^23 rounds to an integer in the low bits.
+      const vi q = (vi)(v + 12582912.f) - 0x4B400000 + kOffset<sign>;
+      typedef int8_t vb __attribute__((vector_size(W)));
+      const vb b = __builtin_convertvector(q, vb);
+      __builtin_memcpy(to.at(m, j), &b, sizeof b);
+    }
+  } else {
+    for (int64_t j = 0; j < to.row; j += W)
+      to.put(m, j, j < n ? only(load(from + j), n - j) : vf{});
+  }
+}
+
+}  // namespace
+}  // namespace bertfast::BERTFAST_ISA

@@ -1,0 +1,52 @@
+"""Every instruction set that was built and that this machine has: operators and frozen models agree
+with the references on each, not only on the best one, which all other tests run on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bertfast.ops.extension import C
+
+PROGRAM = """
+import copy, json
+import torch
+from transformers import BertConfig
+import bertfast
+
+torch.manual_seed(0)
+found = {"isa": bertfast.build_info()["cpu_isa"]}
+given = {"input_ids": torch.randint(100, (3, 40))}
+given["attention_mask"] = (torch.arange(40) < torch.tensor([40, 1, 17])[:, None]).long()
+for act in ("gelu", "gelu_new", "relu"):
+    config = BertConfig(vocab_size=100, hidden_size=72, num_attention_heads=3, hidden_act=act,
+                        intermediate_size=200, num_hidden_layers=2, initializer_range=0.1)
+    model = bertfast.BertModel(config).eval()
+    with torch.inference_mode():
+        with bertfast.backend("reference"):
+            expected = model(**given).last_hidden_state
+        for name in ("loaded", "fp32", "bf16", "int8"):
+            one = model if name == "loaded" else bertfast.freeze(copy.deepcopy(model), name)
+            error = (one(**given).last_hidden_state - expected).abs().max().item()
+            found[f"{act} {name}"] = error
+print(json.dumps(found))
+"""
+BOUND = {"loaded": 2e-5, "fp32": 2e-5, "bf16": 0.05, "int8": 0.2}
+
+
+@pytest.mark.parametrize("isa", C.build_info()["isas_built"] if C else [])
+def test_instruction_set(isa):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"BERTFAST_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if "BERTFAST_CPU_ISA" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    found = json.loads(done.stdout)
+    assert found.pop("isa") == isa
+    wrong = {name: e for name, e in found.items() if not e < BOUND[name.split()[1]]}
+    assert not wrong
