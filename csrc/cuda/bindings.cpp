@@ -42,6 +42,7 @@ void bind(py::module_& m) {
   add(m, "cuda_embedding_layer_norm_backward", &embedding_layer_norm_backward);
   add(m, "cuda_activate", &activate);
   add(m, "cuda_activation_backward", &activation_backward);
+  add(m, "cuda_cross_entropy_rows", &cross_entropy_rows);
   add(m, "cuda_attention", &attention);
   add(m, "cuda_attention_backward", &attention_backward);
 }

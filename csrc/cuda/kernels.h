@@ -60,6 +60,14 @@ void activation_backward(int dtype, const void* grad, const void* z, void* dz, i
                          int activation, float* partial, int64_t blocks, float* column_sum,
                          int device, void* stream);
 
+// logits [rows, vocabulary], rows `pitch` values apart, without their bias [vocabulary] (optional);
+// labels [rows]; loss [rows], NaN for a label outside the vocabulary, 0 for ignore_index. With
+// `gradient` the loss's gradient replaces the logits, zeros up to `pitch`
+void cross_entropy_rows(int dtype, void* logits, const void* bias, bool bias_fp32,
+                        const int64_t* labels, float* loss, int64_t rows, int64_t vocabulary,
+                        int64_t pitch, int64_t ignore_index, bool gradient, int device,
+                        void* stream);
+
 // dtype 1 or 2, dim 32, 64 or 128. qkv by its strides in values, 16-byte aligned throughout, the
 // last dimension dense; bias (optional) by strides, its last dimension dense; seed (optional);
 // out [tokens, heads, dim]; lse [heads, tokens], +inf where a row is fully masked
