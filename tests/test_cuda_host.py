@@ -69,7 +69,7 @@ def _cases():
     qkv, cu = randn(150, 3, 2, 64), offsets([20, 130])
     long, bias = randn(150, 3, 1, 128), randn(1, 1, 130, 130)
     dropout = {"dropout_p": 0.2, "seed": seed}
-    ones = torch.ones(2000)
+    ones, deep, shallow = torch.ones(2000), randn(40, 1024), randn(72, 1024)
     words, labels = randn(2500, 300), torch.arange(40) * 60
     return {
         "add_layer_norm": lambda: ops.add_layer_norm(x, r, w, b, 1e-5, x_bias=b, **dropout),
@@ -78,6 +78,7 @@ def _cases():
             ids, ids, None, table, x, None, w, b, 1e-5, **dropout
         ),
         "linear_act": lambda: ops.linear_act(x, square, b, "gelu"),
+        "few tokens": lambda: ops.linear_act(deep, shallow, None, "gelu"),
         "masked_cross_entropy": lambda: ops.masked_cross_entropy(x, words, None, labels),
         "attention": lambda: ops.attention(qkv, cu, 130, **dropout),
         "attention, streaming": lambda: ops.attention(long, cu, 130, bias=bias, causal=True),

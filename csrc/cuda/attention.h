@@ -337,13 +337,6 @@ Shape shape(int64_t max_seqlen, int64_t tasks, int max_warps) {
 }
 
 template <class F>
-void by_half(int dtype, const F& f) {
-  if (dtype == 1) return f(bf16());
-  if (dtype == 2) return f(fp16());
-  throw std::invalid_argument("attention takes dtype 1 (bf16) or 2 (fp16)");
-}
-
-template <class F>
 void by_dim(int64_t dim, const F& f) {
   if (dim == 32) return f(std::integral_constant<int, 32>());
   if (dim == 64) return f(std::integral_constant<int, 64>());

@@ -60,6 +60,16 @@ void activation_backward(int dtype, const void* grad, const void* z, void* dz, i
                          int activation, float* partial, int64_t blocks, float* column_sum,
                          int device, void* stream);
 
+// y = activation(x weight^T + bias) on tensor cores, for few rows. dtype 1 or 2; x [m, k]; weights
+// [n, k], `parts` of them (1 to 3), biases [n] (all or none); y [m, parts * n]; z (optional) as y,
+// takes what the activation gets. k is a multiple of 8, x and weights are 16-byte aligned. partial
+// [splits, m, parts * n] is scratch, needed where splits, a function of the sizes, is above 1
+int64_t linear_splits(int64_t m, int64_t n, int64_t k, int64_t parts);
+void linear(int dtype, const void* x, int64_t m, int64_t n, int64_t k, int64_t parts,
+            const void* w0, const void* w1, const void* w2, const void* b0, const void* b1,
+            const void* b2, bool bias_fp32, int activation, void* y, void* z, float* partial,
+            int device, void* stream);
+
 // logits [rows, vocabulary], rows `pitch` values apart, without their bias [vocabulary] (optional);
 // labels [rows]; loss [rows], NaN for a label outside the vocabulary, 0 for ignore_index. With
 // `gradient` the loss's gradient replaces the logits, zeros up to `pitch`

@@ -7,9 +7,8 @@ from ..attention import bias_arguments, check_offsets, dense_last
 from ..extension import C
 from ..library import cuda_limit, cuda_queue, dense, ptr
 from ..registry import register
-from .arguments import dropout, dtype_code
+from .arguments import HALVES, dropout, dtype_code
 
-HALVES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)  # others are padded with zeros to the next
 
 
