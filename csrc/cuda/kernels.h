@@ -78,7 +78,7 @@ void cross_entropy_rows(int dtype, void* logits, const void* bias, bool bias_fp3
                         int64_t pitch, int64_t ignore_index, bool gradient, int device,
                         void* stream);
 
-// dtype 1 or 2, dim 32, 64 or 128. qkv by its strides in values, 16-byte aligned throughout, the
+// dim 32, 64 or 128. qkv by its strides in values, 16-byte aligned throughout, the
 // last dimension dense; bias (optional) by strides, its last dimension dense; seed (optional);
 // out [tokens, heads, dim]; lse [heads, tokens], +inf where a row is fully masked
 void attention(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
