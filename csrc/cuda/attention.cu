@@ -45,6 +45,8 @@ constexpr int kStep = 32;  // keys at a time: what of their scores fits in regis
 template <class T, int D, Kind kind>
 __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<D, kind>)
     forward(Attention g, int stages, T* out, float* lse) {
+  start_next_kernel();
+  await_last_kernel();
   const Task task(g);
   const int rows = blockDim.x / 32 * 16;  // queries of the block at a time
   if (int(blockIdx.z) * rows >= task.n) return;

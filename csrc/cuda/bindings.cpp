@@ -47,6 +47,8 @@ void bind(py::module_& m) {
   add(m, "cuda_cross_entropy_rows", &cross_entropy_rows);
   add(m, "cuda_attention", &attention);
   add(m, "cuda_attention_backward", &attention_backward);
+  add(m, "cuda_encoder_workspace", &encoder_workspace);
+  add(m, "cuda_encoder", &encoder);
 }
 
 void add_build_info(py::dict& info) {

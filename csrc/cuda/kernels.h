@@ -99,4 +99,16 @@ void attention_backward(int dtype, const void* qkv, int64_t token, int64_t part,
                         void* dqkv, float* dbias, int64_t dbias_rows, int64_t dbias_columns,
                         int device, void* stream);
 
+// Post-norm encoder layers for inference, for few tokens. dtype 1 or 2, everything of it; hidden,
+// inner multiples of 8, head dims as in attention; weights: 16 device pointers a layer in the order
+// of LayerWeights in model/layer.py, read on the host; x [tokens, hidden]; rows (optional) [count]:
+// those wanted; y [count, hidden], without rows count is tokens; workspace: as many bytes as
+// encoder_workspace says, 16-byte aligned
+int64_t encoder_workspace(int64_t tokens, int64_t count, int64_t heads, int64_t hidden,
+                          int64_t inner);
+void encoder(int dtype, const void* const* weights, int64_t layers, int64_t heads, int64_t hidden,
+             int64_t inner, int activation, float eps, const void* x, const int32_t* cu_seqlens,
+             int64_t batch, int64_t tokens, int64_t max_seqlen, const int64_t* rows, int64_t count,
+             void* y, void* workspace, int device, void* stream);
+
 }  // namespace bertfast::cuda

@@ -75,23 +75,8 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Programmatic dependent launch (sm_90 and later), see Chain in check.h: what follows the wait sees
-// all that the kernels before wrote; the kernel after may start where a kernel says so, and waits.
-__device__ __forceinline__ void await_last_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void start_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 #else
 
-inline void await_last_kernel() {}
-inline void start_next_kernel() {}
 void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void mma(fp16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
