@@ -205,6 +205,18 @@ def test_products_use_tensor_cores(binary, architecture):
 
 
 @pytest.mark.slow
+def test_chained_kernels_wait(binary):
+    """What encoder.cu queues waits for its predecessor (csrc/cuda/chain.h), which the harness can't
+    show: griddepcontrol.launch_dependents is PREEXIT in SASS, griddepcontrol.wait ACQBULK."""
+    functions = re.split(r"Function : ", cuobjdump("-sass", "-arch", "sm_90a", binary))[1:]
+    name = r"linear_tile|linear_reduce|copy_rows|_\d+_(attention|add_layer_norm)_cu_\w*7forward"
+    chained = [f for f in functions if re.search(name, f.split("\n", 1)[0])]
+    assert len(chained) == 2 * 2 + 2 + 2 * 3 + (2 * 3 * 3 + 3) + 3 * 3
+    for f in chained:
+        assert f.count("PREEXIT") == f.count("ACQBULK") == 1, f.split("\n", 1)[0]
+
+
+@pytest.mark.slow
 def test_binary_says_that_there_is_no_gpu(binary):
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -21,10 +21,11 @@ struct Workspace {
   float *mean, *rstd, *lse, *partial;
   int64_t bytes = 0;
 
-  Workspace(char* memory, int64_t tokens, int64_t count, int64_t heads, int64_t hidden,
+  // At address 0 it only counts the bytes.
+  Workspace(uintptr_t memory, int64_t tokens, int64_t count, int64_t heads, int64_t hidden,
             int64_t inner_size) {
     const auto cut = [&](int64_t size) {
-      char* at = memory + bytes;
+      char* at = reinterpret_cast<char*>(memory + uintptr_t(bytes));
       bytes += (size + 255) / 256 * 256;
       return at;
     };
@@ -48,7 +49,7 @@ struct Workspace {
 
 int64_t encoder_workspace(int64_t tokens, int64_t count, int64_t heads, int64_t hidden,
                           int64_t inner) {
-  return Workspace(nullptr, tokens, count, heads, hidden, inner).bytes;
+  return Workspace(0, tokens, count, heads, hidden, inner).bytes;
 }
 
 void encoder(int dtype, const void* const* weights, int64_t layers, int64_t heads, int64_t hidden,
@@ -57,7 +58,7 @@ void encoder(int dtype, const void* const* weights, int64_t layers, int64_t head
              void* y, void* workspace, int device, void* stream) {
   if (tokens == 0) return;
   const DeviceGuard guard(device);
-  const Workspace s(static_cast<char*>(workspace), tokens, count, heads, hidden, inner);
+  const Workspace s(reinterpret_cast<uintptr_t>(workspace), tokens, count, heads, hidden, inner);
   const int64_t dim = hidden / heads;
   const Chain chain(device);
 
