@@ -112,6 +112,16 @@ def test_limits():
 
 
 @harness
+def test_every_kernel_serves_each_precision():
+    """As the registry asks for `bertfast info`: without arguments."""
+    served = [e["cuda"] for e in ops.registry._table.values() if "cuda" in e]
+    assert len(served) > 10
+    for entry in served:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert entry.limit(CUDA_DEVICE, dtype, ()) is None
+
+
+@harness
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_whole_model(dtype):
     """A small BERT runs on no other backend's operators and agrees with the reference."""

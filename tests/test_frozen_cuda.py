@@ -126,5 +126,7 @@ def test_refusals():
     small = frozen(build(), "bf16")
     refused(ValueError, "isn't frozen", bertfast.freeze, small, "bf16")
     refused(TypeError, "copied or pickled", copy.deepcopy, small)
+    elsewhere = torch.zeros(2, 128, device="meta")
+    refused(RuntimeError, "on meta, a frozen encoder stays on", small.encoder, elsewhere, None)
     small.train()
     refused(RuntimeError, "eval mode", small, **there(batch((4,))))

@@ -151,10 +151,11 @@ def freeze(model, precision: str = "fp32"):
             f"freeze takes a bertfast model that isn't frozen yet, not a {type(model).__name__} "
             f"with a {type(encoder).__name__}"
         )
-    if where != {CUDA_DEVICE if cuda else "cpu"}:
+    device = CUDA_DEVICE if cuda else "cpu"
+    if where != {device}:
         raise ValueError(
-            f"the model is on {', '.join(sorted(where))}, freeze takes one that is on one device, "
-            "a CPU or a GPU"
+            f"the model is on {', '.join(sorted(where))}, expected all of it on {device}: move it "
+            "before bertfast.freeze"
         )
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads

@@ -26,6 +26,7 @@ class FrozenCudaEncoder(Frozen):
     def __init__(self, encoder, config, precision: str):
         super().__init__(encoder, config, precision)
         self.few = PRECISIONS[precision]
+        self.device = next(encoder.parameters()).device
         heads, hidden, inner = (
             config.num_attention_heads,
             config.hidden_size,
@@ -43,6 +44,11 @@ class FrozenCudaEncoder(Frozen):
         self.whole &= hidden <= MAX_HIDDEN
 
     def _run(self, first, last, hidden, packing, rows):
+        if hidden.device != self.device:
+            raise RuntimeError(
+                f"the input is on {hidden.device}, a frozen encoder stays on {self.device}: move "
+                "the model before bertfast.freeze"
+            )
         hidden = hidden.to(self.few).contiguous()
         few = self.whole and len(hidden) <= FEW_TOKENS and hidden.data_ptr() % 16 == 0
         if not few or registry.forced() not in (None, "cuda"):

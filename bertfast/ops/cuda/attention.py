@@ -13,7 +13,7 @@ HEAD_DIMS = (32, 64, 128)  # others are padded with zeros to the next
 
 
 def _limit(device, dtype, arguments):
-    head_dim = arguments[0].shape[-1]  # qkv's, in backward grad's
+    head_dim = arguments[0].shape[-1] if arguments else 0  # qkv's, in backward grad's
     if head_dim > HEAD_DIMS[-1]:
         return f"head_dim is {head_dim}, it takes at most {HEAD_DIMS[-1]}"
     return cuda_float_limit(device, dtype, arguments)
