@@ -40,16 +40,19 @@ test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	cmake --build build/cuda_host
 	BERTFAST_EXTENSION=$(CURDIR)/build/cuda_host/_C.so $(BIN)/pytest -k cuda $(OPERATOR_TESTS)
 
-bench: build $(BENCH_INSTALLED) ## every operator and the encoder beside their rivals; the README's table
-	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group \
+bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, and the report
+	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group --benchmark-max-time=0.1 \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
-	$(BIN)/python benchmarks/dropin.py
+	$(BIN)/python benchmarks/dropin.py --rounds 3 --steps 8
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/breakdown.py
+	$(BIN)/python benchmarks/rivals_memory.py
 	$(BIN)/python benchmarks/report.py
 
-report: build ## the README's table from benchmarks/results
+report: build ## tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 lint: $(INSTALLED)

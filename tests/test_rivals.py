@@ -15,8 +15,14 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import rivals  # noqa: E402
 
+from bertfast.bench import encoder, measure  # noqa: E402
+
 PLUGINS = [(cls, p) for cls in (*rivals.OURS, *rivals.RIVALS) for p in cls.precisions]
-SLOW = (rivals.Compiled, rivals.Calibrated)  # seconds of compiling and calibrating
+SLOW = (
+    rivals.Compiled,
+    rivals.MaxAutotune,
+    rivals.Calibrated,
+)  # seconds of compiling and calibrating
 COSINE = {"fp32": 0.999999, "bf16": 0.999, "int8": 0.98}
 
 
@@ -90,7 +96,8 @@ def test_cells_and_their_file(script, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         script, "WORKLOADS", {"a": ("tiny", "A", [[5, 9], [3]]), "b": ("tiny", "B", [[4]])}
     )
-    monkeypatch.setattr(script, "product", lambda _: (lambda: None, 1))
+    monkeypatch.setattr(encoder, "product", lambda *_: (lambda: None, 1))
+    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1))
     before = torch.get_num_threads()
     for workload in ("b", "a"):
         script.main(f"--workloads {workload} --precisions fp32 --rounds 1 --out {tmp_path}".split())
@@ -106,6 +113,6 @@ def test_cells_and_their_file(script, folder, tmp_path, monkeypatch, capsys):
     for row in found["summary"]:
         assert row["rival_name"] == "transformers sdpa"
 
-    monkeypatch.setattr(script, "OURS", (Wrong,))
-    with pytest.raises(SystemExit, match="wrong, fp32"):
+    monkeypatch.setattr(Wrong, "ours", True)
+    with pytest.raises(RuntimeError, match="wrong, fp32"):
         script.main(f"--workloads a --precisions fp32 --rounds 1 --out {tmp_path}".split())

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .base import Rival
+from bertfast.bench.rivals import Rival
+
 from .export import cached
 
 

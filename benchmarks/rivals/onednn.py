@@ -7,8 +7,7 @@ and GELU is the product's post-op; attention runs torch's kernel one sequence at
 import torch
 import torch.nn.functional as F
 
-from .base import Rival
-from .stock import Sdpa
+from bertfast.bench.rivals import Rival, Sdpa
 
 
 class Linear:

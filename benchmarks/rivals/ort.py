@@ -4,7 +4,8 @@ import logging
 
 import torch
 
-from .base import Rival
+from bertfast.bench.rivals import Rival
+
 from .export import cached, onnx_file
 
 

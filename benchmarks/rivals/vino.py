@@ -2,7 +2,8 @@
 
 import torch
 
-from .base import Rival
+from bertfast.bench.rivals import Rival
+
 from .export import cached, onnx_file
 
 
@@ -65,7 +66,9 @@ class Calibrated(OpenVino):
     def quantized(self, folder):
         import nncf
         import transformers
-        from harness import natural_lengths, real_batch
+        from harness import real_batch
+
+        from bertfast.bench.measure import natural_lengths
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         longest = transformers.BertConfig.from_pretrained(folder).max_position_embeddings

@@ -1,0 +1,78 @@
+"""Peak memory of CPU inference beside all rivals, each in a process of its own: BERT-base, 8 x 128.
+
+    python benchmarks/rivals_memory.py [--precisions fp32 bf16 int8] [--rivals NAME ...]
+
+MB above what the imports take (Python, torch, transformers, bertfast): the weights as each holds
+them, and what a forward needs beside them. Compiled models are left out: their compiler's memory
+would be most of it. Outputs are encoder_inference.py's to check.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+from encoder_inference import checkpoint
+from harness import ROOT, save
+from rivals import COMPILED, OURS, RIVALS
+
+from bertfast.bench import memory
+from bertfast.bench.command import say, table
+from bertfast.bench.encoder import PRECISIONS
+
+MODEL, LENGTHS = "BERT-base", [128] * 8
+
+
+def measure(classes, folder, precision, config) -> list[dict]:
+    rows = []
+    for cls in classes:
+        note, found = cls.available(), {}
+        if note is None:
+            say(f"memory of {cls.name}, {precision}")
+            sizes = (LENGTHS, max(LENGTHS), config.vocab_size)
+            where = [ROOT / "benchmarks"]
+            try:
+                threads = torch.get_num_threads()
+                found = memory.measure(cls, folder, precision, threads, *sizes, path=where)
+            except RuntimeError as error:
+                note = str(error)
+        rows.append({"name": cls.name, **(found or {"note": note})})
+    return sorted(rows, key=lambda row: row.get("inference_peak_mb", float("inf")))
+
+
+def summary(cells) -> list[dict]:
+    """Our least beside the rivals' least in each precision."""
+    rows, ours = [], {cls.name for cls in OURS}
+    for found in cells:
+        done = [row for row in found["rows"] if "inference_peak_mb" in row]
+        best = [[r for r in done if (r["name"] in ours) == mine][:1] for mine in (True, False)]
+        if all(best):
+            (mine,), (rival,) = best
+            a, b = mine["inference_peak_mb"], rival["inference_peak_mb"]
+            row = {"task": found["task"], "unit": "MB", "bertfast": a, "rival": b}
+            rows.append(row | {"rival_name": rival["name"], "ratio": round(b / a, 3)})
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [cls.name for cls in RIVALS if cls not in COMPILED]
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--rivals", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
+    args = parser.parse_args(argv)
+    folder, cells = checkpoint(MODEL), []
+    config = transformers.BertConfig.from_pretrained(folder)
+    for precision in args.precisions:
+        able = [cls for cls in (*OURS, *RIVALS) if precision in cls.precisions]
+        able = [cls for cls in able if cls.ours or cls.name in args.rivals]
+        task = f"memory of {MODEL} inference, 8 x 128 tokens, {precision}"
+        found = {"precision": precision, "task": task}
+        found["rows"] = measure(able, folder, precision, config)
+        print("\n" + table(task, found), flush=True)
+        cells.append(found)
+    save("rivals_memory", {"cells": cells, "summary": summary(cells)}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What every benchmark shares: lengths, interleaved timing, ceilings, and where it was measured."""
+
+import datetime
+import platform
+import re
+import statistics
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
+
+
+def natural_lengths(batch: int, seed: int = 0, median=24, sigma=0.8, longest=128) -> list[int]:
+    """Sentence lengths in tokens, [CLS] and [SEP] included: log-normal, cut at `longest`."""
+    draw = torch.empty(batch).log_normal_(
+        torch.tensor(float(median)).log().item(),
+        sigma,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return draw.round().clamp(3, longest).long().tolist()
+
+
+def padded_lengths(batch: int, seqlen: int, ratio: float, seed: int = 0) -> list[int]:
+    """Lengths of `batch` rows, the longest of `seqlen`, `ratio` of all positions padding.
+
+    Row i of the sorted lengths is seqlen * ((i + 1) / batch)^k, whose k makes the ratio; in
+    shuffled order. Raises: ValueError for a ratio that no such lengths have.
+    """
+    most = (batch - 1) * (seqlen - 1) / (batch * seqlen)
+    if not 0 <= ratio <= most:
+        raise ValueError(
+            f"pad ratio is {ratio}, expected 0 to {most:.2f}: {batch} x {seqlen} tokens, of which "
+            "one row is full and the others have a token at least"
+        )
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        power = (low + high) / 2
+        lengths = [max(1, round(seqlen * ((i + 1) / batch) ** power)) for i in range(batch)]
+        if 1 - sum(lengths) / (batch * seqlen) < ratio:
+            low = power
+        else:
+            high = power
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [lengths[i] for i in order]
+
+
+def random_batch(lengths: list[int], seqlen: int, vocabulary: int, seed: int = 0) -> dict:
+    """input_ids and attention_mask int64 [batch, seqlen], right-padded; random ids."""
+    mask = (torch.arange(seqlen) < torch.tensor(lengths)[:, None]).long()
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocabulary, mask.shape, generator=generator)  # 0 is the padding
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def interleave(
+    rivals: dict, rounds: int, warmup: int = 3, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each call; every round calls each rival once, starting with another each time,
+    after a pause of some seconds in which another library's threads stop spinning."""
+    names = list(rivals)
+    for name in names:
+        for _ in range(warmup):
+            rivals[name]()
+    seconds = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            time.sleep(pause)
+            start = time.perf_counter()
+            rivals[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def burst(run, seconds: float, device: str = "cpu"):
+    """A call that repeats run() for about `seconds`, and how often it does."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    count = max(1, round(seconds / (time.perf_counter() - start)))
+
+    def repeat():
+        for _ in range(count):
+            run()
+        synchronize(device)
+
+    return repeat, count
+
+
+def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False) -> dict:
+    """Median seconds of each run(), in interleaved bursts of so many seconds. warm: each has run
+    before; otherwise it does once, since what a first call makes doesn't count."""
+    for run in () if warm else runs.values():
+        run()
+    bursts = {name: burst(run, seconds, device) for name, run in runs.items()}
+    timed = interleave({name: repeat for name, (repeat, _) in bursts.items()}, rounds, 0, 0.02)
+    return {name: median(s) / bursts[name][1] for name, s in timed.items()}
+
+
+def median(values) -> float:
+    return statistics.median(values)
+
+
+def product(precision: str, device: str = "cpu"):
+    """torch's own square product, the yardstick of `share_of_peak`, and its operations. In int8 it
+    is no ceiling: weights that are packed already can pass it."""
+    side = 8192 if device == "cuda" else 3072
+    if precision == "int8":
+        a, b = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device).unbind()
+        return lambda: torch._int_mm(a, b), 2 * side**3
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
+    return lambda: a @ b, 2 * side**3
+
+
+def copy(device: str = "cpu"):
+    """torch's own copy of 256 MB, the yardstick of memory traffic, and its bytes."""
+    a = torch.zeros(64 * 2**20, device=device)
+    b = torch.ones_like(a)
+    return lambda: a.copy_(b), 2 * 4 * a.numel()  # read and written
+
+
+def encoder_flop(config, lengths: list[int]) -> int:
+    """Operations of the encoder's products, a multiply-add being two, over real tokens only."""
+    hidden, tokens = config.hidden_size, sum(lengths)
+    linears = 2 * tokens * (4 * hidden**2 + 2 * hidden * config.intermediate_size)
+    attention = 2 * 2 * hidden * sum(n * n for n in lengths)
+    return config.num_hidden_layers * (linears + attention)
+
+
+def cpu_name() -> str:
+    try:
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        models = []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the clone that the package runs from; "unknown" for an installed package."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    written = (":!benchmarks/results", ":!README.md", ":!docs/performance.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
+
+
+def origin(device: str = "cpu") -> dict:
+    """Device, versions, commit and date of a measurement."""
+    import transformers
+
+    import bertfast
+
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    return {
+        "device": {"name": name, "threads": torch.get_num_threads()},
+        "versions": {
+            "bertfast": bertfast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **{name: v for name in BENCHED if (v := version(name))},
+        },
+        "build": {
+            key: value
+            for key, value in bertfast.build_info().items()
+            if key not in ("version", "python", "torch", "extension")
+        },
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,129 @@
+"""The report of made-up results: its tables, its text, its pictures; and the scripts' files."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import breakdown
+import plots
+import report
+import rivals_memory
+import sweep
+
+from bertfast.bench import encoder, measure, ops
+
+ORIGIN = {
+    "device": {"name": "D", "threads": 2},
+    "versions": {"torch": "2"},
+    "build": {"cpu_isa": "avx2"},
+    "commit": "abc",
+    "date": "2026-01-02T03:04:05",
+    "summary": [],
+}
+
+
+def timed(name, milliseconds):
+    speed = {"milliseconds": milliseconds, "tokens_per_second": round(1e6 / milliseconds)}
+    return {"name": name, **speed, "max_error": 1e-6, "cosine": 1.0}
+
+
+def cell(**what):
+    rows = [timed("bertfast frozen", 2.0), timed("transformers sdpa", 8.0)]
+    rows.append({"name": "CTranslate2", "note": "not installed"})
+    sizes = {"tokens": 10, "padded_tokens": 20, "matmul_peak_gflops": 100.0}
+    return {"task": "MiniLM inference, A, fp32", "precision": "fp32", **sizes, "rows": rows, **what}
+
+
+def part(operator, **what):
+    sizes = {"operator": operator, "uses": 1, "gflop": 2.0, "mb": 4.0, "roof": "products"}
+    roofs = {"matmul_peak_gflops": 1000.0, "copy_gb_per_second": 50.0, "roof_ms": 2.0}
+    return sizes | roofs | {"bertfast_ms": 4.0, "torch_ms": 10.0} | what
+
+
+@pytest.fixture
+def found():
+    norm = part("add_layer_norm", uses=2, gflop=0.0, roof="memory", roof_ms=1.0)
+    layer = {"task": "a layer of M, forward, fp32", "model": "M", "step": "forward"}
+    layer |= {"precision": "fp32", "tokens": 10, "padded_tokens": 20}
+    layer["parts"] = [part("qkv_linear"), norm]
+    sizes = [{"name": "bertfast", "inference_peak_mb": 9}, {"name": "r", "inference_peak_mb": 20}]
+    cells = {
+        "encoder_inference": [cell(workload="m-natural"), cell(workload="m-1x32")],
+        "sweep": [cell(axis=a, value=v) for a in ("length", "padding") for v in (0.5, 1)],
+        "rivals_memory": [cell(rows=sizes)],
+        "breakdown": [layer],
+    }
+    return {name: {"benchmark": name, **ORIGIN, "cells": made} for name, made in cells.items()}
+
+
+def test_report(found):
+    text = report.report(found)
+    for name in plots.PLOTS:
+        assert f"![{name}]({name}.png)" in text
+    assert "| bertfast frozen | 2.000 | 500000 | 1.0e-06 | 1.00000 |" in text
+    assert "CTranslate2: not installed" in text and "| sweep | abc | 2026-01-02 | avx2 |" in text
+
+
+def test_layer_table(found):
+    text = report.layers([found["breakdown"]])
+    assert "| qkv_linear | 2 | 4 | 2 (products) | 4 | 50% | 10 | 2.50x |" in text
+    assert "| add_layer_norm x 2 | 0 | 4 | 1 (memory) | 4 | 25% | 10 | 2.50x |" in text
+    assert "| layer | 2 | 8 | 3 | 8 | 38% | 20 | 2.50x |" in text
+
+
+def test_pictures(found, tmp_path):
+    written = plots.draw(found, tmp_path)
+    assert {p.stem for p in written} == set(plots.PLOTS)
+    assert all(1_000 < p.stat().st_size < 100_000 for p in written)
+    del found["breakdown"], found["sweep"]
+    assert {p.stem for p in plots.draw(found, tmp_path)} == {"speed", "latency", "memory"}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A tiny model and yardsticks, for all scripts."""
+    folder = str(tiny.checkpoint(tmp_path / "model"))
+    monkeypatch.setattr(sweep, "minilm", lambda: folder)
+    monkeypatch.setattr(rivals_memory, "checkpoint", lambda _: folder)
+    monkeypatch.setattr(rivals_memory, "LENGTHS", [8, 8])
+    for module in (encoder, ops):
+        monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 10**9))
+    monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 10**9))
+    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1))
+    return folder
+
+
+def test_sweep(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "LENGTHS", (8, 16))
+    monkeypatch.setattr(sweep, "TOKENS", 32)
+    monkeypatch.setattr(sweep, "LONGEST", 16)
+    sweep.main(["--rounds", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(result["cells"]) == 2 * (2 + len(sweep.PADDING))
+    assert [c["tokens"] for c in result["cells"][:3]] == [32, 32, 256]
+    assert len(result["summary"]) == 2 and report.report({"sweep": result})
+
+
+def test_breakdown(small, tmp_path, monkeypatch):
+    config = transformers.BertConfig.from_pretrained(small)
+    monkeypatch.setattr(breakdown, "MODELS", {"tiny": (config, [8, 3])})
+    breakdown.main(["--rounds", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "breakdown.json").read_text())
+    assert result["summary"][0]["task"] == "a layer of tiny, forward, fp32"
+    (linear,) = (p for p in result["cells"][0]["parts"] if p["operator"] == "feed_forward")
+    assert linear["gflop"] == pytest.approx(2 * 2 * 11 * 32 * 48 / 1e9, abs=1e-4)
+    assert report.layers([result]).count("| layer |") == 4
+
+
+@pytest.mark.slow
+def test_memory(small, tmp_path):
+    arguments = ["--precisions", "bf16", "--rivals", "transformers sdpa", "--out", str(tmp_path)]
+    rivals_memory.main(arguments)
+    (found,) = json.loads((tmp_path / "rivals_memory.json").read_text())["cells"]
+    assert {"bertfast frozen", "transformers sdpa"} < {row["name"] for row in found["rows"]}
