@@ -19,10 +19,10 @@ def _parser():
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
-    text = "times beside rivals, each after its outputs were checked"
-    _bench_arguments(commands.add_parser("bench", help=text, description=text))
     text = "accuracy and speed of the precisions of inference on a CPU, on a text of your own"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
+    text = "times beside rivals, each after its outputs were checked"
+    _bench_arguments(commands.add_parser("bench", help=text, description=text))
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
@@ -256,12 +256,6 @@ def _predict(args):
             f.writelines(lines)
 
 
-def _bench(args):
-    from .bench.command import run
-
-    run(args)
-
-
 def _quantize(args):
     from . import quantize
 
@@ -292,6 +286,12 @@ def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def _bench(args):
+    from .bench.command import run
+
+    run(args)
+
+
 def _info(args):
     from . import build_info
     from .ops import registry
@@ -305,8 +305,7 @@ def main(argv=None) -> int:
     from .train.config import ConfigError
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
-    commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize}
-    commands["bench"] = _bench
+    commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize, "bench": _bench}
     try:
         commands[args.command](args)
     except ConfigError as e:

@@ -1,27 +1,13 @@
-"""Softmax cross-entropy over chunks of rows: cuBLAS for the three products, one kernel between.
+"""Softmax cross-entropy of logits, between the products of `by_chunks`."""
 
-Per chunk of rows: logits = x @ weight.T; the kernel makes them softmax - onehot in their place;
-dhidden = that @ weight; dweight += that.T @ x. The logits are in x's dtype, as PyTorch's are, and
-everything that is computed from them in fp32.
-"""
-
-import torch
 import triton
 import triton.language as tl
 
-from bertfast.ops.masked_cross_entropy import (
-    _DBIAS,
-    _DHIDDEN,
-    _DWEIGHT,
-    _inverse_count,
-    _shapes,
-    row_chunks,
-)
+from bertfast.ops.masked_cross_entropy import by_chunks
 
 from .spec import Spec
 
 _BLOCK, _WARPS = 4096, 8
-_LOGITS = 2**26  # of a chunk: 128 MB in bf16
 
 
 @triton.jit
@@ -63,44 +49,15 @@ def _cross_entropy_rows(
             tl.store(logits + j, dz.to(logits.dtype.element_ty), j < pitch)
 
 
-def masked_cross_entropy(hidden, weight, bias, labels, ignore_index, need):
-    rows, vocabulary, dtype, device = hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device
-    w = weight.to(dtype)
-    labels = labels.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    chunks = row_chunks(rows, vocabulary, rows, _LOGITS)
-    most = max((j - i for i, j in chunks), default=0)
-    pitch = triton.cdiv(vocabulary, 64) * 64  # rows aligned for tensor cores and wide loads
-    logits = torch.empty((most, pitch), dtype=dtype, device=device)[:, :vocabulary]
-    losses = torch.empty(rows, dtype=torch.float32, device=device)
-    dhidden, dweight, dbias = (
-        torch.empty(s, dtype=d, device=device) for s, d in _shapes(hidden, weight, bias, need)
+def _launch(logits, bias, labels, losses, pitch, ignore_index, gradient):
+    _cross_entropy_rows[(logits.shape[0],)](
+        *(logits, bias, labels, losses, logits.shape[1], pitch, ignore_index, gradient, _BLOCK),
+        num_warps=_WARPS,
     )
-    wide = {"dtype": torch.float32, "device": device}
-    # Products into buffers: those that return a tensor are cast where autocast is on.
-    part = torch.empty(dweight.shape, dtype=dtype, device=device)
-    dw = part if len(chunks) == 1 else torch.zeros(dweight.shape, **wide)
-    db = torch.zeros(dbias.shape, **wide)
-    for i, j in chunks:
-        x, z = hidden[i:j], logits[: j - i]
-        torch.mm(x, w.T, out=z)
-        _cross_entropy_rows[(j - i,)](
-            *(z, bias, labels[i:], losses[i:], vocabulary, pitch, ignore_index),
-            *(need != 0, _BLOCK),
-            num_warps=_WARPS,
-        )
-        if need & _DHIDDEN:
-            torch.mm(z, w, out=dhidden[i:j])
-        if need & _DWEIGHT:
-            torch.mm(z.T, x, out=part)
-            if dw is not part:
-                dw += part
-        if need & _DBIAS:
-            db += z.sum(0, dtype=torch.float32)
-    if need & _DWEIGHT:
-        dweight.copy_(dw)
-    scale = _inverse_count(labels, ignore_index, torch.float32)
-    return losses.sum() * scale, scale, dhidden, dweight, dbias.copy_(db)
+
+
+def masked_cross_entropy(*arguments):
+    return by_chunks(_launch, *arguments)
 
 
 def shipped():

@@ -8,7 +8,7 @@ from bertfast import ops
 from bertfast.ops.dropout import keep_mask
 
 pytestmark = pytest.mark.usefixtures("guarded")
-# CUDA's kernel, for bf16 and fp16 alone, has test_attention_cuda.py.
+# CUDA's kernels have test_attention_cuda.py, with fp16 as well.
 BACKENDS = [name for name in backends("attention") if name != "cuda"]
 LENGTHS = [0, 1, 13, 40, 0, 77, 130]
 

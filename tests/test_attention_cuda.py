@@ -1,4 +1,4 @@
-"""Attention's CUDA kernels; those take half precision only, so test_attention.py's fp32 can't.
+"""Attention's CUDA kernels, in each precision; test_attention.py's cases are fp32 and bf16.
 
 Without a GPU they run on the CPU, in an extension built with BERTFAST_CUDA_HOST.
 """
@@ -17,10 +17,11 @@ pytestmark = [
     pytest.mark.skipif("cuda" not in DEVICES, reason="the extension has no CUDA kernels"),
 ]
 HALVES = [torch.bfloat16, torch.float16]
+ALL = [*HALVES, torch.float32]
 
 
 @pytest.mark.parametrize("dim", [32, 64, 128, 24, 40])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", ALL)
 def test_forward_backward(dtype, dim):
     check(
         "cuda",
@@ -31,15 +32,17 @@ def test_forward_backward(dtype, dim):
     )
 
 
-# What is resident for dim 128 ends at 128 keys, for dim 64 at 320: beyond, keys stream.
+# What is resident for dim 128 ends at 128 keys, for dim 64 at 320, less in fp32: beyond,
+# keys stream.
 @pytest.mark.parametrize(
     "lengths, dim",
     [([1], 32), ([64], 64), ([65, 2], 64), ([190, 7], 128), ([350], 64), ([2] * 40, 32)],
 )
-def test_lengths_and_scale(lengths, dim):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_lengths_and_scale(dtype, lengths, dim):
     check(
         "cuda",
-        torch.float16,
+        dtype,
         lambda qkv: ops.attention(qkv, offsets(lengths), max(lengths), scale=0.3),
         lambda qkv: plain(qkv, lengths, scale=0.3),
         [inputs(dim, 1, lengths)],
@@ -49,7 +52,8 @@ def test_lengths_and_scale(lengths, dim):
 @pytest.mark.parametrize(
     "dtype, shape, lengths, dim",
     [(d, s, [3, 40, 130], 32) for d in HALVES for s in ((1, 1), (3, 2), (1, 2), (3, 1), None)]
-    + [(torch.half, (1, 1), [200], 128)],
+    + [(torch.half, (1, 1), [200], 128), (torch.float32, (1, 1), [70], 128)]
+    + [(torch.float32, s, [3, 40, 70], 32) for s in ((3, 2), None)],
 )
 def test_causal_and_bias(dtype, shape, lengths, dim):
     longest = max(lengths)
@@ -78,7 +82,7 @@ def test_fp32_bias():
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", ALL)
 def test_masked_rows_are_zero(dtype):
     """-inf on all of a row's keys gives zeros, forward and backward."""
     lengths = [20, 75]
@@ -96,7 +100,8 @@ def test_masked_rows_are_zero(dtype):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [32, 128])
-def test_dropout(dim, causal):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dropout(dtype, dim, causal):
     """The numbers' own mask, in forward and backward; scaled by 1 / (1 - p)."""
     lengths, heads, p = [9, 0, 140], 2, 0.3
     masks, start = [], 0
@@ -112,7 +117,7 @@ def test_dropout(dim, causal):
     options = {"dropout_p": p, "seed": seed, "causal": causal}
     check(
         "cuda",
-        torch.float16,
+        dtype,
         lambda qkv: ops.attention(qkv, offsets(lengths), 140, **options),
         lambda qkv: plain(qkv, lengths, masks=masks, causal=causal),
         [inputs(dim, heads, lengths)],
@@ -131,10 +136,11 @@ def test_large_logits():
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_sequences_are_apart(value):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sequences_are_apart(dtype, value):
     """A NaN or inf stays in its sequence, and company doesn't change a sequence by one bit."""
     cu = offsets([30, 50, 21])
-    qkv = inputs(32, 3, [30, 50, 21]).bfloat16()
+    qkv = inputs(32, 3, [30, 50, 21]).to(dtype)
     bad = qkv.clone()
     bad[40, 0, 1, 3] = value
     bad[41, 1, 1, 3] = value
@@ -149,10 +155,11 @@ def test_sequences_are_apart(value):
     assert torch.equal(alone, good[30:80])
 
 
-def test_views():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_views(dtype):
     """Strided and misaligned projections, read in place or copied."""
     lengths = [33, 20]
-    qkv = inputs(32, 2, lengths).bfloat16()
+    qkv = inputs(32, 2, lengths).to(dtype)
     flat = torch.zeros(qkv.numel() + 1, dtype=qkv.dtype)
     views = [
         qkv.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
@@ -177,7 +184,7 @@ def test_empty():
 def test_refusals():
     with ops.backend("cuda"):
         for qkv, why in (
-            (torch.zeros(5, 3, 2, 32), "bfloat16 or float16, not torch.float32"),
+            (torch.zeros(5, 3, 2, 32).double(), "not torch.float64"),
             (torch.zeros(5, 3, 2, 160, dtype=torch.half), "head_dim is 160"),
         ):
             refused(RuntimeError, why, ops.attention, qkv, offsets([5]), 5)

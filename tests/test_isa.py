@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,17 @@ def test_instruction_set(isa):
     assert found.pop("isa") == isa
     wrong = {name: e for name, e in found.items() if not e < BOUND[name.split()[1]]}
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", C.build_info()["isas_built"] if C else [])
+def test_operators(isa):
+    if isa == C.build_info()["cpu_isa"]:
+        pytest.skip("the default: every other test runs it")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_forward_backward and cpu"]
+    command += [str(Path(__file__).parent / f"test_{n}.py") for n in ("linear_act", "attention")]
+    environment = os.environ | {"BERTFAST_CPU_ISA": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "which this processor lacks" in done.stdout + done.stderr:
+        pytest.skip(f"this processor lacks {isa}")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

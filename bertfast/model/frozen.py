@@ -1,5 +1,5 @@
-"""Inference at the best speed a CPU allows: the encoder's weights packed once, in fp32, bf16 or
-int8, and run by one call into C++."""
+"""Inference at the best speed: the encoder's layers run by one call into C++, on a CPU with the
+weights packed once, in fp32, bf16 or int8; frozen_cuda.py is a GPU's."""
 
 import ctypes
 from contextlib import suppress
@@ -7,8 +7,9 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from ..ops import registry
 from ..ops.extension import C, error
-from ..ops.library import is_bf16
+from ..ops.library import CUDA_DEVICE, cuda_limit, is_bf16
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
 from .layer import ACTIVATIONS
 
@@ -28,25 +29,53 @@ class _Packed:
         C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, low, self.pointer)
 
 
-class FrozenEncoder(nn.Module):
-    """What `freeze` puts in a BertEncoder's place: the same results, for inference alone.
+class Frozen(nn.Module):
+    """An encoder for inference alone. It has no parameters: the weights can't be trained, saved or
+    moved any more."""
+
+    def __init__(self, encoder, config, precision: str):
+        super().__init__()
+        self.precision, self.hidden, self.layers = precision, config.hidden_size, len(encoder.layer)
+        self.dtype = next(encoder.parameters()).dtype  # of the result
+
+    def forward(self, hidden, packing, seeds=None, collect=None, rows=None):
+        """As BertEncoder's, but `collect` gets no queries, keys and values."""
+        if self.training or (torch.is_grad_enabled() and hidden.requires_grad):
+            raise RuntimeError(
+                "a frozen model is for inference: call it in eval mode under "
+                "torch.inference_mode(), or train the model before bertfast.freeze"
+            )
+        if collect is None:
+            return self._run(0, self.layers, hidden, packing, rows)
+        for i in range(self.layers):
+            hidden = self._run(i, i + 1, hidden, packing, None)
+            collect(hidden, None)
+        return hidden if rows is None else hidden[rows]
+
+    def __reduce__(self):
+        raise TypeError(
+            "a frozen encoder can't be copied or pickled: copy the model before bertfast.freeze"
+        )
+
+    def extra_repr(self):
+        return f"{self.layers} layers, {self.precision}"
+
+
+class FrozenEncoder(Frozen):
+    """What `freeze` puts in a BertEncoder's place on a CPU: the same results, for inference alone.
 
     fp32: every product in fp32. bf16: weights and activations of products in bf16, sums, softmax,
     layer norm and the residual stream in fp32. int8: weights per output channel, activations per
     token as they come (no calibration), attention and its queries, keys and values in bf16. Where
     the processor has no int8 or bf16 dot product, weights are stored so and widened as they are
     read.
-
-    It has no parameters: the weights can't be trained, saved or moved any more.
     """
 
     def __init__(self, encoder, config, precision: str):
-        super().__init__()
-        self.precision, self.hidden, self.layers = precision, config.hidden_size, len(encoder.layer)
+        super().__init__(encoder, config, precision)
         activation = ACTIVATIONS[config.hidden_act]
         # The activations are bounded below, so their int8 need no sign: a bit more for each.
         low = -0.1701 if activation.startswith("gelu") else 0.0
-        self.dtype = next(encoder.parameters()).dtype  # of the result
         self._keep, rows = [], []
         for layer in encoder.layer:
             inner, out = layer.attention.self, layer.attention.output
@@ -78,20 +107,6 @@ class FrozenEncoder(nn.Module):
             PRECISIONS.index(precision),
         )
 
-    def forward(self, hidden, packing, seeds=None, collect=None, rows=None):
-        """As BertEncoder's, but `collect` gets no queries, keys and values."""
-        if self.training or (torch.is_grad_enabled() and hidden.requires_grad):
-            raise RuntimeError(
-                "a frozen model is for inference: call it in eval mode under "
-                "torch.inference_mode(), or train the model before bertfast.freeze"
-            )
-        if collect is None:
-            return self._run(0, self.layers, hidden, packing, rows)
-        for i in range(self.layers):
-            hidden = self._run(i, i + 1, hidden, packing, None)
-            collect(hidden, None)
-        return hidden if rows is None else hidden[rows]
-
     def _run(self, first, last, hidden, packing, rows):
         hidden, offsets = hidden.contiguous(), packing.cu_seqlens
         count = len(hidden) if rows is None else len(rows)
@@ -103,14 +118,6 @@ class FrozenEncoder(nn.Module):
         )
         return out
 
-    def __reduce__(self):
-        raise TypeError(
-            "a frozen encoder can't be copied or pickled: copy the model before bertfast.freeze"
-        )
-
-    def extra_repr(self):
-        return f"{self.layers} layers, {self.precision}"
-
 
 def _release_freed():
     """Gives the system what the original weights took: glibc keeps freed blocks that lie below
@@ -120,23 +127,33 @@ def _release_freed():
 
 
 def freeze(model, precision: str = "fp32"):
-    """Make a model on the CPU an inference model, in place, and return it.
+    """Make a model an inference model, in place, and return it.
 
     Args:
         model: a bertfast BERT model with any head.
-        precision: "fp32", "bf16" or "int8" of the encoder's weights and products, see
-            `FrozenEncoder`. With bf16 and int8 the embedding tables become bf16 as well, unless
-            a language model's head shares them.
+        precision: of the encoder's weights and products. On a CPU "fp32", "bf16" or "int8", see
+            `FrozenEncoder`; on a GPU (or where `bertfast.backend("cuda")` is forced) "bf16" or
+            "fp16", see `FrozenCudaEncoder`. Below fp32 the embedding tables become bf16 (fp16) as
+            well, unless a language model's head shares them.
 
     Raises: ValueError for an unknown precision or a model that can't be frozen, RuntimeError
     without the compiled extension.
     """
     from .encoder import BertEncoder
+    from .frozen_cuda import PRECISIONS as CUDA_PRECISIONS
+    from .frozen_cuda import FrozenCudaEncoder
 
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if C is None:
-        raise RuntimeError(f"freeze needs the C++ kernels: {error}")
+    where = {p.device.type for p in model.parameters()}
+    cuda = where == {"cuda"} or registry.forced() == "cuda"
+    known = CUDA_PRECISIONS if cuda else PRECISIONS
+    if precision not in known:
+        raise ValueError(
+            f"precision is {precision!r}, expected one of {', '.join(known)} on a "
+            f"{'GPU' if cuda else 'CPU'}"
+        )
+    why = cuda_limit(CUDA_DEVICE, None, ()) if cuda else error if C is None else None
+    if why:
+        raise RuntimeError(f"freeze needs the C++ kernels: {why}")
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     encoder = getattr(base, "encoder", None)
     if not isinstance(encoder, BertEncoder):
@@ -144,18 +161,21 @@ def freeze(model, precision: str = "fp32"):
             f"freeze takes a bertfast model that isn't frozen yet, not a {type(model).__name__} "
             f"with a {type(encoder).__name__}"
         )
-    where = {p.device.type for p in model.parameters()}
-    if where != {"cpu"}:
-        raise ValueError(f"the model is on {', '.join(sorted(where))}, freeze takes the cpu's")
-    config = model.config
-    if precision != "fp32" and config.hidden_size // config.num_attention_heads % 2:
+    device = CUDA_DEVICE if cuda else "cpu"
+    if where != {device}:
         raise ValueError(
-            f"heads of {config.hidden_size // config.num_attention_heads} can't be packed in "
-            f"{precision}, which takes pairs; use fp32"
+            f"the model is on {', '.join(sorted(where))}, expected all of it on {device}: move it "
+            "before bertfast.freeze"
         )
-    base.encoder = FrozenEncoder(encoder, config, precision)
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    if not cuda and precision != "fp32" and head_dim % 2:
+        raise ValueError(
+            f"heads of {head_dim} can't be packed in {precision}, which takes pairs; use fp32"
+        )
+    base.encoder = (FrozenCudaEncoder if cuda else FrozenEncoder)(encoder, config, precision)
     if precision != "fp32" and not hasattr(model, "get_output_embeddings"):
-        base.embeddings.to(torch.bfloat16)
+        base.embeddings.to(CUDA_PRECISIONS.get(precision, torch.bfloat16))
     _release_freed()
     model.requires_grad_(False)
     return model.eval()

@@ -198,6 +198,53 @@ def _cpu(hidden, weight, bias, labels, ignore_index, need):
     return losses.sum() * scale, scale, dhidden, dweight, db.to(dbias.dtype)
 
 
+_LOGITS = 2**26  # of a chunk on a GPU: 128 MB in bf16
+
+
+def by_chunks(cross_entropy, hidden, weight, bias, labels, ignore_index, need):
+    """The operator on a GPU: cuBLAS for the three products, a backend's kernel between.
+
+    Per chunk of rows: logits = x @ weight.T; the kernel makes them softmax - onehot in their
+    place; dhidden = that @ weight; dweight += that.T @ x. The logits are in x's dtype, as
+    PyTorch's are, and everything that is computed from them in fp32.
+
+    cross_entropy(logits [rows, vocabulary], bias, labels, losses fp32 [rows], pitch, ignore_index,
+    gradient): fills losses, NaN for a label outside the vocabulary; with `gradient` the logits
+    become it, with zeros up to the `pitch` of their rows.
+    """
+    rows, vocabulary, dtype, device = hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device
+    w, labels, bias = weight.to(dtype), dense(labels), dense(bias)
+    chunks = row_chunks(rows, vocabulary, rows, _LOGITS)
+    most = max((j - i for i, j in chunks), default=0)
+    pitch = -(-vocabulary // 64) * 64  # rows aligned for tensor cores and wide loads
+    logits = torch.empty((most, pitch), dtype=dtype, device=device)[:, :vocabulary]
+    losses = torch.empty(rows, dtype=torch.float32, device=device)
+    dhidden, dweight, dbias = (
+        torch.empty(s, dtype=d, device=device) for s, d in _shapes(hidden, weight, bias, need)
+    )
+    sums = {"dtype": torch.float32, "device": device}
+    # Products into buffers: those that return a tensor are cast where autocast is on.
+    part = torch.empty(dweight.shape, dtype=dtype, device=device)
+    dw = part if len(chunks) == 1 else torch.zeros(dweight.shape, **sums)
+    db = torch.zeros(dbias.shape, **sums)
+    for i, j in chunks:
+        x, z = hidden[i:j], logits[: j - i]
+        torch.mm(x, w.T, out=z)
+        cross_entropy(z, bias, labels[i:j], losses[i:j], pitch, ignore_index, need != 0)
+        if need & _DHIDDEN:
+            torch.mm(z, w, out=dhidden[i:j])
+        if need & _DWEIGHT:
+            torch.mm(z.T, x, out=part)
+            if dw is not part:
+                dw += part
+        if need & _DBIAS:
+            db += z.sum(0, dtype=torch.float32)
+    if need & _DWEIGHT:
+        dweight.copy_(dw)
+    scale = _inverse_count(labels, ignore_index, torch.float32)
+    return losses.sum() * scale, scale, dhidden, dweight, dbias.copy_(db)
+
+
 register_triton("masked_cross_entropy", "masked_cross_entropy.masked_cross_entropy")
 
 
@@ -208,7 +255,6 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-@torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 6

@@ -45,6 +45,8 @@ template <class S, class T>
 __global__ void __launch_bounds__(S::kThreads)
     forward(Inputs<T> in, Parameter<T> weight, Parameter<T> bias, float eps, T* y, float* mean_out,
             float* rstd_out) {
+  start_next_kernel();
+  await_last_kernel();
   const int64_t t = blockIdx.x;
   Row<S> s;
   uint32_t keep[S::kChunks];

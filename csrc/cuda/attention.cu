@@ -45,6 +45,8 @@ constexpr int kStep = 32;  // keys at a time: what of their scores fits in regis
 template <class T, int D, Kind kind>
 __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<D, kind>)
     forward(Attention g, int stages, T* out, float* lse) {
+  start_next_kernel();
+  await_last_kernel();
   const Task task(g);
   const int rows = blockDim.x / 32 * 16;  // queries of the block at a time
   if (int(blockIdx.z) * rows >= task.n) return;
@@ -52,18 +54,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<D, kind>)
   for (int first = blockIdx.z * rows; first < task.n; first += gridDim.z * rows) {
     const int query = first + threadIdx.x / 32 * 16;  // the warp's first
     const int keys = is_causal<kind>(g) ? min(task.n, first + rows) : task.n;
-    const int end = (keys + kStage - 1) / kStage;
-    uint32_t q[D / 16][4];
-    load_a<T, D>(q, task.qkv<T>(g, 0), g.token, query, task.n);
+    const int end = (keys + kStage<T, D> - 1) / kStage<T, D>;
+    const Operand<T, D> q(task.qkv<T>(g, 0), g.token, query, task.n);
     float d[D / 8][4] = {};
     Softmax softmax;
     ring.begin(0);
     for (int j = 0; j < end; ++j) {
       ring.await(j, end);
       if (query < task.n)
-        for (int row = 0; row < kStage; row += kStep) {
+        for (int row = 0; row < kStage<T, D>; row += kStep) {
           constexpr int tiles = kStep / 8;
-          const int key = j * kStage + row;
+          const int key = j * kStage<T, D> + row;
           if (key >= keys) break;
           float s[tiles][4];
           rows_product<T, D>(s, q, ring.a(j), row);
@@ -109,15 +110,15 @@ void attention(int dtype, const void* qkv, int64_t token, int64_t part, int64_t 
   const Attention g{qkv,       token,      part,      head,   cu_seqlens,
                     tokens,    int(heads), scale,     bias,   bias_batch,
                     bias_head, bias_query, bias_fp32, causal, {seed, keep_scale, threshold}};
-  by_half(dtype, [&](auto type) {
+  by_dtype(dtype, [&](auto type) {
     by_dim(dim, [&](auto size) {
-      by_kind(g, [&](auto kind) {
-        using T = decltype(type);
+      using T = decltype(type);
+      by_kind<T>(g, [&](auto kind) {
         constexpr int D = decltype(size)::value;
-        const Shape s = shape<D>(max_seqlen, batch * heads, kMaxWarps);
+        const Shape s = shape<T, D>(max_seqlen, batch * heads, kMaxWarps);
         launch("attention", forward<T, D, decltype(kind)::value>,
                dim3(unsigned(batch), unsigned(heads), unsigned(s.groups)), 32 * s.warps,
-               s.stages * kStageBytes<D>, stream, g, s.stages, static_cast<T*>(out), lse);
+               s.stages * kStageBytes<T, D>, stream, g, s.stages, static_cast<T*>(out), lse);
       });
     });
   });

@@ -2,18 +2,16 @@
 //
 // A thread block serves one head of one sequence; each warp owns 16 rows (queries, or keys for the
 // gradients of keys and values) and walks over the other side's rows, which lie in shared memory
-// 64 at a time. See mma.h for what of a matrix a lane holds: g = lane / 4, t = lane % 4.
+// by stages (fragments.h). See mma.h for what of a matrix a lane holds: g = lane / 4, t = lane % 4.
 #pragma once
-#include "check.h"
+#include "fragments.h"
 #include "kernels.h"
 #include "math.h"
-#include "mma.h"
 
 namespace bertfast::cuda {
 namespace {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
-constexpr int kStage = 64;                 // rows of a stage in shared memory
 constexpr size_t kSharedLimit = 99 << 10;  // what sm_86 and sm_89 give a block
 
 enum Kind { kPlain, kDropout, kGeneral };  // kGeneral: bias, causal mask, dropout as asked
@@ -102,156 +100,7 @@ __device__ __forceinline__ void to_scores(const Attention& g, const Task& task,
     }
 }
 
-// --- rows in shared memory ---
-
-template <int D>
-constexpr int kRow = D + 8;  // values from row to row: eight rows meet all banks once
-
-template <int D>
-constexpr size_t kStageBytes = 2 * kStage * kRow<D> * 2;  // of both operands
-
-// Rows [0, n) of two operands a and b, each [n, D], by stages of 64 rows: all of them at once where
-// they fit, to stay; otherwise a ring of two stages that loads one ahead of use.
-template <class T, int D>
-class Ring {
- public:
-  __device__ __forceinline__ Ring(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int n,
-                                  int stages)
-      : a_(a), b_(b), a_stride_(a_stride), b_stride_(b_stride), n_(n), stages_(stages) {
-    resident_ = n <= stages * kStage;
-    if (!resident_) return;
-    for (int j = 0; j * kStage < n; ++j) load(j);
-    close_copies();
-    wait_copies<0>();
-    __syncthreads();
-  }
-
-  // Around a walk over stages [first, end), by all threads of the block.
-  __device__ __forceinline__ void begin(int first) {
-    if (resident_) return;
-    load(first);
-    close_copies();
-  }
-  __device__ __forceinline__ void await(int j, int end) {
-    if (resident_) return;
-    if (j + 1 < end) load(j + 1);
-    close_copies();
-    wait_copies<1>();
-    __syncthreads();
-  }
-  __device__ __forceinline__ void release(int j, int end) {
-    if (resident_) return;
-    if (j + 1 == end) wait_copies<0>();
-    __syncthreads();  // all have read what the next load overwrites
-  }
-
-  __device__ __forceinline__ const T* a(int j) const { return memory(j); }
-  __device__ __forceinline__ const T* b(int j) const { return memory(j) + kStage * kRow<D>; }
-
- private:
-  __device__ __forceinline__ T* memory(int j) const {
-    return reinterpret_cast<T*>(shared_memory()) +
-           (resident_ ? j : j % stages_) * (2 * kStage * kRow<D>);
-  }
-  __device__ __forceinline__ void load(int j) const {
-    constexpr int pieces = D / 8;  // of 16 bytes
-    for (int i = threadIdx.x; i < kStage * pieces; i += blockDim.x) {
-      const int row = j * kStage + i / pieces, column = i % pieces * 8;
-      const bool valid = row < n_;  // past the end zeros: a NaN of the next sequence stays there
-      T* to = memory(j) + i / pieces * kRow<D> + column;
-      copy_async(to, a_ + (valid ? row * a_stride_ + column : 0), valid);
-      copy_async(to + kStage * kRow<D>, b_ + (valid ? row * b_stride_ + column : 0), valid);
-    }
-  }
-
-  const T *a_, *b_;
-  int64_t a_stride_, b_stride_;
-  int n_, stages_;
-  bool resident_;
-};
-
-// --- fragments ---
-
-// Rows [row, row + 16) of x [n, D] in global memory as an a operand; zeros from n on.
-template <class T, int D>
-__device__ __forceinline__ void load_a(uint32_t (&a)[D / 16][4], const T* x, int64_t stride,
-                                       int row, int n) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at = row + lane / 4 + 8 * half;
-    const T* from = x + at * stride + lane % 4 * 2;
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      a[k][half] = at < n ? *reinterpret_cast<const uint32_t*>(from + 16 * k) : 0;
-      a[k][half + 2] = at < n ? *reinterpret_cast<const uint32_t*>(from + 16 * k + 8) : 0;
-    }
-  }
-}
-
-// A product's result [16, 16 of it from column tile 2k on], rounded, as the a operand of the next.
-template <class T, int tiles>
-__device__ __forceinline__ void to_a(uint32_t (&a)[4], const float (&d)[tiles][4], int k) {
-  a[0] = pair(T(), d[2 * k][0], d[2 * k][1]);
-  a[1] = pair(T(), d[2 * k][2], d[2 * k][3]);
-  a[2] = pair(T(), d[2 * k + 1][0], d[2 * k + 1][1]);
-  a[3] = pair(T(), d[2 * k + 1][2], d[2 * k + 1][3]);
-}
-
-// d = a x^T for rows [row, row + 8 * tiles) of x in shared memory.
-template <class T, int D, int tiles>
-__device__ __forceinline__ void rows_product(float (&d)[tiles][4], const uint32_t (&a)[D / 16][4],
-                                             const T* x, int row) {
-  const int lane = threadIdx.x % 32;
-  const T* at = x + (row + lane / 16 * 8 + lane % 8) * kRow<D> + lane / 8 % 2 * 8;
-#pragma unroll
-  for (int j = 0; j < tiles; ++j) d[j][0] = d[j][1] = d[j][2] = d[j][3] = 0;
-#pragma unroll
-  for (int k = 0; k < D / 16; ++k)
-#pragma unroll
-    for (int j = 0; j < tiles; j += 2) {
-      uint32_t b[4];
-      ldmatrix(b, at + 8 * j * kRow<D> + 16 * k);
-      mma(T(), d[j], a[k], b[0], b[1]);
-      mma(T(), d[j + 1], a[k], b[2], b[3]);
-    }
-}
-
-// d += p x, p [16, 8 * tiles] a product's result, for rows [row, row + 8 * tiles) of x.
-template <class T, int D, int tiles>
-__device__ __forceinline__ void columns_product(float (&d)[D / 8][4], const float (&p)[tiles][4],
-                                                const T* x, int row) {
-  const int lane = threadIdx.x % 32;
-  const T* at = x + (row + lane / 8 % 2 * 8 + lane % 8) * kRow<D> + lane / 16 * 8;
-#pragma unroll
-  for (int k = 0; k < tiles / 2; ++k) {
-    uint32_t a[4], b[4];
-    to_a<T>(a, p, k);
-#pragma unroll
-    for (int j = 0; j < D / 8; j += 2) {
-      ldmatrix_transposed(b, at + 16 * k * kRow<D> + 8 * j);
-      mma(T(), d[j], a, b[0], b[1]);
-      mma(T(), d[j + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// Writes d [16, D] times a factor for each of the lane's two rows, where the row is below n.
-template <class T, int D>
-__device__ __forceinline__ void store_rows(T* to, int64_t stride, const float (&d)[D / 8][4],
-                                           float first, float second, int row, int n) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at = row + lane / 4 + 8 * half;
-    const float factor = half ? second : first;
-    if (at < n)
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-        *reinterpret_cast<uint32_t*>(to + at * stride + 8 * j + lane % 4 * 2) =
-            pair(T(), d[j][2 * half] * factor, d[j][2 * half + 1] * factor);
-  }
-}
+// --- what lanes share ---
 
 // Sum and maximum over the four lanes that share rows.
 __device__ __forceinline__ float quad_sum(float v) {
@@ -323,10 +172,10 @@ struct Shape {
   int stages, warps, groups;
 };
 
-template <int D>
+template <class T, int D>
 Shape shape(int64_t max_seqlen, int64_t tasks, int max_warps) {
-  constexpr int fit = int(kSharedLimit / kStageBytes<D>);
-  const int all = int((max_seqlen + kStage - 1) / kStage);
+  constexpr int fit = int(kSharedLimit / kStageBytes<T, D>);
+  const int all = int((max_seqlen + kStage<T, D> - 1) / kStage<T, D>);
   Shape s;
   s.warps = max_seqlen <= 64 ? 4 : max_warps;
   s.stages = all <= fit ? all : 2;
@@ -337,13 +186,6 @@ Shape shape(int64_t max_seqlen, int64_t tasks, int max_warps) {
 }
 
 template <class F>
-void by_half(int dtype, const F& f) {
-  if (dtype == 1) return f(bf16());
-  if (dtype == 2) return f(fp16());
-  throw std::invalid_argument("attention takes dtype 1 (bf16) or 2 (fp16)");
-}
-
-template <class F>
 void by_dim(int64_t dim, const F& f) {
   if (dim == 32) return f(std::integral_constant<int, 32>());
   if (dim == 64) return f(std::integral_constant<int, 64>());
@@ -351,9 +193,10 @@ void by_dim(int64_t dim, const F& f) {
   throw std::invalid_argument("head_dim is " + std::to_string(dim) + ", expected 32, 64 or 128");
 }
 
-template <class F>
+// fp32 has the general kernel alone: its products dwarf what the others save.
+template <class T, class F>
 void by_kind(const Attention& g, const F& f) {
-  if (g.bias || g.causal) return f(std::integral_constant<Kind, kGeneral>());
+  if (sizeof(T) == 4 || g.bias || g.causal) return f(std::integral_constant<Kind, kGeneral>());
   if (g.dropout.seed) return f(std::integral_constant<Kind, kDropout>());
   return f(std::integral_constant<Kind, kPlain>());
 }

@@ -39,24 +39,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   for (int first = blockIdx.z * rows; first < task.n; first += gridDim.z * rows) {
     const int query = first + threadIdx.x / 32 * 16;
     const int keys = is_causal<kind>(g) ? min(task.n, first + rows) : task.n;
-    const int end = (keys + kStage - 1) / kStage;
-    uint32_t q[D / 16][4], grad[D / 16][4];
-    load_a<T, D>(q, task.qkv<T>(g, 0), g.token, query, task.n);
-    load_a<T, D>(grad, static_cast<const T*>(b.grad) + task.packed(g, D), row_stride, query,
-                 task.n);
+    const int end = (keys + kStage<T, D> - 1) / kStage<T, D>;
+    const Operand<T, D> q(task.qkv<T>(g, 0), g.token, query, task.n);
+    const Operand<T, D> grad(static_cast<const T*>(b.grad) + task.packed(g, D), row_stride, query,
+                             task.n);
     float lse[2], delta[2] = {0, 0};
-    {
-      uint32_t out[D / 16][4];
-      load_a<T, D>(out, static_cast<const T*>(b.out) + task.packed(g, D), row_stride, query,
-                   task.n);
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float2 x = both(T(), grad[k][r]), y = both(T(), out[k][r]);
-          delta[r % 2] += x.x * y.x + x.y * y.y;
-        }
-    }
+    grad.dot(
+        Operand<T, D>(static_cast<const T*>(b.out) + task.packed(g, D), row_stride, query, task.n),
+        delta);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = query + row_of(2 * half);
@@ -70,9 +60,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     for (int j = 0; j < end; ++j) {
       ring.await(j, end);
       if (query < task.n)
-        for (int row = 0; row < kStage; row += kStep<D>) {
+        for (int row = 0; row < kStage<T, D>; row += kStep<D>) {
           constexpr int tiles = kStep<D> / 8;
-          const int key = j * kStage + row;
+          const int key = j * kStage<T, D> + row;
           if (key >= keys) break;
           float s[tiles][4], ds[tiles][4];
           rows_product<T, D>(s, q, ring.a(j), row);
@@ -114,21 +104,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   const int64_t row_stride = int64_t(g.heads) * D;
   Ring<T, D> ring(task.qkv<T>(g, 0), g.token, static_cast<const T*>(b.grad) + task.packed(g, D),
                   row_stride, task.n, stages);
-  const int end = (task.n + kStage - 1) / kStage;
+  const int end = (task.n + kStage<T, D> - 1) / kStage<T, D>;
   for (int first = blockIdx.z * rows; first < task.n; first += gridDim.z * rows) {
     const int key = first + threadIdx.x / 32 * 16;
-    uint32_t k[D / 16][4], v[D / 16][4];
-    load_a<T, D>(k, task.qkv<T>(g, 1), g.token, key, task.n);
-    load_a<T, D>(v, task.qkv<T>(g, 2), g.token, key, task.n);
+    const Operand<T, D> k(task.qkv<T>(g, 1), g.token, key, task.n);
+    const Operand<T, D> v(task.qkv<T>(g, 2), g.token, key, task.n);
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    const int begin = is_causal<kind>(g) ? first / kStage : 0;
+    const int begin = is_causal<kind>(g) ? first / kStage<T, D> : 0;
     ring.begin(begin);
     for (int j = begin; j < end; ++j) {
       ring.await(j, end);
       if (key < task.n)
-        for (int row = 0; row < kStage; row += kStep<D>) {
+        for (int row = 0; row < kStage<T, D>; row += kStep<D>) {
           constexpr int tiles = kStep<D> / 8;
-          const int query = j * kStage + row;
+          const int query = j * kStage<T, D> + row;
           if (query >= task.n) break;
           float p[tiles][4], ds[tiles][4];
           rows_product<T, D>(p, k, ring.a(j), row);
@@ -181,15 +170,15 @@ void attention_backward(int dtype, const void* qkv, int64_t token, int64_t part,
                     tokens,    int(heads), scale,     bias,   bias_batch,
                     bias_head, bias_query, bias_fp32, causal, {seed, keep_scale, threshold}};
   const Gradients b{grad, out, lse, delta, dqkv, dbias, dbias_rows, dbias_columns};
-  by_half(dtype, [&](auto type) {
+  by_dtype(dtype, [&](auto type) {
     by_dim(dim, [&](auto size) {
-      by_kind(g, [&](auto which) {
-        using T = decltype(type);
+      using T = decltype(type);
+      by_kind<T>(g, [&](auto which) {
         constexpr int D = decltype(size)::value;
         constexpr Kind kind = decltype(which)::value;
-        const Shape s = shape<D>(max_seqlen, batch * heads, kMaxWarps);
+        const Shape s = shape<T, D>(max_seqlen, batch * heads, kMaxWarps);
         const dim3 grid(unsigned(batch), unsigned(heads), unsigned(s.groups));
-        const size_t shared = s.stages * kStageBytes<D>;
+        const size_t shared = s.stages * kStageBytes<T, D>;
         launch("attention_backward, queries", query_gradient<T, D, kind>, grid, 32 * s.warps,
                shared, stream, g, b, s.stages);
         launch("attention_backward, keys", key_gradients<T, D, kind>, grid, 32 * s.warps, shared,

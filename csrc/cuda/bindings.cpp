@@ -23,11 +23,11 @@ T arrived(Crossing<T> value) {
     return value;
 }
 
-template <class... Arguments>
-void add(py::module_& m, const char* name, void (*launcher)(Arguments...)) {
+template <class Result, class... Arguments>
+void add(py::module_& m, const char* name, Result (*launcher)(Arguments...)) {
   m.def(name, [launcher](Crossing<Arguments>... values) {
     py::gil_scoped_release release;
-    launcher(arrived<Arguments>(values)...);
+    return launcher(arrived<Arguments>(values)...);
   });
 }
 
@@ -42,8 +42,13 @@ void bind(py::module_& m) {
   add(m, "cuda_embedding_layer_norm_backward", &embedding_layer_norm_backward);
   add(m, "cuda_activate", &activate);
   add(m, "cuda_activation_backward", &activation_backward);
+  add(m, "cuda_linear_splits", &linear_splits);
+  add(m, "cuda_linear", &linear);
+  add(m, "cuda_cross_entropy_rows", &cross_entropy_rows);
   add(m, "cuda_attention", &attention);
   add(m, "cuda_attention_backward", &attention_backward);
+  add(m, "cuda_encoder_workspace", &encoder_workspace);
+  add(m, "cuda_encoder", &encoder);
 }
 
 void add_build_info(py::dict& info) {

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "chain.h"
+
 namespace bertfast::cuda {
 
 inline void check(cudaError_t status, const char* what) {
@@ -36,6 +38,12 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+#ifdef __CUDACC__
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early, config.numAttrs = Chain::follows();
+#endif
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

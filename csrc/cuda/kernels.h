@@ -60,7 +60,25 @@ void activation_backward(int dtype, const void* grad, const void* z, void* dz, i
                          int activation, float* partial, int64_t blocks, float* column_sum,
                          int device, void* stream);
 
-// dtype 1 or 2, dim 32, 64 or 128. qkv by its strides in values, 16-byte aligned throughout, the
+// y = activation(x weight^T + bias) on tensor cores, for few rows. dtype 1 or 2; x [m, k]; weights
+// [n, k], `parts` of them (1 to 3), biases [n] (all or none); y [m, parts * n]; z (optional) as y,
+// takes what the activation gets. k is a multiple of 8, x and weights are 16-byte aligned. partial
+// [splits, m, parts * n] is scratch, needed where splits, a function of the sizes, is above 1
+int64_t linear_splits(int64_t m, int64_t n, int64_t k, int64_t parts);
+void linear(int dtype, const void* x, int64_t m, int64_t n, int64_t k, int64_t parts,
+            const void* w0, const void* w1, const void* w2, const void* b0, const void* b1,
+            const void* b2, bool bias_fp32, int activation, void* y, void* z, float* partial,
+            int device, void* stream);
+
+// logits [rows, vocabulary], rows `pitch` values apart, without their bias [vocabulary] (optional);
+// labels [rows]; loss [rows], NaN for a label outside the vocabulary, 0 for ignore_index. With
+// `gradient` the loss's gradient replaces the logits, zeros up to `pitch`
+void cross_entropy_rows(int dtype, void* logits, const void* bias, bool bias_fp32,
+                        const int64_t* labels, float* loss, int64_t rows, int64_t vocabulary,
+                        int64_t pitch, int64_t ignore_index, bool gradient, int device,
+                        void* stream);
+
+// dim 32, 64 or 128. qkv by its strides in values, 16-byte aligned throughout, the
 // last dimension dense; bias (optional) by strides, its last dimension dense; seed (optional);
 // out [tokens, heads, dim]; lse [heads, tokens], +inf where a row is fully masked
 void attention(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
@@ -80,5 +98,17 @@ void attention_backward(int dtype, const void* qkv, int64_t token, int64_t part,
                         const void* grad, const void* out, const float* lse, float* delta,
                         void* dqkv, float* dbias, int64_t dbias_rows, int64_t dbias_columns,
                         int device, void* stream);
+
+// Post-norm encoder layers for inference, for few tokens. dtype 1 or 2, everything of it; hidden,
+// inner multiples of 8, head dims as in attention; weights: 16 device pointers a layer in the order
+// of LayerWeights in model/layer.py, read on the host; x [tokens, hidden]; rows (optional) [count]:
+// those wanted; y [count, hidden], without rows count is tokens; workspace: as many bytes as
+// encoder_workspace says, 16-byte aligned
+int64_t encoder_workspace(int64_t tokens, int64_t count, int64_t heads, int64_t hidden,
+                          int64_t inner);
+void encoder(int dtype, const void* const* weights, int64_t layers, int64_t heads, int64_t hidden,
+             int64_t inner, int activation, float eps, const void* x, const int32_t* cu_seqlens,
+             int64_t batch, int64_t tokens, int64_t max_seqlen, const int64_t* rows, int64_t count,
+             void* y, void* workspace, int device, void* stream);
 
 }  // namespace bertfast::cuda

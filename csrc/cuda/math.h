@@ -1,4 +1,5 @@
-// The arithmetic that the kernels share: dropout's random bits, activations, sums over threads.
+// The arithmetic that the kernels share: dropout's random bits, activations, sums and maxima over
+// threads.
 #pragma once
 #include "vector.h"
 
@@ -76,27 +77,45 @@ __host__ __device__ inline float derivative(float z) {
   return s + 2 * z * s * (1 - s) * kTanhScale * (1 + 3 * kTanhCubic * z * z);
 }
 
-// --- sums over threads, the same in every thread ---
+// --- sums and maxima over threads, the same in every thread ---
 
-__device__ __forceinline__ float warp_sum(float v) {
+struct Sum {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+template <class F>
+__device__ __forceinline__ float warp_fold(float v, F f) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
+  for (int lanes = 16; lanes; lanes /= 2) v = f(v, __shfl_xor_sync(~0u, v, lanes));
   return v;
 }
 
 // Over a block of kThreads; uses the first kThreads / 32 floats of shared memory. All threads call.
+template <int kThreads, class F>
+__device__ __forceinline__ float block_fold(float v, F f) {
+  v = warp_fold(v, f);
+  if (kThreads == 32) return v;
+  float* parts = reinterpret_cast<float*>(shared_memory());
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = parts[0];
+#pragma unroll
+  for (int warp = 1; warp < kThreads / 32; ++warp) v = f(v, parts[warp]);
+  __syncthreads();  // before the next fold overwrites
+  return v;
+}
+
+__device__ __forceinline__ float warp_sum(float v) { return warp_fold(v, Sum()); }
 template <int kThreads>
 __device__ __forceinline__ float block_sum(float v) {
-  v = warp_sum(v);
-  if (kThreads == 32) return v;
-  float* sums = reinterpret_cast<float*>(shared_memory());
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = 0;
-#pragma unroll
-  for (int warp = 0; warp < kThreads / 32; ++warp) v += sums[warp];
-  __syncthreads();  // before the next sum overwrites
-  return v;
+  return block_fold<kThreads>(v, Sum());
+}
+template <int kThreads>
+__device__ __forceinline__ float block_max(float v) {
+  return block_fold<kThreads>(v, Max());
 }
 
 }  // namespace bertfast::cuda

@@ -34,6 +34,17 @@ __device__ __forceinline__ void mma(fp16, float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same on fp32 values whose low 13 bits are zero (TF32), k = 8: a[0], a[1] rows g, g + 8 of
+// column t, a[2], a[3] four columns on; b0 row t of column g, b1 four rows on.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Four 8 x 8 matrices of 2-byte values; lane i gives the address of row i % 8 of matrix i / 8, and
 // gets from matrix m the values (g, 2t) and (g, 2t + 1), transposed (2t, g) and (2t + 1, g).
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
@@ -68,6 +79,7 @@ __device__ __forceinline__ void wait_copies() {
 
 void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void mma(fp16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void ldmatrix(uint32_t (&r)[4], const void* row);
 void ldmatrix_transposed(uint32_t (&r)[4], const void* row);
 

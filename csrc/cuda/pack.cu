@@ -10,6 +10,8 @@ constexpr int kThreads = 256;
 // One block a row; Unit is the widest type that rows are aligned to.
 template <class Unit, bool scatter>
 __global__ void copy_rows(const Unit* x, const int64_t* rows, Unit* out, int64_t units) {
+  start_next_kernel();
+  await_last_kernel();
   const int64_t packed = int64_t(blockIdx.x) * units, padded = rows[blockIdx.x] * units;
   const Unit* from = x + (scatter ? packed : padded);
   Unit* to = out + (scatter ? padded : packed);

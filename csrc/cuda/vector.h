@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
 namespace bertfast::cuda {
 
@@ -26,6 +27,13 @@ void by_dtype(int dtype, const F& f) {
   if (dtype == 1) return f(bf16());
   if (dtype == 2) return f(fp16());
   throw std::invalid_argument("dtype code " + std::to_string(dtype) + ", expected 0, 1 or 2");
+}
+
+template <class F>
+void by_half(int dtype, const F& f) {
+  if (dtype == 1) return f(bf16());
+  if (dtype == 2) return f(fp16());
+  throw std::invalid_argument("dtype code " + std::to_string(dtype) + ", expected 1 or 2");
 }
 
 constexpr int kVector = 8;  // values a thread handles together: 16 bytes in half precision

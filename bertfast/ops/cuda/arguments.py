@@ -5,6 +5,7 @@ import torch
 from ..dropout import threshold
 from ..library import GPU_DTYPES, ptr
 
+HALVES = (torch.bfloat16, torch.float16)
 MAX_HIDDEN = 4096  # kMaxHidden in csrc/cuda/rows.h: a row stays in a block's registers
 
 

@@ -1,25 +1,22 @@
-"""`ops.attention` on csrc/cuda/attention.cu: tensor cores, bf16 and fp16, head dims to 128."""
+"""`ops.attention` on csrc/cuda/attention.cu: tensor cores, head dims to 128."""
 
 import torch
 from torch.nn import functional as F
 
 from ..attention import bias_arguments, check_offsets, dense_last
 from ..extension import C
-from ..library import cuda_limit, cuda_queue, dense, ptr
+from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
 from .arguments import dropout, dtype_code
 
-HALVES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)  # others are padded with zeros to the next
 
 
 def _limit(device, dtype, arguments):
-    if dtype not in HALVES:
-        return f"it takes bfloat16 or float16, not {dtype}"
-    head_dim = arguments[0].shape[-1]  # qkv's, in backward grad's
+    head_dim = arguments[0].shape[-1] if arguments else 0  # qkv's, in backward grad's
     if head_dim > HEAD_DIMS[-1]:
         return f"head_dim is {head_dim}, it takes at most {HEAD_DIMS[-1]}"
-    return cuda_limit(device, dtype, arguments)
+    return cuda_float_limit(device, dtype, arguments)
 
 
 def _head_dim(dim):
@@ -35,7 +32,8 @@ def _padded(t):
 def _aligned(qkv):
     """qkv as it is where the kernel can read it by 16 bytes, else a copy."""
     t = _padded(qkv)
-    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]):
+    rows = all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and rows:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 

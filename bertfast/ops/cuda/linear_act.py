@@ -1,7 +1,9 @@
-"""`ops.linear_act` and `ops.qkv_linear`: torch's products, csrc/cuda/linear_act.cu around them.
+"""`ops.linear_act` and `ops.qkv_linear`.
 
-cuBLASLt adds the bias in the product's epilogue, in fp32 and at no cost; its GELU is the tanh form
-only, so the activation is a kernel of its own.
+Few tokens in half precision: csrc/cuda/linear.cu, all in one launch, or two where k is shared out
+among thread blocks. Else torch's products, csrc/cuda/linear_act.cu around them: cuBLASLt adds the
+bias in the product's epilogue, in fp32 and at no cost; its GELU is the tanh form only, so the
+activation is a kernel of its own.
 """
 
 import torch
@@ -10,7 +12,9 @@ from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, ptr
 from ..linear_act import _DB, _DW, _DX
 from ..registry import register
-from .arguments import dtype_code, row_blocks
+from .arguments import HALVES, dtype_code, parameter, row_blocks
+
+FEW_TOKENS = 512  # up to these linear.cu takes the product; unmeasured
 
 
 def _linear(x, weight, bias, out=None):
@@ -21,10 +25,43 @@ def _linear(x, weight, bias, out=None):
     return torch.addmm(bias.to(x.dtype), x, weight, out=out)
 
 
+def _takes(x, weights):
+    """Whether linear.cu serves: few tokens in half precision, rows of whole 16-byte pieces."""
+    return (
+        x.dtype in HALVES
+        and 0 < x.shape[0] <= FEW_TOKENS
+        and x.shape[1] > 0
+        and x.shape[1] % 8 == 0
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, *weights))
+    )
+
+
+def _few(x, weights, biases, activation=0, save=False):
+    """activation(x @ weight.T + bias) of weights alike in size, side by side, and if `save` what
+    the activation got."""
+    parts, (m, k), n = len(weights), x.shape, weights[0].shape[0]
+    y = torch.empty((m, parts * n), dtype=x.dtype, device=x.device)
+    z = torch.empty(y.shape, dtype=x.dtype, device=x.device) if save else None
+    splits = C.cuda_linear_splits(m, n, k, parts)
+    partial = torch.empty((splits, *y.shape), device=x.device) if splits > 1 else None
+    biases = [b if b is None else b.contiguous() for b in biases]
+    unused = [0] * (3 - parts)
+    C.cuda_linear(
+        *(dtype_code(x), ptr(x), m, n, k, parts, *map(ptr, weights), *unused),
+        *(*map(ptr, biases), *unused, parameter(biases[0])[1], activation),
+        *(ptr(y), ptr(z), ptr(partial), *cuda_queue(x)),
+    )
+    return y, z
+
+
 @register("linear_act", "cuda", limit=cuda_float_limit)
 def _forward(x, weight, bias, activation, save):
-    z = _linear(x, weight, bias)
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
+    cast = weight.to(x.dtype)
+    if _takes(x, (cast,)):
+        y, z = _few(x, (cast,), (bias,), activation, save)
+        return y, z if save else nothing
+    z = _linear(x, cast, bias)
     if not activation:
         return z, nothing
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device) if save else z
@@ -74,8 +111,11 @@ def _backward(grad, x, weight, bias, z, activation, need):
 
 @register("qkv_linear", "cuda", limit=cuda_float_limit)
 def _qkv_forward(x, wq, bq, wk, bk, wv, bv):
+    weights = [w.to(x.dtype) for w in (wq, wk, wv)]
+    if _takes(x, weights):
+        return _few(x, weights, (bq, bk, bv))[0]
     y = torch.empty((x.shape[0], 3 * wq.shape[0]), dtype=x.dtype, device=x.device)
-    for part, w, b in zip(y.chunk(3, 1), (wq, wk, wv), (bq, bk, bv), strict=True):
+    for part, w, b in zip(y.chunk(3, 1), weights, (bq, bk, bv), strict=True):
         _linear(x, w, b, out=part)
     return y
 

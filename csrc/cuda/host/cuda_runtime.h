@@ -72,6 +72,16 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return bertfast::host::shuffle(value, int(threadIdx.x % 32) ^ mask);
 }
+inline unsigned __float_as_uint(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 

@@ -12,31 +12,33 @@ float half_of(uint32_t pair, int which) {
   return to_float(v);
 }
 
-template <class T>
-void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Lane {
-    float* d;
-    const uint32_t* a;
-    uint32_t b[2];
-  } lane{d, a, {b0, b1}};
-  host::meet(&lane, [](void* const* lanes) {
-    float a[16][16], b[16][8];
-    const auto of = [&](int i) { return static_cast<Lane*>(lanes[i]); };
-    for (int i = 0; i < 32; ++i)
+struct Lane {
+  float* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+// d += a b of the lanes' fragments, k = 16 of pairs or 8 of single values; `value` reads the h-th
+// of a register.
+template <int pairs, class F>
+void multiply(void* const* lanes, const F& value) {
+  constexpr int kDepth = 8 * pairs;
+  float a[16][kDepth], b[kDepth][8];
+  const auto of = [&](int i) { return static_cast<Lane*>(lanes[i]); };
+  for (int i = 0; i < 32; ++i)
+    for (int h = 0; h < pairs; ++h) {
+      const int k = i % 4 * pairs + h;
       for (int r = 0; r < 4; ++r)
-        for (int h = 0; h < 2; ++h)
-          a[i / 4 + r % 2 * 8][i % 4 * 2 + h + r / 2 * 8] = half_of<T>(of(i)->a[r], h);
-    for (int i = 0; i < 32; ++i)
-      for (int r = 0; r < 2; ++r)
-        for (int h = 0; h < 2; ++h) b[i % 4 * 2 + h + r * 8][i / 4] = half_of<T>(of(i)->b[r], h);
-    for (int i = 0; i < 32; ++i)
-      for (int e = 0; e < 4; ++e) {
-        const int row = i / 4 + e / 2 * 8, column = i % 4 * 2 + e % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-        of(i)->d[e] += sum;
-      }
-  });
+        a[i / 4 + r % 2 * 8][k + r / 2 * kDepth / 2] = value(of(i)->a[r], h);
+      for (int r = 0; r < 2; ++r) b[k + r * kDepth / 2][i / 4] = value(of(i)->b[r], h);
+    }
+  for (int i = 0; i < 32; ++i)
+    for (int e = 0; e < 4; ++e) {
+      const int row = i / 4 + e / 2 * 8, column = i % 4 * 2 + e % 2;
+      float sum = 0;
+      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
+      of(i)->d[e] += sum;
+    }
 }
 
 struct Rows {
@@ -66,10 +68,18 @@ void exchange(void* const* lanes) {
 }  // namespace
 
 void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply<bf16>(d, a, b0, b1);
+  Lane lane{d, a, {b0, b1}};
+  host::meet(&lane, [](void* const* lanes) { multiply<2>(lanes, half_of<bf16>); });
 }
 void mma(fp16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply<fp16>(d, a, b0, b1);
+  Lane lane{d, a, {b0, b1}};
+  host::meet(&lane, [](void* const* lanes) { multiply<2>(lanes, half_of<fp16>); });
+}
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Lane lane{d, a, {b0, b1}};
+  host::meet(&lane, [](void* const* lanes) {
+    multiply<1>(lanes, [](uint32_t v, int) { return __uint_as_float(v & ~0x1FFFu); });
+  });
 }
 void ldmatrix(uint32_t (&r)[4], const void* row) { load(r, row, exchange<false>); }
 void ldmatrix_transposed(uint32_t (&r)[4], const void* row) { load(r, row, exchange<true>); }

@@ -1,0 +1,132 @@
+"""`bertfast.freeze` for a GPU: all layers in one call, and the operators one by one beyond its limits.
+
+Without a GPU it runs on the CPU, in an extension built with BERTFAST_CUDA_HOST.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import DEVICES, refused
+from test_frozen import batch, build
+from torch.nn.functional import cosine_similarity
+
+import bertfast
+from bertfast.model import frozen_cuda
+from bertfast.ops.extension import C
+
+pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="the extension has no CUDA kernels")
+BOUND = {"bf16": 0.05, "fp16": 0.01}  # of states with a variance of 1
+LENGTHS = [(40, 1, 17, 0, 33), (3,)]
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with bertfast.backend("cuda"):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The tokens of each call of the whole encoder."""
+    seen = []
+
+    def encoder(*arguments):
+        seen.append(arguments[11])
+        C.cuda_encoder(*arguments)
+
+    fake = SimpleNamespace(cuda_encoder=encoder, cuda_encoder_workspace=C.cuda_encoder_workspace)
+    monkeypatch.setattr(frozen_cuda, "C", fake)
+    return seen
+
+
+def frozen(model, precision):
+    return bertfast.freeze(copy.deepcopy(model).to(DEVICES["cuda"]), precision)
+
+
+def there(given):
+    return {k: v.to(DEVICES["cuda"]) for k, v in given.items()}
+
+
+def reference(model, given, **options):
+    with bertfast.backend("reference"), torch.inference_mode():
+        return model(**given, **options)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
+@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.usefixtures("guarded")
+def test_same_states(precision, act, lengths, calls):
+    model, given = build(act=act), batch(lengths)
+    expected = reference(model, given)
+    with torch.inference_mode():
+        actual = frozen(model, precision)(**there(given))
+    assert calls == [sum(lengths)]
+    real = given["attention_mask"] == 1
+    a, e = actual.last_hidden_state.cpu(), expected.last_hidden_state
+    assert a.dtype == torch.float32 and (a[~real] == 0).all()
+    assert (a - e)[real].abs().max() < BOUND[precision]
+    assert cosine_similarity(a[real], e[real], dim=1).min() > 0.9998
+
+
+@pytest.mark.parametrize("cls", ["BertForSequenceClassification", "BertForMaskedLM"])
+def test_heads(cls, calls):
+    """A classifier's last layer runs for the first tokens alone."""
+    model, given = build(cls=cls), batch((5, 9, 2, 30))
+    expected = reference(model, given).logits
+    with torch.inference_mode():
+        actual = frozen(model, "fp16")(**there(given)).logits
+    assert calls == [46]
+    assert (actual.cpu() - expected).abs().max() < 0.02 * expected.std().clamp(min=1)
+
+
+def test_hidden_states(calls):
+    model, given = build(), batch((20, 7))
+    expected = reference(model, given, output_hidden_states=True).hidden_states
+    with torch.inference_mode():
+        states = frozen(model, "fp16")(**there(given), output_hidden_states=True).hidden_states
+    assert calls == [27] * 3  # layer by layer
+    for a, e in zip(states, expected, strict=True):
+        assert (a.cpu().float() - e).abs().max() < BOUND["fp16"]
+
+
+@pytest.mark.parametrize("shape, few", [("even", 20), ("odd", 512)])
+def test_beyond_its_limits(shape, few, calls, monkeypatch):
+    """Too many tokens, or sizes that it doesn't take: the operators one by one."""
+    monkeypatch.setattr(frozen_cuda, "FEW_TOKENS", few)
+    model, given = build(shape), batch((20, 7))
+    expected = reference(model, given).last_hidden_state
+    with torch.inference_mode():
+        actual = frozen(model, "fp16")(**there(given)).last_hidden_state.cpu()
+    real = given["attention_mask"] == 1
+    assert not calls and (actual - expected)[real].abs().max() < BOUND["fp16"]
+
+
+def test_half_precision_model(calls):
+    """Nothing is cast on the way."""
+    model, given = build(), batch((20, 7))
+    expected = reference(model, given).last_hidden_state
+    with torch.inference_mode():
+        actual = frozen(model.bfloat16(), "bf16")(**there(given)).last_hidden_state.cpu()
+    assert actual.dtype == torch.bfloat16 and calls == [27]
+    real = given["attention_mask"] == 1
+    assert (actual.float() - expected)[real].abs().max() < BOUND["bf16"]
+
+
+def test_empty_batch():
+    given = {k: v[:2] for k, v in batch((0, 0, 3)).items()}
+    with torch.inference_mode():
+        assert not frozen(build(), "bf16")(**there(given)).last_hidden_state.any()
+
+
+def test_refusals():
+    refused(ValueError, "'int8', expected one of bf16, fp16", frozen, build(), "int8")
+    small = frozen(build(), "bf16")
+    refused(ValueError, "isn't frozen", bertfast.freeze, small, "bf16")
+    refused(TypeError, "copied or pickled", copy.deepcopy, small)
+    elsewhere = torch.zeros(2, 128, device="meta")
+    refused(RuntimeError, "on meta, a frozen encoder stays on", small.encoder, elsewhere, None)
+    small.train()
+    refused(RuntimeError, "eval mode", small, **there(batch((4,))))
