@@ -23,6 +23,7 @@ from bertfast.bench.measure import encoder_flop, interleave, median, natural_len
 LIMIT = 480  # seconds that a part may take
 OPERATORS = "add_layer_norm attention cross_attention dropout embedding_layer_norm linear_act"
 OPERATORS += " masked_cross_entropy pack graphs"
+CUDA = "attention_cuda cuda_linear frozen_cuda"
 CONFIGS = {
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
                  vocab_size=200),
@@ -45,11 +46,11 @@ def commands(out: Path) -> dict[str, list[str]]:
     return {
         "build": [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."],
         "triton": [*pytest, "-k", "not cpu and not cuda", *names],
-        "cuda": [*pytest, "-k", "cuda", *names, "tests/test_attention_cuda.py"],
+        "cuda": [*pytest, "-k", "cuda", *names, *tests(CUDA)],
         "memcheck": ["compute-sanitizer", "--error-exitcode", "9", *checked, *names[:2]],
         "racecheck": [
             *("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"),
-            *(*checked, "tests/test_attention_cuda.py"),
+            *(*checked, *tests("attention_cuda cuda_linear")),
         ],
         "linear_act": [*python, "benchmarks/linear_act_table.py"],
         "operators": [

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICES, check, keep, offsets, refused
+from helpers import DEVICES, check, keep, refused
+from helpers import offsets as cpu_offsets
 from test_attention import LENGTHS, inputs, plain
 
 from bertfast import ops
@@ -18,6 +19,11 @@ pytestmark = [
 ]
 HALVES = [torch.bfloat16, torch.float16]
 ALL = [*HALVES, torch.float32]
+DEVICE = DEVICES.get("cuda")
+
+
+def offsets(lengths):
+    return cpu_offsets(lengths).to(DEVICE)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 128, 24, 40])
@@ -77,9 +83,9 @@ def test_fp32_bias():
     bias = torch.randn(1, 2, 70, 70, generator=torch.Generator().manual_seed(5))
     qkv = inputs(64, 2, [9, 70]).half()
     with ops.backend("cuda"):
-        out = ops.attention(qkv, offsets([9, 70]), 70, bias=bias)
+        out = ops.attention(qkv.to(DEVICE), offsets([9, 70]), 70, bias=bias.to(DEVICE))
     expected = plain(qkv.double(), [9, 70], bias=bias.double())
-    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -89,9 +95,9 @@ def test_masked_rows_are_zero(dtype):
     bias = torch.zeros(2, 1, 75, 75)
     bias[0, 0, 3] = -math.inf
     bias[1, 0, :, 5:] = -math.inf
-    qkv = inputs(32, 3, lengths).to(dtype).requires_grad_()
+    qkv = inputs(32, 3, lengths).to(DEVICE, dtype).requires_grad_()
     with ops.backend("cuda"):
-        out = ops.attention(qkv, offsets(lengths), 75, bias=bias)
+        out = ops.attention(qkv, offsets(lengths), 75, bias=bias.to(DEVICE))
         out.float().square().sum().backward()
     assert (out[3] == 0).all() and (qkv.grad[3, 0] == 0).all()
     assert torch.isfinite(out).all() and torch.isfinite(qkv.grad).all()
@@ -113,7 +119,7 @@ def test_dropout(dtype, dim, causal):
         mask = [torch.stack(r) if r else torch.zeros(0, 0) for r in rows]
         masks.append(torch.stack(mask) / (1 - p))
         start += n
-    seed = torch.tensor([12345678901, 7])
+    seed = torch.tensor([12345678901, 7], device=DEVICE)
     options = {"dropout_p": p, "seed": seed, "causal": causal}
     check(
         "cuda",
@@ -140,7 +146,7 @@ def test_large_logits():
 def test_sequences_are_apart(dtype, value):
     """A NaN or inf stays in its sequence, and company doesn't change a sequence by one bit."""
     cu = offsets([30, 50, 21])
-    qkv = inputs(32, 3, [30, 50, 21]).to(dtype)
+    qkv = inputs(32, 3, [30, 50, 21]).to(DEVICE, dtype)
     bad = qkv.clone()
     bad[40, 0, 1, 3] = value
     bad[41, 1, 1, 3] = value
@@ -159,8 +165,8 @@ def test_sequences_are_apart(dtype, value):
 def test_views(dtype):
     """Strided and misaligned projections, read in place or copied."""
     lengths = [33, 20]
-    qkv = inputs(32, 2, lengths).to(dtype)
-    flat = torch.zeros(qkv.numel() + 1, dtype=qkv.dtype)
+    qkv = inputs(32, 2, lengths).to(DEVICE, dtype)
+    flat = torch.zeros(qkv.numel() + 1, dtype=qkv.dtype, device=DEVICE)
     views = [
         qkv.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
         flat[1:].view(qkv.shape).copy_(qkv),
@@ -175,8 +181,8 @@ def test_views(dtype):
 def test_empty():
     with ops.backend("cuda"):
         for cu in (offsets([]), offsets([0, 0])):
-            qkv = torch.zeros(0, 3, 2, 32, dtype=torch.bfloat16, requires_grad=True)
-            out = ops.attention(qkv, cu, 0)
+            qkv = torch.zeros(0, 3, 2, 32, dtype=torch.bfloat16, device=DEVICE)
+            out = ops.attention(qkv.requires_grad_(), cu, 0)
             out.sum().backward()
             assert out.shape == (0, 2, 32) and qkv.grad.shape == qkv.shape
 
@@ -187,4 +193,4 @@ def test_refusals():
             (torch.zeros(5, 3, 2, 32).double(), "not torch.float64"),
             (torch.zeros(5, 3, 2, 160, dtype=torch.half), "head_dim is 160"),
         ):
-            refused(RuntimeError, why, ops.attention, qkv, offsets([5]), 5)
+            refused(RuntimeError, why, ops.attention, qkv.to(DEVICE), offsets([5]), 5)

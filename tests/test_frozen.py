@@ -16,6 +16,7 @@ SHAPES = {  # hidden, heads, inner: whole tiles, and sizes that fit no tile
     "even": (128, 4, 256),
     "odd": (72, 3, 200),
     "wide": (96, 1, 72),
+    "inner": (64, 2, 1100),  # more inner activations than are held at a time
 }
 LENGTHS = [(40, 1, 17, 0, 33), (3,), (129, 130)]
 BOUND = {"fp32": 2e-5, "bf16": 0.05, "int8": 0.2}  # of states with a variance of 1

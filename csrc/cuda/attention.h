@@ -196,9 +196,14 @@ void by_dim(int64_t dim, const F& f) {
 // fp32 has the general kernel alone: its products dwarf what the others save.
 template <class T, class F>
 void by_kind(const Attention& g, const F& f) {
-  if (sizeof(T) == 4 || g.bias || g.causal) return f(std::integral_constant<Kind, kGeneral>());
-  if (g.dropout.seed) return f(std::integral_constant<Kind, kDropout>());
-  return f(std::integral_constant<Kind, kPlain>());
+  const auto general = std::integral_constant<Kind, kGeneral>();
+  if constexpr (sizeof(T) == 4) {
+    return f(general);
+  } else {
+    if (g.bias || g.causal) return f(general);
+    if (g.dropout.seed) return f(std::integral_constant<Kind, kDropout>());
+    return f(std::integral_constant<Kind, kPlain>());
+  }
 }
 
 }  // namespace
