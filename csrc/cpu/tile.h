@@ -204,7 +204,7 @@ void pack_step(float* dst, int64_t dst_row, const T* src, int64_t row, int64_t k
     for (int part = 0; part < parts; ++part) {
       vf e = x0, o = x1;
       if (parts > 1) e = take_bf16(x0), o = take_bf16(x1);
-      units[part][i] = by_k ? both(e, o) : pair_up(e, o);
+      units[part][i] = by_k ? both(e, o) : parts > 1 ? pairs(e, o) : pair_up(e, o);
     }
   }
   for (int part = 0; part < parts; ++part) {
