@@ -14,8 +14,7 @@ constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or ne
 constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
 template <Math math>             // rows of a task: its block of a stays in L2
 constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;
-constexpr int64_t PC = 6;           // ... beside this many panels of b
-constexpr int64_t kSplitRows = 48;  // with fewer, packing b in three parts costs more than it gains
+constexpr int64_t PC = 6;  // ... beside this many panels of b
 
 struct Block {  // of an operand along k, packed
   float* data;
@@ -263,10 +262,8 @@ void activation_backward_of(const ActivationBackwardArgs& g) {
 void gemm(const GemmArgs& g) {
   // In bf16 where an operand has no more precision than that; else fp32, on the matrix unit too.
   if ((kHasBf16 || kHasAmx) && g.a_bf16) return gemm_in<Math::bf16>(g);
-#if defined(__AMX_BF16__)
-  if (g.m >= kSplitRows) return gemm_in<Math::split>(g);
-#endif
-  gemm_in<Math::fp32>(g);
+  // Whatever the rows: a text's result must not depend on the batch.
+  gemm_in<kHasAmx ? Math::split : Math::fp32>(g);
 }
 
 void activation_backward(const ActivationBackwardArgs& g) {
