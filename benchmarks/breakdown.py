@@ -7,11 +7,8 @@ copy, which are the roofs: an operator needs at least flop / product's rate and 
 (its inputs, weights and outputs, each moved once). "training" is forward and backward.
 """
 
-import argparse
-from pathlib import Path
-
 from encoder_inference import WORKLOADS
-from harness import save
+from harness import arguments, save
 from transformers import BertConfig
 
 from bertfast.bench import ops
@@ -50,12 +47,7 @@ def part(operator, step, precision, shape, rounds) -> dict:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    precisions = ("fp32", "bf16")
-    parser.add_argument("--precisions", nargs="+", choices=precisions, default=precisions)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
-    args = parser.parse_args(argv)
+    args = arguments(__doc__).parse_args(argv)
     cells, summary = [], []
     for title, (config, lengths) in MODELS.items():
         shape = ops.Shape.of(config, lengths)

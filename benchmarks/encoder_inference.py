@@ -52,22 +52,22 @@ def checkpoint(model: str) -> str:
     return str(folder)
 
 
-def summary(cells) -> list[dict]:
-    """One row a cell: our best beside the best rival."""
+def summary(cells, key="milliseconds", unit="ms") -> list[dict]:
+    """One row a cell: our best beside the best rival, of rows that are sorted by `key`."""
     rows, ours = [], {cls.name for cls in OURS}
     for found in cells:
-        timed = [row for row in found["rows"] if "milliseconds" in row]
-        best = [[r for r in timed if (r["name"] in ours) == mine][:1] for mine in (True, False)]
+        done = [row for row in found["rows"] if key in row]
+        best = [[r for r in done if (r["name"] in ours) == mine][:1] for mine in (True, False)]
         if all(best):
             (mine,), (rival,) = best
             rows.append(
                 {
                     "task": found["task"],
-                    "unit": "ms",
-                    "bertfast": mine["milliseconds"],
-                    "rival": rival["milliseconds"],
+                    "unit": unit,
+                    "bertfast": mine[key],
+                    "rival": rival[key],
                     "rival_name": rival["name"],
-                    "ratio": round(rival["milliseconds"] / mine["milliseconds"], 3),
+                    "ratio": round(rival[key] / mine[key], 3),
                 }
             )
     return rows

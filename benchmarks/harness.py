@@ -1,5 +1,6 @@
 """What the scripts share beside bertfast.bench: real inputs, and the files of results."""
 
+import argparse
 import importlib
 import inspect
 import json
@@ -15,6 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 __all__ = ["ROOT", "interleave", "load", "median", "minilm", "natural_lengths", "origin"]
 __all__ += ["real_batch", "real_text", "result_file", "save"]
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """What a script of two precisions takes; its help is the first line of `doc`."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    precisions = ("fp32", "bf16")
+    parser.add_argument("--precisions", nargs="+", choices=precisions, default=precisions)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
+    return parser
 
 
 def minilm() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from encoder_inference import checkpoint
+from encoder_inference import checkpoint, summary
 from harness import ROOT, save
 from rivals import COMPILED, OURS, RIVALS
 
@@ -21,6 +21,7 @@ from bertfast.bench.command import say, table
 from bertfast.bench.encoder import PRECISIONS
 
 MODEL, LENGTHS = "BERT-base", [128] * 8
+KEY = "inference_peak_mb"
 
 
 def measure(classes, folder, precision, config) -> list[dict]:
@@ -37,21 +38,7 @@ def measure(classes, folder, precision, config) -> list[dict]:
             except RuntimeError as error:
                 note = str(error)
         rows.append({"name": cls.name, **(found or {"note": note})})
-    return sorted(rows, key=lambda row: row.get("inference_peak_mb", float("inf")))
-
-
-def summary(cells) -> list[dict]:
-    """Our least beside the rivals' least in each precision."""
-    rows, ours = [], {cls.name for cls in OURS}
-    for found in cells:
-        done = [row for row in found["rows"] if "inference_peak_mb" in row]
-        best = [[r for r in done if (r["name"] in ours) == mine][:1] for mine in (True, False)]
-        if all(best):
-            (mine,), (rival,) = best
-            a, b = mine["inference_peak_mb"], rival["inference_peak_mb"]
-            row = {"task": found["task"], "unit": "MB", "bertfast": a, "rival": b}
-            rows.append(row | {"rival_name": rival["name"], "ratio": round(b / a, 3)})
-    return rows
+    return sorted(rows, key=lambda row: row.get(KEY, float("inf")))
 
 
 def main(argv=None):
@@ -71,7 +58,7 @@ def main(argv=None):
         found["rows"] = measure(able, folder, precision, config)
         print("\n" + table(task, found), flush=True)
         cells.append(found)
-    save("rivals_memory", {"cells": cells, "summary": summary(cells)}, args.out)
+    save("rivals_memory", {"cells": cells, "summary": summary(cells, KEY, "MB")}, args.out)
 
 
 if __name__ == "__main__":

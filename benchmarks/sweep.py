@@ -6,12 +6,9 @@ Lengths: full rows, 1024 tokens in each batch. Padding: 16 rows of at most 128 t
 share of whose positions is padding. Outputs are checked in the same run.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 import transformers
-from harness import minilm, save
+from harness import arguments, minilm, save
 from rivals import Frozen, OneDnn, Sdpa
 
 from bertfast.bench.command import say, table
@@ -47,12 +44,7 @@ def summary(cells) -> list[dict]:
 
 @torch.inference_mode()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    precisions = ("fp32", "bf16")
-    parser.add_argument("--precisions", nargs="+", choices=precisions, default=precisions)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
-    args = parser.parse_args(argv)
+    args = arguments(__doc__).parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder, threads, cells = minilm(), torch.get_num_threads(), []

@@ -196,16 +196,18 @@ def _finetune(args):
         print(json.dumps({k: v for k, v in part.items() if not isinstance(v, dict)}))
 
 
+def _text_settings(args) -> dict:
+    names = ("text_column", "text_pair_column", "label_column", "max_length")
+    return {name: getattr(args, name) for name in names}
+
+
 def _evaluate(args):
     from .train import evaluate
 
     result = evaluate(
         args.model,
         args.data,
-        text_column=args.text_column,
-        text_pair_column=args.text_pair_column,
-        label_column=args.label_column,
-        max_length=args.max_length,
+        **_text_settings(args),
         allow_pickle=args.allow_pickle,
         device=args.device,
         precision=args.precision,
@@ -263,10 +265,7 @@ def _quantize(args):
         args.model,
         args.check,
         precisions=args.precision,
-        text_column=args.text_column,
-        text_pair_column=args.text_pair_column,
-        label_column=args.label_column,
-        max_length=args.max_length,
+        **_text_settings(args),
         batch_size=args.batch_size,
         limit=args.limit,
         allow_pickle=args.allow_pickle,

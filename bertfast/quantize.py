@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from . import data
+from .bench.measure import aligned
 from .model import BertForSequenceClassification, checkpoint, freeze
 from .model.frozen import PRECISIONS
 from .train import metrics
@@ -208,12 +209,8 @@ def table(result: dict) -> str:
     cells = [[_COLUMNS[key][0] for key in keys]]
     cells += [[_COLUMNS[key][1].format(row[key]) if key in row else "-" for key in keys]
               for row in rows]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    ]
     about = (
         "{texts} texts of {data}, {tokens} tokens, {batches} batches of up to {batch_size}, "
         "threads: {threads}; errors are to the model as it is stored"
     ).format(**result)
-    return "\n".join([about, *lines])
+    return "\n".join([about, *aligned(cells)])

@@ -14,7 +14,7 @@ from ..model.presets import PRESETS, bert_config
 from ..ops.registry import BACKENDS
 from ..train.config import ConfigError
 from . import encoder, memory, ops, train
-from .measure import origin, padded_lengths, random_batch
+from .measure import aligned, origin, padded_lengths, random_batch
 from .rivals import IMPLEMENTATIONS
 
 KINDS = ("encoder", "train", "ops")
@@ -212,14 +212,11 @@ def table(title: str, found: dict) -> str:
         formats = (COLUMNS[key][1] for key in columns)
         shown = ["" if v is None else f.format(v) for f, v in zip(formats, values, strict=True)]
         lines.append([row["name"], *shown])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     out = [title]
     if "tokens" in found:
         out[0] += f": {found['tokens']} tokens in {found['padded_tokens']} positions"
     if len(lines) > 1:
-        for name, *values in lines:
-            cells = [v.rjust(w) for v, w in zip(values, widths[1:], strict=True)]
-            out.append("  ".join([name.ljust(widths[0]), *cells]))
+        out += aligned(lines)
     out += [f"{row['name']}: {row['note']}" for row in rows if "note" in row]
     return "\n".join(out)
 

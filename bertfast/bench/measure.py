@@ -107,6 +107,15 @@ def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=F
     return {name: median(s) / bursts[name][1] for name, s in timed.items()}
 
 
+def aligned(lines: list[list[str]]) -> list[str]:
+    """A table's lines, the first column flush left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
+        for name, *values in lines
+    ]
+
+
 def median(values) -> float:
     return statistics.median(values)
 

@@ -10,7 +10,7 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly
+constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly, split in L2
 constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
 template <Math math>             // rows of a task: its block of a stays in L2
 constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;
@@ -38,13 +38,13 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
     const int64_t part = n0 / part_n, end = min(n0 + NR, g.n);
     if (!g.split_k && end <= (part + 1) * part_n) {
       const T* src = static_cast<const T*>(g.b[part]) + (n0 - part * part_n) * g.b_row;
-      pack_b_panel<math>(dst, src + block.k0 * g.b_k, g.b_row, g.b_k, end - n0, block.k);
+      pack_operand<math, true>(dst, src + block.k0 * g.b_k, g.b_row, g.b_k, end - n0, block.k);
       return;
     }
     if (g.split_k && block.k0 / part_k == (block.k0 + block.k - 1) / part_k) {
       const int64_t q = block.k0 / part_k;
       const T* src = static_cast<const T*>(g.b[q]) + n0 * g.b_row + (block.k0 - q * part_k) * g.b_k;
-      pack_b_panel<math>(dst, src, g.b_row, g.b_k, end - n0, block.k);
+      pack_operand<math, true>(dst, src, g.b_row, g.b_k, end - n0, block.k);
       return;
     }
     static thread_local Buffer buffer;
@@ -56,7 +56,7 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
             to_float(static_cast<const T*>(g.b[q])[(g.split_k ? n : n - q * part_n) * g.b_row +
                                                    (g.split_k ? k - q * part_k : k) * g.b_k]);
       }
-    pack_b_panel<math>(dst, rows, block.k, 1, end - n0, block.k);
+    pack_operand<math, true>(dst, rows, block.k, 1, end - n0, block.k);
   };
   if (g.b_bf16)
     pack(static_cast<bf16*>(nullptr));
@@ -71,8 +71,8 @@ void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
     constexpr int R = kRows<math>;
     for (int64_t m = 0; m < rows; m += R) {
       const auto* from = a + (m0 + m) * g.a_row + block.k0 * g.a_k;
-      pack_a_panel<math>(block.data + m * block.units, from, g.a_row, g.a_k, min(R, rows - m),
-                         block.k);
+      pack_operand<math, false>(block.data + m * block.units, from, g.a_row, g.a_k,
+                                min(R, rows - m), block.k);
     }
   };
   if (g.a_bf16)

@@ -223,22 +223,14 @@ void pack_steps(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
                              src + i * row + k * kstep, row, kstep, valid - i, count - k);
 }
 
-// Panels of gemm's operands a and b, see pack_panel.
-template <Math math, class T>
-void pack_a_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
+// A panel of gemm's operand a or b, see pack_panel.
+template <Math math, bool is_b, class T>
+void pack_operand(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
                   int64_t count) {
   if constexpr (kAmx<math>)
-    pack_steps<math, false>(dst, src, row, kstep, valid, count);
+    pack_steps<math, is_b>(dst, src, row, kstep, valid, count);
   else
-    pack_panel<math, MR>(dst, src, row, kstep, valid, count);
-}
-template <Math math, class T>
-void pack_b_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
-                  int64_t count) {
-  if constexpr (kAmx<math>)
-    pack_steps<math, true>(dst, src, row, kstep, valid, count);
-  else
-    pack_panel<math, NR>(dst, src, row, kstep, valid, count);
+    pack_panel<math, is_b ? NR : MR>(dst, src, row, kstep, valid, count);
 }
 
 }  // namespace
