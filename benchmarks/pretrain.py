@@ -11,7 +11,7 @@ model with the same weights and masks. A side's figure is real tokens over the t
 optimizer step's end to the next, taken by the same hook on torch's optimizers; the sides take
 turns, and the first steps of each turn don't count.
 
-`learn`: pre-trains for some minutes, then fine-tunes on sections.*.jsonl.gz from those weights and
+`learn`: pre-trains for some minutes in bf16, then fine-tunes on sections.*.jsonl.gz from those weights and
 from random ones of the same size.
 """
 
@@ -212,7 +212,7 @@ def learn(args):
         still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         bert_config("mini", **still).to_json_file(work / "mini.json")
         common = {"config": str(work / "mini.json"), "batch_tokens": args.batch_tokens}
-        common |= {"save_steps": None, "eval_tokens": 50_000, "lr": 5e-4, "beta2": 0.98}
+        common |= {"save_steps": None, "eval_tokens": 50_000, "beta2": 0.98, "precision": "bf16"}
         with step_times() as times:
             pretrain(settings(data, work / "probe", max_steps=20, eval_steps=10**6, **common))
         seconds = median(np.diff(times))
