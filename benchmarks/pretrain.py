@@ -11,8 +11,8 @@ model with the same weights and masks. A side's figure is real tokens over the t
 optimizer step's end to the next, taken by the same hook on torch's optimizers; the sides take
 turns, and the first steps of each turn don't count.
 
-`learn`: pre-trains for some minutes in bf16, then fine-tunes on sections.*.jsonl.gz from those weights and
-from random ones of the same size.
+`learn`: pre-trains for some minutes in bf16, then fine-tunes on the first rows of
+sections.*.jsonl.gz from those weights and from random ones of the same size.
 """
 
 import argparse
@@ -203,64 +203,83 @@ def macro_f1(model: Path, files: dict, work: Path, seed: int) -> float:
     return finetune(config)["test"]["macro"]["f1"]
 
 
+def pretrained(args, work: Path, folder: Path) -> dict:
+    """Pre-train into `folder` for some minutes, unless that was done before: the facts of it."""
+    facts = folder / "benchmark.json"
+    if facts.exists():
+        return json.loads(facts.read_text())
+    data, _ = prepared(args.data, work / "data", args.vocabulary)
+    # Dropout keeps from overfitting; in a run of a few passes there is little to overfit.
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert_config("mini", **still).to_json_file(work / "mini.json")
+    common = {"config": str(work / "mini.json"), "batch_tokens": args.batch_tokens}
+    common |= {"save_steps": None, "eval_tokens": 50_000, "beta2": 0.98, "precision": "bf16"}
+    with step_times() as times:
+        pretrain(settings(data, work / "probe", max_steps=20, eval_steps=10**6, **common))
+    seconds = median(np.diff(times))
+    steps = args.steps or max(50, int(0.95 * args.minutes * 60 / seconds))
+    begin = time.perf_counter()
+    options = common | {"max_steps": steps, "eval_steps": max(1, steps // 12)}
+    valid = pretrain(settings(data, folder, **options))["valid"]
+    minutes = round((time.perf_counter() - begin) / 60, 2)
+    found = {"minutes": minutes, "steps": steps, "valid": valid}
+    facts.write_text(json.dumps(found))
+    return found
+
+
+def fine_tuned(args, work: Path, models: dict[str, Path], rows: int) -> dict[str, list[float]]:
+    """Test macro F1 of each model, seed by seed, after the first `rows` of the training part."""
+    parts = {p: read(args.data / f"sections.{p}.jsonl.gz", None) for p in ("train", "val", "test")}
+    parts["train"] = parts["train"][: rows or None]
+    known, files = {r["label"] for r in parts["train"]}, {}
+    for part, table in parts.items():
+        files[part] = str(work / f"{part}.jsonl")
+        lines = (json.dumps(r) + "\n" for r in table if r["label"] in known)
+        Path(files[part]).write_text("".join(lines))
+    scores = {}
+    for name, model in models.items():
+        scores[name] = [macro_f1(model, files, work / f"{name}-{s}", s) for s in args.seeds]
+        print(f"{rows or 'all'} rows, {name}: test macro F1 {scores[name]}", flush=True)
+    return scores
+
+
 def learn(args):
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        data, _ = prepared(args.data, work / "data", args.vocabulary)
-        # Dropout keeps from overfitting; in a run of about one pass there is nothing to overfit.
-        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        bert_config("mini", **still).to_json_file(work / "mini.json")
-        common = {"config": str(work / "mini.json"), "batch_tokens": args.batch_tokens}
-        common |= {"save_steps": None, "eval_tokens": 50_000, "beta2": 0.98, "precision": "bf16"}
-        with step_times() as times:
-            pretrain(settings(data, work / "probe", max_steps=20, eval_steps=10**6, **common))
-        seconds = median(np.diff(times))
-        steps = args.steps or max(50, int(0.95 * args.minutes * 60 / seconds))
-        begin = time.perf_counter()
-        folder = args.run or work / "pretrained"
-        options = common | {"max_steps": steps, "eval_steps": max(1, steps // 12)}
-        results = pretrain(settings(data, folder, **options))
-        minutes = (time.perf_counter() - begin) / 60
-        valid = results["valid"]
+        folder, random = args.run or work / "pretrained", work / "random"
+        found = pretrained(args, work, folder)
+        valid = found["valid"]
         ratio = valid["mlm_accuracy"] / valid["unigram_accuracy"]
-        print(f"{minutes:.1f} minutes: {valid}, {ratio:.2f}x a unigram model", flush=True)
-
-        random = work / "random"
+        print(f"{found['minutes']} minutes: {valid}, {ratio:.2f}x a unigram model", flush=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         torch.manual_seed(0)
         BertForMaskedLM(transformers.BertConfig.from_pretrained(folder)).save_pretrained(random)
         tokenizer.save_pretrained(random)
-        names = ("train", "val", "test")
-        parts = {p: read(args.data / f"sections.{p}.jsonl.gz", args.rows) for p in names}
-        known, files = {r["label"] for r in parts["train"]}, {}
-        for part, table in parts.items():
-            files[part] = str(work / f"{part}.jsonl")
-            lines = (json.dumps(r) + "\n" for r in table if r["label"] in known)
-            Path(files[part]).write_text("".join(lines))
-        scores = {}
-        for name, model in (("pretrained", folder), ("random", random)):
-            scores[name] = [macro_f1(model, files, work / f"{name}-{s}", s) for s in args.seeds]
-            print(f"{name}: test macro F1 {scores[name]}", flush=True)
-    means = {name: float(np.mean(values)) for name, values in scores.items()}
+        models = {"pretrained": folder, "random": random}
+        scores = {str(rows or "all"): fine_tuned(args, work, models, rows) for rows in args.rows}
     row = {"unit": "", "ratio": None}
     summary = [
         {
-            "task": f"masked-token accuracy after {minutes:.0f} minutes of pre-training, BERT mini",
+            "task": f"masked-token accuracy after {found['minutes']:.0f} minutes of pre-training, "
+            "BERT mini",
             "bertfast": valid["mlm_accuracy"],
             "rival": valid["unigram_accuracy"],
             "rival_name": "commonest token",
-        },
-        {
-            "task": f"test macro F1 on sections after it, mean of {len(args.seeds)} seeds",
-            "bertfast": means["pretrained"],
-            "rival": means["random"],
-            "rival_name": "same size from random weights",
-        },
+        }
     ]
-    result = {"minutes": round(minutes, 2), "steps": steps, "valid": valid, "macro_f1": scores}
-    result |= {"total_seconds": round(time.perf_counter() - start, 1)}
-    save("pretrain_learn", result | {"summary": [s | row for s in summary]}, args.out)
+    for rows, by_model in scores.items():
+        means = {name: float(np.mean(values)) for name, values in by_model.items()}
+        summary.append(
+            {
+                "task": f"test macro F1 on sections after it, {rows} training rows, mean of "
+                f"{len(args.seeds)} seeds",
+                "bertfast": means["pretrained"],
+                "rival": means["random"],
+                "rival_name": "same size from random weights",
+            }
+        )
+    result = found | {"macro_f1": scores, "summary": [s | row for s in summary]}
+    save("pretrain_learn", result, args.out)
 
 
 def main():
@@ -279,9 +298,11 @@ def main():
             command.add_argument("--rounds", type=int, default=2)
         else:
             command.add_argument("--minutes", type=float, default=15)
-            command.add_argument("--rows", type=int, help="first rows of sections (all)")
-            command.add_argument("--seeds", type=int, nargs="+", default=[0])
-            command.add_argument("--run", type=Path, help="folder that keeps the pre-trained model")
+            rows = "first training rows of sections to fine-tune on, 0 for all"
+            command.add_argument("--rows", type=int, nargs="+", default=[3000], help=rows)
+            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+            run = "folder that keeps the pre-trained model; one that is there is taken"
+            command.add_argument("--run", type=Path, help=run)
     args = parser.parse_args()
     if not args.data.is_dir():
         parser.error(f"--data {args.data} is no folder; expected corpus.*.txt.gz in it")
