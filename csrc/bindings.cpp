@@ -209,7 +209,7 @@ static py::dict build_info() {
   return info;
 }
 
-// An encoder's packed weights for inference. Holds pointers alone: Python keeps the tensors.
+// An encoder's weights for inference. Holds pointers alone: Python keeps the tensors.
 class Encoder {
  public:
   // Each layer: the packed qkv, out, up and down, then both LayerNorms' weights and biases.
@@ -222,6 +222,24 @@ class Encoder {
     args_.activation = activation, args_.eps = eps, args_.low = low;
     args_.precision = precision;
   }
+  // Each layer: weights as torch has them, in the order of LayerWeights in bertfast/model/layer.py.
+  Encoder(const std::vector<std::array<ptr, 16>>& layers, bool bf16, int64_t heads, int64_t hidden,
+          int64_t inner, int activation, float eps, int precision)
+      : Encoder(std::vector<std::array<ptr, 8>>{}, heads, hidden, inner, activation, eps, 0,
+                precision) {
+    for (const auto& p : layers) {
+      const auto norm = [&](int i) { return at<const float>(p[i]); };
+      const auto linear = [&](int i) {
+        return LinearWeights{{at(p[i])}, {at<const float>(p[i + 1])}, 1, bf16};
+      };
+      LiveWeights live{linear(0), linear(6), linear(10), linear(12)};
+      live.qkv.parts = 3;
+      for (int i = 1; i < 3; ++i)
+        live.qkv.weight[i] = at(p[2 * i]), live.qkv.bias[i] = at<const float>(p[2 * i + 1]);
+      live_.push_back(live);
+      layers_.push_back({{}, {}, {}, {}, norm(8), norm(9), norm(14), norm(15)});
+    }
+  }
   // Layers [first, last) on packed tokens; rows may be null.
   void forward(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16, ptr cu_seqlens,
                int64_t batch, int64_t tokens, ptr rows, int64_t n_rows) const {
@@ -229,6 +247,7 @@ class Encoder {
       throw std::invalid_argument("encoder: no such layers");
     EncoderArgs g = args_;
     g.layers = layers_.data() + first, g.count = last - first;
+    g.live = live_.empty() ? nullptr : live_.data() + first;
     g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
     g.cu_seqlens = at<const int32_t>(cu_seqlens), g.batch = batch, g.tokens = tokens;
     g.rows = at<const int64_t>(rows), g.n_rows = n_rows;
@@ -238,13 +257,14 @@ class Encoder {
 
  private:
   std::vector<EncoderLayer> layers_;
+  std::vector<LiveWeights> live_;
   EncoderArgs args_{};
 };
 
 static void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, float low,
                          ptr out) {
-  const PackArgs g{
-      at<const float>(weight), at<const float>(bias), n, k, precision, low, at<void>(out)};
+  const LinearWeights from{{at(weight)}, {at<const float>(bias)}, 1, false};
+  const PackArgs g{from, n, k, precision, low, at<void>(out)};
   py::gil_scoped_release release;
   kernels().pack_weights(g);
 }
@@ -270,6 +290,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_weights", &pack_weights);
   py::class_<Encoder>(m, "Encoder")
       .def(py::init<const std::vector<std::array<ptr, 8>>&, int64_t, int64_t, int64_t, int, float,
+                    float, int>())
+      .def(py::init<const std::vector<std::array<ptr, 16>>&, bool, int64_t, int64_t, int64_t, int,
                     float, int>())
       .def("forward", &Encoder::forward);
 #ifdef BERTFAST_WITH_CUDA

@@ -93,22 +93,33 @@ struct EmbeddingArgs {
   float* columns;  // [2, hidden]: dweight, dbias
 };
 
-// A linear layer's weights packed once for inference; `precision` is 0 fp32, 1 bf16, 2 int8.
+// Linear layers of equal size side by side, to be packed for inference.
+struct LinearWeights {
+  const void* weight[3];  // of each part [n / parts, k]
+  const float* bias[3];   // [n / parts], or null
+  int parts;
+  bool bf16;  // the weights
+};
+
 struct PackArgs {
-  const float *weight, *bias;  // [n, k], [n]
+  LinearWeights from;
   int64_t n, k;
-  int precision;
-  float low;  // what an operand's unsigned int8 of 0 stands for
-  void* out;  // packed_bytes(n, k, precision), 64-byte aligned
+  int precision;  // 0 fp32, 1 bf16, 2 int8
+  float low;      // what an operand's unsigned int8 of 0 stands for
+  void* out;      // packed_bytes(n, k, precision), 64-byte aligned
 };
 
 struct EncoderLayer {
   const void *qkv, *out, *up, *down;  // packed; of an int8 encoder qkv is bf16
   const float *norm1, *norm1_bias, *norm2, *norm2_bias;
 };
+struct LiveWeights {  // of a layer whose weights may change: they are packed at every call
+  LinearWeights qkv, out, up, down;
+};
 
 struct EncoderArgs {
   const EncoderLayer* layers;
+  const LiveWeights* live;  // null, or what to pack in the layers' place; no int8
   int64_t count, heads, hidden, inner;
   int activation, precision;
   float eps, low;  // low: as PackArgs', of the activation's results

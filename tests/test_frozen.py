@@ -53,6 +53,11 @@ def batch(lengths, seed=1):
     return {"input_ids": torch.randint(100, mask.shape, generator=g), "attention_mask": mask}
 
 
+def reference(model, given):
+    with bertfast.backend("reference"):
+        return model(**given)
+
+
 def frozen(model, precision):
     return bertfast.freeze(copy.deepcopy(model), precision)
 
@@ -64,7 +69,7 @@ def frozen(model, precision):
 def test_same_states(precision, shape, lengths):
     model, given = build(shape), batch(lengths)
     with torch.inference_mode():
-        expected = model(**given)
+        expected = reference(model, given)
         actual = frozen(model, precision)(**given)
     real = given["attention_mask"] == 1
     a, e = actual.last_hidden_state, expected.last_hidden_state
@@ -80,7 +85,10 @@ def test_same_states(precision, shape, lengths):
 def test_activations(precision, act):
     model, given = build(act=act), batch((40, 17))
     with torch.inference_mode():
-        a, e = (m(**given).last_hidden_state for m in (frozen(model, precision), model))
+        a, e = (
+            frozen(model, precision)(**given).last_hidden_state,
+            reference(model, given).last_hidden_state,
+        )
     real = given["attention_mask"] == 1
     assert (a - e)[real].abs().max() < BOUND[precision]
 
@@ -91,7 +99,10 @@ def test_heads(precision, cls):
     """A classifier's last layer runs for the first tokens alone; many sequences share out blocks."""
     model, given = build(cls=cls), batch([5, 9, 2] * 60)
     with torch.inference_mode():
-        a, e = (m(**given).logits for m in (frozen(model, precision), model))
+        a, e = (
+            frozen(model, precision)(**given).logits,
+            reference(model, given).logits,
+        )
     limit = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.5}[precision] * e.std().clamp(min=1)
     assert a.shape == e.shape and (a - e).abs().max() < limit
 
@@ -102,7 +113,7 @@ def test_hidden_states(precision):
     small = frozen(model, precision)
     with torch.inference_mode():
         asked = small(**given, output_hidden_states=True)
-        expected = model(**given, output_hidden_states=True).hidden_states
+        expected = reference(model, given | {"output_hidden_states": True}).hidden_states
     assert len(asked.hidden_states) == 4
     for a, e in zip(asked.hidden_states, expected, strict=True):
         assert (a.float() - e).abs().max() < BOUND[precision]

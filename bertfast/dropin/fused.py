@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .. import ops
+from ..model import live
 from ..model.encoder import Packing
 from ..model.layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
 from .guards import asked, call_limit, hooked, key_mask, plain, untouched
@@ -30,6 +31,20 @@ class Parts(NamedTuple):
     output_dropout: float
     # the other modules that a fused layer bypasses, each with the class it must have
     inside: tuple[tuple[nn.Module, type], ...]
+
+    def arithmetic(self) -> tuple[LayerWeights, LayerOptions]:
+        weights = LayerWeights(
+            *(m._parameters[name] for m in self.weighted for name in ("weight", "bias"))
+        )
+        options = LayerOptions(
+            weights.wq.shape[0] // self.head_dim,
+            _KERNELS[type(self.activation)],
+            self.weighted[4].eps,
+            self.attention_dropout,
+            self.projection_dropout,
+            self.output_dropout,
+        )
+        return weights, options
 
 
 _WEIGHTED = {
@@ -79,21 +94,9 @@ class FusedLayer:
             call.unfused.append(why)
             padded = packing.unpack(hidden_states) if packed else hidden_states
             return super().forward(padded, attention_mask, *args, **kwargs)
-        weights = LayerWeights(
-            *(m._parameters[name] for m in parts.weighted for name in ("weight", "bias"))
-        )
         hidden, _ = encoder_layer(
             hidden_states if packed else packing.pack(hidden_states),
-            weights,
-            LayerOptions(
-                weights.wq.shape[0] // parts.head_dim,
-                _KERNELS[type(parts.activation)],
-                parts.weighted[4].eps,
-                parts.attention_dropout,
-                parts.projection_dropout,
-                parts.output_dropout,
-            ),
-            *(packing.cu_seqlens, packing.seqlen, seeds),
+            *(*parts.arithmetic(), packing.cu_seqlens, packing.seqlen, seeds),
             bias=self.bias(*args),
         )
         out = packing.unpack(hidden) if call.padded else hidden
@@ -197,6 +200,11 @@ class FusedEncoder:
         if torch.is_autocast_enabled(device.type):
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
         given = self.layer_arguments(hidden_states)
+        if not (call.padded or given):
+            at_once = self._at_once(hidden, call.packing)
+            if at_once is not None:
+                self.bertfast_fallback = None
+                return self.output(call.packing.unpack(at_once).to(dtype), states, kwargs)
         for i, layer in enumerate(self.layer):
             hidden = layer(
                 *(hidden, attention_mask, *given),
@@ -211,6 +219,20 @@ class FusedEncoder:
         self.bertfast_fallback = "; ".join(dict.fromkeys(call.unfused)) or None
         hidden = call.packing.unpack(hidden) if hidden.dim() == 2 else hidden
         return self.output(hidden.to(dtype), states, kwargs)
+
+    def _at_once(self, hidden, packing):
+        """hidden [batch, seqlen, hidden] through all layers by one call: [tokens, hidden], or None
+        where that can't be."""
+        if not live.serves(hidden):
+            return None
+        found = [layer.inspect() for layer in self.layer]
+        if any(why for why, _ in found):
+            return None
+        weights, options = zip(*(parts.arithmetic() for _, parts in found), strict=True)
+        hidden = packing.pack(hidden)
+        if not live.can_run(weights, options, hidden):
+            return None
+        return live.run(weights, options[0], hidden, packing)
 
     def settings(self):
         """The model's configuration."""

@@ -9,9 +9,10 @@ from torch import nn
 
 from ..ops import registry
 from ..ops.extension import C, error
-from ..ops.library import CUDA_DEVICE, cuda_limit, is_bf16
+from ..ops.library import CUDA_DEVICE, cuda_limit
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
 from .layer import ACTIVATIONS
+from .live import forward
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -108,15 +109,7 @@ class FrozenEncoder(Frozen):
         )
 
     def _run(self, first, last, hidden, packing, rows):
-        hidden, offsets = hidden.contiguous(), packing.cu_seqlens
-        count = len(hidden) if rows is None else len(rows)
-        out = torch.empty((count, self.hidden), dtype=self.dtype)
-        self._encoder.forward(
-            *(first, last, hidden.data_ptr(), is_bf16(hidden), out.data_ptr(), is_bf16(out)),
-            *(offsets.data_ptr(), len(offsets) - 1, len(hidden)),
-            *((0, 0) if rows is None else (rows.data_ptr(), len(rows))),
-        )
-        return out
+        return forward(self._encoder, first, last, hidden, self.dtype, packing, rows)
 
 
 def _release_freed():

@@ -1,11 +1,11 @@
-// The encoder for inference in one call: weights packed once, a block of rows taken through all of
-// a layer but its attention while it is in cache, one parallel region for all layers.
+// The encoder for inference in one call: weights packed once or layer by layer, a block of rows
+// taken through all of a layer but its attention while it is in cache, one parallel region for all
+// layers.
 #include <omp.h>
 
 #include <cmath>
 
-#include "operators.h"
-#include "packed_linear.h"
+#include "pack_weights.h"
 #include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
@@ -28,10 +28,11 @@ struct Encoder {
   // Row lengths in elements: whole panels, and whole units of a matrix tile.
   const int64_t hidden_row = round_up(g.hidden, 64), inner_row = round_up(g.inner, 64);
   const int64_t qkv_row = round_up(3 * g.hidden, 64) + 64;
-  float* hidden;   // [tokens, hidden_row], the residual stream
-  T* qkv;          // [tokens, qkv_row]
-  T* context;      // [tokens, hidden_row]
-  int64_t tokens;  // of hidden and context, fewer once only some rows are wanted
+  float* hidden;          // [tokens, hidden_row], the residual stream
+  T* qkv;                 // [tokens, qkv_row]
+  T* context;             // [tokens, hidden_row]
+  int64_t tokens;         // of hidden and context, fewer once only some rows are wanted
+  EncoderLayer packed{};  // where live weights are packed
 
   // What one block of rows needs, for one thread or shared by all.
   struct Scratch {
@@ -70,6 +71,41 @@ struct Encoder {
   };
 
   explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.tokens) {}
+
+  EncoderLayer layer_at(int64_t i) const {
+    if (!g.live) return g.layers[i];
+    const EncoderLayer& l = g.layers[i];
+    return {packed.qkv, packed.out,   packed.up, packed.down,
+            l.norm1,    l.norm1_bias, l.norm2,   l.norm2_bias};
+  }
+
+  // The thread's share; whoever reads the panels must meet the others first.
+  template <int p>
+  void pack(const LinearWeights& from, const Linear<p>& to) const {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < to.panels; ++i) pack_linear(from, to, i, g.low);
+  }
+  void pack_qkv(int64_t i) const {
+    if (g.live && i < g.count)
+      pack(g.live[i].qkv, Linear<kQkv>(packed.qkv, 3 * g.hidden, g.hidden));
+  }
+  void pack_rest(int64_t i) const {
+    if (!g.live) return;
+    pack(g.live[i].out, Linear<precision>(packed.out, g.hidden, g.hidden));
+    pack(g.live[i].up, Linear<precision>(packed.up, g.inner, g.hidden));
+    pack(g.live[i].down, Linear<precision>(packed.down, g.hidden, g.inner));
+  }
+  void make_room(Buffer& buffer) {
+    const int64_t qkv_bytes = packed_bytes(3 * g.hidden, g.hidden, kQkv),
+                  out_bytes = packed_bytes(g.hidden, g.hidden, precision),
+                  up_bytes = packed_bytes(g.inner, g.hidden, precision),
+                  down_bytes = packed_bytes(g.hidden, g.inner, precision);
+    char* at = buffer.get<char>(qkv_bytes + out_bytes + up_bytes + down_bytes + 3 * 64);
+    packed.qkv = at;
+    packed.out = at += round_up(qkv_bytes, 64);
+    packed.up = at += round_up(out_bytes, 64);
+    packed.down = at += round_up(up_bytes, 64);
+  }
 
   // A product, or the team's part of its panels.
   template <Sign sign = Sign::both, int p, class Put>
@@ -156,12 +192,12 @@ struct Encoder {
       put_row(s.qkv, m, to, g.hidden);
     }
     team.meet();
-    project_qkv(g.layers[0], m0, rows, s, team);
+    project_qkv(layer_at(0), m0, rows, s, team);
   }
 
   // What follows the attention of a layer, and the next one's projection.
   void finish(int64_t index, int64_t m0, int64_t rows, const Scratch& s, const Team& team) const {
-    const EncoderLayer& layer = g.layers[index];
+    const EncoderLayer layer = layer_at(index);
     T* from = context + m0 * hidden_row;
     const float* residual = hidden + m0 * hidden_row;
     Operand<precision> operand = s.operand;
@@ -189,7 +225,7 @@ struct Encoder {
         feed_forward<3>(layer, residual, rows, s, team);
     }
     normalise(layer.norm2, layer.norm2_bias, m0, rows, s, s.qkv, team);
-    if (index + 1 < g.count) return project_qkv(g.layers[index + 1], m0, rows, s, team);
+    if (index + 1 < g.count) return project_qkv(layer_at(index + 1), m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
       for (int64_t j = 0; j < g.hidden; j += W) {
         const vf v = load(hidden + (m0 + m) * hidden_row + j);
@@ -322,7 +358,8 @@ struct Encoder {
     }
   }
   void run() {
-    static thread_local Buffer buffer, shared;
+    static thread_local Buffer buffer, shared, weights;
+    if (g.live) make_room(weights);
     const int64_t padded = tokens + kMaxTileRows, kept = g.rows ? g.n_rows + kMaxTileRows : 0;
     hidden = buffer.get<float>((padded + kept) * hidden_row * 2 + padded * qkv_row);
     float* hidden_kept = hidden + padded * hidden_row;
@@ -342,11 +379,15 @@ struct Encoder {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; ++t)
           std::memset(context + t * hidden_row + g.hidden, 0, (hidden_row - g.hidden) * sizeof(T));
+      pack_qkv(0);
+#pragma omp barrier
       each_block(together, threads,
                  [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
                    begin(m0, rows, s, team);
                  });
       for (int64_t i = 0; i < g.count; ++i) {
+        pack_rest(i);
+        pack_qkv(i + 1);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks * parts; ++task)
           attend(task / parts / g.heads, task / parts % g.heads, task % parts, parts);

@@ -1,0 +1,88 @@
+"""Inference on weights that may change: all layers by one call into C++, which packs a layer's
+weights when it comes to them. Nothing is kept between two calls, so nothing can be stale."""
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops import registry
+from ..ops.extension import C
+from ..ops.library import CPU_DTYPES, is_bf16
+from ..ops.linear_act import ACTIVATIONS
+from .layer import LayerOptions, LayerWeights
+
+_MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2")
+
+
+def serves(hidden) -> bool:
+    """Whether a forward of these hidden states [tokens, hidden] may go by `run` at all: inference
+    on a CPU that nobody traces, transforms or watches operator by operator."""
+    return (
+        C is not None
+        and not torch.is_grad_enabled()
+        and type(hidden) is torch.Tensor
+        and hidden.device.type == "cpu"
+        and hidden.dtype in CPU_DTYPES
+        and registry.forced() in (None, "cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not _has_any_global_hook()
+    )
+
+
+def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> bool:
+    """Whether `run` computes what `encoder_layer` would, layer after layer."""
+    first, size = options[0], hidden.shape[1]
+    dtype = layers[0].wq.dtype
+    return (
+        all(o == first for o in options)
+        and not (first.attention_dropout or first.projection_dropout or first.output_dropout)
+        and dtype in (torch.float32, hidden.dtype)
+        and (hidden.dtype == torch.float32 or size // first.heads % 2 == 0)
+        and all(
+            type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype in CPU_DTYPES
+            for w in layers
+            for p in w
+        )
+        and all(getattr(w, name).dtype == dtype for w in layers for name in _MATRICES)
+        and all(w.wq.shape == w.wk.shape == w.wv.shape == (size, size) for w in layers)
+        and all(w.w1.shape == layers[0].w1.shape for w in layers)
+    )
+
+
+def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows=None):
+    """Arguments and result as of `encoder_layer`, one after the other; in bf16 the residual stream
+    stays in fp32 between layers."""
+    keep = [
+        tuple(
+            getattr(w, name).contiguous() if name in _MATRICES else getattr(w, name).float()
+            for name in LayerWeights._fields
+        )
+        for w in layers
+    ]
+    encoder = C.Encoder(
+        [[p.data_ptr() for p in w] for w in keep],
+        is_bf16(layers[0].wq),
+        options.heads,
+        hidden.shape[1],
+        layers[0].w1.shape[0],
+        ACTIVATIONS.index(options.activation),
+        options.eps,
+        int(is_bf16(hidden)),
+    )
+    return forward(encoder, 0, len(layers), hidden, hidden.dtype, packing, rows)
+
+
+def forward(encoder, first: int, last: int, hidden, dtype, packing, rows=None):
+    """Layers [first, last) of a `C.Encoder`: [tokens or rows, hidden] in `dtype`."""
+    hidden, offsets = hidden.contiguous(), packing.cu_seqlens
+    count = len(hidden) if rows is None else len(rows)
+    out = torch.empty((count, hidden.shape[1]), dtype=dtype)
+    encoder.forward(
+        *(first, last, hidden.data_ptr(), is_bf16(hidden), out.data_ptr(), is_bf16(out)),
+        *(offsets.data_ptr(), len(offsets) - 1, len(hidden)),
+        *((0, 0) if rows is None else (rows.data_ptr(), len(rows))),
+    )
+    return out

@@ -1,0 +1,77 @@
+// A linear layer's weights into the panels of packed_linear.h.
+#pragma once
+#include <cmath>
+
+#include "operators.h"
+#include "packed_linear.h"
+
+namespace bertfast::BERTFAST_ISA {
+namespace {
+
+// `valid` rows [k] into panel p, but for the bias.
+template <int precision, class T>
+void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t valid) {
+  using L = Linear<precision>;
+  auto* panel = reinterpret_cast<char*>(const_cast<typename L::Weight*>(to.panel(p)));
+  auto* scale = const_cast<float*>(to.scale) + p * NR;
+  auto* sum = const_cast<int32_t*>(to.sum) + p * NR;
+  constexpr bool units = sizeof(typename L::Weight) == 4 && precision < 2;
+  if constexpr (units) {
+    constexpr Math math = precision == 0 ? Math::fp32 : Math::bf16;
+    auto* out = reinterpret_cast<float*>(panel);
+    pack_panel<math, NR>(out, rows, to.k, 1, valid, to.k);
+    const int64_t used = ceil_div(to.k, kPerUnit<math>);
+    std::memset(out + used * NR, 0, (to.units - used) * NR * sizeof(float));
+  }
+  for (int64_t i = 0; i < NR; ++i) {
+    scale[i] = 1, sum[i] = 0;
+    if (units) continue;
+    const T* row = i < valid ? rows + i * to.k : nullptr;
+    float top = 0;
+    for (int64_t k = 0; row && k < to.k; ++k) top = std::fmax(top, std::fabs(to_float(row[k])));
+    if (precision == 2 && top > 0) scale[i] = top / 127;
+    for (int64_t k = 0; k < to.units * L::kPerUnit; ++k) {
+      const int64_t at = (k / L::kPerUnit * NR + i) * L::kPerUnit + k % L::kPerUnit;
+      const float w = row && k < to.k ? to_float(row[k]) : 0;
+      if constexpr (precision == 1) {
+        reinterpret_cast<uint16_t*>(panel)[at] = uint16_t(round_bf16(splat(w))[0]);
+      } else {
+        const int q = int(std::lrintf(w / scale[i]));
+        reinterpret_cast<int8_t*>(panel)[at] = int8_t(q);
+        sum[i] += q;
+      }
+    }
+  }
+}
+
+template <int precision, class T>
+void pack_from(const LinearWeights& from, const Linear<precision>& to, int64_t p) {
+  const int64_t n0 = p * NR, valid = min(NR, to.n - n0), part_n = to.n / from.parts;
+  const auto row = [&](int64_t n) {
+    return static_cast<const T*>(from.weight[n / part_n]) + n % part_n * to.k;
+  };
+  if (n0 / part_n == (n0 + valid - 1) / part_n) return pack_rows(to, p, row(n0), valid);
+  static thread_local Buffer buffer;
+  T* rows = buffer.get<T>(NR * to.k);
+  for (int64_t i = 0; i < valid; ++i) std::memcpy(rows + i * to.k, row(n0 + i), to.k * sizeof(T));
+  pack_rows(to, p, const_cast<const T*>(rows), valid);
+}
+
+// Panel p of the weights. `low`: as PackArgs'.
+template <int precision>
+void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t p, float low) {
+  if (from.bf16)
+    pack_from<precision, bf16>(from, to, p);
+  else
+    pack_from<precision, float>(from, to, p);
+  auto* bias = const_cast<float*>(to.bias);
+  const int64_t part_n = to.n / from.parts;
+  for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {
+    const float* given = n < to.n ? from.bias[n / part_n] : nullptr;
+    bias[n] = given ? given[n % part_n] : 0;
+    if (sizeof(typename Linear<precision>::A) == 1) bias[n] += low * to.scale[n] * float(to.sum[n]);
+  }
+}
+
+}  // namespace
+}  // namespace bertfast::BERTFAST_ISA

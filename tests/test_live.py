@@ -1,0 +1,204 @@
+"""Inference by one call on weights that may change: the same answers, never stale, and only where
+nobody could tell."""
+
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from test_frozen import BOUND, COSINE, LENGTHS, SHAPES, batch, build, refused
+from torch.nn.functional import cosine_similarity
+from torch.utils.flop_counter import FlopCounterMode
+
+import bertfast
+from bertfast.model import live
+
+
+@contextlib.contextmanager
+def counted():
+    with mock.patch.object(live, "run", wraps=live.run) as run:
+        yield run
+
+
+def states(model, given, fast=True):
+    """The model's, without gradients; `fast`: whether by one call."""
+    with torch.no_grad(), counted() as run:
+        found = model(**given).last_hidden_state
+    assert run.call_count == fast
+    return found
+
+
+def reference(model, given):
+    with bertfast.backend("reference"):
+        return states(model, given, fast=False)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["fp32", "bf16", "autocast"])
+@pytest.mark.usefixtures("guarded")
+def test_same_states(how, shape, lengths):
+    model, given = build(shape), batch(lengths)
+    expected = reference(model, given)
+    real = given["attention_mask"] == 1
+    if how == "bf16":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        actual = states(model, given)
+    assert actual.dtype == (torch.float32 if how == "fp32" else torch.bfloat16)
+    assert (actual[~real] == 0).all()
+    a, e = actual[real].float(), expected[real]
+    bound = "fp32" if how == "fp32" else "bf16"
+    assert (a - e).abs().max() < BOUND[bound]
+    assert cosine_similarity(a, e, dim=1).min() > COSINE[bound]
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu_new"])
+def test_activations(act):
+    model, given = build(act=act), batch((40, 17))
+    real = given["attention_mask"] == 1
+    assert (states(model, given) - reference(model, given))[real].abs().max() < BOUND["fp32"]
+
+
+def test_a_head_wants_few_rows():
+    model, given = build(cls="BertForSequenceClassification"), batch([5, 9, 2] * 60)
+    with torch.no_grad():
+        with counted() as run:
+            actual = model(**given).logits
+        assert run.call_args.args[4] is not None and run.call_count == 1
+        with bertfast.backend("reference"):
+            expected = model(**given).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def through_data(model):
+    for p in model.parameters():
+        p.data.mul_(1.1)
+
+
+def by_fused_adamw(model):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(model.parameters(), lr=0.02, fused=True).step()
+
+
+def by_loading(model):
+    torch.manual_seed(5)
+    changed = {k: v + 0.1 * torch.randn(v.shape) for k, v in model.state_dict().items()}
+    model.load_state_dict(changed, assign=True)
+
+
+@pytest.mark.parametrize("change", [through_data, by_fused_adamw, by_loading])
+def test_never_stale(change):
+    model, given = build(), batch((40, 17))
+    before = states(model, given)
+    change(model)
+    after, real = states(model, given), given["attention_mask"] == 1
+    assert (after - before)[real].abs().max() > 0.01
+    assert (after - reference(model, given))[real].abs().max() < BOUND["fp32"]
+
+
+def test_weights_that_are_no_rows_of_memory():
+    model, given = build(), batch((40, 17))
+    expected = states(model, given)
+    for layer in model.encoder.layer:
+        dense = layer.intermediate.dense
+        dense.weight = torch.nn.Parameter(dense.weight.detach().t().contiguous().t())
+    assert torch.equal(states(model, given), expected)
+
+
+def with_hook(model, given):
+    seen = []
+    model.encoder.layer[1].register_forward_hook(lambda *a: seen.append(a))
+    states(model, given, fast=False)
+    assert len(seen) == 1
+
+
+def with_global_hook(model, given):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        states(model, given, fast=False)
+    finally:
+        handle.remove()
+
+
+def with_mixed_weights(model, given):
+    model.encoder.layer[1].intermediate.dense.weight.data = model.encoder.layer[
+        1
+    ].intermediate.dense.weight.data.bfloat16()
+    refused(TypeError, "dtype", states, model, given, fast=False)
+
+
+def with_frozen_dropout(model, given):
+    model.encoder.layer[1].train()  # drops on, whatever the encoder's own mode
+    states(model, given, fast=False)
+
+
+def with_dispatch_mode(model, given):
+    with FlopCounterMode(display=False):
+        states(model, given, fast=False)
+
+
+def with_vmap(model, given):
+    def one(shift):
+        return model(inputs_embeds=embeds + shift, attention_mask=mask).last_hidden_state
+
+    embeds, mask = model.embeddings.word_embeddings(given["input_ids"]), given["attention_mask"]
+    with torch.no_grad(), counted() as run, contextlib.suppress(Exception):
+        torch.func.vmap(one)(torch.zeros(2))  # may be refused, must not be wrong
+    assert run.call_count == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        with_hook,
+        with_global_hook,
+        with_mixed_weights,
+        with_frozen_dropout,
+        with_dispatch_mode,
+        with_vmap,
+    ],
+)
+def test_operator_by_operator_where_someone_could_tell(case):
+    model, given = build(), batch((40, 17))
+    states(model, given)
+    case(model, given)
+
+
+def test_with_gradients_and_states_asked_for():
+    model, given = build(), batch((40, 17))
+    with counted() as run:
+        loss = model(**given).last_hidden_state.sum()
+        with torch.no_grad():
+            model(**given, output_hidden_states=True)
+            model(**given, output_attentions=True)
+    assert run.call_count == 0 and loss.requires_grad
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "Electra", "MPNet"])
+def test_drop_in(family):
+    """All but MPNet, whose layers share a bias; test_dropin.py compares the outputs."""
+    from families import build as stock
+    from families import inputs_for
+
+    model = stock(family)
+    bertfast.accelerate(model, strict=True)
+    with torch.no_grad(), counted() as run:
+        model(**inputs_for())
+    assert run.call_count == (family != "MPNet")
+
+
+def test_drop_in_is_never_stale():
+    theirs = transformers.BertModel(build().config).eval()
+    ours, given = copy.deepcopy(theirs), batch((40, 17))
+    bertfast.accelerate(ours, strict=True)
+    for change in (through_data, by_fused_adamw):
+        for model in (theirs, ours):
+            change(model)
+        with torch.no_grad():
+            expected = theirs(**given).last_hidden_state
+        real = given["attention_mask"] == 1
+        assert (states(ours, given) - expected)[real].abs().max() < 2e-5
