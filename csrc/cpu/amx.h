@@ -20,6 +20,9 @@ constexpr int64_t kStep = 16;                 // units of 32 bits that a tile ta
 constexpr int64_t kAmxRows = 32;              // rows and columns of a product
 constexpr int64_t kBlock = kAmxRows * kStep;  // units of an operand's step, of one part
 
+template <int parts>
+constexpr int64_t kPauses = parts == kParts ? 6 : 1;  // in a step: where other work may run
+
 enum class Dot { bf16, int8, uint8 };  // uint8: a has no sign
 
 // Where a step's rows of a lie, and how far the next step is, in units. A step of b is
@@ -102,21 +105,27 @@ inline void amx_product(const AmxOperand& a, const float* b, int64_t steps, floa
     if constexpr (parts == kParts) {  // each load serves two products or more
       BERTFAST_LOAD_B(2);
       BERTFAST_DOTS
+      meanwhile();
       BERTFAST_LOAD_B(1);
       BERTFAST_DOTS
+      meanwhile();
       BERTFAST_LOAD_A(1);
       BERTFAST_DOTS
+      meanwhile();
       BERTFAST_LOAD_B(0);
       BERTFAST_DOTS
+      meanwhile();
       BERTFAST_LOAD_A(2);
       BERTFAST_DOTS
+      meanwhile();
       BERTFAST_LOAD_A(0);
       BERTFAST_DOTS
+      meanwhile();
     } else {
       BERTFAST_LOAD_B(0);
       BERTFAST_DOTS
+      meanwhile();
     }
-    meanwhile();
   }
   _tile_stored(0, out, out_row * 4);
   _tile_stored(1, out + 16, out_row * 4);

@@ -14,7 +14,8 @@ constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or ne
 constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
 template <Math math>             // rows of a task: its block of a stays in L2
 constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;
-constexpr int64_t PC = 6;  // ... beside this many panels of b
+template <Math math>
+constexpr int64_t PC = math == Math::split ? 1 : 6;  // ... beside this many panels of b
 
 struct Block {  // of an operand along k, packed
   float* data;
@@ -94,13 +95,13 @@ void gather_bias(const GemmArgs& g, float* bias, int64_t padded_n) {
 
 // A finished tile: bias, the pre-activation if kept, activation, conversion.
 template <int activation, class T>
-void epilogue(const GemmArgs& g, const float* tile, int64_t tile_row, const float* bias, int64_t m0,
-              int64_t rows, int64_t n0) {
+void epilogue(const GemmArgs& g, const float* tile, const float* bias, int64_t m0, int64_t rows,
+              int64_t n0) {
   for (int64_t i = 0; i < rows; ++i)
     for (int j = 0; j < NV; ++j) {
       const int64_t n = n0 + j * W, valid = g.n - n, at = (m0 + i) * g.c_row + n;
       if (valid <= 0) break;
-      vf z = load(tile + i * tile_row + j * W) + load(bias + j * W);
+      vf z = load(tile + i * NR + j * W) + load(bias + j * W);
       if (g.accumulate) z += load_upto(static_cast<const T*>(g.c) + at, valid);
       if (g.z) store_upto(static_cast<T*>(g.z) + at, z, valid);
       store_upto(static_cast<T*>(g.c) + at, activate<activation>(z), valid);
@@ -118,20 +119,28 @@ void prefetch_rows(const GemmArgs& g, int64_t m0, int64_t rows, int64_t n0) {
     }
 }
 
-using Epilogue = void (*)(const GemmArgs&, const float*, int64_t, const float*, int64_t, int64_t,
-                          int64_t);
+using Epilogue = void (*)(const GemmArgs&, const float*, const float*, int64_t, int64_t, int64_t);
 
 // A finished tile, whose epilogue runs while the next one is computed.
 struct Finished {
   const GemmArgs* g;
   Epilogue finish;
   const float *tile = nullptr, *bias = nullptr;
-  int64_t tile_row = 0, m0 = 0, n0 = 0, rows = 0;
+  int64_t m0 = 0, n0 = 0, rows = 0;
 
   void take(int64_t count) {
     count = min(count, rows);
-    if (count) finish(*g, tile, tile_row, bias, m0, count, n0);
-    tile += count * tile_row, m0 += count, rows -= count;
+    if (count) finish(*g, tile, bias, m0, count, n0);
+    tile += count * NR, m0 += count, rows -= count;
+  }
+};
+
+// The next panels of b, on their way to L2 while these are multiplied.
+struct Ahead {
+  const float *at, *end;
+  Ahead(const float* from, int64_t count) : at(from), end(from + count) {}
+  void take(int64_t lines) {
+    for (; lines && at < end; --lines, at += 16) __builtin_prefetch(at, 0, 2);
   }
 };
 
@@ -166,14 +175,13 @@ void gemm_in(const GemmArgs& g) {
   const int64_t m_tasks = ceil_div(ceil_div(g.m, MC<math>), g.m > MC<math> ? threads : 1) *
                           (g.m > MC<math> ? threads : 1);
   const int64_t mc = ceil_div(ceil_div(g.m, m_tasks), R) * R;
-  const int64_t n_tasks = min(panels, ceil_div(2 * threads, m_tasks));
+  const int64_t n_tasks = min(panels, ceil_div((math == Math::split ? 1 : 2) * threads, m_tasks));
   static thread_local Buffer b_buffer, sums_buffer;
   float* bias = b_buffer.get<float>(panels * NR * (1 + ceil_div(ks, kc) * units));
   float* b = bias + panels * NR;
   gather_bias(g, bias, panels * NR);
   // Sums over several blocks of k wait here in fp32.
-  const int64_t sums_row = panels * NR;
-  float* sums = g.k > kc ? sums_buffer.get<float>((g.m + R) * sums_row) : nullptr;
+  float* sums = g.k > kc ? sums_buffer.get<float>((g.m + R) * panels * NR) : nullptr;
 
 #pragma omp parallel num_threads(threads)
   for (int64_t s0 = 0; s0 == 0 || s0 < g.k; s0 += ks) {
@@ -201,19 +209,23 @@ void gemm_in(const GemmArgs& g) {
           const Block bb = b_block(i), ab = block_at(i, a_buffer.get<float>((mc + R) * units));
           const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
           pack_a<math>(g, ab, m0, rows);
-          for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC)
+          for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC<math>) {
+            Ahead ahead(bb.data + (p0 + PC<math>)*bb.units * NR, PC<math> * bb.units * NR);
             for (int64_t m = 0; m < rows; m += R)
-              for (int64_t p = p0; p < min(p0 + PC, p_end); ++p) {
+              for (int64_t p = p0; p < min(p0 + PC<math>, p_end); ++p) {
                 const int64_t valid = min(R, rows - m);
-                float* out = sums ? sums + (m0 + m) * sums_row + p * NR : tiles[current ^= 1];
-                const int64_t out_row = sums ? sums_row : NR;
+                // Tile by tile: rows of the result would lie pages apart.
+                float* out = sums ? sums + ((m0 + m) * panels + p * R) * NR : tiles[current ^= 1];
                 if (last) prefetch_rows(g, m0 + m, valid, p * NR);
                 tile_packed<math>(ab.data + m * ab.units, valid, bb.data + p * bb.units * NR,
-                                  bb.units, out, out_row, !first,
-                                  [&](int64_t times) { before.take(ceil_div(R, times)); });
+                                  bb.units, out, NR, !first, [&](int64_t times) {
+                                    before.take(ceil_div(R, times));
+                                    if constexpr (math == Math::split) ahead.take(2);
+                                  });
                 before.take(R);
-                if (last) before = {&g, finish, out, bias + p * NR, out_row, m0 + m, p * NR, valid};
+                if (last) before = {&g, finish, out, bias + p * NR, m0 + m, p * NR, valid};
               }
+          }
           before.take(R);
         }
       }

@@ -103,6 +103,7 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
   constexpr Dot dot = precision < 2 ? Dot::bf16 : sign == Sign::both ? Dot::int8 : Dot::uint8;
   constexpr int64_t parts = Operand<precision>::kParts;
   const int64_t steps = ceil_div(part.k, Operand<precision>::kStepK);
+  [[maybe_unused]] const int64_t pauses = steps * kPauses<parts>;
   // A panel is split while the one before it is multiplied.
   static thread_local Buffer buffer;
   const int64_t split_panel = kSplit<Weight> ? steps * parts * kBlock : 0;
@@ -119,7 +120,7 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
     splitter.take(splitter.end);
     const float* b = kSplit<Weight> ? splitter.to : reinterpret_cast<const float*>(w.panel(p));
     split(p + 1);
-    [[maybe_unused]] const int64_t share = ceil_div(splitter.end, steps * ceil_div(rows, step));
+    [[maybe_unused]] const int64_t share = ceil_div(splitter.end, pauses * ceil_div(rows, step));
     for (int64_t m = 0; m < rows; m += step) {
       float* tile = tiles[current ^= 1];
       const float* lhs = reinterpret_cast<const float*>(a.at(m, 0));
@@ -127,7 +128,7 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
       if constexpr (kMatrixUnit<Weight>)
         amx_multiply<dot, parts>({lhs, kStep, parts * kBlock}, valid, b, steps, tile, NR, false,
                                  [&] {
-                                   finish(ceil_div(kAmxRows, steps));
+                                   finish(ceil_div(kAmxRows, pauses));
                                    splitter.take(share);
                                  });
       else

@@ -85,7 +85,7 @@ void tile_packed(const float* a, [[maybe_unused]] int64_t rows, const float* b, 
     constexpr int parts = kUnitParts<math>;
     const int64_t steps = units / (kStep * parts);
     amx_multiply<Dot::bf16, parts>({a, kStep, parts * kBlock}, rows, b, steps, out, out_row,
-                                   accumulate, [&] { meanwhile(steps); });
+                                   accumulate, [&] { meanwhile(steps * kPauses<parts>); });
   } else {
     tile_product<math>([a](int i) { return a + i; }, MR, b, units, out, out_row, accumulate);
   }
