@@ -1,12 +1,10 @@
 """Inference at the best speed: the encoder's layers run by one call into C++, on a CPU with the
 weights packed once, in fp32, bf16 or int8; frozen_cuda.py is a GPU's."""
 
-import ctypes
-from contextlib import suppress
-
 import torch
 from torch import nn
 
+from .. import heap
 from ..ops import registry
 from ..ops.extension import C, error
 from ..ops.library import CUDA_DEVICE, cuda_limit
@@ -112,13 +110,6 @@ class FrozenEncoder(Frozen):
         return forward(self._encoder, first, last, hidden, self.dtype, packing, rows)
 
 
-def _release_freed():
-    """Gives the system what the original weights took: glibc keeps freed blocks that lie below
-    others (BERT-base: 118 MB)."""
-    with suppress(AttributeError, OSError, TypeError):  # of another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def freeze(model, precision: str = "fp32"):
     """Make a model an inference model, in place, and return it.
 
@@ -169,6 +160,6 @@ def freeze(model, precision: str = "fp32"):
     base.encoder = (FrozenCudaEncoder if cuda else FrozenEncoder)(encoder, config, precision)
     if precision != "fp32" and not hasattr(model, "get_output_embeddings"):
         base.embeddings.to(CUDA_PRECISIONS.get(precision, torch.bfloat16))
-    _release_freed()
+    heap.release_freed()
     model.requires_grad_(False)
     return model.eval()

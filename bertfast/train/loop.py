@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .. import heap
 from ..files import write_whole
 from ..model.encoder import BertLayer
 from . import checkpoint
@@ -89,6 +90,8 @@ class _Run:
         from accelerate import Accelerator
 
         cpu = config.device == "cpu" or not torch.cuda.is_available()
+        if cpu:
+            heap.keep_freed()
         join("cpu" if cpu else "cuda")
         self.accelerator = Accelerator(cpu=cpu)
         self.ranks = Ranks()
