@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+SETTLE = 0.25  # seconds
 BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
 
 
@@ -58,10 +59,10 @@ def random_batch(lengths: list[int], seqlen: int, vocabulary: int, seed: int = 0
 
 
 def interleave(
-    rivals: dict, rounds: int, warmup: int = 3, pause: float = 0.0
+    rivals: dict, rounds: int, warmup: int = 3, settle: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of each call; every round calls each rival once, starting with another each time,
-    after a pause of some seconds in which another library's threads stop spinning."""
+    after uncounted calls for `settle` seconds."""
     names = list(rivals)
     for name in names:
         for _ in range(warmup):
@@ -69,7 +70,9 @@ def interleave(
     seconds = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            time.sleep(pause)
+            start = time.perf_counter()
+            while time.perf_counter() - start < settle:
+                rivals[name]()
             start = time.perf_counter()
             rivals[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -98,12 +101,14 @@ def burst(run, seconds: float, device: str = "cpu"):
 
 
 def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False) -> dict:
-    """Median seconds of each run(), in interleaved bursts of so many seconds. warm: each has run
+    """Median seconds of each run(), in interleaved bursts of so many seconds, each after others
+    that don't count: OpenMP's threads of the library before spin on for 0.2 s. warm: each has run
     before; otherwise it does once, since what a first call makes doesn't count."""
     for run in () if warm else runs.values():
         run()
     bursts = {name: burst(run, seconds, device) for name, run in runs.items()}
-    timed = interleave({name: repeat for name, (repeat, _) in bursts.items()}, rounds, 0, 0.02)
+    settle = SETTLE if device == "cpu" else 0
+    timed = interleave({name: repeat for name, (repeat, _) in bursts.items()}, rounds, 0, settle)
     return {name: median(s) / bursts[name][1] for name, s in timed.items()}
 
 

@@ -1,10 +1,9 @@
 // The encoder for inference in one call: weights packed once or layer by layer, a block of rows
 // taken through all of a layer but its attention while it is in cache, one parallel region for all
 // layers.
-#include <omp.h>
-
 #include <cmath>
 
+#include "crew.h"
 #include "pack_weights.h"
 #include "rows.h"
 
@@ -58,18 +57,6 @@ struct Encoder {
     }
   };
 
-  // The threads that share a block: each takes its part of the rows or panels.
-  struct Team {
-    int64_t index = 0, size = 1;
-    int64_t begin(int64_t n) const { return n * index / size; }
-    int64_t end(int64_t n) const { return n * (index + 1) / size; }
-    void meet() const {
-      if (size > 1) {
-#pragma omp barrier
-      }
-    }
-  };
-
   explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.tokens) {}
 
   EncoderLayer layer_at(int64_t i) const {
@@ -81,19 +68,19 @@ struct Encoder {
 
   // The thread's share; whoever reads the panels must meet the others first.
   template <int p>
-  void pack(const LinearWeights& from, const Linear<p>& to) const {
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < to.panels; ++i) pack_linear(from, to, i, g.low);
+  void pack(const LinearWeights& from, const Linear<p>& to, const Team& team) const {
+    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i)
+      pack_linear(from, to, i, g.low);
   }
-  void pack_qkv(int64_t i) const {
+  void pack_qkv(int64_t i, const Team& team) const {
     if (g.live && i < g.count)
-      pack(g.live[i].qkv, Linear<kQkv>(packed.qkv, 3 * g.hidden, g.hidden));
+      pack(g.live[i].qkv, Linear<kQkv>(packed.qkv, 3 * g.hidden, g.hidden), team);
   }
-  void pack_rest(int64_t i) const {
+  void pack_rest(int64_t i, const Team& team) const {
     if (!g.live) return;
-    pack(g.live[i].out, Linear<precision>(packed.out, g.hidden, g.hidden));
-    pack(g.live[i].up, Linear<precision>(packed.up, g.inner, g.hidden));
-    pack(g.live[i].down, Linear<precision>(packed.down, g.hidden, g.inner));
+    pack(g.live[i].out, Linear<precision>(packed.out, g.hidden, g.hidden), team);
+    pack(g.live[i].up, Linear<precision>(packed.up, g.inner, g.hidden), team);
+    pack(g.live[i].down, Linear<precision>(packed.down, g.hidden, g.inner), team);
   }
   void make_room(Buffer& buffer) {
     const int64_t qkv_bytes = packed_bytes(3 * g.hidden, g.hidden, kQkv),
@@ -318,44 +305,42 @@ struct Encoder {
   }
 
   // Keeps only the wanted rows of hidden and context.
-  void keep(float* hidden_kept, T* context_kept) {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.n_rows; ++i) {
+  void keep(float* hidden_kept, T* context_kept, const Team& team) {
+    for (int64_t i = team.begin(g.n_rows); i < team.end(g.n_rows); ++i) {
       std::memcpy(hidden_kept + i * hidden_row, hidden + g.rows[i] * hidden_row,
                   hidden_row * sizeof(float));
       std::memcpy(context_kept + i * hidden_row, context + g.rows[i] * hidden_row,
                   hidden_row * sizeof(T));
     }
-#pragma omp single
-    {
+    team.meet();
+    if (team.index == 0) {
       hidden = hidden_kept;
       context = context_kept;
       tokens = g.n_rows;
     }
+    team.meet();
   }
 
   // work(first row, rows, scratch, team) for all rows: shared out in blocks, or, where they are
   // too few for that, each block by all threads together.
   template <class Work>
-  void each_block(Buffer& shared, int threads, const Work& work) const {
+  void each_block(Buffer& shared, const Team& team, const Work& work) const {
     using Weight = typename F::Weight;
     const int64_t tile = kTileRows<Weight>;
-    if (tokens <= 4 * tile && threads > 1) {
-      const Scratch s(*this, shared, 4 * tile, inner_row);
-      return work(0, tokens, s, Team{omp_get_thread_num(), threads});
-    }
+    if (tokens <= 4 * tile && team.size > 1)
+      return work(0, tokens, Scratch(*this, shared, 4 * tile, inner_row), team);
     // A block stays in L2.
     const int64_t columns = kSplit<Weight> ? min(inner_row, 512) : inner_row;
     const int64_t bytes = kSplit<Weight> ? hidden_row * 10 + columns * 6 : columns * sizeof(T);
     const int64_t fitting = (kHasAmx ? 1600 << 10 : 768 << 10) / bytes;
     const int64_t most = fitting > 2 * tile ? fitting : 2 * tile;
-    const int64_t blocks = round_up(ceil_div(tokens, most), threads);
+    const int64_t blocks = round_up(ceil_div(tokens, most), team.size);
     const int64_t rows = round_up(ceil_div(tokens, blocks), tile);
-#pragma omp for schedule(dynamic)
-    for (int64_t m0 = 0; m0 < tokens; m0 += rows) {
+    team.crew->share(ceil_div(tokens, rows), [&](int64_t block) {
       static thread_local Buffer own;
+      const int64_t m0 = block * rows;
       work(m0, min(rows, tokens - m0), Scratch(*this, own, rows, columns), Team{});
-    }
+    });
   }
   void run() {
     static thread_local Buffer buffer, shared, weights;
@@ -373,26 +358,25 @@ struct Encoder {
     Buffer& together = shared;
     const int64_t tasks = g.batch * g.heads;
     const int64_t parts = tasks < 2 * threads ? ceil_div(2 * threads, tasks) : 1;
+    Crew crew;
 #pragma omp parallel num_threads(threads)
     {
-      if (hidden_row > g.hidden)
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; ++t)
-          std::memset(context + t * hidden_row + g.hidden, 0, (hidden_row - g.hidden) * sizeof(T));
-      pack_qkv(0);
-#pragma omp barrier
-      each_block(together, threads,
-                 [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
-                   begin(m0, rows, s, team);
-                 });
+      const Team team = Team::all(crew);
+      for (int64_t t = team.begin(tokens); hidden_row > g.hidden && t < team.end(tokens); ++t)
+        std::memset(context + t * hidden_row + g.hidden, 0, (hidden_row - g.hidden) * sizeof(T));
+      pack_qkv(0, team);
+      team.meet();
+      each_block(together, team, [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
+        begin(m0, rows, s, team);
+      });
       for (int64_t i = 0; i < g.count; ++i) {
-        pack_rest(i);
-        pack_qkv(i + 1);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks * parts; ++task)
+        pack_rest(i, team);
+        pack_qkv(i + 1, team);
+        crew.share(tasks * parts, [&](int64_t task) {
           attend(task / parts / g.heads, task / parts % g.heads, task % parts, parts);
-        if (g.rows && i + 1 == g.count) keep(hidden_kept, context_kept);
-        each_block(together, threads,
+        });
+        if (g.rows && i + 1 == g.count) keep(hidden_kept, context_kept, team);
+        each_block(together, team,
                    [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
                      finish(i, m0, rows, s, team);
                    });
