@@ -92,7 +92,7 @@ def main(argv=None):
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     text = "(default: all; for BERT-base without eager and the compiled, to save minutes)"
     parser.add_argument("--rivals", nargs="+", choices=names, help=text)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
     args = parser.parse_args(argv)
