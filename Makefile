@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
-OPERATOR_TESTS = $(wildcard tests/test_frozen.py tests/test_*_cuda.py tests/test_cuda_*.py $(patsubst bertfast/ops/%,tests/test_%,$(wildcard bertfast/ops/*.py)))
+OPERATOR_TESTS = $(wildcard tests/test_frozen.py tests/test_live.py tests/test_*_cuda.py tests/test_cuda_*.py $(patsubst bertfast/ops/%,tests/test_%,$(wildcard bertfast/ops/*.py)))
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -45,10 +45,10 @@ bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, an
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
 	$(BIN)/python benchmarks/dropin.py --rounds 3 --steps 8
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_step.py --rounds 3
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/sweep.py
-	$(BIN)/python benchmarks/breakdown.py
+	$(BIN)/python benchmarks/sweep.py --rounds 2
+	$(BIN)/python benchmarks/breakdown.py --rounds 3
 	$(BIN)/python benchmarks/rivals_memory.py
 	$(BIN)/python benchmarks/report.py
 

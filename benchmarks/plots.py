@@ -80,7 +80,7 @@ def bar_grid(cells, row_of, field, unit, title, subtitle):
                 axes.set_axis_off()
                 continue
             bars(axes, found[0]["rows"], field, unit, most[i])
-            axes.set_title(f"{row}, {precision}" if row else precision, color=INK)
+            axes.set_title(f"{row}, {precision}" if row else precision, color=INK, fontsize=9)
     return made
 
 

@@ -206,8 +206,12 @@ def macro_f1(model: Path, files: dict, work: Path, seed: int) -> float:
 def pretrained(args, work: Path, folder: Path) -> dict:
     """Pre-train into `folder` for some minutes, unless that was done before: the facts of it."""
     facts = folder / "benchmark.json"
+    asked = {k: vars(args)[k] for k in ("minutes", "steps", "vocabulary", "batch_tokens")}
     if facts.exists():
-        return json.loads(facts.read_text())
+        found = json.loads(facts.read_text())
+        if found["asked"] != asked:
+            raise SystemExit(f"--run {folder} was made with {found['asked']}, not {asked}")
+        return found
     data, _ = prepared(args.data, work / "data", args.vocabulary)
     # Dropout keeps from overfitting; in a run of a few passes there is little to overfit.
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -222,7 +226,7 @@ def pretrained(args, work: Path, folder: Path) -> dict:
     options = common | {"max_steps": steps, "eval_steps": max(1, steps // 12)}
     valid = pretrain(settings(data, folder, **options))["valid"]
     minutes = round((time.perf_counter() - begin) / 60, 2)
-    found = {"minutes": minutes, "steps": steps, "valid": valid}
+    found = {"asked": asked, "minutes": minutes, "steps": steps, "valid": valid}
     facts.write_text(json.dumps(found))
     return found
 

@@ -30,7 +30,8 @@ print(json.dumps([before, kept, step()]))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, check=True)
     before, kept, released = json.loads(done.stdout)
-    assert before > 10_000  # or the system has large pages, and this shows nothing
+    if before < 10_000:
+        pytest.skip("the system gives large pages: there is nothing to gain")
     assert kept < before / 100 and released > before / 2

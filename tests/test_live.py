@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bertfast
 from bertfast.model import live
+from bertfast.model.encoder import BertLayer, Packing
 
 
 @contextlib.contextmanager
@@ -106,6 +107,7 @@ def test_weights_that_are_no_rows_of_memory():
     for layer in model.encoder.layer:
         dense = layer.intermediate.dense
         dense.weight = torch.nn.Parameter(dense.weight.detach().t().contiguous().t())
+        dense.bias = torch.nn.Parameter(torch.stack([dense.bias.detach()] * 2, 1)[:, 0])
     assert torch.equal(states(model, given), expected)
 
 
@@ -142,13 +144,32 @@ def with_dispatch_mode(model, given):
 
 
 def with_vmap(model, given):
-    def one(shift):
-        return model(inputs_embeds=embeds + shift, attention_mask=mask).last_hidden_state
+    packing = Packing(2, 40, given["attention_mask"], "cpu")
+    hidden = torch.randn(2, 57, model.config.hidden_size)
+    asked = mock.patch.object(live, "serves", wraps=live.serves)
+    with torch.no_grad(), counted() as run, asked as serves, contextlib.suppress(Exception):
+        # May be refused, must not be wrong.
+        torch.func.vmap(lambda h: model.encoder(h, packing, [None] * 9))(hidden)
+    assert serves.call_count == 1 and run.call_count == 0
 
-    embeds, mask = model.embeddings.word_embeddings(given["input_ids"]), given["attention_mask"]
-    with torch.no_grad(), counted() as run, contextlib.suppress(Exception):
-        torch.func.vmap(one)(torch.zeros(2))  # may be refused, must not be wrong
-    assert run.call_count == 0
+
+class Halved(BertLayer):
+    def forward(self, *args, **kwargs):
+        hidden, qkv = super().forward(*args, **kwargs)
+        return hidden / 2, qkv
+
+
+def with_a_layer_of_another_class(model, given):
+    before = states(model, given)
+    model.encoder.layer[2].__class__ = Halved
+    after = states(model, given, fast=False)
+    torch.testing.assert_close(after, before / 2, rtol=0, atol=1e-4)
+
+
+def with_a_weight_cut_short(model, given):
+    dense = model.encoder.layer[1].output.dense
+    dense.weight = torch.nn.Parameter(dense.weight.detach()[:, :-8])
+    refused(ValueError, "expected", states, model, given, fast=False)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +181,54 @@ def with_vmap(model, given):
         with_frozen_dropout,
         with_dispatch_mode,
         with_vmap,
+        with_a_layer_of_another_class,
+        with_a_weight_cut_short,
     ],
 )
 def test_operator_by_operator_where_someone_could_tell(case):
     model, given = build(), batch((40, 17))
     states(model, given)
     case(model, given)
+
+
+def test_no_layers():
+    model = bertfast.BertModel(
+        transformers.BertConfig(
+            num_hidden_layers=0, hidden_size=8, num_attention_heads=2, vocab_size=9
+        )
+    ).eval()
+    states(model, {"input_ids": torch.tensor([[1, 2]])}, fast=False)
+
+
+def test_default_device():
+    model, given = build(), batch((5,))
+    expected = states(model, given)
+    packing, hidden = Packing(1, 5, None, "cpu"), torch.randn(5, model.config.hidden_size)
+    with torch.no_grad(), torch.device("meta"):
+        assert model.encoder(hidden, packing, [None] * 9).device.type == "cpu"
+    assert torch.equal(states(model, given), expected)
+
+
+@pytest.mark.parametrize("precision", [None, "fp32", "int8"])
+def test_packed_input(precision):
+    """What a kernel would read or write out of bounds is refused; no rows are no result."""
+    model, starts = build(), torch.tensor([0, 3, 7], dtype=torch.int32)
+    ids = torch.arange(7) + 1
+    if precision:
+        bertfast.freeze(model, precision)
+    encode = torch.no_grad()(model.encode_packed)
+    whole = encode(ids, starts, 4)
+    rows = torch.tensor([6, 6, 6, 0, 0, 0])[::3]
+    assert torch.equal(encode(ids, starts, 4, rows=rows), whole[[6, 0]])
+    wide = torch.stack([starts, starts], 1)[:, 0]
+    assert torch.equal(encode(ids, wide, 4), whole)
+    assert encode(ids, starts, 4, rows=rows[:0]).shape == (0, model.config.hidden_size)
+    refused(TypeError, "torch.int64", encode, ids, starts.long(), 4)
+    refused(ValueError, "to the 7 tokens", encode, ids, starts[:2], 4)
+    refused(ValueError, "max_seqlen", encode, ids, starts, 3)
+    refused(TypeError, "rows is torch.int32", encode, ids, starts, 4, rows=rows.int())
+    refused(IndexError, "0 to 7", encode, ids, starts, 4, rows=torch.tensor([0, 7]))
+    refused(IndexError, "-1 to 0", encode, ids, starts, 4, rows=torch.tensor([0, -1]))
 
 
 def test_with_gradients_and_states_asked_for():

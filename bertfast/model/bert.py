@@ -8,6 +8,7 @@ from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from .. import ops
+from ..ops.attention import check_offsets, check_starts
 from . import checkpoint
 from .encoder import (
     BertEmbeddings,
@@ -226,6 +227,7 @@ class BertModel(BertPreTrainedModel):
         limit = self.config.max_position_embeddings
         if max_seqlen > limit and position_ids is None:
             raise ValueError(f"max_seqlen is {max_seqlen}, the model takes up to {limit} tokens")
+        _check_packed(cu_seqlens, max_seqlen, input_ids.shape[0], rows)
         if position_ids is None:
             starts = torch.repeat_interleave(
                 cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=input_ids.shape[0]
@@ -289,6 +291,23 @@ def _autocast(hidden):
     if torch.is_autocast_enabled(device):
         return hidden.to(torch.get_autocast_dtype(device))
     return hidden
+
+
+def _check_packed(cu_seqlens, max_seqlen, tokens, rows):
+    """Errors for what a kernel would read or write out of bounds; of tensors on a GPU the values
+    are not looked at, which would wait for it."""
+    check_starts(cu_seqlens=cu_seqlens)
+    if torch.compiler.is_compiling():
+        return
+    check_offsets(cu_seqlens, tokens, max_seqlen, ("cu_seqlens", "max_seqlen", "input_ids"))
+    if rows is None:
+        return
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise TypeError(f"rows is {rows.dtype} {list(rows.shape)}, expected torch.int64 [n]")
+    if rows.device.type == "cpu" and len(rows):
+        low, high = (int(v) for v in rows.aminmax())
+        if low < 0 or high >= tokens:
+            raise IndexError(f"rows go from {low} to {high}, expected 0 to {tokens - 1}")
 
 
 def _refuse(arguments):

@@ -1,8 +1,9 @@
 """Inference on weights that may change: all layers by one call into C++, which packs a layer's
-weights when it comes to them. Nothing is kept between two calls, so nothing can be stale."""
+weights when it comes to them. None are kept for the next call, so none can be stale."""
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
@@ -16,7 +17,7 @@ _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2")
 
 def serves(hidden) -> bool:
     """Whether a forward of these hidden states [tokens, hidden] may go by `run` at all: inference
-    on a CPU that nobody traces, transforms or watches operator by operator."""
+    on a CPU that nobody traces, transforms or watches through a dispatch mode."""
     return (
         C is not None
         and not torch.is_grad_enabled()
@@ -27,6 +28,7 @@ def serves(hidden) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not _has_any_global_hook()
     )
@@ -34,21 +36,27 @@ def serves(hidden) -> bool:
 
 def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> bool:
     """Whether `run` computes what `encoder_layer` would, layer after layer."""
-    first, size = options[0], hidden.shape[1]
-    dtype = layers[0].wq.dtype
+    if not layers:
+        return False
+    first, size, inner = options[0], hidden.shape[1], layers[0].w1.shape[0]
+    square, dtype = (size, size), layers[0].wq.dtype
+    shapes = {"w1": (inner, size), "b1": (inner,), "w2": (size, inner)}
+    shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), square)
+    expected = [shapes.get(name, (size,)) for name in LayerWeights._fields]
     return (
         all(o == first for o in options)
         and not (first.attention_dropout or first.projection_dropout or first.output_dropout)
         and dtype in (torch.float32, hidden.dtype)
         and (hidden.dtype == torch.float32 or size // first.heads % 2 == 0)
         and all(
-            type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype in CPU_DTYPES
+            type(p) is nn.Parameter
+            and p.device.type == "cpu"
+            and p.dtype in CPU_DTYPES
+            and p.shape == shape
             for w in layers
-            for p in w
+            for p, shape in zip(w, expected, strict=True)
         )
         and all(getattr(w, name).dtype == dtype for w in layers for name in _MATRICES)
-        and all(w.wq.shape == w.wk.shape == w.wv.shape == (size, size) for w in layers)
-        and all(w.w1.shape == layers[0].w1.shape for w in layers)
     )
 
 
@@ -57,8 +65,8 @@ def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows
     stays in fp32 between layers."""
     keep = [
         tuple(
-            getattr(w, name).contiguous() if name in _MATRICES else getattr(w, name).float()
-            for name in LayerWeights._fields
+            (p if name in _MATRICES else p.float()).contiguous()
+            for name, p in zip(LayerWeights._fields, w, strict=True)
         )
         for w in layers
     ]
@@ -77,12 +85,14 @@ def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows
 
 def forward(encoder, first: int, last: int, hidden, dtype, packing, rows=None):
     """Layers [first, last) of a `C.Encoder`: [tokens or rows, hidden] in `dtype`."""
-    hidden, offsets = hidden.contiguous(), packing.cu_seqlens
+    hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
+    rows = None if rows is None else rows.contiguous()
     count = len(hidden) if rows is None else len(rows)
-    out = torch.empty((count, hidden.shape[1]), dtype=dtype)
-    encoder.forward(
-        *(first, last, hidden.data_ptr(), is_bf16(hidden), out.data_ptr(), is_bf16(out)),
-        *(offsets.data_ptr(), len(offsets) - 1, len(hidden)),
-        *((0, 0) if rows is None else (rows.data_ptr(), len(rows))),
-    )
+    out = torch.empty((count, hidden.shape[1]), dtype=dtype, device="cpu")
+    if count:
+        encoder.forward(
+            *(first, last, hidden.data_ptr(), is_bf16(hidden), out.data_ptr(), is_bf16(out)),
+            *(offsets.data_ptr(), len(offsets) - 1, len(hidden)),
+            *((0, 0) if rows is None else (rows.data_ptr(), len(rows))),
+        )
     return out

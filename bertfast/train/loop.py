@@ -136,6 +136,7 @@ class _Run:
                 self._loop()
         finally:
             self.log.close()
+            heap.release_freed()
         if self.config.metric is not None:
             with torch.no_grad():
                 for name, value in checkpoint.load_file(self.folder / BEST).items():

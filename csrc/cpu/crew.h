@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <chrono>
 #include <thread>
 
 #include "vec.h"
@@ -33,9 +34,15 @@ class Crew {
       phase_.store(now + 1, std::memory_order_release);
       return;
     }
-    constexpr int kSpins = 2000;  // tens of microseconds
+    // Tens of microseconds; then others may run, and those who share few processors by a quota.
+    constexpr int kSpins = 2000, kYields = 200;
     for (int i = 0; phase_.load(std::memory_order_acquire) == now; ++i)
-      i < kSpins ? relax() : std::this_thread::yield();
+      if (i < kSpins)
+        relax();
+      else if (i < kSpins + kYields)
+        std::this_thread::yield();
+      else
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
   // work(i) for all i < n, by whoever is free; then everyone meets.
   template <class Work>
@@ -45,8 +52,10 @@ class Crew {
   }
 
  private:
-  std::atomic<int64_t> phase_{0}, next_{0};
-  std::atomic<int> arrived_{0};
+  // Apart: those who wait read one while the others are written.
+  alignas(64) std::atomic<int64_t> phase_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> arrived_{0};
 };
 
 // Those who share a piece of work, each taking its part of n rows or panels: the whole crew, or
