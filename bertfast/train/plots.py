@@ -60,6 +60,7 @@ def training_curve(metrics_file: Path, metric: str, path: Path) -> None:
             other = axes.twinx()
             other.plot(x, y, "s-", color="tab:green", label=f"validation {metric}")
             other.set_ylabel(metric)
-            other.legend(loc="lower right")
-    axes.legend(loc="upper right")
+            other.legend(loc="lower right", bbox_to_anchor=(1, 1))
+    # Above the axes: curves that fall and rise leave no corner free.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.savefig(path)
