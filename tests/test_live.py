@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from test_frozen import BOUND, COSINE, LENGTHS, SHAPES, batch, build, refused
+from helpers import refused
+from test_frozen import BOUND, COSINE, LENGTHS, SHAPES, batch, build
 from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -40,7 +40,7 @@ MUTANTS = [
     ("derivative of the other GELU", "vec.h", "return gelu_derivative(z);", "return derivative<2>(z);", "linear_act"),
     ("ReLU passes its gradient", "vec.h", "if (activation == 3) return z > 0 ? splat(1) : vf{};", "if (activation == 3) return splat(1);", "linear_act"),
     ("bias of a product forgotten", "linear_act", "+ load(bias + j * W);", ";", "linear_act"),
-    ("sum of a block of k lost", "linear_act", "out, NR, !first,", "out, NR, false,", "linear_act"),
+    ("sum of a block of k lost", "linear_act", "out, !first,", "out, false,", "linear_act"),
     ("last row of a product lost", "linear_act", "int64_t valid = min(R, rows - m);", "int64_t valid = min(R, rows - m) - (rows - m <= R);", "linear_act"),
     ("wrong part of the weights", "linear_act", "(g.b[part]) +", "(g.b[0]) +", "linear_act"),
     ("eps dropped", "rows.h", "/ float(n) + eps)", "/ float(n))", "add_layer_norm"),

@@ -138,7 +138,6 @@ struct Finished {
 // The next panels of b, on their way to L2 while these are multiplied.
 struct Ahead {
   const float *at, *end;
-  Ahead(const float* from, int64_t count) : at(from), end(from + count) {}
   void take(int64_t lines) {
     for (; lines && at < end; --lines, at += 16) __builtin_prefetch(at, 0, 2);
   }
@@ -210,7 +209,8 @@ void gemm_in(const GemmArgs& g) {
           const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
           pack_a<math>(g, ab, m0, rows);
           for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC<math>) {
-            Ahead ahead(bb.data + (p0 + PC<math>)*bb.units * NR, PC<math> * bb.units * NR);
+            const float* next = bb.data + (p0 + PC<math>)*bb.units * NR;
+            [[maybe_unused]] Ahead ahead{next, next + PC<math> * bb.units * NR};
             for (int64_t m = 0; m < rows; m += R)
               for (int64_t p = p0; p < min(p0 + PC<math>, p_end); ++p) {
                 const int64_t valid = min(R, rows - m);
@@ -218,7 +218,7 @@ void gemm_in(const GemmArgs& g) {
                 float* out = sums ? sums + ((m0 + m) * panels + p * R) * NR : tiles[current ^= 1];
                 if (last) prefetch_rows(g, m0 + m, valid, p * NR);
                 tile_packed<math>(ab.data + m * ab.units, valid, bb.data + p * bb.units * NR,
-                                  bb.units, out, NR, !first, [&](int64_t times) {
+                                  bb.units, out, !first, [&](int64_t times) {
                                     before.take(ceil_div(R, times));
                                     if constexpr (math == Math::split) ahead.take(2);
                                   });

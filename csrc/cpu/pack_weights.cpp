@@ -1,5 +1,6 @@
 // A linear layer's weights in the panels of packed_linear.h.
 #include "pack_weights.h"
+
 namespace bertfast::BERTFAST_ISA {
 namespace {
 

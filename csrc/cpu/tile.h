@@ -75,19 +75,18 @@ inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t
     for (int j = 0; j < NV; ++j) store(out + i * out_row + j * W, acc[i][j]);
 }
 
-// a is a packed panel, of which `rows` are wanted. units: of all parts. `meanwhile(n)` is called n
-// times while the matrix unit works, never elsewhere.
+// A whole tile out[rows][NR]; a is a packed panel, of which `rows` are wanted. units: of all parts.
+// `meanwhile(n)` is called n times while the matrix unit works, never elsewhere.
 template <Math math, class Meanwhile>
 void tile_packed(const float* a, [[maybe_unused]] int64_t rows, const float* b, int64_t units,
-                 float* out, int64_t out_row, bool accumulate,
-                 [[maybe_unused]] const Meanwhile& meanwhile) {
+                 float* out, bool accumulate, [[maybe_unused]] const Meanwhile& meanwhile) {
   if constexpr (kAmx<math>) {
     constexpr int parts = kUnitParts<math>;
     const int64_t steps = units / (kStep * parts);
-    amx_multiply<Dot::bf16, parts>({a, kStep, parts * kBlock}, rows, b, steps, out, out_row,
-                                   accumulate, [&] { meanwhile(steps * kPauses<parts>); });
+    amx_multiply<Dot::bf16, parts>({a, kStep, parts * kBlock}, rows, b, steps, out, NR, accumulate,
+                                   [&] { meanwhile(steps * kPauses<parts>); });
   } else {
-    tile_product<math>([a](int i) { return a + i; }, MR, b, units, out, out_row, accumulate);
+    tile_product<math>([a](int i) { return a + i; }, MR, b, units, out, NR, accumulate);
   }
 }
 
