@@ -284,6 +284,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_rows", &cross_entropy_rows);
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
+  m.def("qkv_precision", [](int precision) { return kernels().qkv_precision(precision); });
   m.def("packed_bytes", [](int64_t n, int64_t k, int precision) {
     return kernels().packed_bytes(n, k, precision);
   });

@@ -160,6 +160,7 @@ struct Kernels {
   void (*scatter_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                        int64_t out_rows, int64_t row_bytes);
   int64_t (*packed_bytes)(int64_t n, int64_t k, int precision);
+  int (*qkv_precision)(int precision);  // of the weights for queries, keys and values
   void (*pack_weights)(const PackArgs&);
   void (*encoder)(const EncoderArgs&);
 };

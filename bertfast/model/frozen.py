@@ -18,8 +18,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 class _Packed:
     """The linear layers' weights side by side, packed; `pointer` is what C++ takes."""
 
-    def __init__(self, layers, precision: str, low: float = 0.0):
-        precision = PRECISIONS.index(precision)
+    def __init__(self, layers, precision: int, low: float = 0.0):
         weight = torch.cat([m.weight.detach().float() for m in layers])
         bias = torch.cat([m.bias.detach().float() for m in layers])
         n, k = weight.shape
@@ -66,23 +65,20 @@ class FrozenEncoder(Frozen):
     fp32: every product in fp32. bf16: weights and activations of products in bf16, sums, softmax,
     layer norm and the residual stream in fp32. int8: weights per output channel, activations per
     token as they come (no calibration), attention and its queries, keys and values in bf16. Where
-    the processor has no int8 or bf16 dot product, weights are stored so and widened as they are
-    read.
+    the processor has no bf16 dot product, weights are stored so and widened as they are read; where
+    it has none of int8, activations are int16 and attention is in fp32.
     """
 
     def __init__(self, encoder, config, precision: str):
         super().__init__(encoder, config, precision)
-        activation = ACTIVATIONS[config.hidden_act]
+        activation, precision = ACTIVATIONS[config.hidden_act], PRECISIONS.index(precision)
         # The activations are bounded below, so their int8 need no sign: a bit more for each.
         low = -0.1701 if activation.startswith("gelu") else 0.0
         self._keep, rows = [], []
         for layer in encoder.layer:
             inner, out = layer.attention.self, layer.attention.output
             packed = [
-                _Packed(
-                    (inner.query, inner.key, inner.value),
-                    "bf16" if precision == "int8" else precision,
-                ),
+                _Packed((inner.query, inner.key, inner.value), C.qkv_precision(precision)),
                 _Packed((out.dense,), precision),
                 _Packed((layer.intermediate.dense,), precision),
                 _Packed((layer.output.dense,), precision, low),
@@ -103,7 +99,7 @@ class FrozenEncoder(Frozen):
             OPERATOR_ACTIVATIONS.index(activation),
             config.layer_norm_eps,
             low,
-            PRECISIONS.index(precision),
+            precision,
         )
 
     def _run(self, first, last, hidden, packing, rows):

@@ -14,9 +14,7 @@ namespace {
 
 template <int precision>
 struct Encoder {
-  // int8 leaves the projection to queries, keys and values, and attention, to bf16: layer norm's
-  // outliers cost its operand most (MiniLM: cosine 0.997 of mean-pooled text, 0.999 with bf16).
-  static constexpr int kQkv = precision == 2 ? 1 : precision;
+  static constexpr int kQkv = kQkvPrecision<precision>;
   using F = Format<precision>;
   using A = typename F::A;
   using T = std::conditional_t<kQkv == 0, float, typename Format<1>::A>;  // of attention
@@ -43,12 +41,13 @@ struct Encoder {
     // With `inner_columns` of the inner activations at a time, a multiple of 64.
     Scratch(const Encoder& e, Buffer& buffer, int64_t rows, int64_t inner_columns) {
       const int64_t padded = rows + kMaxTileRows, most = Operand<precision>::kParts + 2;
-      sum = buffer.get<float>(rows * e.hidden_row + 2 * padded +
+      sum = buffer.get<float>(rows * e.hidden_row + 3 * padded +
                               padded * most * (e.hidden_row + inner_columns));
       operand.scale = sum + rows * e.hidden_row;
       inner.scale = operand.scale + padded;
-      qkv = {reinterpret_cast<typename Operand<kQkv>::A*>(inner.scale + padded), e.hidden_row,
-             nullptr};
+      qkv.scale = inner.scale + padded;
+      qkv.data = reinterpret_cast<typename Operand<kQkv>::A*>(qkv.scale + padded);
+      qkv.row = e.hidden_row;
       operand.data = reinterpret_cast<A*>(qkv.data + qkv.elements(padded, e.hidden_row));
       operand.row = e.hidden_row;
       inner.data = operand.data + operand.elements(padded, e.hidden_row);
@@ -135,7 +134,7 @@ struct Encoder {
   template <int activation>
   void feed_forward(const EncoderLayer& layer, const float* x, int64_t rows, const Scratch& s,
                     const Team& team) const {
-    constexpr bool quantised = sizeof(A) == 1;
+    constexpr bool quantised = std::is_integral_v<A>;
     const Linear<precision> up(layer.up, g.inner, g.hidden), down(layer.down, g.hidden, g.inner);
     for (int64_t c = 0; c < g.inner; c += s.inner.row) {
       const int64_t columns = min(s.inner.row, g.inner - c), put_to = round_up(columns, NR);

@@ -17,6 +17,7 @@ void cross_entropy_rows(const CrossEntropyArgs&);
 void gather_rows(const char*, const int64_t*, char*, int64_t, int64_t);
 void scatter_rows(const char*, const int64_t*, char*, int64_t, int64_t, int64_t);
 int64_t packed_bytes(int64_t, int64_t, int);
+int qkv_precision(int);
 void pack_weights(const PackArgs&);
 void encoder(const EncoderArgs&);
 

@@ -19,6 +19,8 @@ int64_t packed_bytes(int64_t n, int64_t k, int precision) {
                           : Linear<2>(nullptr, n, k).bytes();
 }
 
+int qkv_precision(int precision) { return precision == 2 ? kQkvPrecision<2> : precision; }
+
 void pack_weights(const PackArgs& g) {
   if (g.precision == 0) return pack<0>(g);
   if (g.precision == 1) return pack<1>(g);

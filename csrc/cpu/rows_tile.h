@@ -2,7 +2,7 @@
 //
 // A row of a is a row of 32-bit units: one float, two bf16 or four int8 of neighbouring k. Weights
 // stand in panels unit[k][NR], zero-padded along n and k. Where the instruction set has no dot
-// product for a weight's type, a stays fp32 and each weight is widened as it is loaded. For the
+// product for a weight's type, a is wider and each weight is widened as it is loaded. For the
 // matrix unit, weights and a stand in the panels of amx.h.
 #pragma once
 #include <array>
@@ -16,6 +16,9 @@ namespace {
 struct quad {  // four int8 of neighbouring k
   uint32_t bits;
 };
+struct duo {  // two int8, which meet int16 of a
+  uint16_t bits;
+};
 struct pair {  // two bf16
   uint32_t bits;
 };
@@ -28,6 +31,11 @@ enum class Sign { none, both };  // of an int8 operand: 0 to 255, or -127 to 127
 constexpr bool kHasInt8 = true;
 #else
 constexpr bool kHasInt8 = false;
+#endif
+#if defined(__AVX2__)
+constexpr bool kHasInt16 = !kHasInt8;
+#else
+constexpr bool kHasInt16 = false;
 #endif
 
 // The weights of each precision here: what a unit of a panel holds, and what a holds beside it.
@@ -46,13 +54,15 @@ struct Format<1> {
 };
 template <>
 struct Format<2> {
-  using Weight = std::conditional_t<kHasInt8, quad, int8_t>;
-  using A = std::conditional_t<kHasInt8, int8_t, float>;
+  using Weight = std::conditional_t<kHasInt8, quad, std::conditional_t<kHasInt16, duo, int8_t>>;
+  using A = std::conditional_t<kHasInt8, int8_t, std::conditional_t<kHasInt16, int16_t, float>>;
 };
 template <class A>
 constexpr int kPer = 4 / sizeof(A);  // elements of a in a unit
 template <class Weight>
 constexpr bool kSplit = std::is_same_v<Weight, split>;
+template <class Weight>
+constexpr bool kSumsInt32 = std::is_same_v<Weight, quad> || std::is_same_v<Weight, duo>;
 template <class Weight>
 constexpr bool kMatrixUnit = kHasAmx && !std::is_same_v<Weight, float>;
 template <class Weight>
@@ -65,6 +75,15 @@ constexpr int kUnits = kSplit<Weight>        ? 2 * kStep
 
 inline vf load(const pair* p) { return load(reinterpret_cast<const float*>(p)); }
 inline vf load(const quad* p) { return load(reinterpret_cast<const float*>(p)); }
+inline vf load([[maybe_unused]] const duo* p) {
+#if defined(__AVX512BW__)
+  return (vf)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return vf{};
+#endif
+}
 inline vf load(const int8_t* p) {
   typedef int8_t vb __attribute__((vector_size(W)));
   vb b;
@@ -82,73 +101,104 @@ inline vf dot(vf acc, vf a, vf b) {
   if constexpr (std::is_same_v<Weight, quad>)  // a is unsigned, see kOffset
     return (vf)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 #endif
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<Weight, duo>) {
+    // In one piece: the compiler would take all products before the sums, and spill.
+    vf product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(a), "v"(b));
+    return acc;
+  }
+#endif
   return acc + a * b;
 }
 // What is added to a signed int8 of a to make it unsigned; the matrix unit takes signed ones too.
 template <Sign sign>
-constexpr int kOffset = kHasAmx || sign == Sign::none ? 0 : 128;
+constexpr int kOffset = kHasAmx || kHasInt16 || sign == Sign::none ? 0 : 128;
+
+// What is read after a tile, fetched into L2 while it is computed: `step` bytes for each unit.
+struct Ahead {
+  const char* from;
+  int64_t step;
+};
 
 // out[R][NR] = sum over units of a[R][units] b[units][NR]. Five base pointers serve all rows: with
 // one a row, they would not fit the registers.
 template <int R, class Weight>
 void rows_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, int64_t units,
-               float* out, int64_t out_row) {
+               float* out, int64_t out_row, Ahead ahead) {
   constexpr int bases = (R + 2) / 3;
+  // A running sum of floats is rounded to its own size each time; several shorter ones lose less.
+  const int64_t run = kSumsInt32<Weight> ? units : 256;
   const float* base[bases];
   for (int i = 0; i < bases; ++i) base[i] = a + 3 * i * a_row;
-  vf acc[R][NV];
+  for (int64_t start = 0; start == 0 || start < units; start += run) {
+    vf acc[R][NV];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
-  for (int64_t u = 0; u < units; ++u, b += b_row) {
-    vf bu[NV];
+      for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
+    for (int64_t u = min(run, units - start); u > 0; --u, b += b_row, ahead.from += ahead.step) {
+      __builtin_prefetch(ahead.from, 0, 2);
+      vf bu[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bu[j] = load(b + j * W);
+      for (int j = 0; j < NV; ++j) bu[j] = load(b + j * W);
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      // Not splat(): arithmetic would change units that are no floats.
-      float x = base[i / 3][i % 3 * a_row];
-      vf v;
+      for (int i = 0; i < R; ++i) {
+        // Not splat(): arithmetic would change units that are no floats.
+        float x = base[i / 3][i % 3 * a_row];
+        vf v;
 #if defined(__AVX512F__)
-      v = (vf)_mm512_set1_ps(x);
+        v = (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+        v = (vf)_mm256_set1_ps(x);
 #else
-      v = splat(x);
+        v = splat(x);
 #endif
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] = dot<Weight>(acc[i][j], v, bu[j]);
-    }
+        for (int j = 0; j < NV; ++j) acc[i][j] = dot<Weight>(acc[i][j], v, bu[j]);
+      }
 #pragma GCC unroll 5
-    for (int i = 0; i < bases; ++i) {
-      ++base[i];
-      asm("" : "+r"(base[i]));  // or the compiler would keep a pointer for each row
+      for (int i = 0; i < bases; ++i) {
+        ++base[i];
+        asm("" : "+r"(base[i]));  // or the compiler would keep a pointer for each row
+      }
     }
-  }
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(out + i * out_row + j * W, acc[i][j]);
+      for (int j = 0; j < NV; ++j) {
+        float* to = out + i * out_row + j * W;
+        store(to, start ? load(to) + acc[i][j] : acc[i][j]);
+      }
+  }
 }
 
 template <class Weight>
-using RowsTile = void (*)(const float*, int64_t, const Weight*, int64_t, int64_t, float*, int64_t);
+using RowsTile = void (*)(const float*, int64_t, const Weight*, int64_t, int64_t, float*, int64_t,
+                          Ahead);
 template <class Weight, int... I>
 constexpr std::array<RowsTile<Weight>, sizeof...(I)> rows_tiles(std::integer_sequence<int, I...>) {
   return {rows_tile<I + 1, Weight>...};
 }
 
 // out[rows][NR], rows <= kTileRows; up to kMaxTileRows rows of out may be written. On the matrix
-// unit b_row is NR.
+// unit b_row is NR, and nothing is fetched ahead.
 template <class Weight>
 inline void multiply(const float* a, int64_t a_row, int64_t rows, const Weight* b, int64_t b_row,
-                     int64_t units, float* out, int64_t out_row) {
+                     int64_t units, float* out, int64_t out_row, const Ahead& ahead) {
   if constexpr (kMatrixUnit<Weight>) {
     amx_multiply<Dot::bf16, 1>({a, a_row, kStep}, rows, reinterpret_cast<const float*>(b),
                                units / kStep, out, out_row, false, [] {});
   } else {
     static constexpr auto tiles = rows_tiles<Weight>(std::make_integer_sequence<int, MR>{});
-    tiles[rows - 1](a, a_row, b, b_row, units, out, out_row);
+    tiles[rows - 1](a, a_row, b, b_row, units, out, out_row, ahead);
   }
+}
+
+template <class Weight>
+inline void multiply(const float* a, int64_t a_row, int64_t rows, const Weight* b, int64_t b_row,
+                     int64_t units, float* out, int64_t out_row) {
+  multiply(a, a_row, rows, b, b_row, units, out, out_row, {reinterpret_cast<const char*>(b), 0});
 }
 
 // Rows in tiles alike in size: the largest tile of `rows` that a loop over them takes.

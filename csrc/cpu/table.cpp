@@ -22,6 +22,7 @@ const Kernels table = {
     gather_rows,
     scatter_rows,
     packed_bytes,
+    qkv_precision,
     pack_weights,
     encoder,
 };

@@ -57,7 +57,7 @@ inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(out + i * out_row + j * W) : vf{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
   for (int64_t k = 0; k < units; ++k) {
     vf bk[NV];
 #pragma GCC unroll 2
@@ -72,7 +72,10 @@ inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(out + i * out_row + j * W, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* to = out + i * out_row + j * W;
+      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
+    }
 }
 
 // A whole tile out[rows][NR]; a is a packed panel, of which `rows` are wanted. units: of all parts.

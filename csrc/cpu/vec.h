@@ -44,12 +44,28 @@ inline vf load(const float* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+// gcc converts between lanes of 16 and 32 bits piece by piece.
 inline vf load(const bf16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i h8 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h8), 16);
+#endif
   vh h;
   __builtin_memcpy(&h, p, sizeof h);
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(int16_t* p, vi v) {  // integers that int16 holds
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i i8 = (__m256i)v;
+  const __m128i h8 = _mm_packs_epi32(_mm256_castsi256_si128(i8), _mm256_extracti128_si256(i8, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h8);
+  return;
+#endif
+  typedef int16_t vs __attribute__((vector_size(W * 2)));
+  const vs s = __builtin_convertvector(v, vs);
+  __builtin_memcpy(p, &s, sizeof s);
+}
 // Round to nearest, ties to even; a NaN stays one.
 inline vu round_bf16(vf v) {
   const vu u = bits(v);
@@ -62,8 +78,7 @@ inline void store(bf16* p, vf v) {
   __builtin_memcpy(p, &rounded, sizeof rounded);
   return;
 #endif
-  const vh h = __builtin_convertvector(round_bf16(v), vh);
-  __builtin_memcpy(p, &h, sizeof h);
+  store(reinterpret_cast<int16_t*>(p), (vi)(round_bf16(v) << 16) >> 16);
 }
 // The first n < W elements; the rest of a load is zero.
 template <class T>
