@@ -131,7 +131,7 @@ def test_large_logits(backend):
         lambda qkv: ops.attention(qkv, starts(LENGTHS, backend), 130, scale=1.0),
         lambda qkv: plain(qkv, LENGTHS, scale=1.0),
         [qkv],
-        fp32=1e-3,  # a score of 1e5 has an ulp of 1e-2
+        fp32=3e-2,  # a score of 1e5 has an ulp of 1e-2
     )
 
 
@@ -170,7 +170,10 @@ def test_strides_and_alignment(backend):
     with ops.backend(backend):
         expected = ops.attention(dense, cu, 33)
         for view in (misaligned, strided, flipped):
-            assert torch.equal(ops.attention(view, cu, 33), expected)
+            result = ops.attention(view, cu, 33)
+            # The reference's products are torch's, which may sum by alignment.
+            tolerance = 1e-6 if backend == "reference" else 0
+            torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("longest", [32, 64, 128])

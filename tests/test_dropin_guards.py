@@ -346,7 +346,7 @@ def test_attention_switch_leaves_decoders_to_sdpa():
             "encoder_attention_mask": inputs_for(kind="left")["attention_mask"][:, -length:],
         }
         given["encoder_attention_mask"][:, -1] = 1
-        assert_same_outputs(ours, theirs, given)
+        assert_same_outputs(ours, theirs, given, atol=5e-5)  # logits of large weights
 
 
 def test_attention_switch_by_from_pretrained(tmp_path):

@@ -54,7 +54,12 @@ def test_agrees_with_transformers(cls, precision, folder):
     with torch.inference_mode():
         expected = transformers.BertModel.from_pretrained(folder).eval()(**batch)
         rival = cls(str(folder), precision, 1)
-        actual = rival(batch).float().clone()  # the next call may overwrite it
+        try:
+            actual = rival(batch).float().clone()  # the next call may overwrite it
+        except RuntimeError as error:
+            if "needs the cpu support" not in str(error):
+                raise
+            pytest.skip(str(error))
         shorter = rival({k: v[1:2, :3] for k, v in batch.items()}).float()
     real, expected = mask.bool(), expected.last_hidden_state
     assert actual.shape == expected.shape
