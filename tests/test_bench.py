@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -177,6 +178,15 @@ def test_burst_and_turns(monkeypatch):
     slow, fast = (lambda s=s: time.sleep(s) for s in (0.01, 0.002))
     found = measure.take_turns({"slow": slow, "fast": fast}, 3, seconds=0.01)
     assert found["slow"] > 1.5 * found["fast"] and found["slow"] >= 0.01
+
+
+def test_patience(monkeypatch):
+    clock = iter([0, 1, 0, 15, 0, 25])
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    patience = measure.Patience()
+    assert [patience(lambda: 7, "a step") for _ in range(2)] == [7, 7]
+    with pytest.raises(TimeoutError, match="a step took 25 s, more than 20: not timed"):
+        patience(lambda: 7, "a step")
 
 
 def test_memory_rows(folder, capsys, tmp_path, monkeypatch):

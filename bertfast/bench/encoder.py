@@ -1,10 +1,11 @@
 """A cell of encoder inference: rivals checked against transformers in fp32, then timed in turns."""
 
 import math
+from functools import partial
 
 import torch
 
-from .measure import encoder_flop, product, take_turns
+from .measure import Patience, encoder_flop, product, take_turns
 
 PRECISIONS = ("fp32", "bf16", "int8")
 # Least cosine of mean-pooled sentences to fp32's: what our int8 promises, and of rivals sense.
@@ -12,11 +13,15 @@ COSINE = {"fp32": 0.99999, "bf16": 0.999, "int8": 0.9}
 OURS_COSINE = COSINE | {"int8": 0.998}
 
 
-def agreement(run, batches, expected) -> dict:
-    """Largest error over real tokens, mean and least cosine of mean-pooled sentences."""
+def agreement(run, batches, expected, patience=lambda call, name: call()) -> dict:
+    """Largest error over real tokens, mean and least cosine of mean-pooled sentences.
+
+    Raises: TimeoutError for a batch that takes too long to be timed, see `Patience`.
+    """
     error, cosines = 0.0, []
     for batch, states in zip(batches, expected, strict=True):
-        out, real = run(batch).float(), batch["attention_mask"].bool()
+        out = patience(partial(run, batch), "a batch").float()
+        real = batch["attention_mask"].bool()
         error = max(error, (out - states)[real].abs().nan_to_num(math.inf).max().item())
         pooled = [x.masked_fill(~real[..., None], 0).sum(1) for x in (out, states)]
         cosines.append(torch.cosine_similarity(*pooled))
@@ -67,11 +72,11 @@ def cell(rivals, rows, batches, expected, precision, config, rounds, device="cpu
     Raises: RuntimeError where an implementation of ours is wrong; a rival's row says so.
     """
     say = say or (lambda text: None)
-    runs, found, rows = {}, {}, list(rows)
+    runs, found, rows, patience = {}, {}, list(rows), Patience()
     for cls, rival in rivals.items():
         say(f"checking {cls.name}, {precision}")
         try:
-            found[cls.name] = agreement(rival, batches, expected)
+            found[cls.name] = agreement(rival, batches, expected, patience)
         except Exception as error:
             if cls.ours:
                 raise

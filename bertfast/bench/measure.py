@@ -1,11 +1,13 @@
 """What every benchmark shares: lengths, interleaved timing, ceilings, and where it was measured."""
 
 import datetime
+import math
 import platform
 import re
 import statistics
 import subprocess
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -128,13 +130,38 @@ def median(values) -> float:
 def product(precision: str, device: str = "cpu"):
     """torch's own square product, the yardstick of `share_of_peak`, and its operations. In int8 it
     is no ceiling: weights that are packed already can pass it."""
-    side = 8192 if device == "cuda" else 3072
-    if precision == "int8":
-        a, b = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device).unbind()
-        return lambda: torch._int_mm(a, b), 2 * side**3
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
-    return lambda: a @ b, 2 * side**3
+    # The first side that takes long enough: where torch is slow, a large one takes a minute.
+    for side in (8192,) if device == "cuda" else (384, 768, 1536, 3072):
+        if precision == "int8":
+            whole = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device)
+            multiply = partial(torch._int_mm, *whole)
+        else:
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            multiply = partial(torch.matmul, *torch.randn(2, side, side, device=device).to(dtype))
+        multiply()
+        start = time.perf_counter()
+        multiply()
+        if time.perf_counter() - start > 0.05:
+            break
+    return multiply, 2 * side**3
+
+
+class Patience:
+    """For calls of one work by several: 10 s, and 20 times what the quickest so far took. On a
+    processor without instructions for bf16, torch's takes minutes."""
+
+    def __init__(self):
+        self.quickest = math.inf
+
+    def __call__(self, run, name: str):
+        """run(). Raises: TimeoutError where it took too long."""
+        start = time.perf_counter()
+        result = run()
+        seconds, limit = time.perf_counter() - start, max(10.0, 20 * self.quickest)
+        if seconds > limit:
+            raise TimeoutError(f"{name} took {seconds:.0f} s, more than {limit:.0f}: not timed")
+        self.quickest = min(self.quickest, seconds)
+        return result
 
 
 def copy(device: str = "cpu"):
