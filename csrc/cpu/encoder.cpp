@@ -234,7 +234,7 @@ struct Encoder {
     const int64_t dim_units = round_up(ceil_div(dim, per), kUnits<Key>);
     const int64_t key_units = std::is_same_v<T, float> ? n : keys / per;
     const int64_t dim_panels = ceil_div(dim, NR);
-    const int64_t step = tile_rows<Key>(n), tiles = ceil_div(n, step);
+    const int64_t tiles = tile_count<Key>(n);
     static thread_local Buffer buffer;
     float* key_panels = buffer.get<float>(keys * dim_units + key_units * dim_panels * NR +
                                           kMaxTileRows * (2 * keys + NR));
@@ -266,7 +266,7 @@ struct Encoder {
     const float scale = 1 / std::sqrt(float(dim));
     [[maybe_unused]] const std::conditional_t<kMatrixUnit<Key>, AmxScope, int> scope{};
     for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
-      const int64_t m0 = t * step, rows = min(step, n - m0);
+      const int64_t m0 = tile_begin<Key>(n, t), rows = tile_begin<Key>(n, t + 1) - m0;
       for (int64_t p = 0; p * NR < n; ++p)
         multiply(reinterpret_cast<const float*>(q + m0 * qkv_row), row_units, rows,
                  reinterpret_cast<const Key*>(key_panels) + p * dim_units * NR, int64_t(NR),

@@ -84,12 +84,12 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
   using Weight = typename Format<precision>::Weight;
   [[maybe_unused]] const std::conditional_t<kMatrixUnit<Weight>, AmxScope, int> scope{};
   alignas(64) float tiles[2][kMaxTileRows * NR];
-  const int64_t step = tile_rows<Weight>(rows);
+  const int64_t count = tile_count<Weight>(rows);
   // A tile's results are put while the next one is computed.
   int64_t panel = 0, row = 0, end = 0;  // of those still to put
   const float* from = nullptr;
-  const auto finish = [&](int64_t count) {
-    for (const int64_t stop = min(row + count, end); row < stop; ++row, from += NR)
+  const auto finish = [&](int64_t most) {
+    for (const int64_t stop = min(row + most, end); row < stop; ++row, from += NR)
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
         const int64_t n = panel * NR + j * W;
@@ -125,11 +125,12 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
     splitter.take(splitter.end);
     const float* b = kSplit<Weight> ? splitter.to : reinterpret_cast<const float*>(w.panel(p));
     split(p + 1);
-    [[maybe_unused]] const int64_t share = ceil_div(splitter.end, pauses * ceil_div(rows, step));
-    for (int64_t m = 0; m < rows; m += step) {
+    [[maybe_unused]] const int64_t share = ceil_div(splitter.end, pauses * count);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t m = tile_begin<Weight>(rows, t);
       float* tile = tiles[current ^= 1];
       const float* lhs = reinterpret_cast<const float*>(a.at(m, 0));
-      const int64_t valid = min(step, rows - m);
+      const int64_t valid = tile_begin<Weight>(rows, t + 1) - m;
       if constexpr (kMatrixUnit<Weight>)
         amx_multiply<dot, parts>({lhs, kStep, parts * kBlock}, valid, b, steps, tile, NR, false,
                                  [&] {

@@ -201,11 +201,16 @@ inline void multiply(const float* a, int64_t a_row, int64_t rows, const Weight* 
   multiply(a, a_row, rows, b, b_row, units, out, out_row, {reinterpret_cast<const char*>(b), 0});
 }
 
-// Rows in tiles alike in size: the largest tile of `rows` that a loop over them takes.
+// The tiles that `rows` take, and the first row of each: alike in size, since one of few rows would
+// wait for its sums; the matrix unit's are whole but the last.
 template <class Weight>
-inline int64_t tile_rows(int64_t rows) {
-  if (kMatrixUnit<Weight>) return kAmxRows;
-  return rows ? ceil_div(rows, ceil_div(rows, MR)) : 1;
+inline int64_t tile_count(int64_t rows) {
+  return ceil_div(rows, kTileRows<Weight>);
+}
+template <class Weight>
+inline int64_t tile_begin(int64_t rows, int64_t tile) {
+  if (kMatrixUnit<Weight>) return min(rows, tile * kAmxRows);
+  return rows * tile / tile_count<Weight>(rows);
 }
 
 }  // namespace
