@@ -51,6 +51,21 @@ def test_forward_backward(backend, dtype, dim):
     )
 
 
+@pytest.mark.parametrize(
+    "dtype, dim", [(torch.float16, d) for d in (32, 64, 128)] + [(torch.float32, 128)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
+def test_lengths_apart(backend, causal, dtype, dim):
+    """Either side beyond what stays in shared memory; under the causal mask keys without queries."""
+    lengths = [150, 20, 3, 340, 9], [340, 9, 150, 150, 20]
+    tensors, starts = inputs(backend, dim, 1, lengths)
+    check(
+        *(backend, dtype, lambda q, kv: ops.cross_attention(q, kv, *starts, causal=causal)),
+        *(lambda q, kv: plain(q, kv, causal=causal, lengths=lengths), tensors),
+    )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_keys(backend):
     """Keys beyond one tile; few queries, then the reverse."""
@@ -64,21 +79,23 @@ def test_long_keys(backend):
 
 @pytest.mark.parametrize("shape", [(1, 2), (6, 1)])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bias_and_causal(backend, causal, shape):
+def test_bias_and_causal(backend, dtype, causal, shape):
     tensors, starts = inputs(backend)
     g = torch.Generator().manual_seed(5)
-    bias = torch.randn(*shape, 41, 80, generator=g)
+    bias = torch.randn(*shape, 41, 80, generator=g).bfloat16().float()
     check(
-        *(backend, torch.float32),
+        *(backend, dtype),
         lambda q, kv, b: ops.cross_attention(q, kv, *starts, causal=causal, bias=b),
         lambda q, kv, b: plain(q, kv, b, causal),
         [*tensors, bias],
     )
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout(backend):
+def test_dropout(backend, dtype):
     """Row = query token * heads + head, column = key position."""
     p, heads, masks, start = 0.3, 2, [], 0
     for m, n in zip(QUERIES, KEYS, strict=True):
@@ -92,7 +109,7 @@ def test_dropout(backend):
     tensors, starts = inputs(backend, heads=heads)
     seed = torch.tensor([2**40 + 5, 9], device=DEVICES[backend])
     check(
-        *(backend, torch.float32),
+        *(backend, dtype),
         lambda q, kv: ops.cross_attention(q, kv, *starts, dropout_p=p, seed=seed),
         lambda q, kv: plain(q, kv, masks=masks),
         tensors,
@@ -122,15 +139,40 @@ def test_is_attention_where_both_are_one(backend):
     assert torch.equal(own, cross)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_strides_and_alignment(backend, dtype):
+    tensors, starts = inputs(backend, 32)
+    dense = [t.to(DEVICES[backend], dtype) for t in tensors]
+    views = [
+        [torch.zeros(t.numel() + 1).to(t)[1:].view(t.shape).copy_(t) for t in dense],
+        [torch.zeros(*t.shape[:-1], 48).to(t)[..., 8:40].copy_(t) for t in dense],
+        [t.transpose(0, -1).contiguous().transpose(0, -1) for t in dense],
+        [t.transpose(0, 1).contiguous().transpose(0, 1) for t in dense],
+    ]
+    results = []
+    with ops.backend(backend):
+        for pair in [dense, *views]:
+            leaves = [t.detach().requires_grad_() for t in pair]
+            out = ops.cross_attention(*leaves, *starts)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
-    q, kv = torch.zeros(0, 2, 8), torch.zeros(4, 2, 2, 8)
-    q, kv = (t.to(DEVICES[backend]).requires_grad_() for t in (q, kv))
-    starts = [offsets(n).to(q.device) for n in ([0], [4])]
-    with ops.backend(backend):
-        out = ops.cross_attention(q, kv, *starts, 0, 4)
-        out.sum().backward()
-    assert out.shape == q.grad.shape == (0, 2, 8) and (kv.grad == 0).all()
+    """Without queries, without keys, without sequences."""
+    for queries, keys in (([0], [4]), ([2, 3], [0, 0]), ([], [])):
+        q, kv = torch.zeros(sum(queries), 2, 8), torch.zeros(sum(keys), 2, 2, 8)
+        q, kv = (t.to(DEVICES[backend]).requires_grad_() for t in (q, kv))
+        starts = [offsets(n).to(q.device) for n in (queries, keys)]
+        longest = (max(n, default=0) for n in (queries, keys))
+        with ops.backend(backend):
+            out = ops.cross_attention(q, kv, *starts, *longest)
+            out.sum().backward()
+        assert out.shape == q.shape and (out == 0).all()
+        assert (q.grad == 0).all() and (kv.grad == 0).all()
 
 
 def test_refusals():

@@ -70,6 +70,7 @@ def _cases():
     single = qkv.detach().float().requires_grad_()
     long, bias = randn(150, 3, 1, 128), randn(1, 1, 130, 130)
     dropout = {"dropout_p": 0.2, "seed": seed}
+    short, far = randn(9, 1, 128), randn(150, 2, 1, 128)
     ones, deep, shallow = torch.ones(2000), randn(40, 1024), randn(72, 1024)
     words, labels = randn(2500, 300), torch.arange(40) * 60
     return {
@@ -84,6 +85,9 @@ def _cases():
         "attention": lambda: ops.attention(qkv, cu, 130, **dropout),
         "attention, fp32": lambda: ops.attention(single, cu, 130, **dropout),
         "attention, streaming": lambda: ops.attention(long, cu, 130, bias=bias, causal=True),
+        "cross_attention": lambda: ops.cross_attention(
+            short, far, offsets([4, 5]), cu, 5, 130, causal=True, **dropout
+        ),
     }
 
 

@@ -105,14 +105,14 @@ define(
 )
 
 
-def _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k):
+def check_both_offsets(q, kv, starts_q, starts_k, longest_q, longest_k):
     check_offsets(starts_q, q.shape[0], longest_q, ("cu_seqlens_q", "max_seqlen_q", "q"))
     check_offsets(starts_k, kv.shape[0], longest_k, ("cu_seqlens_k", "max_seqlen_k", "kv"))
 
 
 @register("cross_attention", "reference")
 def _reference(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
-    _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
+    check_both_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
     return reference(q, kv, starts_q, starts_k, *options)
 
 
@@ -123,7 +123,7 @@ def _reference_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, lo
 
 @register("cross_attention", "cpu", limit=cpu_limit)
 def _cpu(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
-    _check_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
+    check_both_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
     return cpu(q, kv, starts_q, starts_k, *options)
 
 

@@ -49,19 +49,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<D, kind>)
   await_last_kernel();
   const Task task(g);
   const int rows = blockDim.x / 32 * 16;  // queries of the block at a time
-  if (int(blockIdx.z) * rows >= task.n) return;
-  Ring<T, D> ring(task.qkv<T>(g, 1), g.token, task.qkv<T>(g, 2), g.token, task.n, stages);
-  for (int first = blockIdx.z * rows; first < task.n; first += gridDim.z * rows) {
+  if (int(blockIdx.z) * rows >= task.n_q) return;
+  Ring<T, D> ring(task.key<T>(g), g.kv_token, task.value<T>(g), g.kv_token, task.n_k, stages);
+  for (int first = blockIdx.z * rows; first < task.n_q; first += gridDim.z * rows) {
     const int query = first + threadIdx.x / 32 * 16;  // the warp's first
-    const int keys = is_causal<kind>(g) ? min(task.n, first + rows) : task.n;
+    const int keys = is_causal<kind>(g) ? min(task.n_k, first + rows) : task.n_k;
     const int end = (keys + kStage<T, D> - 1) / kStage<T, D>;
-    const Operand<T, D> q(task.qkv<T>(g, 0), g.token, query, task.n);
+    const Operand<T, D> q(task.query<T>(g), g.q_token, query, task.n_q);
     float d[D / 8][4] = {};
     Softmax softmax;
-    ring.begin(0);
+    ring.begin(0, end);
     for (int j = 0; j < end; ++j) {
       ring.await(j, end);
-      if (query < task.n)
+      if (query < task.n_q)
         for (int row = 0; row < kStage<T, D>; row += kStep) {
           constexpr int tiles = kStep / 8;
           const int key = j * kStage<T, D> + row;
@@ -88,34 +88,36 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<D, kind>)
       const float sum = quad_sum(softmax.sum[half]);
       factor[half] = sum == 0 ? 0 : (has_dropout<kind>(g) ? g.dropout.scale : 1) / sum;
       // +inf makes a fully masked row's probabilities 0 in backward too
-      if (threadIdx.x % 4 == 0 && row < task.n)
+      if (threadIdx.x % 4 == 0 && row < task.n_q)
         lse[task.statistic(g) + row] =
             sum == 0 ? INFINITY : (softmax.max[half] + log2f(sum)) * kLn2;
     }
     store_rows<T, D>(out + task.packed(g, D), int64_t(g.heads) * D, d, factor[0], factor[1], query,
-                     task.n);
+                     task.n_q);
   }
 }
 
 }  // namespace
 
-void attention(int dtype, const void* qkv, int64_t token, int64_t part, int64_t head,
-               const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-               int64_t max_seqlen, float scale, const void* bias, bool bias_fp32,
-               int64_t bias_batch, int64_t bias_head, int64_t bias_query, const int64_t* seed,
-               float keep_scale, uint32_t threshold, bool causal, void* out, float* lse, int device,
-               void* stream) {
-  if (tokens == 0 || heads == 0 || max_seqlen == 0) return;
+void attention(int dtype, const void* q, const void* kv, int64_t q_token, int64_t q_head,
+               int64_t kv_token, int64_t kv_part, int64_t kv_head, const int32_t* starts_q,
+               const int32_t* starts_k, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+               int64_t max_seqlen_q, int64_t max_seqlen_k, float scale, const void* bias,
+               bool bias_fp32, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
+               const int64_t* seed, float keep_scale, uint32_t threshold, bool causal, void* out,
+               float* lse, int device, void* stream) {
+  if (tokens == 0 || heads == 0 || max_seqlen_q == 0) return;
   const DeviceGuard guard(device);
-  const Attention g{qkv,       token,      part,      head,   cu_seqlens,
-                    tokens,    int(heads), scale,     bias,   bias_batch,
-                    bias_head, bias_query, bias_fp32, causal, {seed, keep_scale, threshold}};
+  const Dropout dropout{seed, keep_scale, threshold};
+  const Attention g{q,         kv,         q_token,   q_head,     kv_token, kv_part, kv_head,
+                    starts_q,  starts_k,   tokens,    int(heads), scale,    bias,    bias_batch,
+                    bias_head, bias_query, bias_fp32, causal,     dropout};
   by_dtype(dtype, [&](auto type) {
     by_dim(dim, [&](auto size) {
       using T = decltype(type);
       by_kind<T>(g, [&](auto kind) {
         constexpr int D = decltype(size)::value;
-        const Shape s = shape<T, D>(max_seqlen, batch * heads, kMaxWarps);
+        const Shape s = shape<T, D>(max_seqlen_q, max_seqlen_k, batch * heads, kMaxWarps);
         launch("attention", forward<T, D, decltype(kind)::value>,
                dim3(unsigned(batch), unsigned(heads), unsigned(s.groups)), 32 * s.warps,
                s.stages * kStageBytes<T, D>, stream, g, s.stages, static_cast<T*>(out), lse);

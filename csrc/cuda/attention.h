@@ -17,10 +17,10 @@ constexpr size_t kSharedLimit = 99 << 10;  // what sm_86 and sm_89 give a block
 enum Kind { kPlain, kDropout, kGeneral };  // kGeneral: bias, causal mask, dropout as asked
 
 struct Attention {
-  const void* qkv;
-  int64_t token, part, head;  // strides of qkv in values
-  const int32_t* cu_seqlens;
-  int64_t tokens;
+  const void *q, *kv;
+  int64_t q_token, q_head, kv_token, kv_part, kv_head;  // strides in values
+  const int32_t *starts_q, *starts_k;
+  int64_t tokens;  // of q
   int heads;
   float scale;
   const void* bias;  // null, or additive, by batch, head and query strides
@@ -40,34 +40,43 @@ __device__ __forceinline__ bool is_causal(const Attention& g) {
 
 // The sequence and head of this thread block: grid (batch, heads, ...).
 struct Task {
-  int64_t start, b, h;
-  int n;
+  int b, h, start_q, start_k, n_q, n_k;  // either n may be 0
 
   __device__ __forceinline__ explicit Task(const Attention& g)
-      : start(g.cu_seqlens[blockIdx.x]),
-        b(blockIdx.x),
+      : b(blockIdx.x),
         h(blockIdx.y),
-        n(int(g.cu_seqlens[blockIdx.x + 1] - start)) {}
+        start_q(g.starts_q[b]),
+        start_k(g.starts_k[b]),
+        n_q(g.starts_q[b + 1] - start_q),
+        n_k(g.starts_k[b + 1] - start_k) {}
 
   template <class T>
-  __device__ __forceinline__ const T* qkv(const Attention& g, int which) const {
-    return static_cast<const T*>(g.qkv) + start * g.token + which * g.part + h * g.head;
+  __device__ __forceinline__ const T* query(const Attention& g) const {
+    return static_cast<const T*>(g.q) + start_q * g.q_token + h * g.q_head;
   }
-  // Of [tokens, heads, D], and of [heads, tokens].
+  template <class T>
+  __device__ __forceinline__ const T* key(const Attention& g) const {
+    return static_cast<const T*>(g.kv) + start_k * g.kv_token + h * g.kv_head;
+  }
+  template <class T>
+  __device__ __forceinline__ const T* value(const Attention& g) const {
+    return key<T>(g) + g.kv_part;
+  }
+  // Of the queries' [tokens, heads, D], and of [heads, tokens].
   __device__ __forceinline__ int64_t packed(const Attention& g, int dim) const {
-    return (start * g.heads + h) * dim;
+    return (int64_t(start_q) * g.heads + h) * dim;
   }
   __device__ __forceinline__ int64_t statistic(const Attention& g) const {
-    return h * g.tokens + start;
+    return h * g.tokens + start_q;
   }
   __device__ __forceinline__ int64_t dropout_row(const Attention& g, int query) const {
-    return (start + query) * g.heads + h;
+    return int64_t(start_q + query) * g.heads + h;
   }
 
   // A score in units of log 2: scaled, biased, -inf where the key is masked.
   template <class T, Kind kind>
   __device__ __forceinline__ float score(const Attention& g, float s, int query, int key) const {
-    if (key >= n || query >= n || (is_causal<kind>(g) && key > query)) return -INFINITY;
+    if (key >= n_k || query >= n_q || (is_causal<kind>(g) && key > query)) return -INFINITY;
     s *= g.scale * kLog2e;
     if (kind == kGeneral && g.bias) {
       const int64_t at = b * g.bias_batch + h * g.bias_head + query * g.bias_query + key;
@@ -88,7 +97,8 @@ __device__ __forceinline__ int column_of(int tile, int e) {
 template <class T, Kind kind, bool by_key, int tiles>
 __device__ __forceinline__ void to_scores(const Attention& g, const Task& task,
                                           float (&s)[tiles][4], int row, int column) {
-  const bool whole = row + 16 <= task.n && column + 8 * tiles <= task.n;  // no edge inside
+  const int rows = by_key ? task.n_k : task.n_q, columns = by_key ? task.n_q : task.n_k;
+  const bool whole = row + 16 <= rows && column + 8 * tiles <= columns;  // no edge inside
 #pragma unroll
   for (int i = 0; i < tiles; ++i)
 #pragma unroll
@@ -167,20 +177,21 @@ class KeepByKey {
 
 // --- launches ---
 
-// Stages in shared memory, warps and groups of rows for sequences up to max_seqlen.
+// Stages in shared memory, warps and groups of rows for sequences of up to `rows` of the warps'
+// side and `others` of that which they walk over.
 struct Shape {
   int stages, warps, groups;
 };
 
 template <class T, int D>
-Shape shape(int64_t max_seqlen, int64_t tasks, int max_warps) {
+Shape shape(int64_t rows, int64_t others, int64_t tasks, int max_warps) {
   constexpr int fit = int(kSharedLimit / kStageBytes<T, D>);
-  const int all = int((max_seqlen + kStage<T, D> - 1) / kStage<T, D>);
+  const int all = int((others + kStage<T, D> - 1) / kStage<T, D>);
   Shape s;
-  s.warps = max_seqlen <= 64 ? 4 : max_warps;
+  s.warps = rows <= 64 ? 4 : max_warps;
   s.stages = all <= fit ? all : 2;
   // What is resident serves all of a sequence's rows, unless that left the device idle.
-  const int groups = int((max_seqlen + 16 * s.warps - 1) / (16 * s.warps));
+  const int groups = int((rows + 16 * s.warps - 1) / (16 * s.warps));
   s.groups = all <= fit && tasks >= 256 ? 1 : groups;
   return s;
 }

@@ -40,8 +40,8 @@ class Ring {
   }
 
   // Around a walk over stages [first, end), by all threads of the block.
-  __device__ __forceinline__ void begin(int first) {
-    if (resident_) return;
+  __device__ __forceinline__ void begin(int first, int end) {
+    if (resident_ || first >= end) return;
     load(first);
     close_copies();
   }

@@ -1,9 +1,10 @@
-"""`ops.attention` on csrc/cuda/attention.cu: tensor cores, head dims to 128."""
+"""Attention and cross-attention on csrc/cuda/attention.cu: tensor cores, head dims to 128."""
 
 import torch
 from torch.nn import functional as F
 
 from ..attention import bias_arguments, check_offsets, dense_last
+from ..cross_attention import check_both_offsets
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
@@ -13,7 +14,7 @@ HEAD_DIMS = (32, 64, 128)  # others are padded with zeros to the next
 
 
 def _limit(device, dtype, arguments):
-    head_dim = arguments[0].shape[-1] if arguments else 0  # qkv's, in backward grad's
+    head_dim = arguments[0].shape[-1] if arguments else 0  # qkv's or q's, in backward grad's
     if head_dim > HEAD_DIMS[-1]:
         return f"head_dim is {head_dim}, it takes at most {HEAD_DIMS[-1]}"
     return cuda_float_limit(device, dtype, arguments)
@@ -29,63 +30,100 @@ def _padded(t):
     return F.pad(t, (0, extra)) if extra else t
 
 
-def _aligned(qkv):
-    """qkv as it is where the kernel can read it by 16 bytes, else a copy."""
-    t = _padded(qkv)
+def _aligned(x):
+    """x as it is where the kernel can read it by 16 bytes, else a copy."""
+    t = _padded(x)
     rows = all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
     if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and rows:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _arguments(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
-    tokens, _, heads, head_dim = qkv.shape
+def _arguments(
+    q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias
+):
+    tokens, heads, head_dim = q.shape
     pointer, batch, head, query, _ = bias_arguments(bias)
     return (
-        *(dtype_code(qkv), ptr(qkv), *qkv.stride()[:3], ptr(cu_seqlens), cu_seqlens.shape[0] - 1),
-        *(tokens, heads, head_dim, max_seqlen, scale, pointer),
+        *(dtype_code(q), ptr(q), ptr(kv), *q.stride()[:2], *kv.stride()[:3]),
+        *(ptr(starts_q), ptr(starts_k)),
+        *(starts_q.shape[0] - 1, tokens, heads, head_dim, longest_q, longest_k, scale, pointer),
         *(bias is not None and bias.dtype == torch.float32, batch, head, query),
         *(*dropout(dropout_p, seed), causal),
     )
 
 
-@register("attention", "cuda", limit=_limit)
-def _forward(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
-    tokens, _, heads, head_dim = qkv.shape
-    cu_seqlens, seed = dense(cu_seqlens), dense(seed)
-    check_offsets(cu_seqlens, tokens, max_seqlen)
-    qkv, bias = _aligned(qkv), None if bias is None else dense_last(bias)
-    out = torch.empty((tokens, heads, qkv.shape[3]), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((heads, tokens), device=qkv.device)
+def _attend(q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias):
+    """-> out as q, lse [heads, tokens_q]"""
+    head_dim = q.shape[2]
+    starts_q, starts_k, seed = dense(starts_q), dense(starts_k), dense(seed)
+    q, kv, bias = _aligned(q), _aligned(kv), None if bias is None else dense_last(bias)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[1], q.shape[0]), device=q.device)
+    options = longest_q, longest_k, scale, dropout_p, seed, causal, bias
     C.cuda_attention(
-        *_arguments(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias),
-        *(ptr(out), ptr(lse), *cuda_queue(qkv)),
+        *_arguments(q, kv, starts_q, starts_k, *options), ptr(out), ptr(lse), *cuda_queue(q)
     )
     return out[..., :head_dim].contiguous(), lse
 
 
-@register("attention_backward", "cuda", limit=_limit)
-def _backward(
-    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
-):
-    tokens, _, heads, head_dim = qkv.shape
-    cu_seqlens, seed, lse = dense(cu_seqlens), dense(seed), dense(lse)
-    qkv, bias = _aligned(qkv), None if bias is None else dense_last(bias)
+def _gradients(
+    grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal,
+    bias, need_dbias, dq, dkv,
+):  # fmt: skip
+    """Fills dq and dkv, padded and with dense tokens; -> dbias as bias, or empty."""
+    starts_q, starts_k, seed, lse = map(dense, (starts_q, starts_k, seed, lse))
+    q, kv, bias = _aligned(q), _aligned(kv), None if bias is None else dense_last(bias)
     grad, out = _aligned(grad.contiguous()), _aligned(out.contiguous())
-    dqkv = torch.empty((tokens, 3, heads, qkv.shape[3]), dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty((heads, tokens), device=qkv.device)
+    delta = torch.empty(lse.shape, device=q.device)
     dbias, rows, columns = None, 0, 0
     if need_dbias:
         # One full square per sequence and head, so that no two thread blocks add to one place.
         rows, columns = bias.shape[2:]
-        batch = cu_seqlens.shape[0] - 1
-        dbias = torch.zeros((batch, heads, rows, columns), device=qkv.device)
+        shape = starts_q.shape[0] - 1, q.shape[1], rows, columns
+        dbias = torch.zeros(shape, device=q.device)
+    options = longest_q, longest_k, scale, dropout_p, seed, causal, bias
     C.cuda_attention_backward(
-        *_arguments(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias),
-        *(ptr(grad), ptr(out), ptr(lse), ptr(delta), ptr(dqkv), ptr(dbias), rows, columns),
-        *cuda_queue(qkv),
+        *_arguments(q, kv, starts_q, starts_k, *options),
+        *(ptr(grad), ptr(out), ptr(lse), ptr(delta), ptr(dq), ptr(dkv)),
+        *(dq.stride(0), dkv.stride(0), ptr(dbias), rows, columns, *cuda_queue(q)),
     )
-    dqkv = dqkv[..., :head_dim].contiguous()
     if not need_dbias:
-        return dqkv, torch.empty(0, dtype=qkv.dtype, device=qkv.device)
-    return dqkv, dbias.sum_to_size(bias.shape).to(bias.dtype)
+        return torch.empty(0, dtype=q.dtype, device=q.device)
+    return dbias.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def _padded_empty(x):
+    """An output of x's shape, but for the head dimension that kernels have."""
+    return torch.empty((*x.shape[:-1], _head_dim(x.shape[-1])), dtype=x.dtype, device=x.device)
+
+
+@register("attention", "cuda", limit=_limit)
+def _forward(qkv, cu_seqlens, max_seqlen, *options):
+    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
+    own = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return _attend(qkv[:, 0], qkv[:, 1:], *own, *options)
+
+
+@register("attention_backward", "cuda", limit=_limit)
+def _backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
+    dqkv = _padded_empty(qkv)
+    own = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    dbias = _gradients(
+        *(grad, qkv[:, 0], qkv[:, 1:], out, lse, *own, *options, dqkv[:, 0], dqkv[:, 1:])
+    )
+    return dqkv[..., : qkv.shape[3]].contiguous(), dbias
+
+
+@register("cross_attention", "cuda", limit=_limit)
+def _cross_forward(q, kv, *options):
+    check_both_offsets(q, kv, *options[:4])
+    return _attend(q, kv, *options)
+
+
+@register("cross_attention_backward", "cuda", limit=_limit)
+def _cross_backward(grad, q, kv, *rest):
+    dq, dkv = _padded_empty(q), _padded_empty(kv)
+    dbias = _gradients(grad, q, kv, *rest, dq, dkv)
+    dim = q.shape[2]
+    return dq[..., :dim].contiguous(), dkv[..., :dim].contiguous(), dbias
