@@ -19,6 +19,8 @@ struct Encoder {
   using A = typename F::A;
   using T = std::conditional_t<kQkv == 0, float, typename Format<1>::A>;  // of attention
   using Key = std::conditional_t<std::is_same_v<T, float>, float, pair>;
+  // So few rows are worked on together: each thread reads its part of the weights, not all.
+  static constexpr int64_t kTogether = 128;
 
   const EncoderArgs& g;
   const int64_t dim = g.hidden / g.heads;
@@ -326,8 +328,8 @@ struct Encoder {
   void each_block(Buffer& shared, const Team& team, const Work& work) const {
     using Weight = typename F::Weight;
     const int64_t tile = kTileRows<Weight>;
-    if (tokens <= 4 * tile && team.size > 1)
-      return work(0, tokens, Scratch(*this, shared, 4 * tile, inner_row), team);
+    if (tokens <= kTogether && team.size > 1)
+      return work(0, tokens, Scratch(*this, shared, kTogether, inner_row), team);
     // A block stays in L2.
     const int64_t columns = kSplit<Weight> ? min(inner_row, 512) : inner_row;
     const int64_t bytes = kSplit<Weight> ? hidden_row * 10 + columns * 6 : columns * sizeof(T);
@@ -352,7 +354,7 @@ struct Encoder {
     qkv = context_kept + kept * hidden_row;
     const int threads = omp_get_max_threads();
     {
-      const Scratch sized(*this, shared, 4 * kTileRows<typename F::Weight>, inner_row);
+      const Scratch sized(*this, shared, kTogether, inner_row);
     }
     Buffer& together = shared;
     const int64_t tasks = g.batch * g.heads;
