@@ -45,7 +45,7 @@ bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, an
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py
 	$(BIN)/python benchmarks/dropin.py --rounds 3 --steps 8
-	$(BIN)/python benchmarks/training_step.py --rounds 3
+	$(BIN)/python benchmarks/training_step.py --rounds 3 --curve 0
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sweep.py --rounds 2
 	$(BIN)/python benchmarks/breakdown.py --rounds 3
