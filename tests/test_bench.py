@@ -181,11 +181,12 @@ def test_burst_and_turns(monkeypatch):
 
 
 def test_patience(monkeypatch):
-    clock = iter([0, 1, 0, 15, 0, 25])
+    clock = iter([0, 1, 0, 15, 0, 25, 0, 3, 0, 25, 0, 26])
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     patience = measure.Patience()
-    assert [patience(lambda: 7, "a step") for _ in range(2)] == [7, 7]
-    with pytest.raises(TimeoutError, match="a step took 25 s, more than 20: not timed"):
+    for _ in range(3):  # the third compiles at first
+        assert patience(lambda: 7, "a step") == 7
+    with pytest.raises(TimeoutError, match=r"a step took .*more than .*: not timed"):
         patience(lambda: 7, "a step")
 
 
