@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #ifdef BERTFAST_WITH_CUDA
@@ -254,8 +256,57 @@ class Encoder {
     py::gil_scoped_release release;
     kernels().encoder(g);
   }
+  // All layers on a padded batch of ids, int64 [batch, seqlen] as mask and types, which may be
+  // null; y [batch, seqlen, hidden], zeros where the mask is. tables: the words', positions' and
+  // types' embeddings, their LayerNorm's weight and bias. x and packed take [batch * seqlen,
+  // hidden].
+  void texts(const std::array<ptr, 5>& tables, bool bf16, float eps, int64_t vocabulary,
+             int64_t type_count, ptr ids, ptr mask, ptr types, int64_t batch, int64_t seqlen, ptr x,
+             ptr packed, ptr y, bool y_bf16) const {
+    py::gil_scoped_release release;
+    std::vector<int64_t> rows, positions, words, kinds;
+    std::vector<int32_t> starts{0};
+    for (auto* v : {&rows, &positions, &words, &kinds}) v->reserve(batch * seqlen);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t j = 0, i = b * seqlen; j < seqlen; ++j, ++i) {
+        if (mask && !at<const int64_t>(mask)[i]) continue;
+        rows.push_back(i), positions.push_back(j);
+        words.push_back(at<const int64_t>(ids)[i]);
+        kinds.push_back(types ? at<const int64_t>(types)[i] : 0);
+      }
+      starts.push_back(int32_t(rows.size()));
+    }
+    check_ids("input_ids", words, vocabulary);
+    check_ids("token_type_ids", kinds, type_count);
+    const int64_t tokens = int64_t(rows.size()), hidden = args_.hidden;
+    std::vector<float> statistics(2 * tokens);
+    EmbeddingArgs e{};
+    e.ids = words.data(), e.positions = positions.data(), e.types = kinds.data();
+    e.word = at(tables[0]), e.position = at(tables[1]), e.type = at(tables[2]);
+    e.weight = at(tables[3]), e.bias = at(tables[4]), e.eps = eps, e.bf16 = bf16;
+    e.tokens = tokens, e.hidden = hidden, e.y = at<void>(x);
+    e.mean = statistics.data(), e.rstd = e.mean + tokens;
+    kernels().embedding_layer_norm(e);
+    EncoderArgs g = args_;
+    g.layers = layers_.data(), g.count = int64_t(layers_.size());
+    g.x = at(x), g.x_bf16 = bf16, g.y_bf16 = y_bf16;
+    g.y = at<void>(tokens < batch * seqlen ? packed : y);
+    g.cu_seqlens = starts.data(), g.batch = batch, g.tokens = tokens;
+    kernels().encoder(g);
+    if (tokens < batch * seqlen)
+      kernels().scatter_rows(at<const char>(packed), rows.data(), at<char>(y), tokens,
+                             batch * seqlen, hidden * (y_bf16 ? 2 : 4));
+  }
 
  private:
+  static void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t size) {
+    if (ids.empty()) return;
+    const auto [low, high] = std::minmax_element(ids.begin(), ids.end());
+    if (*low < 0 || *high >= size)
+      throw py::index_error(std::string(name) + " run from " + std::to_string(*low) + " to " +
+                            std::to_string(*high) + ", expected 0 to " + std::to_string(size - 1));
+  }
+
   std::vector<EncoderLayer> layers_;
   std::vector<LiveWeights> live_;
   EncoderArgs args_{};
@@ -294,7 +345,8 @@ PYBIND11_MODULE(_C, m) {
                     float, int>())
       .def(py::init<const std::vector<std::array<ptr, 16>>&, bool, int64_t, int64_t, int64_t, int,
                     float, int>())
-      .def("forward", &Encoder::forward);
+      .def("forward", &Encoder::forward)
+      .def("texts", &Encoder::texts);
 #ifdef BERTFAST_WITH_CUDA
   cuda::bind(m);
 #endif

@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import BertConfig
 
 import bertfast
+from bertfast.model.frozen import FrozenEncoder
 
 SHAPES = {  # hidden, heads, inner: whole tiles, and sizes that fit no tile
     "even": (128, 4, 256),
@@ -149,6 +150,63 @@ def test_company_and_threads_change_nothing(precision, threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(alone[0], together[2, :17], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.usefixtures("guarded")
+def test_ids_to_states_by_one_call(precision, lengths, monkeypatch):
+    """The same bits as module after module, which serve whoever watches them or gives arguments
+    that the call does not take."""
+    model, given = frozen(build(), precision), batch(lengths)
+    ids, mask = given.values()
+    types = torch.randint(2, ids.shape, generator=torch.Generator().manual_seed(3))
+    texts, taken = FrozenEncoder.texts, []
+
+    def counted(*args):
+        states = texts(*args)
+        taken.append(states is not None)
+        return states
+
+    def run(function, case):
+        with monkeypatch.context() as patch, torch.inference_mode():
+            patch.setattr(FrozenEncoder, "texts", function)
+            return model(**case)
+
+    def check(case, fits):
+        taken.clear()
+        one, plain = run(counted, case), run(lambda *_: None, case)
+        assert torch.equal(one.last_hidden_state, plain.last_hidden_state)
+        assert torch.equal(one.pooler_output, plain.pooler_output)
+        assert any(taken) == fits
+
+    check(given, True)
+    check({"input_ids": ids}, True)
+    check(given | {"token_type_ids": types}, True)
+    check(given | {"attention_mask": torch.zeros_like(mask)}, True)
+    check(given | {"attention_mask": mask.bool()}, False)
+    check(given | {"token_type_ids": types[:1]}, len(ids) == 1)
+    check({k: v.repeat(1, 2)[:, ::2] for k, v in given.items()}, ids.shape[1] <= 1)
+    check(given | {"position_ids": torch.arange(ids.shape[1])[None]}, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(given, False)
+    seen = []
+    for module in (model.embeddings, model.encoder):
+        with module.register_forward_hook(lambda *_: seen.append(1)):
+            check(given, False)
+    assert len(seen) == 4
+
+
+def test_ids_out_of_range():
+    model = frozen(build(), "fp32")
+    ids, mask = torch.tensor([[5, 100]]), torch.tensor([[1, 0]])
+    with torch.inference_mode():
+        refused(IndexError, "input_ids run from 5 to 100, expected 0 to 99", model, ids)
+        refused(IndexError, "input_ids run from -1 to 94", model, ids - 6)
+        refused(IndexError, "token_type_ids run from 0 to 7", model, mask, None, 7 * mask)
+        assert model(ids, mask).last_hidden_state.isfinite().all()  # padding's id is not read
+        long = torch.ones((1, 141), dtype=torch.long)
+        refused(ValueError, "the model takes up to 140", model, long)
 
 
 def test_empty_batch():

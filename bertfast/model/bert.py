@@ -18,6 +18,7 @@ from .encoder import (
     Packing,
     attention_probabilities,
 )
+from .frozen import FrozenEncoder
 from .layer import ACTIVATIONS
 
 
@@ -142,19 +143,34 @@ class BertModel(BertPreTrainedModel):
         Raises: ValueError for arguments that don't fit, IndexError for ids out of range.
         """
         _refuse(unused)
-        packing, hidden, states, attentions = self.encode(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            _default(output_attentions, self.config, "output_attentions"),
-            _default(output_hidden_states, self.config, "output_hidden_states"),
-        )
-        pooled = None if self.pooler is None else self.pooler(packing.first(hidden))
+        output_attentions = _default(output_attentions, self.config, "output_attentions")
+        output_hidden_states = _default(output_hidden_states, self.config, "output_hidden_states")
+        last = states = attentions = None
+        if (
+            type(self.encoder) is FrozenEncoder
+            and type(self.embeddings) is BertEmbeddings
+            and type(input_ids) is torch.Tensor
+            and position_ids is None
+            and inputs_embeds is None
+            and not (output_attentions or output_hidden_states)
+        ):
+            last = self.encoder.texts(self.embeddings, input_ids, attention_mask, token_type_ids)
+        if last is not None:
+            first = last[:, 0]
+        else:
+            packing, hidden, states, attentions = self.encode(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+                output_attentions,
+                output_hidden_states,
+            )
+            first, last = packing.first(hidden), packing.unpack(hidden)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=packing.unpack(hidden),
-            pooler_output=pooled,
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(first),
             hidden_states=states,
             attentions=attentions,
         )
