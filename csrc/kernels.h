@@ -110,7 +110,7 @@ struct PackArgs {
 };
 
 struct EncoderLayer {
-  const void *qkv, *out, *up, *down;  // packed; of an int8 encoder qkv is bf16
+  const void *qkv, *out, *up, *down;  // packed; qkv in qkv_precision
   const float *norm1, *norm1_bias, *norm2, *norm2_bias;
 };
 struct LiveWeights {  // of a layer whose weights may change: they are packed at every call

@@ -195,6 +195,10 @@ def test_ids_to_states_by_one_call(precision, lengths, monkeypatch):
         with module.register_forward_hook(lambda *_: seen.append(1)):
             check(given, False)
     assert len(seen) == 4
+    forward = model.embeddings.forward
+    monkeypatch.setattr(model.embeddings, "forward", lambda *a: (seen.append(1), forward(*a))[1])
+    check(given, False)
+    assert len(seen) == 6
 
 
 def test_ids_out_of_range():
@@ -207,6 +211,22 @@ def test_ids_out_of_range():
         assert model(ids, mask).last_hidden_state.isfinite().all()  # padding's id is not read
         long = torch.ones((1, 141), dtype=torch.long)
         refused(ValueError, "the model takes up to 140", model, long)
+
+
+def test_other_dtypes():
+    for dtype in (torch.float16, torch.float64):
+        refused(ValueError, str(dtype), bertfast.freeze, build().to(dtype), "bf16")
+    model, given = frozen(build(), "fp32"), batch((3,))
+    with torch.inference_mode():
+        refused(TypeError, "float16", model.half(), **given)
+
+
+def test_default_device():
+    """The results are on the CPU, whatever device is torch's default."""
+    model, given = build(), batch((5, 3))
+    with torch.device("meta"), torch.inference_mode():
+        states = bertfast.freeze(model, "fp32")(**given).last_hidden_state
+    assert states.device.type == "cpu" and states.isfinite().all()
 
 
 def test_empty_batch():

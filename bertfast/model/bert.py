@@ -149,14 +149,16 @@ class BertModel(BertPreTrainedModel):
         if (
             type(self.encoder) is FrozenEncoder
             and type(self.embeddings) is BertEmbeddings
+            and type(self).encode is BertModel.encode
             and type(input_ids) is torch.Tensor
+            and input_ids.shape[-1] <= self.config.max_position_embeddings
             and position_ids is None
             and inputs_embeds is None
             and not (output_attentions or output_hidden_states)
         ):
             last = self.encoder.texts(self.embeddings, input_ids, attention_mask, token_type_ids)
         if last is not None:
-            first = last[:, 0]
+            first = last[:, 0].contiguous()
         else:
             packing, hidden, states, attentions = self.encode(
                 input_ids,

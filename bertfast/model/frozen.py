@@ -7,7 +7,7 @@ from torch import nn
 from .. import heap
 from ..ops import registry
 from ..ops.extension import C, error
-from ..ops.library import CUDA_DEVICE, cuda_limit, is_bf16
+from ..ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit, is_bf16
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
 from .layer import ACTIVATIONS
 from .live import forward, serves
@@ -22,7 +22,8 @@ class _Packed:
         weight = torch.cat([m.weight.detach().float() for m in layers])
         bias = torch.cat([m.bias.detach().float() for m in layers])
         n, k = weight.shape
-        self.storage = torch.empty(C.packed_bytes(n, k, precision) + 64, dtype=torch.uint8)
+        size = C.packed_bytes(n, k, precision) + 64
+        self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.pointer = -(-self.storage.data_ptr() // 64) * 64
         C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, low, self.pointer)
 
@@ -66,7 +67,7 @@ class FrozenEncoder(Frozen):
     layer norm and the residual stream in fp32. int8: weights per output channel, activations per
     token as they come (no calibration), attention and its queries, keys and values in bf16. Where
     the processor has no bf16 dot product, weights are stored so and widened as they are read; where
-    it has none of int8, activations are int16 and attention is in fp32.
+    it has none of int8, activations are int16 (fp32 without AVX2) and attention is in fp32.
     """
 
     def __init__(self, encoder, config, precision: str):
@@ -133,7 +134,8 @@ class FrozenEncoder(Frozen):
             serves(words.detach())
             and not torch.is_autocast_enabled("cpu")
             and not any(
-                m.training or m._forward_hooks or m._forward_pre_hooks for m in (self, embeddings)
+                m.training or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
+                for m in (self, embeddings)
             )
             and all(
                 type(t) is torch.Tensor
@@ -147,14 +149,17 @@ class FrozenEncoder(Frozen):
             and ids.numel()
             and ids.shape[1] <= len(positions)
             and all(
-                t.dtype == words.dtype and t.shape[-1] == self.hidden and t.is_contiguous()
+                t.dtype == words.dtype
+                and t.device == words.device
+                and t.shape[-1] == self.hidden
+                and t.is_contiguous()
                 for t in tables
             )
         ):
             return None
         shape = (*ids.shape, self.hidden)
-        x, packed = torch.empty(shape, dtype=words.dtype), torch.empty(shape, dtype=self.dtype)
-        states = torch.empty(shape, dtype=self.dtype)
+        x = torch.empty(shape, dtype=words.dtype, device="cpu")
+        packed, states = (torch.empty(shape, dtype=self.dtype, device="cpu") for _ in range(2))
         self._encoder.texts(
             *([t.data_ptr() for t in tables], is_bf16(words), norm.eps, len(words), len(kinds)),
             *(ids.data_ptr(), *(0 if t is None else t.data_ptr() for t in (mask, types))),
@@ -203,6 +208,12 @@ def freeze(model, precision: str = "fp32"):
         raise ValueError(
             f"the model is on {', '.join(sorted(where))}, expected all of it on {device}: move it "
             "before bertfast.freeze"
+        )
+    dtypes = {p.dtype for p in model.parameters()}
+    if not cuda and not dtypes <= set(CPU_DTYPES):
+        raise ValueError(
+            f"the model is in {', '.join(sorted(map(str, dtypes)))}, expected torch.float32 or "
+            "torch.bfloat16 on a CPU: model.float() before bertfast.freeze"
         )
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads

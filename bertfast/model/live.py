@@ -85,6 +85,9 @@ def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows
 
 def forward(encoder, first: int, last: int, hidden, dtype, packing, rows=None):
     """Layers [first, last) of a `C.Encoder`: [tokens or rows, hidden] in `dtype`."""
+    for given in (hidden.dtype, dtype):
+        if given not in CPU_DTYPES:
+            raise TypeError(f"states of {given}, expected torch.float32 or torch.bfloat16")
     hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
     rows = None if rows is None else rows.contiguous()
     count = len(hidden) if rows is None else len(rows)

@@ -10,13 +10,9 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-// k of a block: a panel of b stays in L1 or nearly, split in L2. A float's running sum is rounded
-// to its own size each time; several shorter ones lose less.
-template <Math math>
-constexpr int64_t KC = math == Math::fp32 ? 256 : 512;
-template <Math math>
-constexpr int64_t KS = 16 * KC<math>;  // k packed at a time: bounds the scratch memory
-template <Math math>                   // rows of a task: its block of a stays in L2
+constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly, split in L2
+constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
+template <Math math>             // rows of a task: its block of a stays in L2
 constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;
 template <Math math>
 constexpr int64_t PC = math == Math::split ? 1 : 6;  // ... beside this many panels of b
@@ -171,9 +167,8 @@ void gemm_in(const GemmArgs& g) {
   // Blocks of k alike in size, whole units in each; of one part where they can be.
   const int64_t whole = 2 * kUnitStep<math>;
   const int64_t kc =
-      part_k ? ceil_div(ceil_div(part_k, ceil_div(part_k, KC<math>)), whole) * whole : whole;
-  const int64_t ks = min(KS<math> / kc, g.k ? ceil_div(g.k, kc) : 1) * kc,
-                units = row_units<math>(kc);
+      part_k ? ceil_div(ceil_div(part_k, ceil_div(part_k, KC)), whole) * whole : whole;
+  const int64_t ks = min(KS / kc, g.k ? ceil_div(g.k, kc) : 1) * kc, units = row_units<math>(kc);
   const int threads = g.m * g.n * (g.k + 64) < (1 << 20) ? 1 : omp_get_max_threads();
   // Tasks of equal rows, a multiple of the threads; few rows are shared out by columns too.
   const int64_t m_tasks = ceil_div(ceil_div(g.m, MC<math>), g.m > MC<math> ? threads : 1) *

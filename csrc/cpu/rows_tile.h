@@ -1,9 +1,9 @@
 // Products of rows as they lie in memory with weights packed once, for inference.
 //
-// A row of a is a row of 32-bit units: one float, two bf16 or four int8 of neighbouring k. Weights
-// stand in panels unit[k][NR], zero-padded along n and k. Where the instruction set has no dot
-// product for a weight's type, a is wider and each weight is widened as it is loaded. For the
-// matrix unit, weights and a stand in the panels of amx.h.
+// A row of a is a row of 32-bit units: one float, two bf16 or int16, or four int8 of neighbouring
+// k. Weights stand in panels unit[k][NR], zero-padded along n and k. Where the instruction set has
+// no dot product for a weight's type, a is wider and each weight is widened as it is loaded. For
+// the matrix unit, weights and a stand in the panels of amx.h.
 #pragma once
 #include <array>
 #include <type_traits>
@@ -127,8 +127,7 @@ template <int R, class Weight>
 void rows_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, int64_t units,
                float* out, int64_t out_row, Ahead ahead) {
   constexpr int bases = (R + 2) / 3;
-  // A running sum of floats is rounded to its own size each time; several shorter ones lose less.
-  const int64_t run = kSumsInt32<Weight> ? units : 256;
+  const int64_t run = kSumsInt32<Weight> ? units : kRun;
   const float* base[bases];
   for (int i = 0; i < bases; ++i) base[i] = a + 3 * i * a_row;
   for (int64_t start = 0; start == 0 || start < units; start += run) {

@@ -48,34 +48,40 @@ inline vf multiply_add(vf acc, float a, vf b) {
   return acc + a * b;
 }
 
+// Units in one running sum, which is rounded to its own size each time: several shorter ones lose
+// less.
+constexpr int64_t kRun = 256;
+
 // out[i, 0:NR] (+)= sum_k a[i][k * step] b[k, 0:NR], i < MR.
 // rows: where each row of a starts; unit bf16 pairs travel as floats' bits.
 template <Math math, class Rows>
 inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t units, float* out,
                          int64_t out_row, bool accumulate) {
-  vf acc[MR][NV];
+  for (int64_t start = 0; start == 0 || start < units; start += kRun) {
+    vf acc[MR][NV];
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
-  for (int64_t k = 0; k < units; ++k) {
-    vf bk[NV];
+      for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
+    for (int64_t k = start; k < min(start + kRun, units); ++k) {
+      vf bk[NV];
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) bk[j] = load(b + k * NR + j * W);
+      for (int j = 0; j < NV; ++j) bk[j] = load(b + k * NR + j * W);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const float a = rows(i)[k * step];
+      for (int i = 0; i < MR; ++i) {
+        const float a = rows(i)[k * step];
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<math>(acc[i][j], a, bk[j]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<math>(acc[i][j], a, bk[j]);
+      }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        float* to = out + i * out_row + j * W;
+        store(to, start || accumulate ? load(to) + acc[i][j] : acc[i][j]);
+      }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) {
-      float* to = out + i * out_row + j * W;
-      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
-    }
 }
 
 // A whole tile out[rows][NR]; a is a packed panel, of which `rows` are wanted. units: of all parts.
