@@ -43,7 +43,7 @@ test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, and the report
 	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group --benchmark-max-time=0.1 \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
-	$(BIN)/python benchmarks/encoder_inference.py
+	$(BIN)/python benchmarks/encoder_inference.py --rounds 2
 	$(BIN)/python benchmarks/dropin.py --rounds 3 --steps 8
 	$(BIN)/python benchmarks/training_step.py --rounds 3 --curve 0
 	$(BIN)/python benchmarks/memory.py
