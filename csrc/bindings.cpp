@@ -247,14 +247,9 @@ class Encoder {
                int64_t batch, int64_t tokens, ptr rows, int64_t n_rows) const {
     if (first < 0 || last > int64_t(layers_.size()) || first >= last)
       throw std::invalid_argument("encoder: no such layers");
-    EncoderArgs g = args_;
-    g.layers = layers_.data() + first, g.count = last - first;
-    g.live = live_.empty() ? nullptr : live_.data() + first;
-    g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
-    g.cu_seqlens = at<const int32_t>(cu_seqlens), g.batch = batch, g.tokens = tokens;
-    g.rows = at<const int64_t>(rows), g.n_rows = n_rows;
     py::gil_scoped_release release;
-    kernels().encoder(g);
+    run(first, last, x, x_bf16, y, y_bf16, at<const int32_t>(cu_seqlens), batch, tokens,
+        at<const int64_t>(rows), n_rows);
   }
   // All layers on a padded batch of ids, int64 [batch, seqlen] as mask and types, which may be
   // null; y [batch, seqlen, hidden], zeros where the mask is. tables: the words', positions' and
@@ -287,18 +282,25 @@ class Encoder {
     e.tokens = tokens, e.hidden = hidden, e.y = at<void>(x);
     e.mean = statistics.data(), e.rstd = e.mean + tokens;
     kernels().embedding_layer_norm(e);
-    EncoderArgs g = args_;
-    g.layers = layers_.data(), g.count = int64_t(layers_.size());
-    g.x = at(x), g.x_bf16 = bf16, g.y_bf16 = y_bf16;
-    g.y = at<void>(tokens < batch * seqlen ? packed : y);
-    g.cu_seqlens = starts.data(), g.batch = batch, g.tokens = tokens;
-    kernels().encoder(g);
+    run(0, int64_t(layers_.size()), x, bf16, tokens < batch * seqlen ? packed : y, y_bf16,
+        starts.data(), batch, tokens, nullptr, 0);
     if (tokens < batch * seqlen)
       kernels().scatter_rows(at<const char>(packed), rows.data(), at<char>(y), tokens,
                              batch * seqlen, hidden * (y_bf16 ? 2 : 4));
   }
 
  private:
+  void run(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16,
+           const int32_t* cu_seqlens, int64_t batch, int64_t tokens, const int64_t* rows,
+           int64_t n_rows) const {
+    EncoderArgs g = args_;
+    g.layers = layers_.data() + first, g.count = last - first;
+    g.live = live_.empty() ? nullptr : live_.data() + first;
+    g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
+    g.cu_seqlens = cu_seqlens, g.batch = batch, g.tokens = tokens;
+    g.rows = rows, g.n_rows = n_rows;
+    kernels().encoder(g);
+  }
   static void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t size) {
     if (ids.empty()) return;
     const auto [low, high] = std::minmax_element(ids.begin(), ids.end());

@@ -131,7 +131,8 @@ def test_large_logits(backend):
         lambda qkv: ops.attention(qkv, starts(LENGTHS, backend), 130, scale=1.0),
         lambda qkv: plain(qkv, LENGTHS, scale=1.0),
         [qkv],
-        fp32=3e-2,  # a score of 1e5 has an ulp of 1e-2
+        # A score of 1e5 has an ulp of 1e-2; numpy's sums, in Triton's interpreter, are coarser.
+        fp32=3e-2 if backend == "triton" else 1e-3,
     )
 
 

@@ -155,11 +155,11 @@ class Patience:
     def __init__(self):
         self.quickest = math.inf
 
-    def __call__(self, run, name: str):
-        """run(). Raises: TimeoutError where it took too long, a second time too: the first call
-        may have compiled."""
+    def __call__(self, run, name: str, tries: int = 2):
+        """run(). Raises: TimeoutError where it took too long at every try: the first call may have
+        compiled. One try alone where a second call does something else."""
         limit = max(2.0, 20 * self.quickest)
-        for _ in range(2):
+        for _ in range(tries):
             start = time.perf_counter()
             result = run()
             seconds = time.perf_counter() - start

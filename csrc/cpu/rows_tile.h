@@ -75,15 +75,15 @@ constexpr int kUnits = kSplit<Weight>        ? 2 * kStep
 
 inline vf load(const pair* p) { return load(reinterpret_cast<const float*>(p)); }
 inline vf load(const quad* p) { return load(reinterpret_cast<const float*>(p)); }
-inline vf load([[maybe_unused]] const duo* p) {
 #if defined(__AVX512BW__)
+inline vf load(const duo* p) {
   return (vf)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return (vf)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  return vf{};
-#endif
 }
+#elif defined(__AVX2__)
+inline vf load(const duo* p) {
+  return (vf)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#endif
 inline vf load(const int8_t* p) {
   typedef int8_t vb __attribute__((vector_size(W)));
   vb b;

@@ -55,9 +55,9 @@ inline vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(int16_t* p, vi v) {  // integers that int16 holds
+inline void store(int16_t* p, vi v) {  // the low halves
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  const __m256i i8 = (__m256i)v;
+  const __m256i i8 = (__m256i)((v << 16) >> 16);  // packing saturates
   const __m128i h8 = _mm_packs_epi32(_mm256_castsi256_si128(i8), _mm256_extracti128_si256(i8, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h8);
   return;
@@ -78,7 +78,7 @@ inline void store(bf16* p, vf v) {
   __builtin_memcpy(p, &rounded, sizeof rounded);
   return;
 #endif
-  store(reinterpret_cast<int16_t*>(p), (vi)(round_bf16(v) << 16) >> 16);
+  store(reinterpret_cast<int16_t*>(p), (vi)round_bf16(v));
 }
 // The first n < W elements; the rest of a load is zero.
 template <class T>
