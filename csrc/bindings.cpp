@@ -216,18 +216,17 @@ class Encoder {
  public:
   // Each layer: the packed qkv, out, up and down, then both LayerNorms' weights and biases.
   Encoder(const std::vector<std::array<ptr, 8>>& layers, int64_t heads, int64_t hidden,
-          int64_t inner, int activation, float eps, float low, int precision) {
+          int64_t inner, int activation, float eps, int precision) {
     for (const auto& p : layers)
       layers_.push_back({at(p[0]), at(p[1]), at(p[2]), at(p[3]), at<const float>(p[4]),
                          at<const float>(p[5]), at<const float>(p[6]), at<const float>(p[7])});
     args_.heads = heads, args_.hidden = hidden, args_.inner = inner;
-    args_.activation = activation, args_.eps = eps, args_.low = low;
-    args_.precision = precision;
+    args_.activation = activation, args_.eps = eps, args_.precision = precision;
   }
   // Each layer: weights as torch has them, in the order of LayerWeights in bertfast/model/layer.py.
   Encoder(const std::vector<std::array<ptr, 16>>& layers, bool bf16, int64_t heads, int64_t hidden,
           int64_t inner, int activation, float eps, int precision)
-      : Encoder(std::vector<std::array<ptr, 8>>{}, heads, hidden, inner, activation, eps, 0,
+      : Encoder(std::vector<std::array<ptr, 8>>{}, heads, hidden, inner, activation, eps,
                 precision) {
     for (const auto& p : layers) {
       const auto norm = [&](int i) { return at<const float>(p[i]); };
@@ -314,10 +313,9 @@ class Encoder {
   EncoderArgs args_{};
 };
 
-static void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, float low,
-                         ptr out) {
+static void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, ptr out) {
   const LinearWeights from{{at(weight)}, {at<const float>(bias)}, 1, false};
-  const PackArgs g{from, n, k, precision, low, at<void>(out)};
+  const PackArgs g{from, n, k, precision, at<void>(out)};
   py::gil_scoped_release release;
   kernels().pack_weights(g);
 }
@@ -344,7 +342,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_weights", &pack_weights);
   py::class_<Encoder>(m, "Encoder")
       .def(py::init<const std::vector<std::array<ptr, 8>>&, int64_t, int64_t, int64_t, int, float,
-                    float, int>())
+                    int>())
       .def(py::init<const std::vector<std::array<ptr, 16>>&, bool, int64_t, int64_t, int64_t, int,
                     float, int>())
       .def("forward", &Encoder::forward)

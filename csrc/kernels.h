@@ -105,7 +105,6 @@ struct PackArgs {
   LinearWeights from;
   int64_t n, k;
   int precision;  // 0 fp32, 1 bf16, 2 int8
-  float low;      // what an operand's unsigned int8 of 0 stands for
   void* out;      // packed_bytes(n, k, precision), 64-byte aligned
 };
 
@@ -122,9 +121,9 @@ struct EncoderArgs {
   const LiveWeights* live;  // null, or what to pack in the layers' place; no int8
   int64_t count, heads, hidden, inner;
   int activation, precision;
-  float eps, low;  // low: as PackArgs', of the activation's results
-  const void* x;   // [tokens, hidden]
-  void* y;         // [tokens or n_rows, hidden]
+  float eps;
+  const void* x;  // [tokens, hidden]
+  void* y;        // [tokens or n_rows, hidden]
   bool x_bf16, y_bf16;
   const int32_t* cu_seqlens;
   int64_t batch, tokens;

@@ -18,14 +18,14 @@ PRECISIONS = ("fp32", "bf16", "int8")
 class _Packed:
     """The linear layers' weights side by side, packed; `pointer` is what C++ takes."""
 
-    def __init__(self, layers, precision: int, low: float = 0.0):
+    def __init__(self, layers, precision: int):
         weight = torch.cat([m.weight.detach().float() for m in layers])
         bias = torch.cat([m.bias.detach().float() for m in layers])
         n, k = weight.shape
         size = C.packed_bytes(n, k, precision) + 64
         self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.pointer = -(-self.storage.data_ptr() // 64) * 64
-        C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, low, self.pointer)
+        C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, self.pointer)
 
 
 class Frozen(nn.Module):
@@ -64,17 +64,16 @@ class FrozenEncoder(Frozen):
     """What `freeze` puts in a BertEncoder's place on a CPU: the same results, for inference alone.
 
     fp32: every product in fp32. bf16: weights and activations of products in bf16, sums, softmax,
-    layer norm and the residual stream in fp32. int8: weights per output channel, activations per
-    token as they come (no calibration), attention and its queries, keys and values in bf16. Where
-    the processor has no bf16 dot product, weights are stored so and widened as they are read; where
-    it has none of int8, activations are int16 (fp32 without AVX2) and attention is in fp32.
+    layer norm and the residual stream in fp32. int8: weights per output channel, activations in
+    uint8 between the least and the largest of a token as they come (no calibration; fp32 without
+    AVX2), attention and its queries, keys and values in bf16. Where the processor has no bf16 dot
+    product, weights are stored so and widened as they are read; beside int8, queries, keys and
+    values are projected in int8 there and attention is in fp32.
     """
 
     def __init__(self, encoder, config, precision: str):
         super().__init__(encoder, config, precision)
         activation, precision = ACTIVATIONS[config.hidden_act], PRECISIONS.index(precision)
-        # The activations are bounded below, so their int8 need no sign: a bit more for each.
-        low = -0.1701 if activation.startswith("gelu") else 0.0
         self._keep, rows = [], []
         for layer in encoder.layer:
             inner, out = layer.attention.self, layer.attention.output
@@ -82,7 +81,7 @@ class FrozenEncoder(Frozen):
                 _Packed((inner.query, inner.key, inner.value), C.qkv_precision(precision)),
                 _Packed((out.dense,), precision),
                 _Packed((layer.intermediate.dense,), precision),
-                _Packed((layer.output.dense,), precision, low),
+                _Packed((layer.output.dense,), precision),
             ]
             norms = [
                 p.detach().float().clone()
@@ -99,7 +98,6 @@ class FrozenEncoder(Frozen):
             config.intermediate_size,
             OPERATOR_ACTIVATIONS.index(activation),
             config.layer_norm_eps,
-            low,
             precision,
         )
 

@@ -23,7 +23,7 @@ constexpr int64_t kBlock = kAmxRows * kStep;  // units of an operand's step, of 
 template <int parts>
 constexpr int64_t kPauses = parts == kParts ? 6 : 1;  // in a step: where other work may run
 
-enum class Dot { bf16, int8, uint8 };  // uint8: a has no sign
+enum class Dot { bf16, uint8 };  // uint8: a; b is int8
 
 // Where a step's rows of a lie, and how far the next step is, in units. A step of b is
 // [parts][16 units][32 columns].
@@ -58,12 +58,10 @@ struct AmxScope {
 };
 
 // Macros: the instructions take their registers' numbers as literals.
-#define BERTFAST_DOT(c, a, b)          \
-  if constexpr (dot == Dot::bf16)      \
-    _tile_dpbf16ps(c, a, b);           \
-  else if constexpr (dot == Dot::int8) \
-    _tile_dpbssd(c, a, b);             \
-  else                                 \
+#define BERTFAST_DOT(c, a, b)     \
+  if constexpr (dot == Dot::bf16) \
+    _tile_dpbf16ps(c, a, b);      \
+  else                            \
     _tile_dpbusd(c, a, b)
 #define BERTFAST_LOAD_A(part)                      \
   _tile_loadd(4, at + (part) * kBlock, a.row * 4); \

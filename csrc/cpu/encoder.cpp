@@ -43,12 +43,15 @@ struct Encoder {
     // With `inner_columns` of the inner activations at a time, a multiple of 64.
     Scratch(const Encoder& e, Buffer& buffer, int64_t rows, int64_t inner_columns) {
       const int64_t padded = rows + kMaxTileRows, most = Operand<precision>::kParts + 2;
-      sum = buffer.get<float>(rows * e.hidden_row + 3 * padded +
+      sum = buffer.get<float>(rows * e.hidden_row + 6 * padded +
                               padded * most * (e.hidden_row + inner_columns));
       operand.scale = sum + rows * e.hidden_row;
-      inner.scale = operand.scale + padded;
-      qkv.scale = inner.scale + padded;
-      qkv.data = reinterpret_cast<typename Operand<kQkv>::A*>(qkv.scale + padded);
+      operand.low = operand.scale + padded;
+      inner.scale = operand.low + padded;
+      inner.low = inner.scale + padded;
+      qkv.scale = inner.low + padded;
+      qkv.low = qkv.scale + padded;
+      qkv.data = reinterpret_cast<typename Operand<kQkv>::A*>(qkv.low + padded);
       qkv.row = e.hidden_row;
       operand.data = reinterpret_cast<A*>(qkv.data + qkv.elements(padded, e.hidden_row));
       operand.row = e.hidden_row;
@@ -70,8 +73,7 @@ struct Encoder {
   // The thread's share; whoever reads the panels must meet the others first.
   template <int p>
   void pack(const LinearWeights& from, const Linear<p>& to, const Team& team) const {
-    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i)
-      pack_linear(from, to, i, g.low);
+    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i) pack_linear(from, to, i);
   }
   void pack_qkv(int64_t i, const Team& team) const {
     if (g.live && i < g.count)
@@ -96,12 +98,12 @@ struct Encoder {
   }
 
   // A product, or the team's part of its panels.
-  template <Sign sign = Sign::both, int p, class Put>
+  template <int p, class Put>
   void product(const Linear<p>& w, Part part, const Operand<p>& a, int64_t rows, const Team& team,
                const Put& put) const {
     const int64_t p0 = part.p0, panels = part.p1 - p0;
     part.p0 = p0 + team.begin(panels), part.p1 = p0 + team.end(panels);
-    linear<sign>(w, a, rows, part, put);
+    linear(w, a, rows, part, put);
     team.meet();
   }
 
@@ -153,7 +155,7 @@ struct Encoder {
               });
       if constexpr (quantised) {
         for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-          put_row<Sign::none>(s.inner, m, s.wide + m * inner_row, g.inner, g.low);
+          put_row(s.inner, m, s.wide + m * inner_row, g.inner);
         team.meet();
       } else if (put_to % 64) {
         for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
@@ -161,11 +163,11 @@ struct Encoder {
         team.meet();
       }
       const float* before = c ? s.sum : x;
-      product<Sign::none>(down, {0, down.panels, c, columns}, s.inner, rows, team,
-                          [&](int64_t m, int64_t n, vf v) {
-                            const int64_t at = m * hidden_row + n;
-                            store(s.sum + at, v + load(before + at));
-                          });
+      product(down, {0, down.panels, c, columns}, s.inner, rows, team,
+              [&](int64_t m, int64_t n, vf v) {
+                const int64_t at = m * hidden_row + n;
+                store(s.sum + at, v + load(before + at));
+              });
     }
   }
 
@@ -190,7 +192,7 @@ struct Encoder {
     const float* residual = hidden + m0 * hidden_row;
     Operand<precision> operand = s.operand;
     if constexpr (std::is_same_v<A, T> && !kMatrixUnit<typename F::Weight>) {
-      operand = {from, hidden_row, nullptr};
+      operand = {from, hidden_row, nullptr, nullptr};
     } else {
       for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
         put_row(operand, m, from + m * hidden_row, g.hidden);

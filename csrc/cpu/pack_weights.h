@@ -14,7 +14,7 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
   using L = Linear<precision>;
   auto* panel = reinterpret_cast<char*>(const_cast<typename L::Weight*>(to.panel(p)));
   auto* scale = const_cast<float*>(to.scale) + p * NR;
-  auto* sum = const_cast<int32_t*>(to.sum) + p * NR;
+  auto* sum = const_cast<float*>(to.sum) + p * NR;
   constexpr bool units = sizeof(typename L::Weight) == 4 && precision < 2;
   if constexpr (units) {
     constexpr Math math = precision == 0 ? Math::fp32 : Math::bf16;
@@ -28,8 +28,13 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
     if (units) continue;
     const T* row = i < valid ? rows + i * to.k : nullptr;
     float top = 0;
-    for (int64_t k = 0; row && k < to.k; ++k) top = std::fmax(top, std::fabs(to_float(row[k])));
+    for (int64_t k = 0; row && k < to.k; ++k) {
+      const float w = to_float(row[k]), pair = k % 2 ? w + to_float(row[k - 1]) : 0;
+      top = std::fmax(top, std::fabs(w));
+      if (kSaturates) top = std::fmax(top, std::fabs(pair));
+    }
     if (precision == 2 && top > 0) scale[i] = top / 127;
+    int64_t total = 0;
     for (int64_t k = 0; k < to.units * L::kPerUnit; ++k) {
       const int64_t at = (k / L::kPerUnit * NR + i) * L::kPerUnit + k % L::kPerUnit;
       const float w = row && k < to.k ? to_float(row[k]) : 0;
@@ -38,9 +43,10 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
       } else {
         const int q = int(std::lrintf(w / scale[i]));
         reinterpret_cast<int8_t*>(panel)[at] = int8_t(q);
-        sum[i] += q;
+        total += q;
       }
     }
+    sum[i] = scale[i] * float(total);
   }
 }
 
@@ -57,9 +63,9 @@ void pack_from(const LinearWeights& from, const Linear<precision>& to, int64_t p
   pack_rows(to, p, const_cast<const T*>(rows), valid);
 }
 
-// Panel p of the weights. `low`: as PackArgs'.
+// Panel p of the weights.
 template <int precision>
-void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t p, float low) {
+void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t p) {
   if (from.bf16)
     pack_from<precision, bf16>(from, to, p);
   else
@@ -69,7 +75,6 @@ void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t
   for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {
     const float* given = n < to.n ? from.bias[n / part_n] : nullptr;
     bias[n] = given ? given[n % part_n] : 0;
-    if (sizeof(typename Linear<precision>::A) == 1) bias[n] += low * to.scale[n] * float(to.sum[n]);
   }
 }
 

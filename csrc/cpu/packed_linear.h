@@ -8,9 +8,9 @@ namespace {
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 // Of the projection to queries, keys and values, and of attention after it. int8 activations cost
-// it most, for layer norm's outliers (MiniLM: cosine 0.997 of mean-pooled text, 0.999 with bf16).
+// it most, for layer norm's outliers, so that it is in bf16 where that is quick.
 template <int precision>
-constexpr int kQkvPrecision = precision == 2 && !kHasInt16 ? 1 : precision;
+constexpr int kQkvPrecision = precision == 2 && (Format<1>::kDot || !kHasInt8) ? 1 : precision;
 
 // What a call multiplies: the columns of panels [p0, p1) and k of [k0, k0 + k), k0 > 0 only where
 // weights are split.
@@ -26,8 +26,7 @@ struct Linear {
   static constexpr int kPerUnit = kSplit<Weight> ? 1 : kPer<A>;
   int64_t n, k, panels, units;  // units: of a column
   const Weight* data;
-  const float *bias, *scale;  // scale: of int8 weights
-  const int32_t* sum;         // of an output's int8 weights
+  const float *bias, *scale, *sum;  // of int8 weights: their scale, and the sum of an output's
 
   Linear(const void* packed, int64_t n_, int64_t k_)
       : n(n_),
@@ -38,7 +37,7 @@ struct Linear {
     const char* end = static_cast<const char*>(packed) + round_up(panel_bytes() * panels, 64);
     bias = reinterpret_cast<const float*>(end);
     scale = bias + panels * NR;
-    sum = reinterpret_cast<const int32_t*>(scale + panels * NR);
+    sum = scale + panels * NR;
   }
   int64_t panel_bytes() const { return units * NR * int64_t(sizeof(Weight)); }
   int64_t bytes() const {
@@ -48,8 +47,9 @@ struct Linear {
   Part whole() const { return {0, panels, 0, k}; }
 };
 
-// Rows of a, and for int8 the scale of each. `row` elements stand for k of them, a multiple of what
-// a tile reads, with zeros behind k. For the matrix unit, 32 rows follow each other step by step.
+// Rows of a; for int8, byte q of a row stands for low + q * scale. `row` elements stand for k of
+// them, a multiple of what a tile reads, with zeros behind k. For the matrix unit, 32 rows follow
+// each other step by step.
 template <int precision>
 struct Operand {
   using Weight = typename Format<precision>::Weight;
@@ -58,7 +58,7 @@ struct Operand {
   static constexpr int64_t kStepK = kStep * kPer<A>;
   A* data;
   int64_t row;
-  float* scale;
+  float *scale, *low;
 
   static int64_t elements(int64_t rows, int64_t row) { return rows * row * kParts; }
   A* at(int64_t m, int64_t n) const {  // of the first part
@@ -78,7 +78,7 @@ struct Operand {
 
 // put(row, column, register) for all rows and the part's columns, which run on to the end of the
 // last panel. `a` starts at the part's k0; the bias is added with the first k.
-template <Sign sign, int precision, class Put>
+template <int precision, class Put>
 void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t rows, const Part& part,
             const Put& put) {
   using Weight = typename Format<precision>::Weight;
@@ -95,17 +95,15 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
         const int64_t n = panel * NR + j * W;
         vf v = load(from + j * W);
         if constexpr (kSumsInt32<Weight>) {
-          vi sum;
-          __builtin_memcpy(&sum, w.sum + n, sizeof sum);
-          v = __builtin_convertvector((vi)v - kOffset<sign> * sum, vf) *
-              (load(w.scale + n) * a.scale[row]);
+          v = __builtin_convertvector((vi)v, vf) * (load(w.scale + n) * a.scale[row]) +
+              load(w.sum + n) * a.low[row];
         } else if constexpr (std::is_same_v<Weight, int8_t>) {
           v *= load(w.scale + n);
         }
         put(row, n, part.k0 ? v : v + load(w.bias + n));
       }
   };
-  constexpr Dot dot = precision < 2 ? Dot::bf16 : sign == Sign::both ? Dot::int8 : Dot::uint8;
+  constexpr Dot dot = precision < 2 ? Dot::bf16 : Dot::uint8;
   constexpr int64_t parts = Operand<precision>::kParts;
   const int64_t steps = ceil_div(part.k, Operand<precision>::kStepK);
   [[maybe_unused]] const int64_t pauses = steps * kPauses<parts>;
@@ -149,37 +147,28 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
   finish(kMaxTileRows);
 }
 
-// Row m of the operand from n floats or bf16, its largest magnitude as the largest integer: in
-// int16 the largest with which no sum of products can overflow. As unsigned int8, 0 stands for
-// `low`, which no value is below.
-template <Sign sign = Sign::both, int precision, class T>
-void put_row(const Operand<precision>& to, int64_t m, const T* from, int64_t n, float low = 0) {
+// Row m of the operand from n floats or bf16; as bytes, its least value as 0 and its largest as
+// 255.
+template <int precision, class T>
+void put_row(const Operand<precision>& to, int64_t m, const T* from, int64_t n) {
   using A = typename Operand<precision>::A;
   if constexpr (std::is_integral_v<A>) {
-    constexpr bool both = sign == Sign::both || sizeof(A) == 2;
-    const float limit = sizeof(A) == 2 ? float(min(32767, INT32_MAX / (127 * n)))
-                        : both         ? 127
-                                       : 255;
-    if (both) low = 0;
-    vf top = {}, poison = {};  // inf and NaN make the row NaN
+    const vf first = splat(to_float(from[0]));
+    vf most = first, negated = -first, poison = {};  // inf and NaN make the row NaN
     for (int64_t j = 0; j < n; j += W) {
-      const vf v = only(load(from + j), n - j);
-      top = max(top, both && v < 0 ? -v : v);
+      const vf v = only(load(from + j), n - j, first);
+      most = max(v, most);
+      negated = max(-v, negated);
       poison += v * 0.f;
     }
-    const float most = max_of(top) - low, inverse = most > 0 ? limit / most : 1;
-    to.scale[m] = 1 / inverse + sum(poison);
+    const float low = -max_of(negated), range = max_of(most) - low;
+    const float inverse = range > 0 ? 255 / range : 1;
+    to.scale[m] = 1 / inverse;
+    to.low[m] = low + sum(poison);
     for (int64_t j = 0; j < to.row; j += W) {
-      const vf v = (j < n ? only(load(from + j), n - j) - low : vf{}) * inverse;
+      const vf v = j < n ? (load(from + j) - low) * inverse : vf{};
       // Adding 1.5 * 2^23 rounds to an integer in the low bits.
-      const vi q = (vi)(v + 12582912.f) - 0x4B400000 + kOffset<sign>;
-      if constexpr (sizeof(A) == 2) {
-        store(to.at(m, j), q);
-      } else {
-        typedef int8_t vb __attribute__((vector_size(W)));
-        const vb b = __builtin_convertvector(q, vb);
-        __builtin_memcpy(to.at(m, j), &b, sizeof b);
-      }
+      store(to.at(m, j), (vi)(v + 12582912.f) - 0x4B400000);
     }
   } else {
     for (int64_t j = 0; j < to.row; j += W)

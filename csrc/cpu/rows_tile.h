@@ -1,9 +1,9 @@
 // Products of rows as they lie in memory with weights packed once, for inference.
 //
-// A row of a is a row of 32-bit units: one float, two bf16 or int16, or four int8 of neighbouring
-// k. Weights stand in panels unit[k][NR], zero-padded along n and k. Where the instruction set has
-// no dot product for a weight's type, a is wider and each weight is widened as it is loaded. For
-// the matrix unit, weights and a stand in the panels of amx.h.
+// A row of a is a row of 32-bit units: one float, two bf16, or four bytes of neighbouring k.
+// Weights stand in panels unit[k][NR], zero-padded along n and k. Where the instruction set has no
+// dot product for a weight's type, a is wider and each weight is widened as it is loaded. For the
+// matrix unit, weights and a stand in the panels of amx.h.
 #pragma once
 #include <array>
 #include <type_traits>
@@ -13,11 +13,8 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-struct quad {  // four int8 of neighbouring k
+struct quad {  // four int8 of neighbouring k, which meet uint8 of a
   uint32_t bits;
-};
-struct duo {  // two int8, which meet int16 of a
-  uint16_t bits;
 };
 struct pair {  // two bf16
   uint32_t bits;
@@ -25,17 +22,18 @@ struct pair {  // two bf16
 struct split {  // a float that becomes three bf16 before the matrix unit takes it, see amx.h
   float value;
 };
-enum class Sign { none, both };  // of an int8 operand: 0 to 255, or -127 to 127
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 constexpr bool kHasInt8 = true;
 #else
 constexpr bool kHasInt8 = false;
 #endif
-#if defined(__AVX2__)
-constexpr bool kHasInt16 = !kHasInt8;
+// Without VNNI the products of two neighbours are added in 16 bits, which saturate: the weights of
+// such a pair may add up to 128 at most, 255 * 128 being less than 2^15.
+#if defined(__AVX512VNNI__)
+constexpr bool kSaturates = false;
 #else
-constexpr bool kHasInt16 = false;
+constexpr bool kSaturates = kHasInt8;
 #endif
 
 // The weights of each precision here: what a unit of a panel holds, and what a holds beside it.
@@ -54,15 +52,15 @@ struct Format<1> {
 };
 template <>
 struct Format<2> {
-  using Weight = std::conditional_t<kHasInt8, quad, std::conditional_t<kHasInt16, duo, int8_t>>;
-  using A = std::conditional_t<kHasInt8, int8_t, std::conditional_t<kHasInt16, int16_t, float>>;
+  using Weight = std::conditional_t<kHasInt8, quad, int8_t>;
+  using A = std::conditional_t<kHasInt8, uint8_t, float>;
 };
 template <class A>
 constexpr int kPer = 4 / sizeof(A);  // elements of a in a unit
 template <class Weight>
 constexpr bool kSplit = std::is_same_v<Weight, split>;
 template <class Weight>
-constexpr bool kSumsInt32 = std::is_same_v<Weight, quad> || std::is_same_v<Weight, duo>;
+constexpr bool kSumsInt32 = std::is_same_v<Weight, quad>;
 template <class Weight>
 constexpr bool kMatrixUnit = kHasAmx && !std::is_same_v<Weight, float>;
 template <class Weight>
@@ -75,15 +73,6 @@ constexpr int kUnits = kSplit<Weight>        ? 2 * kStep
 
 inline vf load(const pair* p) { return load(reinterpret_cast<const float*>(p)); }
 inline vf load(const quad* p) { return load(reinterpret_cast<const float*>(p)); }
-#if defined(__AVX512BW__)
-inline vf load(const duo* p) {
-  return (vf)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-#elif defined(__AVX2__)
-inline vf load(const duo* p) {
-  return (vf)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-#endif
 inline vf load(const int8_t* p) {
   typedef int8_t vb __attribute__((vector_size(W)));
   vb b;
@@ -91,29 +80,30 @@ inline vf load(const int8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
 }
 
+// acc + a b, b a register of weights from `from` on.
 template <class Weight>
-inline vf dot(vf acc, vf a, vf b) {
+inline vf dot(vf acc, vf a, vf b, [[maybe_unused]] const Weight* from) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<Weight, pair>)
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
 #endif
 #if defined(__AVX512VNNI__)
-  if constexpr (std::is_same_v<Weight, quad>)  // a is unsigned, see kOffset
+  if constexpr (std::is_same_v<Weight, quad>)
     return (vf)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
-#endif
-#if defined(__AVX2__)
-  if constexpr (std::is_same_v<Weight, duo>) {
-    // In one piece: the compiler would take all products before the sums, and spill.
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<Weight, quad>) {
+    // In one piece, or the compiler would take all products before the sums, and spill; b from
+    // memory, since the registers are taken.
+    const vi ones = (vi)(vu{} + 0x00010001);
     vf product;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(a), "v"(b));
+    asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+v"(acc), "=&v"(product)
+        : "v"(a), "m"(*reinterpret_cast<const quad(*)[W]>(from)), "v"(ones));
     return acc;
   }
 #endif
   return acc + a * b;
 }
-// What is added to a signed int8 of a to make it unsigned; the matrix unit takes signed ones too.
-template <Sign sign>
-constexpr int kOffset = kHasAmx || kHasInt16 || sign == Sign::none ? 0 : 128;
 
 // What is read after a tile, fetched into L2 while it is computed: `step` bytes for each unit.
 struct Ahead {
@@ -154,7 +144,7 @@ void rows_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, in
         v = splat(x);
 #endif
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) acc[i][j] = dot<Weight>(acc[i][j], v, bu[j]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = dot(acc[i][j], v, bu[j], b + j * W);
       }
 #pragma GCC unroll 5
       for (int i = 0; i < bases; ++i) {

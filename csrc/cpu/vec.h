@@ -66,6 +66,17 @@ inline void store(int16_t* p, vi v) {  // the low halves
   const vs s = __builtin_convertvector(v, vs);
   __builtin_memcpy(p, &s, sizeof s);
 }
+inline void store(uint8_t* p, vi v) {  // of 0 to 255
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i i8 = (__m256i)v;
+  const __m128i h8 = _mm_packs_epi32(_mm256_castsi256_si128(i8), _mm256_extracti128_si256(i8, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(h8, h8));
+  return;
+#endif
+  typedef uint8_t vb __attribute__((vector_size(W)));
+  const vb b = __builtin_convertvector(v, vb);
+  __builtin_memcpy(p, &b, sizeof b);
+}
 // Round to nearest, ties to even; a NaN stays one.
 inline vu round_bf16(vf v) {
   const vu u = bits(v);
