@@ -13,6 +13,7 @@ from transformers import BertConfig
 
 from bertfast.bench import ops
 from bertfast.bench.command import say
+from bertfast.bench.measure import emulated
 
 LAYER = {"qkv_linear": 1, "attention": 1, "linear": 1, "add_layer_norm": 2, "feed_forward": 1}
 MINILM = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
@@ -48,11 +49,16 @@ def part(operator, step, precision, shape, rounds) -> dict:
 
 def main(argv=None):
     args = arguments(__doc__).parse_args(argv)
-    cells, summary = [], []
+    cells, summary, precisions = [], [], []
+    for precision in args.precisions:
+        if note := emulated(precision):
+            say(f"{precision}: {note}")
+        else:
+            precisions.append(precision)
     for title, (config, lengths) in MODELS.items():
         shape = ops.Shape.of(config, lengths)
         for step in ops.STEPS:
-            for precision in args.precisions:
+            for precision in precisions:
                 task = f"a layer of {title}, {step}, {precision}"
                 say(task)
                 parts = [part(name, step, precision, shape, args.rounds) for name in LAYER]

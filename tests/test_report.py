@@ -95,7 +95,9 @@ def small(tmp_path, monkeypatch):
     for module in (encoder, ops):
         monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 10**9))
     monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 10**9))
-    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1))
+    monkeypatch.setattr(measure, "SLOWEST", float("inf"))
+    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
+    monkeypatch.setattr(measure, "SETTLE", 0)
     return folder
 
 

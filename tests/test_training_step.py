@@ -21,7 +21,8 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
-def test_runs(folder, tmp_path):
+def test_runs(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_step, "emulated", lambda _: None)  # tiny steps are quick
     threads = str(torch.get_num_threads())
     options = ["--workloads", "minilm-natural", "--rounds", "1", "--curve", "3"]
     training_step.main([*options, "--threads", threads, "--out", str(tmp_path)])
@@ -50,6 +51,14 @@ def test_refuses_other_losses(folder, monkeypatch):
     monkeypatch.setattr(training_step, "models", spoiled)
     with pytest.raises(SystemExit, match="losses differ"):
         training_step.measure("minilm-natural", "fp32", tokenizer, 1)
+
+
+def test_slow_precision(folder, monkeypatch):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(training_step, "emulated", lambda _: "not timed: reason")
+    cell = training_step.measure("minilm-natural", "bf16", tokenizer, 1)
+    assert cell["note"] == "not timed: reason" and "ratio" not in cell
+    assert training_step.summary([cell], None) == []
 
 
 def test_masked_batches(folder):

@@ -1,13 +1,12 @@
 """What every benchmark shares: lengths, interleaved timing, ceilings, and where it was measured."""
 
 import datetime
-import math
 import platform
 import re
 import statistics
 import subprocess
 import time
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLE = 0.25  # seconds
+SLOWEST = 10  # times that fp32's product is quicker where torch is still a rival
 BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
 
 
@@ -60,24 +60,24 @@ def random_batch(lengths: list[int], seqlen: int, vocabulary: int, seed: int = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def interleave(
-    rivals: dict, rounds: int, warmup: int = 3, settle: float = 0.0
-) -> dict[str, list[float]]:
-    """Seconds of each call; every round calls each rival once, starting with another each time,
-    after uncounted calls for `settle` seconds."""
-    names = list(rivals)
-    for name in names:
-        for _ in range(warmup):
-            rivals[name]()
-    seconds = {name: [] for name in names}
+def turns(names: list, rounds: int):
+    """(round, name): every round has each name once, starting with another each time."""
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            while time.perf_counter() - start < settle:
-                rivals[name]()
-            start = time.perf_counter()
-            rivals[name]()
-            seconds[name].append(time.perf_counter() - start)
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            yield i, name
+
+
+def interleave(rivals: dict, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each call; every round calls each rival once."""
+    for run in rivals.values():
+        for _ in range(warmup):
+            run()
+    seconds = {name: [] for name in rivals}
+    for _, name in turns(list(rivals), rounds):
+        start = time.perf_counter()
+        rivals[name]()
+        seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -87,31 +87,48 @@ def synchronize(device: str) -> None:
 
 
 def burst(run, seconds: float, device: str = "cpu"):
-    """A call that repeats run() for about `seconds`, and how often it does."""
+    """A call that repeats run() for about `seconds`, how often it does, and the seconds of one."""
     synchronize(device)
     start = time.perf_counter()
     run()
     synchronize(device)
-    count = max(1, round(seconds / (time.perf_counter() - start)))
+    one = time.perf_counter() - start
+    count = max(1, round(seconds / one))
 
     def repeat():
         for _ in range(count):
             run()
         synchronize(device)
 
-    return repeat, count
+    return repeat, count, one
 
 
 def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False) -> dict:
     """Median seconds of each run(), in interleaved bursts of so many seconds, each after others
-    that don't count: OpenMP's threads of the library before spin on for 0.2 s. warm: each has run
-    before; otherwise it does once, since what a first call makes doesn't count."""
+    that don't count, or a pause where one call takes longer than they would: OpenMP's threads of
+    the library before spin on for 0.2 s. warm: each has run before; otherwise it does once, since
+    what a first call makes doesn't count."""
     for run in () if warm else runs.values():
         run()
-    bursts = {name: burst(run, seconds, device) for name, run in runs.items()}
-    settle = SETTLE if device == "cpu" else 0
-    timed = interleave({name: repeat for name, (repeat, _) in bursts.items()}, rounds, 0, settle)
-    return {name: median(s) / bursts[name][1] for name, s in timed.items()}
+    wait = SETTLE if device == "cpu" else 0
+    bursts, timed = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        time.sleep(wait)
+        bursts[name] = burst(run, seconds, device)
+    for i, name in turns(list(runs), rounds):
+        repeat, count, one = bursts[name]
+        if one > SETTLE and i == 0:
+            timed[name].append(one)
+            continue
+        start = time.perf_counter()
+        if one > SETTLE:
+            time.sleep(wait)
+        while time.perf_counter() - start < wait:
+            repeat()
+        start = time.perf_counter()
+        repeat()
+        timed[name].append((time.perf_counter() - start) / count)
+    return {name: median(found) for name, found in timed.items()}
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
@@ -148,25 +165,20 @@ def product(precision: str, device: str = "cpu"):
     return multiply, 2 * side**3
 
 
-class Patience:
-    """For calls of one work by several: 2 s, and 20 times what the quickest so far took. On a
-    processor without instructions for bf16, torch's takes minutes."""
+@cache
+def rate(precision: str) -> float:
+    """Operations a second of torch's own product on this CPU."""
+    multiply, flop = product(precision)
+    return flop / median(interleave({precision: multiply}, 3, 1)[precision])
 
-    def __init__(self):
-        self.quickest = math.inf
 
-    def __call__(self, run, name: str, tries: int = 2):
-        """run(). Raises: TimeoutError where it took too long at every try: the first call may have
-        compiled. One try alone where a second call does something else."""
-        limit = max(2.0, 20 * self.quickest)
-        for _ in range(tries):
-            start = time.perf_counter()
-            result = run()
-            seconds = time.perf_counter() - start
-            if seconds <= limit:
-                self.quickest = min(self.quickest, seconds)
-                return result
-        raise TimeoutError(f"{name} took {seconds:.1f} s, more than {limit:.1f}: not timed")
+def emulated(precision: str) -> str | None:
+    """Why torch itself is no rival in a precision on this CPU, if so: without instructions for it
+    (bf16 with AVX2 alone), its products take a hundred times as long as in fp32."""
+    if precision == "fp32" or SLOWEST * rate(precision) >= rate("fp32"):
+        return None
+    rates = " and ".join(f"{rate(p) / 1e9:.0f} GFLOP/s in {p}" for p in (precision, "fp32"))
+    return f"not timed: torch's own product runs at {rates}"
 
 
 def copy(device: str = "cpu"):

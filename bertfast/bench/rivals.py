@@ -25,6 +25,7 @@ class Rival:
     devices: tuple[str, ...] = ("cpu",)
     packages: tuple[str, ...] = ()  # beyond bertfast's own dependencies
     tolerance = 2e-5  # of last_hidden_state in fp32, against transformers
+    on_torch = False  # torch's own products are all it has
     ours = False
 
     @classmethod
@@ -48,6 +49,7 @@ class Sdpa(Rival):
     name = "transformers sdpa"
     precisions = ("fp32", "bf16")
     devices = ("cpu", "cuda")
+    on_torch = True
     attention = "sdpa"
 
     def __init__(self, folder, precision, threads, device="cpu"):
@@ -119,7 +121,7 @@ class DropIn(Sdpa):
     """transformers' model after `bertfast.accelerate`."""
 
     name = "bertfast drop-in"
-    ours = True
+    ours, on_torch = True, False
 
     def __init__(self, folder, precision, threads, device="cpu"):
         super().__init__(folder, precision, threads, device)
