@@ -48,7 +48,7 @@ bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, an
 	$(BIN)/python benchmarks/training_step.py --rounds 2 --curve 0 --workloads base-8x128 base-natural
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sweep.py --rounds 2
-	$(BIN)/python benchmarks/breakdown.py --rounds 3
+	$(BIN)/python benchmarks/breakdown.py --rounds 2
 	$(BIN)/python benchmarks/rivals_memory.py
 	$(BIN)/python benchmarks/report.py
 

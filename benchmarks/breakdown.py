@@ -8,12 +8,11 @@ copy, which are the roofs: an operator needs at least flop / product's rate and 
 """
 
 from encoder_inference import WORKLOADS
-from harness import arguments, save
+from harness import arguments, save, timed
 from transformers import BertConfig
 
 from bertfast.bench import ops
 from bertfast.bench.command import say
-from bertfast.bench.measure import emulated
 
 LAYER = {"qkv_linear": 1, "attention": 1, "linear": 1, "add_layer_norm": 2, "feed_forward": 1}
 MINILM = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
@@ -49,12 +48,8 @@ def part(operator, step, precision, shape, rounds) -> dict:
 
 def main(argv=None):
     args = arguments(__doc__).parse_args(argv)
-    cells, summary, precisions = [], [], []
-    for precision in args.precisions:
-        if note := emulated(precision):
-            say(f"{precision}: {note}")
-        else:
-            precisions.append(precision)
+    cells, summary = [], []
+    precisions = list(filter(timed, args.precisions))
     for title, (config, lengths) in MODELS.items():
         shape = ops.Shape.of(config, lengths)
         for step in ops.STEPS:

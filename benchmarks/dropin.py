@@ -56,7 +56,7 @@ def race(name, run, stock, rounds) -> dict:
     """Seconds and error of run(model), the stock model beside its accelerated copy."""
     ours = accelerated(stock)
     error = close(name, run(ours), run(stock))
-    timed = interleave({"bertfast": lambda: run(ours), "rival": lambda: run(stock)}, rounds, 1)
+    timed = interleave({"bertfast": lambda: run(ours), "rival": lambda: run(stock)}, rounds, 0)
     return {key: median(seconds) for key, seconds in timed.items()} | {"max_error": error}
 
 

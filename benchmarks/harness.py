@@ -10,12 +10,20 @@ from pathlib import Path
 
 import torch
 
-from bertfast.bench.measure import cpu_name, interleave, median, natural_lengths, origin
+from bertfast.bench.command import say
+from bertfast.bench.measure import (
+    cpu_name,
+    emulated,
+    interleave,
+    median,
+    natural_lengths,
+    origin,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 __all__ = ["ROOT", "interleave", "load", "median", "minilm", "natural_lengths", "origin"]
-__all__ += ["real_batch", "real_text", "result_file", "save"]
+__all__ += ["real_batch", "real_text", "result_file", "save", "timed"]
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -26,6 +34,13 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
     return parser
+
+
+def timed(precision: str) -> bool:
+    """Whether torch, the rival of these scripts, can be timed in a precision; says why not."""
+    if note := emulated(precision):
+        say(f"{precision}: {note}")
+    return not note
 
 
 def minilm() -> str:

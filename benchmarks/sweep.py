@@ -8,7 +8,7 @@ share of whose positions is padding. Outputs are checked in the same run.
 
 import torch
 import transformers
-from harness import arguments, minilm, save
+from harness import arguments, minilm, save, timed
 from rivals import Frozen, OneDnn, Sdpa
 
 from bertfast.bench.command import say, table
@@ -49,7 +49,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     folder, threads, cells = minilm(), torch.get_num_threads(), []
     reference = transformers.BertModel.from_pretrained(folder).eval()
-    for precision in args.precisions:
+    for precision in filter(timed, args.precisions):
         rivals, rows = build((Frozen, Sdpa, OneDnn), folder, precision, threads, say=say)
         for axis, value, title, lengths, seqlen in shapes():
             batch = random_batch(lengths, seqlen, reference.config.vocab_size)

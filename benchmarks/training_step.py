@@ -90,9 +90,6 @@ def check(found: dict, steps: dict, batch, precision) -> dict:
 
 def measure(workload: str, precision: str, tokenizer, rounds: int) -> dict:
     name, title, lengths = WORKLOADS[workload]
-    found = models(name)
-    config = found["bertfast"].config
-    batch = real_batch(tokenizer, lengths)
     cell = {
         "workload": workload,
         "precision": precision,
@@ -101,6 +98,9 @@ def measure(workload: str, precision: str, tokenizer, rounds: int) -> dict:
     if note := emulated(precision):
         print(f"{cell['task']}: {note}", flush=True)
         return cell | {"note": note}
+    found = models(name)
+    config = found["bertfast"].config
+    batch = real_batch(tokenizer, lengths)
     batch["labels"] = torch.arange(len(lengths)) % LABELS
     steps = {side: stepper(model, precision, 1e-5) for side, model in found.items()}
     losses = check(found, steps, batch, precision)

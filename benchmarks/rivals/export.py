@@ -1,6 +1,7 @@
 """A BERT checkpoint as one ONNX file, made once into build/, for the runtimes that read ONNX."""
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def onnx_file(folder) -> Path:
         model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
         example = torch.ones(2, 8, dtype=torch.long)
         axes = {0: "batch", 1: "seqlen"}
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")  # of several processes, any may be first
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # of the exporter by tracing, which needs no onnxscript
             torch.onnx.export(
