@@ -40,12 +40,12 @@ test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	cmake --build build/cuda_host
 	BERTFAST_EXTENSION=$(CURDIR)/build/cuda_host/_C.so $(BIN)/pytest -k cuda $(OPERATOR_TESTS)
 
-bench: build $(BENCH_INSTALLED) ## all that a CPU can show beside its rivals, and the report
+bench: build $(BENCH_INSTALLED) ## what a CPU can show beside its rivals, and the report
 	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group --benchmark-max-time=0.1 \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/encoder_inference.py --rounds 2
 	$(BIN)/python benchmarks/dropin.py --rounds 2 --steps 6
-	$(BIN)/python benchmarks/training_step.py --rounds 2 --curve 0 --workloads base-8x128 base-natural
+	$(BIN)/python benchmarks/training_step.py --rounds 2 --curve 0
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sweep.py --rounds 2
 	$(BIN)/python benchmarks/breakdown.py --rounds 2

@@ -4,11 +4,12 @@
 
 Each operator is held against its reference in fp64, then both take turns with torch's product and
 copy, which are the roofs: an operator needs at least flop / product's rate and bytes / copy's rate
-(its inputs, weights and outputs, each moved once). "training" is forward and backward.
+(its inputs, weights and outputs, each moved once). "training" is forward and backward. A precision
+that torch emulates on this CPU is left out.
 """
 
 from encoder_inference import WORKLOADS
-from harness import arguments, save, timed
+from harness import arguments, save, torch_runs
 from transformers import BertConfig
 
 from bertfast.bench import ops
@@ -49,7 +50,7 @@ def part(operator, step, precision, shape, rounds) -> dict:
 def main(argv=None):
     args = arguments(__doc__).parse_args(argv)
     cells, summary = [], []
-    precisions = list(filter(timed, args.precisions))
+    precisions = torch_runs(args.precisions)
     for title, (config, lengths) in MODELS.items():
         shape = ops.Shape.of(config, lengths)
         for step in ops.STEPS:

@@ -23,7 +23,7 @@ from bertfast.bench.measure import (
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 __all__ = ["ROOT", "interleave", "load", "median", "minilm", "natural_lengths", "origin"]
-__all__ += ["real_batch", "real_text", "result_file", "save", "timed"]
+__all__ += ["real_batch", "real_text", "result_file", "save", "torch_runs"]
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -36,11 +36,15 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def timed(precision: str) -> bool:
-    """Whether torch, the rival of these scripts, can be timed in a precision; says why not."""
-    if note := emulated(precision):
-        say(f"{precision}: {note}")
-    return not note
+def torch_runs(precisions) -> list[str]:
+    """Those that torch, these scripts' rival, has instructions for; says of the others why not."""
+    notes = {precision: emulated(precision) for precision in precisions}
+    for precision, note in notes.items():
+        if note:
+            say(f"{precision}: {note}")
+    if all(notes.values()):
+        raise SystemExit("no precision is left to measure: --precisions fp32 always is")
+    return [precision for precision in precisions if not notes[precision]]
 
 
 def minilm() -> str:

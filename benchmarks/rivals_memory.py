@@ -28,10 +28,10 @@ KEY = "inference_peak_mb"
 
 def measure(classes, folder, precision, config) -> list[dict]:
     sizes = (LENGTHS, max(LENGTHS), config.vocab_size)
-    threads = torch.get_num_threads()
+    threads, slow = torch.get_num_threads(), emulated(precision)
 
     def row(cls) -> dict:
-        note, found = cls.available() or (cls.on_torch and emulated(precision)) or None, {}
+        note, found = cls.available() or (slow if cls.on_torch else None), {}
         if note is None:
             say(f"memory of {cls.name}, {precision}")
             where = [ROOT / "benchmarks"]

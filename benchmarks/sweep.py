@@ -3,12 +3,13 @@
     python benchmarks/sweep.py [--precisions fp32 bf16] [--rounds 5]
 
 Lengths: full rows, 1024 tokens in each batch. Padding: 16 rows of at most 128 tokens, a growing
-share of whose positions is padding. Outputs are checked in the same run.
+share of whose positions is padding. Outputs are checked in the same run. A precision that torch
+emulates on this CPU is left out.
 """
 
 import torch
 import transformers
-from harness import arguments, minilm, save, timed
+from harness import arguments, minilm, save, torch_runs
 from rivals import Frozen, OneDnn, Sdpa
 
 from bertfast.bench.command import say, table
@@ -49,7 +50,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     folder, threads, cells = minilm(), torch.get_num_threads(), []
     reference = transformers.BertModel.from_pretrained(folder).eval()
-    for precision in filter(timed, args.precisions):
+    for precision in torch_runs(args.precisions):
         rivals, rows = build((Frozen, Sdpa, OneDnn), folder, precision, threads, say=say)
         for axis, value, title, lengths, seqlen in shapes():
             batch = random_batch(lengths, seqlen, reference.config.vocab_size)

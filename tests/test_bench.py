@@ -17,7 +17,7 @@ def small_product(monkeypatch):
     for module in (encoder, train, ops):
         monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 1))
     monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 1))
-    monkeypatch.setattr(measure, "SLOWEST", float("inf"))  # tiny models are quick in any precision
+    monkeypatch.setattr(measure, "rate", lambda _: 1)
     monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
     monkeypatch.setattr(measure, "SETTLE", 0)
 
@@ -122,6 +122,15 @@ def test_train(task, folder, capsys, tmp_path):
         assert all(row["milliseconds"] > 0 and row["cosine"] > 0.99 for row in cell["rows"])
 
 
+def test_train_leaves_out_what_torch_emulates(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "emulated", lambda precision: "left out")
+    arguments = f"train --model {folder} --batch 2 --seq 9 --impl bertfast sdpa compile"
+    (cell,), _, _ = bench(capsys, tmp_path, *arguments.split())
+    notes = {row["name"]: row.get("note") for row in cell["rows"]}
+    left_out = {train.IMPLEMENTATIONS[key]: "left out" for key in ("sdpa", "compile")}
+    assert notes == {"bertfast": None} | left_out
+
+
 def test_train_finds_wrong_gradients(folder, capsys, monkeypatch):
     right = train.model_of
 
@@ -180,6 +189,7 @@ def test_burst_and_turns(monkeypatch):
     found = measure.take_turns({"slow": slow, "fast": fast}, 3, seconds=0.01)
     assert found["slow"] > 1.5 * found["fast"] and found["slow"] >= 0.01
     monkeypatch.setattr(measure, "SETTLE", 0.004)
+    monkeypatch.setattr(measure, "LONG", 0.005)
     calls.clear()
     measure.take_turns({"slow": lambda: calls.append(0) or slow()}, 3, seconds=0.01, warm=True)
     assert len(calls) == 3  # one a round: nothing uncounted before what takes so long
@@ -190,8 +200,7 @@ def test_emulated_precision(monkeypatch):
     monkeypatch.setattr(measure, "rate", {"fp32": 165e9, "bf16": 2e9, "int8": 40e9}.get)
     assert measure.emulated("fp32") is None and measure.emulated("int8") is None
     why = measure.emulated("bf16")
-    assert why == "not timed: torch's own product runs at 2 GFLOP/s in bf16 and 165 GFLOP/s in fp32"
-    monkeypatch.setattr(encoder, "emulated", measure.emulated)
+    assert why == "left out: torch's own product runs at 2 GFLOP/s in bf16 and 165 GFLOP/s in fp32"
     monkeypatch.setattr(rivals.Loaded, "__init__", lambda *_: None)
     found, rows = encoder.build((rivals.Sdpa, rivals.Loaded), "folder", "bf16", 1)
     assert list(found) == [rivals.Loaded] and rows == [{"name": rivals.Sdpa.name, "note": why}]

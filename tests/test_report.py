@@ -11,6 +11,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import breakdown
+import harness
 import plots
 import report
 import rivals_memory
@@ -95,7 +96,7 @@ def small(tmp_path, monkeypatch):
     for module in (encoder, ops):
         monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 10**9))
     monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 10**9))
-    monkeypatch.setattr(measure, "SLOWEST", float("inf"))
+    monkeypatch.setattr(measure, "rate", lambda _: 1)
     monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
     monkeypatch.setattr(measure, "SETTLE", 0)
     return folder
@@ -110,6 +111,16 @@ def test_sweep(small, tmp_path, monkeypatch):
     assert len(result["cells"]) == 2 * (2 + len(sweep.PADDING))
     assert [c["tokens"] for c in result["cells"][:3]] == [32, 32, 256]
     assert len(result["summary"]) == 2 and report.report({"sweep": result})
+
+
+def test_precisions_that_torch_emulates(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "emulated", lambda p: "left out" if p == "bf16" else None)
+    monkeypatch.setattr(sweep, "shapes", lambda: [("length", 8, "2 x 8 tokens", [8, 8], 8)])
+    sweep.main(["--rounds", "1", "--out", str(tmp_path)])
+    cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+    assert [cell["precision"] for cell in cells] == ["fp32"]
+    with pytest.raises(SystemExit, match="no precision is left"):
+        breakdown.main(["--precisions", "bf16", "--out", str(tmp_path)])
 
 
 def test_breakdown(small, tmp_path, monkeypatch):
@@ -128,4 +139,5 @@ def test_memory(small, tmp_path):
     arguments = ["--precisions", "bf16", "--rivals", "transformers sdpa", "--out", str(tmp_path)]
     rivals_memory.main(arguments)
     (found,) = json.loads((tmp_path / "rivals_memory.json").read_text())["cells"]
-    assert {"bertfast frozen", "transformers sdpa"} < {row["name"] for row in found["rows"]}
+    rows = {row["name"]: row for row in found["rows"]}
+    assert all(rows[name]["inference_peak_mb"] for name in ("bertfast frozen", "transformers sdpa"))

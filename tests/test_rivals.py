@@ -102,7 +102,6 @@ def test_cells_and_their_file(script, folder, tmp_path, monkeypatch, capsys):
         script, "WORKLOADS", {"a": ("tiny", "A", [[5, 9], [3]]), "b": ("tiny", "B", [[4]])}
     )
     monkeypatch.setattr(encoder, "product", lambda *_: (lambda: None, 1))
-    monkeypatch.setattr(measure, "SLOWEST", float("inf"))
     monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
     monkeypatch.setattr(measure, "SETTLE", 0)
     before = torch.get_num_threads()

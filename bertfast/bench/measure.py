@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTLE = 0.25  # seconds
+SETTLE, LONG = 0.25, 1.0  # seconds
 SLOWEST = 10  # times that fp32's product is quicker where torch is still a rival
 BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
 
@@ -106,8 +106,9 @@ def burst(run, seconds: float, device: str = "cpu"):
 def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False) -> dict:
     """Median seconds of each run(), in interleaved bursts of so many seconds, each after others
     that don't count, or a pause where one call takes longer than they would: OpenMP's threads of
-    the library before spin on for 0.2 s. warm: each has run before; otherwise it does once, since
-    what a first call makes doesn't count."""
+    the library before spin on for 0.2 s. Of a call of over a second, the one that told so is the
+    first round's. warm: each has run before; otherwise it does once, since what a first call makes
+    doesn't count."""
     for run in () if warm else runs.values():
         run()
     wait = SETTLE if device == "cpu" else 0
@@ -117,7 +118,7 @@ def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=F
         bursts[name] = burst(run, seconds, device)
     for i, name in turns(list(runs), rounds):
         repeat, count, one = bursts[name]
-        if one > SETTLE and i == 0:
+        if one > LONG and i == 0:
             timed[name].append(one)
             continue
         start = time.perf_counter()
@@ -178,7 +179,7 @@ def emulated(precision: str) -> str | None:
     if precision == "fp32" or SLOWEST * rate(precision) >= rate("fp32"):
         return None
     rates = " and ".join(f"{rate(p) / 1e9:.0f} GFLOP/s in {p}" for p in (precision, "fp32"))
-    return f"not timed: torch's own product runs at {rates}"
+    return f"left out: torch's own product runs at {rates}"
 
 
 def copy(device: str = "cpu"):

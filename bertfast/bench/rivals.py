@@ -25,7 +25,7 @@ class Rival:
     devices: tuple[str, ...] = ("cpu",)
     packages: tuple[str, ...] = ()  # beyond bertfast's own dependencies
     tolerance = 2e-5  # of last_hidden_state in fp32, against transformers
-    on_torch = False  # torch's own products are all it has
+    on_torch = False  # transformers' layers on torch's own products
     ours = False
 
     @classmethod

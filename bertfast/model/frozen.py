@@ -67,8 +67,8 @@ class FrozenEncoder(Frozen):
     layer norm and the residual stream in fp32. int8: weights per output channel, activations in
     uint8 between the least and the largest of a token as they come (no calibration; fp32 without
     AVX2), attention and its queries, keys and values in bf16. Where the processor has no bf16 dot
-    product, weights are stored so and widened as they are read; beside int8, queries, keys and
-    values are projected in int8 there and attention is in fp32.
+    product, bf16 weights are widened as they are read and attention is in fp32; int8 with AVX2 then
+    projects queries, keys and values in int8 too, by weights scaled so that no sum saturates.
     """
 
     def __init__(self, encoder, config, precision: str):

@@ -29,9 +29,9 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
     const T* row = i < valid ? rows + i * to.k : nullptr;
     float top = 0;
     for (int64_t k = 0; row && k < to.k; ++k) {
-      const float w = to_float(row[k]), pair = k % 2 ? w + to_float(row[k - 1]) : 0;
+      const float w = to_float(row[k]), both = k % 2 ? w + to_float(row[k - 1]) : 0;
       top = std::fmax(top, std::fabs(w));
-      if (kSaturates) top = std::fmax(top, std::fabs(pair));
+      if (kSaturates) top = std::fmax(top, std::fabs(both));
     }
     if (precision == 2 && top > 0) scale[i] = top / 127;
     int64_t total = 0;

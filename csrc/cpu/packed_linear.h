@@ -48,8 +48,8 @@ struct Linear {
 };
 
 // Rows of a; for int8, byte q of a row stands for low + q * scale. `row` elements stand for k of
-// them, a multiple of what a tile reads, with zeros behind k. For the matrix unit, 32 rows follow
-// each other step by step.
+// them, a multiple of what a tile reads; weights behind k are 0, and so is a but for bytes. For the
+// matrix unit, 32 rows follow each other step by step.
 template <int precision>
 struct Operand {
   using Weight = typename Format<precision>::Weight;
