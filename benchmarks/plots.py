@@ -80,7 +80,7 @@ def bar_grid(cells, row_of, field, unit, title, subtitle):
                 axes.set_axis_off()
                 continue
             bars(axes, found[0]["rows"], field, unit, most[i])
-            axes.set_title(f"{row}, {precision}" if row else precision, color=INK, fontsize=9)
+            axes.set_title(f"{row}, {precision}" if row else precision, color=INK, fontsize=8)
     return made
 
 
@@ -187,7 +187,7 @@ def roofline(result):
     models = list(dict.fromkeys(c["model"] for c in cells))
     precisions = list(dict.fromkeys(c["precision"] for c in cells))
     made = figure(
-        *(4.9 * len(precisions), 3.5 * len(models), "Roofline of a layer's forward"),
+        *(max(6, 4.9 * len(precisions)), 3.5 * len(models), "Roofline of a layer's forward"),
         f"torch's own copy and product are the roofs; {device(result)}",
     )
     grid = made.subplots(len(models), len(precisions), squeeze=False)
