@@ -20,13 +20,7 @@ from harness import minilm
 import bertfast
 from bertfast.bench import train
 from bertfast.bench.encoder import agreement, wrong
-from bertfast.bench.measure import (
-    commit,
-    emulated,
-    natural_lengths,
-    random_batch,
-    take_turns,
-)
+from bertfast.bench.measure import commit, emulated, natural_lengths, random_batch, take_turns
 from bertfast.bench.rivals import Frozen, Loaded, Sdpa
 
 BASELINE = Path(__file__).with_name("baseline.json")

@@ -11,14 +11,7 @@ from pathlib import Path
 import torch
 
 from bertfast.bench.command import say
-from bertfast.bench.measure import (
-    cpu_name,
-    emulated,
-    interleave,
-    median,
-    natural_lengths,
-    origin,
-)
+from bertfast.bench.measure import cpu_name, emulated, interleave, median, natural_lengths, origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,17 +11,13 @@ import bertfast
 
 from .encoder import first_line
 from .measure import emulated, encoder_flop, product, take_turns
+from .rivals import IMPLEMENTATIONS as RIVALS
 
 TASKS = {"classify": "BertForSequenceClassification", "mlm": "BertForMaskedLM"}
 PRECISIONS = ("fp32", "bf16")
 IMPLEMENTATIONS = {  # as `--impl` calls them: the names in tables
-    "bertfast": "bertfast",
-    "dropin": "bertfast drop-in",
-    "sdpa": "transformers sdpa",
-    "eager": "transformers eager",
-    "compile": "transformers compiled",
+    key: RIVALS[key].name for key in ("bertfast", "dropin", "sdpa", "eager", "compile")
 }
-ON_TORCH = ("sdpa", "eager", "compile")
 # Least cosine of all gradients together to fp32's, dropout off.
 COSINE = {"fp32": 0.99999, "bf16": 0.99}
 
@@ -126,7 +122,7 @@ def cell(reference, task, implementations, batch, precision, rounds, say=lambda 
     runs, found, rows = {}, {}, []
     for key in implementations:
         name = IMPLEMENTATIONS[key]
-        if key in ON_TORCH and device == "cpu" and (note := emulated(precision)):
+        if RIVALS[key].on_torch and device == "cpu" and (note := emulated(precision)):
             rows.append({"name": name, "note": note})
             continue
         say(f"checking {name}, {precision}")

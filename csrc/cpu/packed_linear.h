@@ -147,8 +147,7 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
   finish(kMaxTileRows);
 }
 
-// Row m of the operand from n floats or bf16; as bytes, its least value as 0 and its largest as
-// 255.
+// Row m of the operand from n floats or bf16; as bytes, 0 is its least value and 255 its largest.
 template <int precision, class T>
 void put_row(const Operand<precision>& to, int64_t m, const T* from, int64_t n) {
   using A = typename Operand<precision>::A;

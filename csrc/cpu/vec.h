@@ -55,17 +55,6 @@ inline vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(int16_t* p, vi v) {  // the low halves
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const __m256i i8 = (__m256i)((v << 16) >> 16);  // packing saturates
-  const __m128i h8 = _mm_packs_epi32(_mm256_castsi256_si128(i8), _mm256_extracti128_si256(i8, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h8);
-  return;
-#endif
-  typedef int16_t vs __attribute__((vector_size(W * 2)));
-  const vs s = __builtin_convertvector(v, vs);
-  __builtin_memcpy(p, &s, sizeof s);
-}
 inline void store(uint8_t* p, vi v) {  // of 0 to 255
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i i8 = (__m256i)v;
@@ -88,8 +77,14 @@ inline void store(bf16* p, vf v) {
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
   __builtin_memcpy(p, &rounded, sizeof rounded);
   return;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i i8 = (__m256i)round_bf16(v);
+  const __m128i h8 = _mm_packus_epi32(_mm256_castsi256_si128(i8), _mm256_extracti128_si256(i8, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h8);
+  return;
 #endif
-  store(reinterpret_cast<int16_t*>(p), (vi)round_bf16(v));
+  const vh h = __builtin_convertvector(round_bf16(v), vh);
+  __builtin_memcpy(p, &h, sizeof h);
 }
 // The first n < W elements; the rest of a load is zero.
 template <class T>
