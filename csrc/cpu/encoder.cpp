@@ -335,7 +335,7 @@ struct Encoder {
     // A block stays in L2.
     const int64_t columns = kSplit<Weight> ? min(inner_row, 512) : inner_row;
     const int64_t bytes = kSplit<Weight> ? hidden_row * 10 + columns * 6 : columns * sizeof(T);
-    const int64_t fitting = (kHasAmx ? 1600 << 10 : 768 << 10) / bytes;
+    const int64_t fitting = ((kHasAmx ? 1600 : precision == 2 ? 384 : 768) << 10) / bytes;
     const int64_t most = fitting > 2 * tile ? fitting : 2 * tile;
     const int64_t blocks = round_up(ceil_div(tokens, most), team.size);
     const int64_t rows = round_up(ceil_div(tokens, blocks), tile);

@@ -27,13 +27,17 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
     scale[i] = 1, sum[i] = 0;
     if (units) continue;
     const T* row = i < valid ? rows + i * to.k : nullptr;
-    float top = 0;
+    float top = 0, sums[2][2] = {};  // weights of one sign among four, see kSums16
     for (int64_t k = 0; row && k < to.k; ++k) {
-      const float w = to_float(row[k]), both = k % 2 ? w + to_float(row[k - 1]) : 0;
+      const float w = to_float(row[k]);
       top = std::fmax(top, std::fabs(w));
-      if (kSaturates) top = std::fmax(top, std::fabs(both));
+      if (k % 8 == 0) std::memset(sums, 0, sizeof sums);
+      float& sum = sums[k / 2 % 2][w < 0];
+      sum += std::fabs(w);
+      if (kSums16) top = std::fmax(top, sum);
     }
-    if (precision == 2 && top > 0) scale[i] = top / 127;
+    // Each of four weights may be rounded up by a half.
+    if (precision == 2 && top > 0) scale[i] = top / (kSums16 ? 126 : 127);
     int64_t total = 0;
     for (int64_t k = 0; k < to.units * L::kPerUnit; ++k) {
       const int64_t at = (k / L::kPerUnit * NR + i) * L::kPerUnit + k % L::kPerUnit;

@@ -28,12 +28,12 @@ constexpr bool kHasInt8 = true;
 #else
 constexpr bool kHasInt8 = false;
 #endif
-// Without VNNI the products of two neighbours are added in 16 bits, which saturate: the weights of
-// such a pair may add up to 128 at most, 255 * 128 being less than 2^15.
+// Without VNNI the products of two neighbours in each of two units are added in 16 bits: weights of
+// one sign among these four may add up to 128 at most, 255 * 128 being less than 2^15.
 #if defined(__AVX512VNNI__)
-constexpr bool kSaturates = false;
+constexpr bool kSums16 = false;
 #else
-constexpr bool kSaturates = kHasInt8;
+constexpr bool kSums16 = kHasInt8;
 #endif
 
 // The weights of each precision here: what a unit of a panel holds, and what a holds beside it.
@@ -62,13 +62,18 @@ constexpr bool kSplit = std::is_same_v<Weight, split>;
 template <class Weight>
 constexpr bool kSumsInt32 = std::is_same_v<Weight, quad>;
 template <class Weight>
+constexpr bool kSumsInt16 = kSums16 && std::is_same_v<Weight, quad>;
+template <class Weight>
 constexpr bool kMatrixUnit = kHasAmx && !std::is_same_v<Weight, float>;
 template <class Weight>
-constexpr int kTileRows = kMatrixUnit<Weight> ? kAmxRows : MR;
+constexpr int kTileRows = kMatrixUnit<Weight>  ? kAmxRows
+                          : kSumsInt16<Weight> ? MR - MR / 5  // registers for two of a and sums
+                                               : MR;
 constexpr int kMaxTileRows = kHasAmx ? kAmxRows : MR;
 template <class Weight>
 constexpr int kUnits = kSplit<Weight>        ? 2 * kStep
                        : kMatrixUnit<Weight> ? kStep
+                       : kSumsInt16<Weight>  ? 2
                                              : 1;  // a row is a multiple of so many units
 
 inline vf load(const pair* p) { return load(reinterpret_cast<const float*>(p)); }
@@ -80,9 +85,20 @@ inline vf load(const int8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
 }
 
-// acc + a b, b a register of weights from `from` on.
+// The unit at p in all lanes. Not splat(): arithmetic would change units that are no floats.
+inline vf broadcast(const float* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(*p);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(*p);
+#else
+  return splat(*p);
+#endif
+}
+
+// acc + a b.
 template <class Weight>
-inline vf dot(vf acc, vf a, vf b, [[maybe_unused]] const Weight* from) {
+inline vf dot(vf acc, vf a, vf b) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<Weight, pair>)
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
@@ -90,20 +106,24 @@ inline vf dot(vf acc, vf a, vf b, [[maybe_unused]] const Weight* from) {
 #if defined(__AVX512VNNI__)
   if constexpr (std::is_same_v<Weight, quad>)
     return (vf)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<Weight, quad>) {
-    // In one piece, or the compiler would take all products before the sums, and spill; b from
-    // memory, since the registers are taken.
-    const vi ones = (vi)(vu{} + 0x00010001);
-    vf product;
-    asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
-        : "+v"(acc), "=&v"(product)
-        : "v"(a), "m"(*reinterpret_cast<const quad(*)[W]>(from)), "v"(ones));
-    return acc;
-  }
 #endif
   return acc + a * b;
 }
+
+#if defined(__AVX2__)
+// acc + a0 b0 + a1 b1. In one piece, or the compiler would take all products before the sums, and
+// spill; the weights from memory, since the registers are taken.
+inline vf dot_two(vf acc, vf a0, vf a1, const quad* b0, const quad* b1) {
+  const vi ones = (vi)(vu{} + 0x00010001);
+  vf sum, other;
+  asm("vpmaddubsw %5, %3, %1\n\tvpmaddubsw %6, %4, %2\n\tvpaddw %2, %1, %1\n\t"
+      "vpmaddwd %7, %1, %1\n\tvpaddd %1, %0, %0"
+      : "+v"(acc), "=&v"(sum), "=&v"(other)
+      : "v"(a0), "v"(a1), "m"(*reinterpret_cast<const quad(*)[W]>(b0)),
+        "m"(*reinterpret_cast<const quad(*)[W]>(b1)), "v"(ones));
+  return acc;
+}
+#endif
 
 // What is read after a tile, fetched into L2 while it is computed: `step` bytes for each unit.
 struct Ahead {
@@ -116,7 +136,7 @@ struct Ahead {
 template <int R, class Weight>
 void rows_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, int64_t units,
                float* out, int64_t out_row, Ahead ahead) {
-  constexpr int bases = (R + 2) / 3;
+  constexpr int bases = (R + 2) / 3, once = kSumsInt16<Weight> ? 2 : 1;
   const int64_t run = kSumsInt32<Weight> ? units : kRun;
   const float* base[bases];
   for (int i = 0; i < bases; ++i) base[i] = a + 3 * i * a_row;
@@ -126,29 +146,28 @@ void rows_tile(const float* a, int64_t a_row, const Weight* b, int64_t b_row, in
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
-    for (int64_t u = min(run, units - start); u > 0; --u, b += b_row, ahead.from += ahead.step) {
-      __builtin_prefetch(ahead.from, 0, 2);
-      vf bu[NV];
+    for (int64_t u = min(run, units - start); u > 0;
+         u -= once, b += once * b_row, ahead.from += once * ahead.step) {
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) bu[j] = load(b + j * W);
+      for (int i = 0; i < once; ++i) __builtin_prefetch(ahead.from + i * ahead.step, 0, 2);
+      [[maybe_unused]] vf bu[NV];
+      if constexpr (once == 1)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) bu[j] = load(b + j * W);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
-        // Not splat(): arithmetic would change units that are no floats.
-        float x = base[i / 3][i % 3 * a_row];
-        vf v;
-#if defined(__AVX512F__)
-        v = (vf)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-        v = (vf)_mm256_set1_ps(x);
-#else
-        v = splat(x);
-#endif
+        const float* from = base[i / 3] + i % 3 * a_row;
+        const vf v = broadcast(from);
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) acc[i][j] = dot(acc[i][j], v, bu[j], b + j * W);
+        for (int j = 0; j < NV; ++j)
+          if constexpr (once == 1)
+            acc[i][j] = dot<Weight>(acc[i][j], v, bu[j]);
+          else
+            acc[i][j] = dot_two(acc[i][j], v, broadcast(from + 1), b + j * W, b + b_row + j * W);
       }
 #pragma GCC unroll 5
       for (int i = 0; i < bases; ++i) {
-        ++base[i];
+        base[i] += once;
         asm("" : "+r"(base[i]));  // or the compiler would keep a pointer for each row
       }
     }
@@ -179,7 +198,8 @@ inline void multiply(const float* a, int64_t a_row, int64_t rows, const Weight* 
     amx_multiply<Dot::bf16, 1>({a, a_row, kStep}, rows, reinterpret_cast<const float*>(b),
                                units / kStep, out, out_row, false, [] {});
   } else {
-    static constexpr auto tiles = rows_tiles<Weight>(std::make_integer_sequence<int, MR>{});
+    using Rows = std::make_integer_sequence<int, kTileRows<Weight>>;
+    static constexpr auto tiles = rows_tiles<Weight>(Rows{});
     tiles[rows - 1](a, a_row, b, b_row, units, out, out_row, ahead);
   }
 }
