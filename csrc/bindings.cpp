@@ -215,8 +215,10 @@ static py::dict build_info() {
 class Encoder {
  public:
   // Each layer: the packed qkv, out, up and down, then both LayerNorms' weights and biases.
-  Encoder(const std::vector<std::array<ptr, 8>>& layers, int64_t heads, int64_t hidden,
-          int64_t inner, int activation, float eps, int precision) {
+  // first_center: the bias of the LayerNorm before the first, see EncoderArgs.
+  Encoder(const std::vector<std::array<ptr, 8>>& layers, ptr first_center, int64_t heads,
+          int64_t hidden, int64_t inner, int activation, float eps, int precision)
+      : first_center_(at<const float>(first_center)) {
     for (const auto& p : layers)
       layers_.push_back({at(p[0]), at(p[1]), at(p[2]), at(p[3]), at<const float>(p[4]),
                          at<const float>(p[5]), at<const float>(p[6]), at<const float>(p[7])});
@@ -226,7 +228,7 @@ class Encoder {
   // Each layer: weights as torch has them, in the order of LayerWeights in bertfast/model/layer.py.
   Encoder(const std::vector<std::array<ptr, 16>>& layers, bool bf16, int64_t heads, int64_t hidden,
           int64_t inner, int activation, float eps, int precision)
-      : Encoder(std::vector<std::array<ptr, 8>>{}, heads, hidden, inner, activation, eps,
+      : Encoder(std::vector<std::array<ptr, 8>>{}, 0, heads, hidden, inner, activation, eps,
                 precision) {
     for (const auto& p : layers) {
       const auto norm = [&](int i) { return at<const float>(p[i]); };
@@ -294,6 +296,7 @@ class Encoder {
            int64_t n_rows) const {
     EncoderArgs g = args_;
     g.layers = layers_.data() + first, g.count = last - first;
+    g.center = first ? layers_[first - 1].norm2_bias : first_center_;
     g.live = live_.empty() ? nullptr : live_.data() + first;
     g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
     g.cu_seqlens = cu_seqlens, g.batch = batch, g.tokens = tokens;
@@ -310,6 +313,7 @@ class Encoder {
 
   std::vector<EncoderLayer> layers_;
   std::vector<LiveWeights> live_;
+  const float* first_center_;
   EncoderArgs args_{};
 };
 
@@ -341,8 +345,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("pack_weights", &pack_weights);
   py::class_<Encoder>(m, "Encoder")
-      .def(py::init<const std::vector<std::array<ptr, 8>>&, int64_t, int64_t, int64_t, int, float,
-                    int>())
+      .def(py::init<const std::vector<std::array<ptr, 8>>&, ptr, int64_t, int64_t, int64_t, int,
+                    float, int>())
       .def(py::init<const std::vector<std::array<ptr, 16>>&, bool, int64_t, int64_t, int64_t, int,
                     float, int>())
       .def("forward", &Encoder::forward)

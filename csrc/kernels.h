@@ -124,6 +124,9 @@ struct EncoderArgs {
   float eps;
   const void* x;  // [tokens, hidden]
   void* y;        // [tokens or n_rows, hidden]
+  // int8 weights after a LayerNorm take its result less its bias, which their own bias has taken
+  // in: most of an outlier's size is there. center: that of the norm before the first layer.
+  const float* center;
   bool x_bf16, y_bf16;
   const int32_t* cu_seqlens;
   int64_t batch, tokens;

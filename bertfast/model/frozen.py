@@ -16,11 +16,14 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 
 class _Packed:
-    """The linear layers' weights side by side, packed; `pointer` is what C++ takes."""
+    """The linear layers' weights side by side, packed; `pointer` is what C++ takes. In int8 the
+    layer takes its input less `center`, [in_features]."""
 
-    def __init__(self, layers, precision: int):
+    def __init__(self, layers, precision: int, center=None):
         weight = torch.cat([m.weight.detach().float() for m in layers])
         bias = torch.cat([m.bias.detach().float() for m in layers])
+        if center is not None and PRECISIONS[precision] == "int8":
+            bias += weight @ center.detach().float()
         n, k = weight.shape
         size = C.packed_bytes(n, k, precision) + 64
         self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -66,21 +69,24 @@ class FrozenEncoder(Frozen):
     fp32: every product in fp32. bf16: weights and activations of products in bf16, sums, softmax,
     layer norm and the residual stream in fp32. int8: weights per output channel, activations in
     uint8 between the least and the largest of a token as they come (no calibration; fp32 without
-    AVX2), attention and its queries, keys and values in bf16. Where the processor has no bf16 dot
-    product, bf16 weights are widened as they are read and attention is in fp32; int8 with AVX2 then
-    projects queries, keys and values in int8 too, by weights scaled so that no sum saturates.
+    AVX2), after a layer norm before its bias is added, attention and its queries, keys and values
+    in bf16. Where the processor has no bf16 dot product, bf16 weights are widened as they are read
+    and attention is in fp32; int8 with AVX2 then projects queries, keys and values in int8 too.
+    Without VNNI int8 weights are scaled so that no sum in 16 bits overflows.
     """
 
-    def __init__(self, encoder, config, precision: str):
+    def __init__(self, encoder, config, precision: str, embeddings):
         super().__init__(encoder, config, precision)
         activation, precision = ACTIVATIONS[config.hidden_act], PRECISIONS.index(precision)
-        self._keep, rows = [], []
+        center = embeddings.LayerNorm.bias.detach().float().clone()
+        self._keep, rows, first = [center], [], center.data_ptr()
         for layer in encoder.layer:
             inner, out = layer.attention.self, layer.attention.output
+            qkv, qkv_precision = (inner.query, inner.key, inner.value), C.qkv_precision(precision)
             packed = [
-                _Packed((inner.query, inner.key, inner.value), C.qkv_precision(precision)),
+                _Packed(qkv, qkv_precision, center),
                 _Packed((out.dense,), precision),
-                _Packed((layer.intermediate.dense,), precision),
+                _Packed((layer.intermediate.dense,), precision, out.LayerNorm.bias),
                 _Packed((layer.output.dense,), precision),
             ]
             norms = [
@@ -88,11 +94,13 @@ class FrozenEncoder(Frozen):
                 for norm in (out.LayerNorm, layer.output.LayerNorm)
                 for p in (norm.weight, norm.bias)
             ]
+            center = norms[-1]
             self._keep += packed + norms
             rows.append([p.pointer for p in packed] + [n.data_ptr() for n in norms])
             layer.to("meta")  # frees the originals, layer by layer
         self._encoder = C.Encoder(
             rows,
+            first,
             config.num_attention_heads,
             config.hidden_size,
             config.intermediate_size,
@@ -219,7 +227,10 @@ def freeze(model, precision: str = "fp32"):
         raise ValueError(
             f"heads of {head_dim} can't be packed in {precision}, which takes pairs; use fp32"
         )
-    base.encoder = (FrozenCudaEncoder if cuda else FrozenEncoder)(encoder, config, precision)
+    if cuda:
+        base.encoder = FrozenCudaEncoder(encoder, config, precision)
+    else:
+        base.encoder = FrozenEncoder(encoder, config, precision, base.embeddings)
     if precision != "fp32" and not hasattr(model, "get_output_embeddings"):
         base.embeddings.to(CUDA_PRECISIONS.get(precision, torch.bfloat16))
     heap.release_freed()

@@ -115,21 +115,22 @@ struct Encoder {
             [&](int64_t m, int64_t n, vf v) { store(to + m * qkv_row + n, v); });
   }
 
-  // hidden = LN(sum), and the next product's operand of it.
+  // hidden = LN(sum), and the next product's operand of it, for int8 weights less the bias.
   template <int p>
   void normalise(const float* weight, const float* bias, int64_t m0, int64_t rows, const Scratch& s,
                  const Operand<p>& operand, const Team& team) const {
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
-      const float* from = s.sum + m * hidden_row;
+      float* from = s.sum + m * hidden_row;
       float* to = hidden + (m0 + m) * hidden_row;
       float mean, rstd;
       row_statistics(from, g.hidden, g.eps, mean, rstd);
       for (int64_t j = 0; j < g.hidden; j += W) {
         const int64_t left = g.hidden - j;
         const vf v = (load(from + j) - mean) * rstd * load_upto(weight + j, left);
+        if (p == 2) store(from + j, v);
         store(to + j, v + load_upto(bias + j, left));
       }
-      put_row(operand, m, to, g.hidden);
+      put_row(operand, m, p == 2 ? from : to, g.hidden);
     }
     team.meet();
   }
@@ -179,7 +180,10 @@ struct Encoder {
       for (int64_t j = 0; j < g.hidden; j += W)
         store(to + j, g.x_bf16 ? load_upto(static_cast<const bf16*>(g.x) + at + j, g.hidden - j)
                                : load_upto(static_cast<const float*>(g.x) + at + j, g.hidden - j));
-      put_row(s.qkv, m, to, g.hidden);
+      float* centred = s.sum + m * hidden_row;
+      for (int64_t j = 0; kQkv == 2 && j < g.hidden; j += W)
+        store(centred + j, load(to + j) - load_upto(g.center + j, g.hidden - j));
+      put_row(s.qkv, m, kQkv == 2 ? centred : to, g.hidden);
     }
     team.meet();
     project_qkv(layer_at(0), m0, rows, s, team);
