@@ -49,7 +49,7 @@ bench: build $(BENCH_INSTALLED) ## what a CPU can show beside its rivals, and th
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sweep.py --rounds 2
 	$(BIN)/python benchmarks/breakdown.py --rounds 2
-	$(BIN)/python benchmarks/rivals_memory.py
+	$(BIN)/python benchmarks/rivals_memory.py --precisions fp32 int8
 	$(BIN)/python benchmarks/report.py
 
 report: build ## tables and plots from benchmarks/results

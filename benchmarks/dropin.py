@@ -2,7 +2,7 @@
 
     python benchmarks/dropin.py [--rounds 5] [--steps 12]
 
-SentenceTransformer.encode of 512 sentences, CrossEncoder.predict of 256 pairs, and a step of
+SentenceTransformer.encode of 256 sentences, CrossEncoder.predict of 128 pairs, and a step of
 transformers' Trainer (batches of 32 texts of natural lengths, padded by its collator; dropout as
 in the checkpoint). The text is the standard library's docstrings. The rival is the untouched
 model with SDPA. Outputs, and the gradients of every parameter, are compared first.
@@ -135,16 +135,16 @@ def main():
     transformers.logging.disable_progress_bar()
     if args.steps < 3:
         parser.error(f"--steps is {args.steps}, expected 3 or more")
-    texts = sentences(512)
-    pairs = [(texts[i], texts[-1 - i]) for i in range(256)]
+    texts = sentences(256)
+    pairs = [(texts[i], texts[-1 - i]) for i in range(128)]
     sdpa = {"attn_implementation": "sdpa"}
     finder = SentenceTransformer(minilm(), device="cpu", model_kwargs=sdpa)
     reranker = CrossEncoder(minilm(), num_labels=1, device="cpu", model_kwargs=sdpa)
     rows = {
-        "SentenceTransformer.encode, 512 sentences": race(
+        "SentenceTransformer.encode, 256 sentences": race(
             "embeddings", lambda m: m.encode(texts, show_progress_bar=False), finder, args.rounds
         ),
-        "CrossEncoder.predict, 256 pairs": race(
+        "CrossEncoder.predict, 128 pairs": race(
             "scores", lambda m: m.predict(pairs, show_progress_bar=False), reranker, args.rounds
         ),
         f"transformers Trainer, a step of {BATCH} texts": fine_tuning(args.rounds, args.steps),

@@ -91,7 +91,9 @@ def cell(rivals, rows, batches, expected, precision, config, rounds, device="cpu
     multiply, flop = product(precision, device)
     say(f"timing {len(runs)} implementations, {rounds} rounds")
     multiply()  # the others ran when they were checked
-    seconds = take_turns(runs | {"product": multiply}, rounds, device, warm=True)
+    torch_alone = not any(cls.packages for cls in rivals)
+    runs |= {"product": multiply}
+    seconds = take_turns(runs, rounds, device, warm=True, one_openmp=torch_alone)
     peak = flop / seconds.pop("product")
     lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
     tokens, flop = sum(map(sum, lengths)), sum(encoder_flop(config, drawn) for drawn in lengths)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTLE, LONG = 0.25, 1.0  # seconds
+SETTLE, LONG = 0.25, 0.5  # seconds
 SLOWEST = 10  # times that fp32's product is quicker where torch is still a rival
 BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
 
@@ -103,15 +103,17 @@ def burst(run, seconds: float, device: str = "cpu"):
     return repeat, count, one
 
 
-def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False) -> dict:
+def take_turns(
+    runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False, one_openmp=False
+) -> dict:
     """Median seconds of each run(), in interleaved bursts of so many seconds, each after others
     that don't count, or a pause where one call takes longer than they would: OpenMP's threads of
-    the library before spin on for 0.2 s. Of a call of over a second, the one that told so is the
-    first round's. warm: each has run before; otherwise it does once, since what a first call makes
-    doesn't count."""
+    the library before spin on for 0.2 s. Of a call of over half a second, the one that told so is
+    the first round's. warm: each has run before; otherwise it does once, since what a first call
+    makes doesn't count. one_openmp: all use torch's, so that one burst before is enough."""
     for run in () if warm else runs.values():
         run()
-    wait = SETTLE if device == "cpu" else 0
+    wait = (seconds if one_openmp else SETTLE) if device == "cpu" else 0
     bursts, timed = {}, {name: [] for name in runs}
     for name, run in runs.items():
         time.sleep(wait)
@@ -122,7 +124,7 @@ def take_turns(runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=F
             timed[name].append(one)
             continue
         start = time.perf_counter()
-        if one > SETTLE:
+        if one > wait:
             time.sleep(wait)
         while time.perf_counter() - start < wait:
             repeat()

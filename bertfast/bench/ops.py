@@ -349,7 +349,8 @@ def cell(operator, step, precision, implementations, shape, rounds, say=lambda t
     multiply, product_flop = product(precision, shape.device)
     move, moved = copy(shape.device)
     say(f"timing {len(runs)} implementations, {rounds} rounds")
-    seconds = take_turns(runs | {"product": multiply, "copy": move}, rounds, shape.device, 0.05)
+    runs |= {"product": multiply, "copy": move}
+    seconds = take_turns(runs, rounds, shape.device, 0.05, one_openmp=True)
     peak, bandwidth = product_flop / seconds.pop("product"), moved / seconds.pop("copy")
     passes = 3 if step == "training" else 1
     flop, size = case.flop * passes, elements * dtype.itemsize * passes
