@@ -33,7 +33,7 @@ WORKLOADS = {  # name: model, title, the batches' lengths
     "base-natural": (
         "BERT-base",
         "16 natural-length sentences",
-        [natural_lengths(16, seed) for seed in range(2)],
+        [natural_lengths(16)],
     ),
     "base-1x512": ("BERT-base", "1 x 512 tokens", [[512]]),
     "base-8x128": ("BERT-base", "8 x 128 tokens", [[128] * 8]),

@@ -104,7 +104,7 @@ def measure(workload: str, precision: str, tokenizer, rounds: int) -> dict:
     batch["labels"] = torch.arange(len(lengths)) % LABELS
     steps = {side: stepper(model, precision, 1e-5) for side, model in found.items()}
     losses = check(found, steps, batch, precision)
-    timed = interleave({side: lambda s=s: s(batch) for side, s in steps.items()}, rounds, 1)
+    timed = interleave({side: lambda s=s: s(batch) for side, s in steps.items()}, rounds, 0)
     seconds = {side: median(s) for side, s in timed.items()}
     flop = 3 * encoder_flop(config, lengths)
     cell |= {
