@@ -18,7 +18,7 @@ from bertfast.bench.command import say
 LAYER = {"qkv_linear": 1, "attention": 1, "linear": 1, "add_layer_norm": 2, "feed_forward": 1}
 MINILM = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
 MODELS = {  # title: configuration, lengths
-    "MiniLM, 32 natural-length sentences": (MINILM, WORKLOADS["minilm-natural"][2][0]),
+    "MiniLM, 32 natural-length sentences": (MINILM, WORKLOADS["minilm-natural"][2]),
     "BERT-base, 8 x 128 tokens": (BertConfig(), [128] * 8),
 }
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--precisions fp32 bf16] [--rounds 5]
 
-Lengths: full rows, 1024 tokens in each batch. Padding: 16 rows of at most 128 tokens, a growing
+Lengths: full rows, 512 tokens in each batch. Padding: 16 rows of at most 128 tokens, a growing
 share of whose positions is padding. Outputs are checked in the same run. A precision that torch
 emulates on this CPU is left out.
 """
@@ -16,7 +16,7 @@ from bertfast.bench.command import say, table
 from bertfast.bench.encoder import build, cell
 from bertfast.bench.measure import padded_lengths, random_batch
 
-TOKENS = 1024
+TOKENS = 512
 LENGTHS = (16, 32, 64, 128, 256, 512)
 PADDING = (0.0, 0.25, 0.5, 0.75)
 ROWS, LONGEST = 16, 128

@@ -99,7 +99,7 @@ def test_cells_and_their_file(script, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "RIVALS", (rivals.Sdpa, Wrong, Absent))
     monkeypatch.setattr(script, "checkpoint", lambda _: str(folder))
     monkeypatch.setattr(
-        script, "WORKLOADS", {"a": ("tiny", "A", [[5, 9], [3]]), "b": ("tiny", "B", [[4]])}
+        script, "WORKLOADS", {"a": ("tiny", "A", [5, 9, 3]), "b": ("tiny", "B", [4])}
     )
     monkeypatch.setattr(encoder, "product", lambda *_: (lambda: None, 1))
     monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
@@ -111,7 +111,7 @@ def test_cells_and_their_file(script, folder, tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "encoder_inference.json").read_text())
     assert [c["workload"] for c in found["cells"]] == ["a", "b"]
     cell = found["cells"][0]
-    assert cell["tokens"] == 17 and cell["padded_tokens"] == 21
+    assert cell["tokens"] == 17 and cell["padded_tokens"] == 27
     rows = {row["name"]: row for row in cell["rows"]}
     assert "milliseconds" in rows["transformers sdpa"] and rows["transformers sdpa"]["cosine"] == 1
     assert "more than 2e-05" in rows["wrong"]["note"] and "milliseconds" not in rows["wrong"]
