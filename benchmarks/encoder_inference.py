@@ -29,8 +29,6 @@ WORKLOADS = {  # name: model, title, lengths in tokens
     "base-1x512": ("BERT-base", "1 x 512 tokens", [512]),
     "base-8x128": ("BERT-base", "8 x 128 tokens", [128] * 8),
 }
-
-
 PROMISED = 0.998  # our int8's mean-pooled cosine on real text
 
 

@@ -28,7 +28,7 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
     if (units) continue;
     const T* row = i < valid ? rows + i * to.k : nullptr;
     float top = 0, sums[2][2] = {};  // weights of one sign among four, see kSums16
-    for (int64_t k = 0; row && k < to.k; ++k) {
+    for (int64_t k = 0; precision == 2 && row && k < to.k; ++k) {
       const float w = to_float(row[k]);
       top = std::fmax(top, std::fabs(w));
       if (k % 8 == 0) std::memset(sums, 0, sizeof sums);
@@ -37,7 +37,7 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
       if (kSums16) top = std::fmax(top, sum);
     }
     // Each of four weights may be rounded up by a half.
-    if (precision == 2 && top > 0) scale[i] = top / (kSums16 ? 126 : 127);
+    if (top > 0) scale[i] = top / (kSums16 ? 126 : 127);
     int64_t total = 0;
     for (int64_t k = 0; k < to.units * L::kPerUnit; ++k) {
       const int64_t at = (k / L::kPerUnit * NR + i) * L::kPerUnit + k % L::kPerUnit;
