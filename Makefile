@@ -41,17 +41,7 @@ test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	BERTFAST_EXTENSION=$(CURDIR)/build/cuda_host/_C.so $(BIN)/pytest -k cuda $(OPERATOR_TESTS)
 
 bench: build $(BENCH_INSTALLED) ## what a CPU can show beside its rivals, and the report
-	$(BIN)/pytest benchmarks/test_ops.py --benchmark-group-by=group --benchmark-max-time=0.1 \
-	  --benchmark-min-rounds=3 \
-	  --benchmark-columns=median,iqr,rounds --benchmark-json=build/ops.json
-	$(BIN)/python benchmarks/encoder_inference.py --rounds 2
-	$(BIN)/python benchmarks/dropin.py --rounds 2 --steps 4
-	$(BIN)/python benchmarks/training_step.py --rounds 2 --curve 0 --workloads base-8x128 base-natural
-	$(BIN)/python benchmarks/memory.py --models BERT-base
-	$(BIN)/python benchmarks/sweep.py --rounds 2
-	$(BIN)/python benchmarks/breakdown.py --rounds 2
-	$(BIN)/python benchmarks/rivals_memory.py --precisions fp32 int8
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/suite.py
 
 report: build ## tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py

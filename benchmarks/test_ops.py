@@ -7,7 +7,7 @@ output and gradients are held against the reference in fp64, with DESIGN's bound
 1e-5 relative, bf16 within twice the error of PyTorch's own kernels in bf16.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -31,29 +31,41 @@ def prepare(operator, step, dtype):
     return build(case(operator), SHAPE, step, dtype, dropout)
 
 
+@lru_cache(1)  # what shares it follows each other
+def exact(operator, step):
+    with ops.backend("reference"):
+        return prepare(operator, step, torch.float64)()
+
+
+@lru_cache(1)
+def plain(operator, step, dtype):
+    """The error of PyTorch's own kernels."""
+    with ops.backend("reference"):
+        return errors(prepare(operator, step, dtype)(), exact(operator, step))
+
+
 @pytest.mark.parametrize("backend", ops.registry.BACKENDS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_operator(benchmark, operator, step, dtype, backend):
-    with ops.backend("reference"):
-        exact = prepare(operator, step, torch.float64)()
-        plain = errors(prepare(operator, step, torch_dtype(dtype))(), exact)
+def test_operator(benchmark, operator, step, precision, backend):
+    dtype = torch_dtype(precision)
     with ops.backend(backend):
         try:
-            run = prepare(operator, step, torch_dtype(dtype))
+            run = prepare(operator, step, dtype)
             got = run()
         except RuntimeError as error:
             if "can't serve" not in str(error):
                 raise
             pytest.skip(str(error))
-        found, limits = errors(got, exact), bounds(torch_dtype(dtype), plain)
+        limits = bounds(dtype, plain(operator, step, dtype))
+        found = errors(got, exact(operator, step))
         assert all(e <= limit for e, limit in zip(found, limits, strict=True)), (found, limits)
 
         def timed():
             run.raw()
             synchronize(DEVICE)
 
-        benchmark.group = f"{operator} {step} {dtype}"
+        benchmark.group = f"{operator} {step} {precision}"
         benchmark.extra_info |= {**origin(), "backend": backend, "max_relative_error": max(found)}
         benchmark(timed)
