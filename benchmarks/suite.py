@@ -21,7 +21,7 @@ PARTS = {
     "test_ops": OPERATORS,
     "encoder_inference": "--rounds 2",
     "dropin": "--rounds 2 --steps 4",
-    "training_step": "--rounds 2 --curve 0 --workloads base-8x128 base-natural",
+    "training_step": "--rounds 3 --curve 0 --workloads base-8x128 base-natural",
     "memory": "--models BERT-base",
     "sweep": "--rounds 2",
     "breakdown": "--rounds 2",
@@ -44,8 +44,10 @@ def run(part: str) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     text = f"of {', '.join(PARTS)} (default: all)"
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=text)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=text)
     parts, start = parser.parse_args().parts or list(PARTS), time.monotonic()
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"no part {', '.join(unknown)}, expected some {text}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     for i, part in enumerate(parts, 1):
