@@ -78,6 +78,9 @@ std::vector<Candidate> candidates() {
 #ifdef BERTFAST_HAS_baseline
   list.push_back({&baseline::table, true});
 #endif
+#ifdef BERTFAST_EMULATED
+  for (Candidate& c : list) c.supported = true;
+#endif
   return list;
 }
 

@@ -110,7 +110,9 @@ inline vf dot(vf acc, vf a, vf b) {
   return acc + a * b;
 }
 
-#if defined(__AVX2__)
+#if defined(BERTFAST_EMULATED)
+using emulated::dot_two;
+#elif defined(__AVX2__)
 // acc + a0 b0 + a1 b1. In one piece, or the compiler would take all products before the sums, and
 // spill; the weights from memory, since the registers are taken.
 inline vf dot_two(vf acc, vf a0, vf a1, const quad* b0, const quad* b1) {
