@@ -1,6 +1,11 @@
 """What the operator tests share: backends, comparisons, the fp64 truth's tolerance."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import pybind11
 import pytest
 import torch
 
@@ -15,6 +20,20 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU}
 if hasattr(C, "cuda_gather_rows"):
     DEVICES["cuda"] = CUDA_DEVICE  # the CPU in a build with BERTFAST_CUDA_HOST
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_extension(folder, *options, source=ROOT) -> Path:
+    """The extension of a source tree, built in `folder` with CMake's `options`."""
+    configure = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [*options, f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    for command in (configure, ["cmake", "--build", folder]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder / "_C.so"
 
 
 def backends(operator):

@@ -7,15 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import pytest
 import torch
-from helpers import DEVICES, offsets, refused
+from helpers import DEVICES, ROOT, build_extension, offsets, refused
 
 from bertfast import ops
 from bertfast.ops.library import CUDA_DEVICE
 
-ROOT = Path(__file__).resolve().parent.parent
 harness = pytest.mark.skipif(
     "cuda" not in DEVICES or CUDA_DEVICE != "cpu", reason="not a build with BERTFAST_CUDA_HOST"
 )
@@ -163,15 +161,7 @@ def binary():
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    build = ROOT / "build" / "cuda"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DBERTFAST_CUDA=on", "-DBERTFAST_ONE_ISA=ON"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", str(build)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return build / "_C.so"
+    return build_extension(ROOT / "build" / "cuda", "-DBERTFAST_CUDA=on", "-DBERTFAST_ONE_ISA=ON")
 
 
 def cuobjdump(*arguments):

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import pytest
+from helpers import build_extension
 
 from bertfast.ops.extension import C
 
@@ -47,10 +47,10 @@ EMULATED = ("avx512", "avx512_bf16", "avx512_amx")
 BOUND = {"operators": 2e-5, "live": 2e-5, "fp32": 2e-5, "bf16": 0.05, "int8": 0.2}
 
 
-def run(command, isa, **environment):
-    environment = os.environ | environment | {"BERTFAST_CPU_ISA": isa}
+def run(command, isa, **other):
+    environment = os.environ | other | {"BERTFAST_CPU_ISA": isa}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "which this processor lacks" in done.stdout + done.stderr:
+    if not other and "which this processor lacks" in done.stdout + done.stderr:
         pytest.skip(f"this processor lacks {isa}")
     return done
 
@@ -89,14 +89,7 @@ def emulated(tmp_path_factory):
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the kernels of x86-64 alone are emulated")
     folder = tmp_path_factory.mktemp("emulated")
-    configure = ["cmake", "-S", str(Path(__file__).parents[1]), "-B", str(folder), "-G", "Ninja"]
-    configure += ["-DBERTFAST_EMULATE=ON", "-DBERTFAST_CUDA=off", "-DCMAKE_BUILD_TYPE=Release"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return str(folder / "_C.so")
+    return str(build_extension(folder, "-DBERTFAST_EMULATE=ON", "-DBERTFAST_CUDA=off"))
 
 
 @pytest.mark.slow

@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import pytest
+from helpers import ROOT, build_extension
 
 from bertfast.ops.extension import C
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # (name, file of csrc/cpu or with its folder, text that occurs once, its replacement, test file that
 # must fail); the CUDA kernels run on the CPU
@@ -104,12 +102,8 @@ def tree(tmp_path_factory):
     tree = tmp_path_factory.mktemp("mutants")
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     shutil.copy(ROOT / "CMakeLists.txt", tree)
-    configure = ["cmake", "-S", str(tree), "-B", str(tree / "build"), "-G", "Ninja"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DBERTFAST_CUDA_HOST=ON", "-DBERTFAST_ONE_ISA=ON"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    subprocess.run(configure, check=True, capture_output=True)
-    build(tree)
+    options = ("-DBERTFAST_CUDA_HOST=ON", "-DBERTFAST_ONE_ISA=ON")
+    build_extension(tree / "build", *options, source=tree)
     return tree
 
 
