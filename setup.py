@@ -1,9 +1,11 @@
 """Runs CMake for the extension `bertfast._C`; everything about its build is in CMakeLists.txt.
 
 BERTFAST_CUDA=auto|on|off   build the CUDA kernels (auto: where there are nvcc and a GPU)
+CMAKE_ARGS                  more arguments for CMake
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +43,7 @@ class CMakeBuild(build_ext):
                 f"-DBERTFAST_CUDA={os.environ.get('BERTFAST_CUDA', 'auto')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             check=True,
         )

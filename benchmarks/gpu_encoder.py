@@ -1,0 +1,244 @@
+"""BERT on a GPU in bf16: inference and training steps beside transformers and a packed rival.
+
+    python benchmarks/gpu_encoder.py --config base --out FOLDER [--compiled] [--profile]
+
+Every output is held against transformers' in fp32 in the same run, every gradient too. The packed
+rival is what anyone can write on torch alone: sequences without padding, `varlen_attn`, Q, K and V
+as one product. Training is of BertForMaskedLM under autocast with fused AdamW, dropout 0.1.
+"""
+
+import argparse
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import bertfast
+from bertfast import ops
+from bertfast.bench import train
+from bertfast.bench.measure import (
+    encoder_flop,
+    natural_lengths,
+    origin,
+    product,
+    random_batch,
+    take_turns,
+)
+
+CONFIGS = {
+    "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+                 vocab_size=200),
+    "base": {},
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                  intermediate_size=4096),
+}  # fmt: skip
+# name: batch, length, natural lengths (half padding)
+SHAPES = {
+    "1 x 128": (1, 128, False),
+    "128 x 128": (128, 128, False),
+    "32 x 512": (32, 512, False),
+    "32 natural to 512": (32, 512, True),
+}
+TINY = {"2 x 24": (2, 24, False), "3 natural to 24": (3, 24, True)}
+
+
+def batch_of(config, batch, length, natural, device):
+    lengths = [length] * batch
+    if natural:
+        lengths = [min(n, length) for n in natural_lengths(batch, 0, median=length / 2.5)]
+        lengths[0] = length
+    made = random_batch(lengths, length, config.vocab_size)
+    return {name: t.to(device) for name, t in made.items()}
+
+
+class Packed(nn.Module):
+    """A transformers BertModel's weights on torch's own packed attention."""
+
+    def __init__(self, model):
+        super().__init__()
+        from torch.nn.attention.varlen import varlen_attn
+
+        self.attend, self.model, self.heads = varlen_attn, model, model.config.num_attention_heads
+        self.joined = []
+        for layer in model.encoder.layer:
+            own = layer.attention.self
+            three = own.query, own.key, own.value
+            weight, bias = (torch.cat([getattr(m, p) for m in three]) for p in ("weight", "bias"))
+            self.joined.append((weight.detach(), bias.detach()))
+
+    def forward(self, input_ids, attention_mask):
+        where = attention_mask.flatten().nonzero().squeeze(1)
+        lengths = attention_mask.sum(1)
+        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+        longest = input_ids.shape[1]
+        positions = torch.arange(longest, device=input_ids.device).expand_as(input_ids)
+        ids, positions = (t.flatten()[where][None] for t in (input_ids, positions))
+        x = self.model.embeddings(ids, position_ids=positions)[0]
+        for layer, (weight, bias) in zip(self.model.encoder.layer, self.joined, strict=True):
+            qkv = F.linear(x, weight, bias).view(len(x), 3, self.heads, -1)
+            context = self.attend(*qkv.unbind(1), starts, starts, longest, longest)
+            out = layer.attention.output
+            x = out.LayerNorm(x + out.dense(context.flatten(1)))
+            inner = F.gelu(layer.intermediate.dense(x))
+            x = layer.output.LayerNorm(x + layer.output.dense(inner))
+        y = x.new_zeros(attention_mask.numel(), x.shape[1])
+        return y.index_copy(0, where, x).unflatten(0, attention_mask.shape)
+
+
+def call_of(model, backend=None):
+    def call(batch):
+        with torch.inference_mode(), ops.backend(backend) if backend else nullcontext():
+            found = model(**batch)
+        return found if isinstance(found, torch.Tensor) else found.last_hidden_state
+
+    return call
+
+
+def models_of(config, device, compiled):
+    """transformers' BertModel in fp32, and {name: call(batch) -> states} in bf16."""
+    import transformers
+
+    torch.manual_seed(0)
+    exact = transformers.BertModel(config, add_pooling_layer=False).eval().to(device)
+
+    def fresh(cls):
+        model = cls(config, add_pooling_layer=False).eval()
+        model.load_state_dict(exact.state_dict())
+        return model.to(device, torch.bfloat16)
+
+    ours, stock = fresh(bertfast.BertModel), fresh(transformers.BertModel)
+    calls = {"bertfast": call_of(ours), "transformers sdpa": call_of(stock)}
+    if device == "cuda":
+        calls["bertfast, CUDA C++"] = call_of(ours, "cuda")
+        calls["bertfast graphs"] = call_of(bertfast.cuda_graphs(ours))
+        frozen = fresh(bertfast.BertModel)
+        bertfast.freeze(frozen, "bf16")
+        calls["bertfast frozen"] = call_of(frozen)
+        calls["torch packed"] = call_of(Packed(stock))
+    if compiled:
+        calls["transformers compiled"] = call_of(torch.compile(stock))
+    return exact, calls
+
+
+def inference(config, shapes, device, rounds, compiled):
+    exact, calls = models_of(config, device, compiled)
+    for name, shape in shapes.items():
+        batch = batch_of(config, *shape, device)
+        real = batch["attention_mask"].bool()
+        with torch.no_grad():
+            truth = exact(**batch).last_hidden_state[real]
+        errors, notes = {}, {}
+        for who, call in calls.items():
+            try:
+                found = call(batch)[real].float()
+                errors[who] = ((found - truth).norm() / truth.norm()).item()
+            except Exception as e:
+                notes[who] = f"{type(e).__name__}: {str(e).splitlines()[0][:300]}"
+        limit = 2 * errors["transformers sdpa"] + 1e-3
+        for who, error in list(errors.items()):
+            if not error <= limit:
+                notes[who] = f"wrong: relative error {error:.1e} above {limit:.1e}"
+                del errors[who]
+        runs = {who: (lambda call=calls[who], batch=batch: call(batch)) for who in errors}
+        seconds = take_turns(runs, rounds, device, warm=True)
+        flop = encoder_flop(config, batch["attention_mask"].sum(1).tolist())
+        for who in calls:
+            row = {"what": "inference", "batch": name, "model": who}
+            if who in notes:
+                yield row | {"note": notes[who]}
+                continue
+            yield row | {
+                "milliseconds": 1e3 * seconds[who],
+                "useful_tflops": flop / seconds[who] / 1e12,
+                "relative_error": errors[who],
+            }
+
+
+def training(config, shapes, device, rounds, compiled):
+    import transformers
+
+    torch.manual_seed(0)
+    reference = transformers.BertForMaskedLM(config).to(device)
+    rivals = ("bertfast", "sdpa", *["compile"] * compiled)
+    for name, shape in shapes.items():
+        if shape[0] == 1:
+            continue
+        batch = batch_of(config, *shape, device)
+        batch["labels"] = train.labels_of("mlm", batch, config.vocab_size)
+        for backend in (None, "cuda") if device == "cuda" else (None,):
+            keys = rivals if backend is None else ("bertfast",)
+            suffix = ", CUDA C++" if backend else ""
+            try:
+                with ops.backend(backend) if backend else nullcontext():
+                    made = train.cell(reference, "mlm", keys, batch, "bf16", rounds)["rows"]
+            except Exception as e:
+                made = [{"name": "bertfast", "note": f"{type(e).__name__}: {str(e)[:300]}"}]
+            for row in made:
+                who = row.pop("name") + suffix
+                yield {"what": "training", "batch": name, "model": who, **row}
+
+
+def profiled(config, device, folder: Path):
+    """By kernel: what a training step and an inference of 32 natural-length sequences take."""
+    import transformers
+
+    batch = batch_of(config, *SHAPES["32 natural to 512"], device)
+    batch["labels"] = train.labels_of("mlm", batch, config.vocab_size)
+    reference = transformers.BertForMaskedLM(config).to(device)
+    with open(folder / "profile.txt", "w") as file:
+        for key in ("bertfast", "sdpa"):
+            model = train.model_of(key, "mlm", reference)
+            step = train.step_of(model, batch, "bf16")
+            for _ in range(3):
+                step()
+            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+                step()
+                torch.cuda.synchronize()
+            table = found.key_averages().table(
+                sort_by="self_device_time_total", row_limit=40, max_name_column_width=70
+            )
+            print(key, table, sep="\n", file=file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=CONFIGS, default="base")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile, minutes")
+    parser.add_argument("--profile", action="store_true", help="profile.txt as well")
+    args = parser.parse_args()
+    import transformers
+
+    config = transformers.BertConfig(**CONFIGS[args.config])
+    config._attn_implementation = "sdpa"
+    shapes = TINY if args.config == "tiny" else SHAPES
+    options = shapes, args.device, args.rounds, args.compiled
+    multiply, flop = product("bf16", args.device)
+    peak = flop / take_turns({"": multiply}, 5, args.device)[""] / 1e12
+    rows, start = [], time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.profile:
+        profiled(config, args.device, args.out)
+    for make in (inference, training):
+        for row in make(config, *options):
+            rows.append(row)
+            print(args.config, *row.values(), flush=True)
+        print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    result = {"benchmark": f"gpu_encoder_{args.config}", **origin(args.device)}
+    result |= {"matmul_tflops": peak, "rows": rows}
+    path = args.out / f"encoder_{args.config}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    wrong = [r for r in rows if "note" in r and r["model"].startswith("bertfast")]
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
