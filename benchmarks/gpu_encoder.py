@@ -51,7 +51,9 @@ TINY = {"2 x 24": (2, 24, False), "3 natural to 24": (3, 24, True)}
 def batch_of(config, batch, length, natural, device):
     lengths = [length] * batch
     if natural:
-        lengths = [min(n, length) for n in natural_lengths(batch, 0, median=length / 2.5)]
+        lengths = [
+            min(n, length) for n in natural_lengths(batch, 0, median=length / 2.5, longest=length)
+        ]
         lengths[0] = length
     made = random_batch(lengths, length, config.vocab_size)
     return {name: t.to(device) for name, t in made.items()}

@@ -49,9 +49,9 @@ def figures(job) -> dict:
 
     file, index, architecture = job
     spec = shipped(file)[index]
-    names = spec.kernel.arg_names
+    names = spec.kernel.names
     source = ASTSource(
-        spec.kernel,
+        spec.kernel.function,
         {name: spec.types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in spec.constants.items()},
         {
@@ -62,7 +62,7 @@ def figures(job) -> dict:
     )
     row = {
         "file": file,
-        "kernel": spec.kernel.__name__.lstrip("_"),
+        "kernel": spec.kernel.function.__name__.lstrip("_"),
         "variant": f"{spec.types} {spec.constants} warps {spec.num_warps}",
         "architecture": architecture,
     }

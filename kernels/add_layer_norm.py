@@ -11,6 +11,7 @@ import triton.language as tl
 
 from bertfast.ops.dropout import threshold
 
+from .jit import jit
 from .philox import keep_mask
 from .rows import (
     as_int32,
@@ -43,7 +44,7 @@ def _sum(
     return s, keep
 
 
-@triton.jit(do_not_specialize=["tokens", "threshold"])
+@jit(do_not_specialize=["tokens", "threshold"])
 def _forward(
     x, residual, weight, bias, x_bias, seed, y, mean, rstd, tokens, eps, scale, threshold,
     N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
@@ -63,7 +64,7 @@ def _forward(
     tl.store(y + at, out.to(y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "threshold"])
+@jit(do_not_specialize=["tokens", "threshold"])
 def _backward(
     grad, x, residual, weight, x_bias, seed, mean, rstd, dx, ds, partial, tokens, scale, threshold,
     N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, SUMS: tl.constexpr,

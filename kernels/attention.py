@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
+from .jit import jit
 from .philox import keep_mask
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -102,7 +103,7 @@ def kept(seed, token, head, key, threshold, HEADS: tl.constexpr, M: tl.constexpr
     return keep_mask(seed, row, key // 4 + tl.arange(0, N // 4), threshold)
 
 
-@triton.jit(do_not_specialize=["batch", "tokens"])
+@jit(do_not_specialize=["batch", "tokens"])
 def _forward(
     q, k, v, out, lse, starts_q, starts_k, bias, seed, bias_batch, bias_head, bias_query,
     batch, tokens, blocks, scale, keep_scale, threshold,

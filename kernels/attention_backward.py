@@ -13,6 +13,7 @@ import triton.language as tl
 from .attention import kept, load_rows, place, scores, span, square, store_rows
 from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
+from .jit import jit
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def store_bias_gradient(dbias, ds, row, query, key, queries, keys, dbias_query):
     tl.store(at, ds, mask=(query < queries) & (key < keys))
 
 
-@triton.jit(do_not_specialize=["batch", "tokens"])
+@jit(do_not_specialize=["batch", "tokens"])
 def _queries(
     q, k, v, out, grad, lse, delta, dq, dbias, starts_q, starts_k, bias, seed,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,
@@ -97,7 +98,7 @@ def _queries(
     store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
 
 
-@triton.jit(do_not_specialize=["batch", "tokens"])
+@jit(do_not_specialize=["batch", "tokens"])
 def _keys(
     q, k, v, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, bias, seed,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,

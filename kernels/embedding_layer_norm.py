@@ -11,6 +11,7 @@ import triton.language as tl
 
 from bertfast.ops.dropout import threshold
 
+from .jit import jit
 from .philox import keep_mask
 from .rows import as_int32, gradient, load_columns, programs, statistics, sum_partials, tile
 from .spec import Spec
@@ -33,7 +34,7 @@ def _sum(ids, positions, types, word, position, token_type, rows, tokens, j, mas
     return s
 
 
-@triton.jit(do_not_specialize=["tokens", "threshold"])
+@jit(do_not_specialize=["tokens", "threshold"])
 def _forward(
     ids, positions, types, word, position, token_type, weight, bias, seed, y, mean, rstd,
     tokens, eps, scale, threshold, N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
@@ -54,7 +55,7 @@ def _forward(
     tl.store(y + rows[:, None] * N + j[None, :], out.to(y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "threshold"])
+@jit(do_not_specialize=["tokens", "threshold"])
 def _backward(
     grad, ids, positions, types, word, position, token_type, weight, seed, mean, rstd, ds, partial,
     tokens, scale, threshold, N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,

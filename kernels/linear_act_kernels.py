@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .dot import dot
+from .jit import jit
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def _finish(acc, m0, n0, part, b, y, z, M, N: tl.constexpr, PARTS: tl.constexpr,
     tl.store(y + at, _activate(acc, ACT).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])  # it changes with every batch
+@jit(do_not_specialize=["M"])  # it changes with every batch
 def product(
     x,  # [M, K], pointer or descriptor
     w0,  # PARTS weights [N, K], pointers or one descriptor
@@ -124,7 +125,7 @@ def product(
             _finish(acc, m0, n0, part, b, y, z, M, N, PARTS, ACT)
 
 
-@triton.jit
+@jit
 def activation(z, y, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
     """y = activation(z), flat."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -132,7 +133,7 @@ def activation(z, y, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + at, _activate(value, ACT).to(y.dtype.element_ty), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@jit(do_not_specialize=["M", "chunk"])
 def gradient(
     grad,  # [M, N], rows STRIDE apart
     z,  # [M, N]; None without an activation

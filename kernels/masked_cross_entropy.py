@@ -1,16 +1,16 @@
 """Softmax cross-entropy of logits, between the products of `by_chunks`."""
 
-import triton
 import triton.language as tl
 
 from bertfast.ops.masked_cross_entropy import by_chunks
 
+from .jit import jit
 from .spec import Spec
 
 _BLOCK, _WARPS = 4096, 8
 
 
-@triton.jit
+@jit
 def _cross_entropy_rows(
     logits, bias, labels, loss, vocabulary, pitch, ignore_index,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,

@@ -4,13 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .jit import jit
 from .spec import Spec
 
 _UNITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WARPS, _VALUES = 4, 2048  # values per program: 32 bytes a thread in bf16
 
 
-@triton.jit
+@jit
 def _move_rows(x, indices, out, rows, n, SCATTER: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """out[i] = x[indices[i]], or out[indices[i]] = x[i] if SCATTER; rows of n values."""
     i = tl.program_id(0) * R + tl.arange(0, R)

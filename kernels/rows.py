@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .jit import jit
 from .spec import Spec
 
 _COLUMNS, _PARTS = 64, 32  # of a tile of `_sum_partials`
@@ -53,7 +54,7 @@ def gradient(scaled, normed, rstd, N: tl.constexpr):
     return (scaled - a[:, None] - normed * b[:, None]) * rstd[:, None]
 
 
-@triton.jit(do_not_specialize=["parts"])
+@jit(do_not_specialize=["parts"])
 def _sum_partials(
     partial, out0, out1, out2, parts,
     N: tl.constexpr, SUMS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,

@@ -102,8 +102,9 @@ def register_triton(operator: str, function: str, limit=triton_limit):
         return getattr(importlib.import_module(f"bertfast.kernels.{file}"), name)
 
     def call(tensor, *args):
-        # A launch goes to the current device.
-        with torch.cuda.device_of(tensor):
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return kernel()(tensor, *args)
+        with torch.cuda.device_of(tensor):  # a launch goes to the current device
             return kernel()(tensor, *args)
 
     registry.register(operator, "triton", limit=limit)(call)

@@ -1,0 +1,98 @@
+"""Launches that skip Triton's binding: as few compilations as Triton makes, and never a wrong one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+jit = pytest.importorskip("bertfast.kernels.jit")
+
+
+class Compiled:
+    def __init__(self, number, launches):
+        self.number, self.launches = number, launches
+
+    def __getitem__(self, grid):
+        return lambda *values: self.launches.append((self.number, grid, values))
+
+
+class Stub:
+    """A JIT function of (x, n, free, scale, SIZE), which notes its compilations and launches."""
+
+    names = ("x", "n", "free", "scale", "SIZE")
+    params = tuple(
+        SimpleNamespace(
+            num=i, name=name, is_constexpr=name.isupper(), do_not_specialize=name == "free"
+        )
+        for i, name in enumerate(names)
+    )
+
+    def __init__(self):
+        self.compilations, self.launches, self.arg_names = 0, [], list(self.names)
+
+    def __getitem__(self, grid):
+        def first(*args, num_warps, num_stages):
+            self.compilations += 1
+            return Compiled(self.compilations, self.launches)
+
+        return first
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return jit.Kernel(Stub())
+
+
+def test_second_launch_reuses_the_first(kernel):
+    x = torch.zeros(32)
+    kernel[(3,)](x, 5, 7, 0.5, 8)
+    kernel[(4, 2)](x[16:], 6, 16, 0.25, 8)  # another aligned address, no multiples of 16
+    stub = kernel.function
+    assert stub.compilations == 1
+    assert stub.launches == [(1, (4, 2, 1), (x[16:].data_ptr(), 6, 16, 0.25, 8))]
+    kernel[(4,)](x, n=9, SIZE=8, scale=1.0, free=1)
+    assert stub.launches[-1] == (1, (4, 1, 1), (x.data_ptr(), 9, 1, 1.0, 8))
+
+
+x = torch.zeros(32)
+CHANGES = {
+    "dtype": (x.bfloat16(), 5, 7, 0.5, 8),
+    "alignment": (x[1:], 5, 7, 0.5, 8),
+    "one": (x, 1, 7, 0.5, 8),
+    "multiple of 16": (x, 32, 7, 0.5, 8),
+    "64 bits": (x, 5, 2**33 + 1, 0.5, 8),
+    "absent": (None, 5, 7, 0.5, 8),
+    "a constant": (x, 5, 7, 0.5, 16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_triton_specialises_on_compiles_anew(kernel, change):
+    stub = kernel.function
+    kernel[(1,)](x, 5, 7, 0.5, 8)
+    kernel[(1,)](*CHANGES[change])
+    assert stub.compilations == 2 and not stub.launches
+    kernel[(1,)](*CHANGES[change])
+    kernel[(1,)](x, 5, 7, 0.5, 8)
+    assert [number for number, *_ in stub.launches] == [2, 1]
+
+
+@pytest.mark.parametrize("option", [{"num_warps": 8}, {"num_stages": 1}])
+def test_options_compile_anew(kernel, option):
+    kernel[(1,)](x, 5, 7, 0.5, 8)
+    kernel[(1,)](x, 5, 7, 0.5, 8, **option)
+    assert kernel.function.compilations == 2
+
+
+def test_devices_have_kernels_of_their_own(kernel, monkeypatch):
+    kernel[(1,)](x, 5, 7, 0.5, 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    kernel[(1,)](x, 5, 7, 0.5, 8)
+    assert kernel.function.compilations == 2
+
+
+def test_tensor_descriptors_are_left_to_triton(kernel):
+    for _ in range(2):
+        kernel[(1,)](object(), 5, 7, 0.5, 8)
+    assert kernel.function.compilations == 2 and not kernel.function.launches
