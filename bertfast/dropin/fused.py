@@ -98,6 +98,7 @@ class FusedLayer:
             hidden_states if packed else packing.pack(hidden_states),
             *(*parts.arithmetic(), packing.cu_seqlens, packing.seqlen, seeds),
             bias=self.bias(*args),
+            keep_qkv=False,
         )
         out = packing.unpack(hidden) if call.padded else hidden
         return (out,) if self.in_tuple else out

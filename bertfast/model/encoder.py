@@ -145,9 +145,10 @@ class BertLayer(nn.Module):
             hidden_dropout,
         )
 
-    def forward(self, hidden, cu_seqlens, max_seqlen, seeds, rows=None):
+    def forward(self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, keep_qkv=False):
         return encoder_layer(
-            hidden, self.weights(), self.options(), cu_seqlens, max_seqlen, seeds, rows
+            *(hidden, self.weights(), self.options(), cu_seqlens, max_seqlen, seeds, rows),
+            keep_qkv=keep_qkv,
         )
 
 
@@ -175,10 +176,11 @@ class BertEncoder(nn.Module):
             options = [layer.options() for layer in self.layer]
             if live.can_run(weights, options, hidden):
                 return live.run(weights, options[0], hidden, packing, rows)
+        seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
             arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
-            if i == len(self.layer) - 1:
-                arguments += (rows,)
+            last = i == len(self.layer) - 1
+            arguments += (rows if last else None, collect is not None)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # The seeds are arguments: no RNG state needs keeping for equal dropout masks.
                 hidden, qkv = checkpoint(

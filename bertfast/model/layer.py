@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
+from . import direct
 
 # transformers' names for what the kernels compute
 ACTIVATIONS = {
@@ -56,6 +57,7 @@ def encoder_layer(
     seeds,
     rows=None,
     bias=None,
+    keep_qkv=True,
 ):
     """A post-norm encoder layer (Devlin et al., arXiv:1810.04805) on packed tokens.
 
@@ -66,9 +68,13 @@ def encoder_layer(
         rows: int64 [n], the tokens whose result is wanted; None for all. What comes after the
             attention is done for these alone.
         bias: added to the attention's scores, see `ops.attention`.
+        keep_qkv: whether the query, key and value are wanted.
 
-    Returns: [tokens or n, hidden], and the query, key and value [tokens, 3, heads, head_dim].
+    Returns: [tokens or n, hidden], and the query, key and value [tokens, 3, heads, head_dim] or,
+    where they aren't wanted, maybe None.
     """
+    if not keep_qkv and direct.serves(hidden, w, options, bias):
+        return direct.run(hidden, w, options, cu_seqlens, max_seqlen, seeds, rows), None
     tokens = hidden.shape[0]
     qkv = ops.qkv_linear(hidden, w.wq, w.bq, w.wk, w.bk, w.wv, w.bv)
     qkv = qkv.view(tokens, 3, options.heads, w.wq.shape[0] // options.heads)

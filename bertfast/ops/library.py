@@ -34,10 +34,17 @@ def define(schema: str, fake):
 
 
 def autograd(name: str, backward, setup_context):
-    """Backward of an operator. Second derivatives raise: the backward operators have none, and
+    """Backward of an operator."""
+    torch.library.register_autograd(
+        f"bertfast::{name}", once(name, backward), setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def once(name: str, backward):
+    """`backward(ctx, *grads)`, whose own derivatives raise: the backward operators have none, and
     torch would take zeros for them."""
 
-    def once(ctx, *grads):
+    def checked(ctx, *grads):
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():  # under create_graph
@@ -52,9 +59,7 @@ def autograd(name: str, backward, setup_context):
         marked = iter(refuse(*tensors)) if len(tensors) != 1 else iter([refuse(*tensors)])
         return tuple(None if g is None else next(marked) for g in found)
 
-    torch.library.register_autograd(
-        f"bertfast::{name}", once, setup_context=setup_context, lib=LIBRARY
-    )
+    return checked
 
 
 def cpu_limit(device, dtype, arguments):

@@ -65,9 +65,12 @@ def register(operator: str, name: str, limit: Callable | None = None):
 
 def select(operator: str, tensor: torch.Tensor, *arguments) -> Callable:
     """The function that serves this call; `tensor` decides device and dtype."""
-    entries, device, dtype = _table[operator], tensor.device.type, tensor.dtype
-    arguments = (tensor, *arguments)
-    name = forced()
+    return find(operator, tensor.device.type, tensor.dtype, (tensor, *arguments))
+
+
+def find(operator: str, device: str, dtype: torch.dtype, arguments: tuple) -> Callable:
+    """The function that serves calls of these arguments."""
+    entries, name = _table[operator], forced()
     if name is not None:
         entry = entries.get(name)
         why = f"it has no {operator}" if entry is None else entry.limit(device, dtype, arguments)

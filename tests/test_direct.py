@@ -1,0 +1,118 @@
+"""A layer as one node of autograd against the operators one by one, on the kernels of a GPU."""
+
+import pytest
+import torch
+from helpers import DEVICES, offsets
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bertfast import ops
+from bertfast.model import direct
+from bertfast.model.layer import LayerOptions, LayerWeights, encoder_layer
+
+HIDDEN, HEADS, INNER = 64, 2, 96
+LENGTHS = (5, 0, 17, 1)
+BACKENDS = [name for name in ("triton", "cuda") if name in DEVICES]
+
+
+def case(backend, dtype=torch.bfloat16, parameters=torch.float32):
+    """hidden, weights, seeds and what follows them, for `encoder_layer`."""
+    torch.manual_seed(0)
+    device, tokens = DEVICES[backend], sum(LENGTHS)
+    shapes = {"w1": (INNER, HIDDEN), "b1": (INNER,), "w2": (HIDDEN, INNER)}
+    shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), (HIDDEN, HIDDEN))
+    w = []
+    for name in LayerWeights._fields:
+        p = torch.randn(shapes.get(name, (HIDDEN,))) * 0.3 + (name in ("norm1", "norm2"))
+        w.append(torch.nn.Parameter(p.to(device, parameters)))
+    hidden = torch.randn(tokens, HIDDEN).to(device, dtype).requires_grad_()
+    seeds = ops.draw_seeds(3, device)
+    return hidden, LayerWeights(*w), (offsets(LENGTHS).to(device), max(LENGTHS)), seeds
+
+
+def results(hidden, w, options, batch, seeds, rows, keep_qkv):
+    """The output and all gradients, by one node or, with keep_qkv, by the operators."""
+    leaves = (hidden, *w)
+    for t in leaves:
+        t.grad = None
+    y, qkv = encoder_layer(hidden, w, options, *batch, seeds, rows, keep_qkv=keep_qkv)
+    assert (qkv is None) != keep_qkv
+    torch.manual_seed(1)
+    y.backward(torch.randn(y.shape).to(y))
+    return [y.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize("rows", [None, (0, 6, 21, 22)])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_as_the_operators(backend, dtype, dropout, rows):
+    hidden, w, batch, seeds = case(backend, dtype)
+    options = LayerOptions(HEADS, "gelu", 1e-12, dropout, dropout, dropout)
+    rows = None if rows is None else torch.tensor(rows, device=hidden.device)
+    with ops.backend(backend):
+        expected = results(hidden, w, options, batch, seeds, rows, keep_qkv=True)
+        found = results(hidden, w, options, batch, seeds, rows, keep_qkv=False)
+        with torch.no_grad():
+            (y, _) = encoder_layer(hidden, w, options, *batch, seeds, rows, keep_qkv=False)
+    assert torch.equal(y, found[0])
+    names = ("output", "hidden", *LayerWeights._fields)
+    for name, f, e in zip(names, found, expected, strict=True):
+        assert f.dtype == e.dtype and torch.equal(f, e), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_gradients_that_are_wanted(backend):
+    hidden, w, batch, seeds = case(backend)
+    hidden = hidden.detach()
+    for name in ("wq", "wk", "wv", "b1", "norm2", "bo"):
+        getattr(w, name).requires_grad_(False)
+    with ops.backend(backend):
+        options = LayerOptions(HEADS, "relu", 1e-12)
+        found = results(hidden, w, options, batch, seeds, None, keep_qkv=False)
+        expected = results(hidden, w, options, batch, seeds, None, keep_qkv=True)
+    for name, f, e in zip(("hidden", *w._fields), found[1:], expected[1:], strict=True):
+        assert (f is None) == (e is None), name
+        assert f is None or torch.equal(f, e), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_second_derivative(backend):
+    hidden, w, batch, seeds = case(backend)
+    with ops.backend(backend):
+        y, _ = encoder_layer(
+            hidden, w, LayerOptions(HEADS, "gelu", 1e-12), *batch, seeds, keep_qkv=False
+        )
+        (g,) = torch.autograd.grad(y.float().sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            g.float().sum().backward()
+
+
+class Other(torch.Tensor):
+    pass
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_it_serves(backend):
+    hidden, w, _, _ = case(backend)
+    options = LayerOptions(HEADS, "gelu", 1e-12)
+
+    def serves(hidden=hidden, w=w, bias=None):
+        return direct.serves(hidden, w, options, bias)
+
+    with ops.backend(backend):
+        assert serves()
+        assert not serves(bias=torch.zeros(1))
+        assert not serves(hidden.double())
+        assert not serves(w=w._replace(w1=w.w1[:, :8]))
+        assert not serves(w=w._replace(b1=w.b1[:8]))
+        assert not serves(w=w._replace(wo=w.wo.double()))
+        assert not serves(w=w._replace(norm1=w.norm1.as_subclass(Other)))
+        with Watch():
+            assert not serves()
+    if not hidden.is_cuda:
+        assert not serves()
