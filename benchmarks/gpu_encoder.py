@@ -4,15 +4,20 @@
 
 Every output is held against transformers' in fp32 in the same run, every gradient too. The packed
 rival is what anyone can write on torch alone: sequences without padding, `varlen_attn`, Q, K and V
-as one product. Training is of BertForMaskedLM under autocast with fused AdamW, dropout 0.1.
+as one product. Training is under autocast with fused AdamW, dropout 0.1. The gap to the peak,
+`matmul_tflops`, counts real tokens' products alone, three times the forward's in a step.
 """
 
 import argparse
+import cProfile
+import functools
 import json
+import pstats
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +127,7 @@ def models_of(config, device, compiled):
         frozen = fresh(bertfast.BertModel)
         bertfast.freeze(frozen, "bf16")
         calls["bertfast frozen"] = call_of(frozen)
+        calls["bertfast frozen graphs"] = call_of(bertfast.cuda_graphs(frozen))
         calls["torch packed"] = call_of(Packed(stock))
     if compiled:
         calls["transformers compiled"] = call_of(torch.compile(stock))
@@ -162,50 +168,130 @@ def inference(config, shapes, device, rounds, compiled):
             }
 
 
+class Pretraining(nn.Module):
+    """What `bertfast pretrain` runs: packed sequences, the head for masked tokens alone. Positions
+    come from the data loader, as there."""
+
+    def __init__(self, model, batch):
+        super().__init__()
+        self.model = model
+        mask, labels = batch["attention_mask"].cpu().bool(), batch["labels"].cpu()
+        lengths, device = mask.sum(1), batch["labels"].device
+        rows = (labels[mask] != -100).nonzero().squeeze(1)
+        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+        positions = torch.arange(mask.shape[1]).expand_as(mask)[mask]
+        self.longest = int(lengths.max())
+        self.made = [t.to(device) for t in (starts, positions, rows, labels[mask][rows])]
+
+    def named_parameters(self, *args, **kwargs):
+        return self.model.named_parameters(*args, **kwargs)
+
+    def forward(self, input_ids, attention_mask, labels):
+        starts, positions, rows, wanted = self.made
+        ids = input_ids[attention_mask.bool()] if self.padded(attention_mask) else input_ids
+        hidden = self.model.bert.encode_packed(
+            ids.flatten(), starts, self.longest, positions, rows=rows
+        )
+        head = self.model.cls.predictions
+        loss = ops.masked_cross_entropy(
+            *(head.transform(hidden), head.decoder.weight, head.decoder.bias, wanted),
+            labelled_only=True,
+        )
+        return SimpleNamespace(loss=loss)
+
+    def padded(self, mask):
+        return mask.numel() != len(self.made[1])
+
+
+def pretraining(reference, batch, rounds):
+    """The row of `train.cell` for our own pre-training's step."""
+    expected = train.gradients(reference, batch, "fp32")
+    model = Pretraining(train.model_of("bertfast", "mlm", reference), batch)
+    found = train.agreement(train.gradients(model, batch, "bf16"), expected)
+    if not found["cosine"] >= train.COSINE["bf16"]:
+        raise RuntimeError(f"gradients' cosine {found['cosine']}")
+    step = train.step_of(model, batch, "bf16")
+    seconds = take_turns({"": step}, rounds, batch["labels"].device.type)[""]
+    flop = train.useful_flop(reference.config, batch)
+    return {
+        "name": "bertfast pre-training",
+        "milliseconds": 1e3 * seconds,
+        "tokens_per_second": round(int(batch["attention_mask"].sum()) / seconds),
+        "useful_gflops": flop / seconds / 1e9,
+        **found,
+    }
+
+
 def training(config, shapes, device, rounds, compiled):
+    """Steps of fine-tuning a classifier and of masked language modelling."""
     import transformers
 
-    torch.manual_seed(0)
-    reference = transformers.BertForMaskedLM(config).to(device)
     rivals = ("bertfast", "sdpa", *["compile"] * compiled)
-    for name, shape in shapes.items():
-        if shape[0] == 1:
-            continue
-        batch = batch_of(config, *shape, device)
-        batch["labels"] = train.labels_of("mlm", batch, config.vocab_size)
-        for backend in (None, "cuda") if device == "cuda" else (None,):
-            keys = rivals if backend is None else ("bertfast",)
-            suffix = ", CUDA C++" if backend else ""
+    classes = {
+        "classify": transformers.BertForSequenceClassification,
+        "mlm": transformers.BertForMaskedLM,
+    }
+    for task, cls in classes.items():
+        torch.manual_seed(0)
+        reference = cls(config).to(device)
+        for name, shape in shapes.items():
+            if shape[0] == 1:
+                continue
+            batch = batch_of(config, *shape, device)
+            batch["labels"] = train.labels_of(task, batch, config.vocab_size)
             try:
-                with ops.backend(backend) if backend else nullcontext():
-                    made = train.cell(reference, "mlm", keys, batch, "bf16", rounds)["rows"]
+                made = train.cell(reference, task, rivals, batch, "bf16", rounds)["rows"]
+                if task == "mlm":
+                    made.append(pretraining(reference, batch, rounds))
+                elif device == "cuda":
+                    with ops.backend("cuda"):
+                        cell = train.cell(reference, task, ("bertfast",), batch, "bf16", rounds)
+                    made += [row | {"name": "bertfast, CUDA C++"} for row in cell["rows"]]
             except Exception as e:
                 made = [{"name": "bertfast", "note": f"{type(e).__name__}: {str(e)[:300]}"}]
             for row in made:
-                who = row.pop("name") + suffix
-                yield {"what": "training", "batch": name, "model": who, **row}
+                yield {"what": f"training, {task}", "batch": name, "model": row.pop("name"), **row}
+
+
+@functools.cache
+def graphed(model):
+    return bertfast.cuda_graphs(model)
 
 
 def profiled(config, device, folder: Path):
-    """By kernel: what a training step and an inference of 32 natural-length sequences take."""
+    """profile.txt: a training step of 32 x 512 tokens and an inference of 1 x 128 by kernel, and
+    the host's time in them by function."""
     import transformers
 
-    batch = batch_of(config, *SHAPES["32 natural to 512"], device)
-    batch["labels"] = train.labels_of("mlm", batch, config.vocab_size)
     reference = transformers.BertForMaskedLM(config).to(device)
+    long, short = (batch_of(config, *SHAPES[name], device) for name in ("32 x 512", "1 x 128"))
+    long["labels"] = train.labels_of("mlm", long, config.vocab_size)
     with open(folder / "profile.txt", "w") as file:
         for key in ("bertfast", "sdpa"):
             model = train.model_of(key, "mlm", reference)
-            step = train.step_of(model, batch, "bf16")
-            for _ in range(3):
-                step()
-            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-                step()
-                torch.cuda.synchronize()
-            table = found.key_averages().table(
-                sort_by="self_device_time_total", row_limit=40, max_name_column_width=70
-            )
-            print(key, table, sep="\n", file=file)
+            step = train.step_of(model, long, "bf16")
+            runs = {"training 32 x 512": step, "inference 1 x 128": lambda m=model: m(**short)}
+            if key == "bertfast":
+                runs["graphs 1 x 128"] = lambda m=model: graphed(m)(**short)
+            for what, run in runs.items():
+                with torch.set_grad_enabled(what.startswith("training")):
+                    for _ in range(3):
+                        run()
+                    with profile(activities=[ProfilerActivity.CUDA]) as found:
+                        run()
+                        torch.cuda.synchronize()
+                    table = found.key_averages().table(
+                        sort_by="self_device_time_total", row_limit=30, max_name_column_width=90
+                    )
+                    print(key, what, table, sep="\n", file=file)
+                    host = cProfile.Profile()
+                    host.enable()
+                    for _ in range(10):
+                        run()
+                    host.disable()
+                    torch.cuda.synchronize()
+                    pstats.Stats(host, stream=file).sort_stats("tottime").print_stats(35)
+                model.to(torch.bfloat16).eval()
 
 
 def main():

@@ -20,8 +20,10 @@ def test_encoder(tmp_path):
     done = script("gpu_encoder.py", "--out", tmp_path, *options)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "encoder_tiny.json").read_text())["rows"]
-    assert {r["model"] for r in rows} == {"bertfast", "transformers sdpa"}
-    assert {r["what"] for r in rows} == {"inference", "training"}
+    names = {"bertfast", "transformers sdpa", "bertfast pre-training"}
+    assert {r["model"] for r in rows} == names
+    assert {r["what"] for r in rows} == {"inference", "training, classify", "training, mlm"}
+    assert not [r for r in rows if r["model"].startswith("bertfast") and "note" in r]
     inference = [r for r in rows if r["what"] == "inference"]
     assert all(r["relative_error"] < 0.05 and r["milliseconds"] > 0 for r in inference)
 

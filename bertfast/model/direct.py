@@ -9,12 +9,10 @@ import functools
 from types import SimpleNamespace
 
 import torch
-from torch import nn
-from torch.autograd import forward_ad
 
 from ..ops import registry
 from ..ops.dropout import as_seed
-from ..ops.library import GPU_DTYPES, once
+from ..ops.library import GPU_DTYPES, PLAIN, once, unwatched
 from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
 
 _ATTENTION, _LINEAR = ("attention", "attention_backward"), ("linear_act", "linear_act_backward")
@@ -42,7 +40,7 @@ def serves(hidden, w, options, bias) -> bool:
     errors name it."""
     size, inner, kind = hidden.shape[-1], w.w1.shape[0], hidden.dtype
     return (
-        not torch.compiler.is_compiling()
+        unwatched()
         and bias is None
         and type(hidden) is torch.Tensor
         and (hidden.is_cuda or registry.forced() in ("triton", "cuda"))
@@ -50,7 +48,7 @@ def serves(hidden, w, options, bias) -> bool:
         and hidden.dim() == 2
         and size % options.heads == 0
         and all(
-            type(p) in (nn.Parameter, torch.Tensor)
+            type(p) in PLAIN
             and (p.dtype is kind or p.dtype is torch.float32)
             and p.device == hidden.device
             for p in w
@@ -62,10 +60,6 @@ def serves(hidden, w, options, bias) -> bool:
         and all(p.shape == (size,) for p in (w.bq, w.bk, w.bv, w.bo, w.b2, *w[8:10], *w[14:]))
         and w.wq.dtype is w.wk.dtype is w.wv.dtype
         and w.bq.dtype is w.bk.dtype is w.bv.dtype
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

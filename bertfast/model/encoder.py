@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..ops.library import call
+from ..ops.pack import gather
 from . import live
 from .layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
 
@@ -33,11 +35,11 @@ class Packing:
                 f"[{batch}, {seqlen}] as the input: one 0 or 1 for each token"
             )
         self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
-        self.indices, self.cu_seqlens = torch.ops.bertfast.pack_indices(attention_mask)
+        self.indices, self.cu_seqlens = call("pack_indices", attention_mask, None)
 
     def pack(self, x):
         """[batch, seqlen, ...] -> [tokens, ...]"""
-        return torch.ops.bertfast.gather_rows(x.flatten(0, 1), self.indices)
+        return gather(x, self.indices)
 
     def unpack(self, x):
         """[tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""

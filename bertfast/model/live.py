@@ -3,12 +3,11 @@ weights when it comes to them. None are kept for the next call, so none can be s
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16
+from ..ops.library import CPU_DTYPES, is_bf16, unwatched
 from ..ops.linear_act import ACTIVATIONS
 from .layer import LayerOptions, LayerWeights
 
@@ -25,11 +24,7 @@ def serves(hidden) -> bool:
         and hidden.device.type == "cpu"
         and hidden.dtype in CPU_DTYPES
         and registry.forced() in (None, "cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
+        and unwatched()
         and not _has_any_global_hook()
     )
 

@@ -6,6 +6,7 @@ from .dropout import as_seed, keep_mask, threshold
 from .extension import C
 from .library import (
     autograd,
+    call,
     check,
     check_device,
     check_floating,
@@ -90,7 +91,8 @@ def embedding_layer_norm(
             lambda: f"{name} is {p.dtype} {list(p.shape)}, expected {word.dtype} [..., {hidden}]",
         )
     seed = as_seed(seed, dropout_p, word.device)
-    return torch.ops.bertfast.embedding_layer_norm(
+    return call(
+        "embedding_layer_norm",
         word,
         input_ids,
         position_ids,

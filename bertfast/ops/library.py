@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+from torch.autograd import forward_ad
 
 from . import registry
 from .extension import C, error
@@ -13,6 +14,7 @@ from .extension import C, error
 LIBRARY = torch.library.Library("bertfast", "DEF")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # types that hide no behaviour of their own
 TRITON_ROW = 8192  # the longest row that a Triton kernel keeps in registers
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -31,6 +33,31 @@ def define(schema: str, fake):
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, dispatch, key)
     torch.library.register_fake(f"bertfast::{name}", fake, lib=LIBRARY)
+
+
+def unwatched() -> bool:
+    """Whether nobody traces, transforms or watches operators through a dispatch mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def call(name: str, *args):
+    """torch.ops.bertfast.<name>(*args), all of them given; straight to the backend where the
+    dispatcher would do nothing else. On a GPU's host its Python is longer than most kernels."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if (
+        unwatched()
+        and all(type(t) in PLAIN for t in tensors)
+        and tensors[0].device.type in ("cpu", "cuda")
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    ):
+        return registry.select(name, *args)(*args)
+    return getattr(torch.ops.bertfast, name)(*args)
 
 
 def autograd(name: str, backward, setup_context):

@@ -22,6 +22,7 @@ import torch
 from .extension import C
 from .library import (
     autograd,
+    call,
     check,
     check_device,
     cpu_limit,
@@ -74,9 +75,9 @@ def masked_cross_entropy(
         lambda: f"labels has shape {list(labels.shape)}, expected [{hidden.shape[0]}]",
     )
     if not labelled_only:
-        rows, _ = torch.ops.bertfast.pack_indices((labels != ignore_index).unsqueeze(0))
-        hidden = torch.ops.bertfast.gather_rows(hidden, rows)
-        labels = torch.ops.bertfast.gather_rows(labels, rows)
+        rows, _ = call("pack_indices", (labels != ignore_index).unsqueeze(0), None)
+        hidden = call("gather_rows", hidden, rows)
+        labels = call("gather_rows", labels, rows)
     need = 0
     if torch.is_grad_enabled():
         need = _DHIDDEN * hidden.requires_grad | _DWEIGHT * weight.requires_grad

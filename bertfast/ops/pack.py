@@ -5,6 +5,7 @@ import torch
 from .extension import C
 from .library import (
     autograd,
+    call,
     check,
     cpu_limit,
     cuda_limit,
@@ -45,14 +46,14 @@ def pack(x, attention_mask, tokens=None):
             f"dimensions of x {list(x.shape)}"
         ),
     )
-    indices, cu_seqlens = torch.ops.bertfast.pack_indices(attention_mask, tokens)
+    indices, cu_seqlens = call("pack_indices", attention_mask, tokens)
     return gather(x, indices), indices, cu_seqlens, attention_mask.shape[1]
 
 
 def gather(x, indices):
     """Rows `indices` of x [batch, seqlen, ...] seen as [batch * seqlen, ...]."""
     flat = x.flatten(0, 1)
-    return torch.ops.bertfast.gather_rows(flat, indices)
+    return call("gather_rows", flat, indices)
 
 
 def unpack(packed, indices, batch: int, seqlen: int):
@@ -61,7 +62,7 @@ def unpack(packed, indices, batch: int, seqlen: int):
         indices.dim() == 1 and packed.dim() >= 1 and packed.shape[0] == indices.shape[0],
         lambda: f"packed {list(packed.shape)} and indices {list(indices.shape)} differ in tokens",
     )
-    rows = torch.ops.bertfast.scatter_rows(packed, indices, batch * seqlen)
+    rows = call("scatter_rows", packed, indices, batch * seqlen)
     return rows.unflatten(0, (batch, seqlen))
 
 

@@ -94,21 +94,29 @@ __device__ __forceinline__ void store_partial(float* partial, int64_t hidden, co
   }
 }
 
+constexpr int kGroups = 8;  // warps that share out the blocks of 32 columns
+
 static __global__ void add_partials(const float* partial, float* out, int64_t blocks,
                                     int64_t columns) {
-  const int64_t j = int64_t(blockIdx.x) * 128 + threadIdx.x;
-  if (j >= columns) return;
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
+  const int64_t j = int64_t(blockIdx.x) * 32 + lane;
+  float* sums = reinterpret_cast<float*>(shared_memory());
   float total = 0;
+  if (j < columns)
 #pragma unroll 8
-  for (int64_t b = 0; b < blocks; ++b) total += partial[b * columns + j];
+    for (int64_t b = group; b < blocks; b += kGroups) total += partial[b * columns + j];
+  sums[threadIdx.x] = total;
+  __syncthreads();
+  if (group > 0 || j >= columns) return;
+  for (int g = 1; g < kGroups; ++g) total += sums[32 * g + lane];
   out[j] = total;
 }
 
 inline void launch_add_partials(const float* partial, float* out, int64_t blocks, int64_t columns,
                                 void* stream) {
   if (columns > 0)
-    launch("add_partials", add_partials, dim3(unsigned((columns + 127) / 128)), 128, 0, stream,
-           partial, out, blocks, columns);
+    launch("add_partials", add_partials, dim3(unsigned((columns + 31) / 32)), 32 * kGroups,
+           32 * kGroups * sizeof(float), stream, partial, out, blocks, columns);
 }
 
 }  // namespace bertfast::cuda
