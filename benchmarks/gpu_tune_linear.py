@@ -144,10 +144,11 @@ def make(run):
 
 def warm(job):
     """Compiles a setting in this process, into Triton's cache: its constants are the shapes'."""
-    run, names, n, k = job
+    run, names, n, k, device = job
     try:
-        make(run)(*draw(names, 256, n, k, "cuda"))
-        torch.cuda.synchronize()
+        make(run)(*draw(names, 256, n, k, device))
+        if device == "cuda":
+            torch.cuda.synchronize()
     except Exception as e:  # told where it is timed
         return str(e)
 
@@ -188,11 +189,15 @@ def main():
         parser.error("torch sees no GPU here")
     sizes, device = ((256, 256, 128), "cpu") if args.smoke else (args.sizes, "cuda")
     tasks, start = list(families(args.only)), time.perf_counter()
-    if args.workers and not args.smoke:
-        jobs = [(r, names, *sizes[1:]) for _, runs, names, _ in tasks for r in runs.values()]
+    if args.workers:
+        jobs = [
+            (r, names, *sizes[1:], device) for _, runs, names, _ in tasks for r in runs.values()
+        ]
+        workers = min(args.workers, 2) if args.smoke else args.workers
         try:
-            with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-                list(pool.map(warm, jobs))
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                refused = [why for why in pool.map(warm, jobs) if why]
+            print(f"{len(jobs) - len(refused)} of {len(jobs)} compiled by {workers} workers")
         except Exception as e:  # then they are compiled one by one
             print(f"workers failed: {e}", flush=True)
     print(f"M, N, K = {sizes}, triton {triton.__version__}, torch {torch.__version__}")

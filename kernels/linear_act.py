@@ -193,8 +193,8 @@ def _gradients(grad, z, activation, sums):
     """(dz, or grad itself without an activation, sums [chunks, N] fp32 or None)."""
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     (m, n), device = grad.shape, grad.device
-    # At most 256 chunks, so that the second stage stays short.
     rows, columns = STEP
+    # At most 256 chunks, so that the second stage stays short.
     chunk = max(CHUNK, triton.cdiv(triton.cdiv(m, 256), rows) * rows)
     chunks = max(1, triton.cdiv(m, chunk))
     dz = grad

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 TILES = {
     "small": Tile(64, 64, 64, 4, 4),
     "medium": Tile(128, 128, 64, 8, 3),
-    "large": Tile(128, 256, 64, 8, 3, True, 1),
+    "large": Tile(128, 256, 64, 8, 4, True, 1),
     # Two programs a processor: one's epilogue runs beside the other's products.
     "pair": Tile(128, 128, 64, 4, 3, True, 2),
     "narrow": Tile(64, 64, 32, 4, 3),
