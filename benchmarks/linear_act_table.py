@@ -1,7 +1,7 @@
 """Every product that can serve a linear layer, timed on this GPU; rows for
 kernels/linear_act_table.py.
 
-    python benchmarks/linear_act_table.py > rows.txt
+    python benchmarks/linear_act_table.py [--size base] [--rows 16384 ...] > rows.txt
 
 Shapes: the projections of MiniLM, BERT-base and BERT-large at several token counts, with the
 weights of a bf16 or fp16 model. Each candidate's output is first held against fp64; one that errs
@@ -96,13 +96,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--size", nargs="*", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU")
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for size in options.size:
         for layer in layers(*SIZES[size]):
-            for m in ROWS:
+            for m in options.rows:
                 print(f"{size} {m} {layer}", file=sys.stderr)
                 dtype = getattr(torch, options.dtype)
                 with torch.inference_mode(), ops.backend("triton"):

@@ -18,7 +18,11 @@ from . import linear_act_table as table
 from .spec import Spec
 
 GROUP = 8  # rows of tiles that share their columns' weights in L2
-ROWS, COLUMNS = 16, 128  # a step of the elementwise kernels
+# Steps of `gradient` (rows, columns; 16 bytes of bf16 a thread and row, two rows a thread), of its
+# second stage over few rows of fp32, and of `activation`.
+STEP, SECOND, BLOCK = (16, 128), (64, 32), 4096
+STAGES = 1  # of `gradient`: enough programs fit on a processor to hide its loads
+CHUNK = 128  # rows at least whose sums a program adds
 
 
 def linear_act(x, weight, bias, activation, save):
@@ -141,7 +145,8 @@ def _forward(x, weights, biases, activation, save):
         return z, z.clone() if save else _none(x.dtype, x)
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device) if save else z
     if m * n:
-        kernels.activation[(triton.cdiv(z.numel(), 1024),)](z, y, z.numel(), activation, 1024)
+        grid = (triton.cdiv(z.numel(), BLOCK),)
+        kernels.activation[grid](z, y, z.numel(), activation, BLOCK, num_warps=8)
     return y, z if save else _none(x.dtype, x)
 
 
@@ -155,21 +160,28 @@ def _fused(x, weights, biases, activation, save, tile):
     z = torch.empty(y.shape if save else (0,), dtype=x.dtype, device=x.device)
     strides = (x.stride(0), *weights[0].stride())
     grid = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * parts
-    if tile.persistent:
+    if tile.programs:
+        grid = min(grid, tile.programs * _processors(x.device))
+    out = y, z if save else None
+    if tile.tma:
         x = TensorDescriptor.from_tensor(x, [tile.m, tile.k])
         weights = (TensorDescriptor.from_tensor(weights[0], [tile.n, tile.k]),)
-        cuda = y.device.type == "cuda"
-        grid = min(
-            grid, torch.cuda.get_device_properties(y.device).multi_processor_count if cuda else 2
-        )
+        box = [tile.m, min(tile.n, kernels.PIECE.value)]
+        out = [None if t is None else TensorDescriptor.from_tensor(t, box) for t in out]
     kernels.product[(grid,)](
         *(x, *weights, *(None,) * (3 - parts), *biases, *(None,) * (3 - parts)),
-        *(y, z if save else None, m, n, k, *strides, parts, activation, _precision(y.dtype)),
-        *(tile.m, tile.n, tile.k, GROUP, tile.persistent),
+        *(*out, m, n, k, *strides, parts, activation, _precision(y.dtype)),
+        *(tile.m, tile.n, tile.k, GROUP, tile.tma, tile.programs > 0, y.dtype == torch.float32),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     return y, z
+
+
+def _processors(device) -> int:
+    if device.type != "cuda":
+        return 2  # the interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _precision(dtype) -> str:
@@ -181,17 +193,18 @@ def _gradients(grad, z, activation, sums):
     """(dz, or grad itself without an activation, sums [chunks, N] fp32 or None)."""
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     (m, n), device = grad.shape, grad.device
+    rows, columns = STEP
     # At most 256 chunks, so that the second stage stays short.
-    chunk = max(128, triton.cdiv(triton.cdiv(m, 256), ROWS) * ROWS)
+    chunk = max(CHUNK, triton.cdiv(triton.cdiv(m, 256), rows) * rows)
     chunks = max(1, triton.cdiv(m, chunk))
     dz = grad
     if z is not None:
         z, dz = z.contiguous(), torch.empty(grad.shape, dtype=grad.dtype, device=device)
     sums = torch.empty((chunks, n), dtype=torch.float32, device=device) if sums else None
     if n:
-        kernels.gradient[(triton.cdiv(n, COLUMNS), chunks)](
+        kernels.gradient[(triton.cdiv(n, columns), chunks)](
             *(grad, z, None if z is None else dz, sums, m, chunk, n),
-            *(grad.stride(0), activation, ROWS, COLUMNS),
+            *(grad.stride(0), activation, rows, columns, STAGES),
         )
     return dz, sums
 
@@ -201,8 +214,8 @@ def _total(sums, like):
     (chunks, n), device = sums.shape, sums.device
     out = torch.empty((n,), dtype=like.dtype, device=device)
     if n:
-        kernels.gradient[(triton.cdiv(n, COLUMNS), 1)](
-            *(sums, None, None, out, chunks, chunks, n, sums.stride(0), 0, ROWS, COLUMNS),
+        kernels.gradient[(triton.cdiv(n, SECOND[1]), 1)](
+            *(sums, None, None, out, chunks, chunks, n, sums.stride(0), 0, *SECOND, STAGES),
         )
     return out
 
@@ -224,40 +237,44 @@ def shipped():
         for activation, save in ((0, False), (1, False), (1, True), (2, True), (3, True)):
             yield _product_spec("bf16", tile, *feed_forward, 1, activation, save)
         yield _product_spec("fp16", tile, *feed_forward, 1, 1, True)
-        if not tile.persistent:
+        if not tile.tma:
             yield _product_spec("bf16", tile, 768, 768, 3, 0, False)
             yield _product_spec("bf16", tile, 1000, 104, 1, 1, True)
     for dtype in ("bf16", "fp16", "fp32"):
         p, n = f"*{dtype}", feed_forward[0]
-        steps = {"ROWS": ROWS, "COLUMNS": COLUMNS, "N": n, "STRIDE": n}
+        first, second = (
+            {"ROWS": rows, "COLUMNS": columns, "N": n, "STRIDE": n, "STAGES": STAGES}
+            for rows, columns in (STEP, SECOND)
+        )
         lengths = dict.fromkeys(("M", "chunk"), "i32")
         for activation in (1, 2, 3):
             yield Spec(
                 *(kernels.activation, {"z": p, "y": p, "size": "i32"}),
-                *({"ACT": activation, "BLOCK": 1024}, 4),
+                *({"ACT": activation, "BLOCK": BLOCK}, 8),
             )
             yield Spec(
                 *(kernels.gradient, {"grad": p, "z": p, "dz": p, "sums": "*fp32", **lengths}),
-                *({"ACT": activation, **steps}, 4),
+                *({"ACT": activation, **first}, 4),
             )
-        alone = {"z": None, "dz": None, "ACT": 0, **steps}
-        yield Spec(kernels.gradient, {"grad": p, "sums": "*fp32", **lengths}, alone, 4)
-        yield Spec(kernels.gradient, {"grad": "*fp32", "sums": p, **lengths}, alone, 4)
+        alone = {"z": None, "dz": None, "ACT": 0}
+        yield Spec(kernels.gradient, {"grad": p, "sums": "*fp32", **lengths}, alone | first, 4)
+        yield Spec(kernels.gradient, {"grad": "*fp32", "sums": p, **lengths}, alone | second, 4)
 
 
 def _product_spec(dtype, tile, n, k, parts, activation, save, precision="ieee"):
     p = f"*{dtype}"
-    types = {"x": p, **{f"w{i}": p for i in range(parts)}}
-    if tile.persistent:
-        types = {"x": f"tensordesc<{dtype}[{tile.m}, {tile.k}]>"}
-        types["w0"] = f"tensordesc<{dtype}[{tile.n}, {tile.k}]>"
-    types |= {f"b{i}": p for i in range(parts)} | {"y": p} | ({"z": p} if save else {})
+    out = ["y", "z"] if save else ["y"]
+    if tile.tma:
+        boxes = {"x": (tile.m, tile.k), "w0": (tile.n, tile.k)}
+        boxes |= dict.fromkeys(out, (tile.m, min(tile.n, kernels.PIECE.value)))
+        types = {name: f"tensordesc<{dtype}{list(box)}>" for name, box in boxes.items()}
+    else:
+        types = dict.fromkeys(["x", *(f"w{i}" for i in range(parts)), *out], p)
+    types |= {f"b{i}": p for i in range(parts)} | {"M": "i32"}
     absent = [f"{c}{i}" for c in "wb" for i in range(parts, 3)] + ([] if save else ["z"])
     constants = {**dict.fromkeys(absent), "N": n, "K": k, "X_M": k, "W_N": k, "W_K": 1}
     constants |= {"PARTS": parts, "ACT": activation, "PRECISION": precision, "GROUP": GROUP}
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    constants["PERSISTENT"] = tile.persistent
-    types["M"] = "i32"
-    return Spec(
-        kernels.product, types, constants, tile.warps, tile.stages, 90 if tile.persistent else 80
-    )
+    constants |= {"TMA": tile.tma, "PERSISTENT": tile.programs > 0, "EXACT": dtype == "fp32"}
+    arch = 90 if tile.tma else 80
+    return Spec(kernels.product, types, constants, tile.warps, tile.stages, arch)

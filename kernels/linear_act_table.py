@@ -16,14 +16,16 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
-    # Operands by tensor descriptor (Hopper's TMA), and as many programs as the GPU has processors.
-    persistent: bool = False
+    tma: bool = False  # operands and results by tensor descriptors, Hopper's
+    programs: int = 0  # on a processor, which take tiles in turn; 0: one program a tile
 
 
 TILES = {
     "small": Tile(64, 64, 64, 4, 4),
     "medium": Tile(128, 128, 64, 8, 3),
-    "large": Tile(128, 256, 64, 8, 3, True),
+    "large": Tile(128, 256, 64, 8, 4, True, 1),
+    # Two programs a processor: one's epilogue runs beside the other's products.
+    "pair": Tile(128, 128, 64, 4, 3, True, 2),
     "narrow": Tile(64, 64, 32, 4, 3),
 }
 CUBLAS = "cublas"
@@ -49,8 +51,9 @@ def candidates(dtype, arch: int, k: int, vectors: bool, parts: int = 1) -> list[
         return [CUBLAS, "narrow"]
     names = [CUBLAS, "small", "medium"]
     # With a single step over k the large tile's registers spill.
-    large = parts == 1 and k > TILES["large"].k and 90 <= arch < 100
-    return [*names, "large"] if large else names
+    if parts == 1 and k > 64 and 90 <= arch < 100:
+        names += [name for name, tile in TILES.items() if tile.tma]
+    return names
 
 
 def choose(arch, dtype, m, n, k, activation, save, vectors, parts=1) -> str:
