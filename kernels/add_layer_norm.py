@@ -17,6 +17,7 @@ from .rows import (
     as_int32,
     gradient,
     load_columns,
+    load_once,
     programs,
     statistics,
     sum_partials,
@@ -24,7 +25,9 @@ from .rows import (
 )
 from .spec import Spec
 
-_FORWARD, _BACKWARD = 4096, 2048  # values of a tile
+# `rows.tile`'s rows and warps; of backward also programs on a processor, as many as its registers
+# let run at once, and the stages of its loop. benchmarks/gpu_tune_norm.py times others.
+_FORWARD, _BACKWARD = (1, 4), (1, 4, 6, 1)
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def _sum(
     x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """s = residual + dropout(x + k) and the dropout's mask."""
-    s = tl.load(x + at, mask, other=0).to(tl.float32)
+    s = load_once(x + at, mask)
     keep = mask
     if k is not None:
         s = tl.where(mask, s + k[None, :], 0)
@@ -40,7 +43,7 @@ def _sum(
         keep = keep_mask(seed, rows, tl.arange(0, BLOCK // 4), threshold) & mask
         s = tl.where(keep, s * scale, 0)
     if residual is not None:
-        s += tl.load(residual + at, mask, other=0).to(tl.float32)
+        s += load_once(residual + at, mask)
     return s, keep
 
 
@@ -67,7 +70,7 @@ def _forward(
 @jit(do_not_specialize=["tokens", "threshold"])
 def _backward(
     grad, x, residual, weight, x_bias, seed, mean, rstd, dx, ds, partial, tokens, scale, threshold,
-    N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, SUMS: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial fp32 [programs, SUMS, N]: dweight, dbias and, with x_bias, dx_bias."""
     j = tl.arange(0, BLOCK)
@@ -76,11 +79,12 @@ def _backward(
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
     dk = tl.zeros([BLOCK], tl.float32)
-    for t in range(tl.program_id(0), tl.cdiv(tokens, R), tl.num_programs(0)):
+    tiles = tl.cdiv(tokens, R)
+    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         rows = t * R + tl.arange(0, R).to(tl.int64)
         at = rows[:, None] * N + j[None, :]
         mask = (rows < tokens)[:, None] & (j < N)[None, :]
-        g = tl.load(grad + at, mask, other=0).to(tl.float32)
+        g = load_once(grad + at, mask)
         s, keep = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
         m = tl.load(mean + rows, rows < tokens, other=0)
         r = tl.load(rstd + rows, rows < tokens, other=0)
@@ -126,7 +130,7 @@ def add_layer_norm_backward(grad, x, residual, weight, mean, rstd, x_bias, dropo
     two = residual is not None and seed is not None
     sums = 2 if x_bias is None else 3
     block, rows, warps = tile(hidden, _BACKWARD)
-    grid = max(1, min(programs(x.device), triton.cdiv(tokens, rows)))
+    grid = max(1, min(programs(x.device, _BACKWARD[2]), triton.cdiv(tokens, rows)))
 
     def empty(*shape, dtype=x.dtype):
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -136,7 +140,7 @@ def add_layer_norm_backward(grad, x, residual, weight, mean, rstd, x_bias, dropo
     _backward[grid,](
         *_dense(grad, x, residual, weight, x_bias, seed, mean, rstd),
         *(dx, ds, partial, tokens, 1 / (1 - dropout_p), as_int32(threshold(dropout_p))),
-        *(hidden, block, rows, sums),
+        *(hidden, block, rows, sums, _BACKWARD[3]),
         num_warps=warps,
     )
     dw, db = (empty(hidden, dtype=weight.dtype) for _ in range(2))
@@ -171,7 +175,7 @@ def _specs(hidden, x, parameter, extras):
     yield Spec(_forward, types | {"bias": parameter, "y": x, "eps": "fp32"}, constants, warps)
     block, rows, warps = tile(hidden, _BACKWARD)
     constants = nothing | {"N": hidden, "BLOCK": block, "R": rows}
-    constants["SUMS"] = 3 if "x_bias" in extras else 2
+    constants |= {"SUMS": 3 if "x_bias" in extras else 2, "STAGES": _BACKWARD[3]}
     types |= {"grad": x, "dx": x, "partial": "*fp32"}
     if "seed" in extras:
         types["ds"] = x

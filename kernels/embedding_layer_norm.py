@@ -13,10 +13,19 @@ from bertfast.ops.dropout import threshold
 
 from .jit import jit
 from .philox import keep_mask
-from .rows import as_int32, gradient, load_columns, programs, statistics, sum_partials, tile
+from .rows import (
+    as_int32,
+    gradient,
+    load_columns,
+    load_once,
+    programs,
+    statistics,
+    sum_partials,
+    tile,
+)
 from .spec import Spec
 
-_FORWARD, _BACKWARD = 2048, 1024  # values of a tile
+_FORWARD, _BACKWARD = (1, 4), (1, 4, 6)  # as in add_layer_norm.py
 
 
 @triton.jit
@@ -69,7 +78,7 @@ def _backward(
         rows = t * R + tl.arange(0, R).to(tl.int64)
         at = rows[:, None] * N + j[None, :]
         mask = (rows < tokens)[:, None] & (j < N)[None, :]
-        g = tl.load(grad + at, mask, other=0).to(tl.float32)
+        g = load_once(grad + at, mask)
         if seed is not None:
             keep = keep_mask(seed, rows, tl.arange(0, BLOCK // 4), threshold)
             g = tl.where(keep, g * scale, 0)
@@ -111,7 +120,7 @@ def embedding_layer_norm_backward(
 ):
     tokens, hidden = grad.shape
     block, rows, warps = tile(hidden, _BACKWARD)
-    grid = max(1, min(programs(grad.device), triton.cdiv(tokens, rows)))
+    grid = max(1, min(programs(grad.device, _BACKWARD[2]), triton.cdiv(tokens, rows)))
     ds = torch.empty((tokens, hidden), dtype=torch.float32, device=grad.device)
     partial = torch.empty((grid, 2, hidden), dtype=torch.float32, device=grad.device)
     _backward[grid,](

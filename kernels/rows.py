@@ -13,19 +13,26 @@ from .spec import Spec
 _COLUMNS, _PARTS = 64, 32  # of a tile of `_sum_partials`
 
 
-def tile(hidden: int, values: int) -> tuple[int, int, int]:
-    """(BLOCK, R, warps): R rows of BLOCK columns, about `values` in all; 16 bytes of bf16 a thread
-    span a row of up to 4096, so that parameters are loaded once for all R rows."""
-    block = max(16, triton.next_power_of_2(hidden))
-    return block, max(1, values // block), min(16, max(4, block // 256))
+def tile(hidden: int, setting: tuple[int, ...]) -> tuple[int, int, int]:
+    """(BLOCK, R, warps): R rows of BLOCK columns. The setting starts with rows and warps for 513
+    to 1024 columns; of others as many values a thread.
+
+    A warp's 16-byte accesses of bf16 span 256 columns: four spread a row of 1024, which few rows
+    need; one needs no shared memory for its sums, and drops the part of a row of 768 behind N when
+    compiled, dropout's bits with it.
+    """
+    rows, warps = setting[:2]
+    block, values = max(16, triton.next_power_of_2(hidden)), 1024 * rows
+    return block, max(1, values // block), min(16, max(1, block // values) * warps)
 
 
 @functools.cache
-def programs(device: torch.device) -> int:
-    """Of a backward: enough to fill the GPU, few enough that their partial sums cost little."""
+def programs(device: torch.device, each: int) -> int:
+    """Of a backward, `each` on a processor: enough to fill the GPU, few enough that their partial
+    sums cost little."""
     if device.type != "cuda":
         return 3  # the interpreter's: several tiles each
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def as_int32(threshold: int) -> int:
@@ -35,7 +42,13 @@ def as_int32(threshold: int) -> int:
 
 @triton.jit
 def load_columns(pointer, j, N: tl.constexpr):
-    return tl.load(pointer + j, j < N, other=0).to(tl.float32)
+    return tl.load(pointer + j, j < N, other=0, eviction_policy="evict_last").to(tl.float32)
+
+
+@triton.jit
+def load_once(pointers, mask):
+    """In fp32, what no other program reads: the L2 may forget it first."""
+    return tl.load(pointers, mask, other=0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit

@@ -11,7 +11,8 @@ import transformers
 from helpers import GPU, refused
 
 import bertfast
-from bertfast.model.graphs import GraphedModel, bucket
+from bertfast.model import graphs
+from bertfast.model.graphs import GraphedModel, Static, bucket
 
 CONFIG = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=100,
               vocab_size=200, max_position_embeddings=80, initializer_range=0.3)  # fmt: skip
@@ -64,18 +65,47 @@ def test_changing_lengths(name, device):
     assert len(fast.graphs) < len(LENGTHS)
 
 
-def test_inputs():
+@pytest.fixture(params=["OnCPU", "OnGPU"])
+def reader(request, monkeypatch):
+    """Inputs on the CPU packed by numpy, then by the GPU's kernel in Triton's interpreter."""
+    if GPU == "cpu":
+        monkeypatch.setattr(graphs, "OnCPU", getattr(graphs, request.param))
+    return "cpu" if request.param == "OnCPU" else GPU
+
+
+def test_inputs(reader):
     model = build()
     fast = graphed(model)
-    inputs = batch((30, 4, 21))
+    inputs = batch((30, 4, 21), device=reader)
     assert_equal(fast, model, {"input_ids": inputs["input_ids"]})
-    holes = inputs["attention_mask"] * (torch.arange(30) % 3 > 0)  # column 0 is padding
+    assert_equal(fast, model, {k: v.int() for k, v in inputs.items()})
+    holes = inputs["attention_mask"] * (
+        torch.arange(30, device=reader) % 3 > 0
+    )  # column 0 is padding
     assert_equal(fast, model, inputs | {"attention_mask": holes})
     assert_equal(fast, model, inputs | {"attention_mask": holes.flip(1).bool()})
-    assert_equal(fast, model, inputs | {"position_ids": torch.arange(30).flip(0)[None]})
-    assert_equal(fast, model, inputs | {"attention_mask": torch.zeros(3, 30)})  # no tokens at all
+    positions = torch.arange(30, device=reader).flip(0)[None]
+    assert_equal(fast, model, inputs | {"position_ids": positions})
+    assert_equal(fast, model, {"input_ids": inputs["input_ids"], "position_ids": positions})
+    nothing = torch.zeros(3, 30, device=reader)
+    assert_equal(fast, model, inputs | {"attention_mask": nothing})  # no tokens at all
     as_tuple = fast(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], fast(**inputs)[0])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_readers_agree(lengths):
+    """numpy and the kernel fill a bucket's buffer with the same numbers."""
+    pytest.importorskip("triton")
+    model, inputs = build(), batch(lengths).values()
+    static = Static(model, bucket(sum(lengths), len(lengths), max(lengths)), GPU, False)
+    shape, filled = (len(lengths), max(lengths)), []
+    for read, device in ((graphs.OnCPU, "cpu"), (graphs.OnGPU, GPU)):
+        static.buffer.fill_(-1)  # whatever an earlier batch left
+        found = read(model, shape, *(t.to(device) for t in inputs), None)
+        found.fill(static)
+        filled.append([found.tokens, *(v.tolist() for v in static.views(static.buffer)[:-1])])
+    assert filled[0] == filled[1]
 
 
 def test_results_are_their_own():
@@ -152,10 +182,14 @@ def test_changed_model(change):
     torch.testing.assert_close(after, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_settings_are_part_of_the_key():
+def test_settings_are_part_of_the_key(monkeypatch):
     fast, inputs = graphed(build()), batch((20, 9))
     fast(**inputs)
     old = list(fast.graphs.values())
+    for name in ("pack_indices", "gather_rows"):  # inputs on the CPU, no matter who is forced
+        entries = bertfast.ops.registry._table[name]
+        no = entries["reference"]._replace(limit=lambda *_: "the tensors are on cpu")
+        monkeypatch.setitem(entries, "reference", no)
     with bertfast.backend("reference" if GPU == "cpu" else "triton"):
         fast(**inputs)
     assert list(fast.graphs.values()) != old
@@ -164,6 +198,43 @@ def test_settings_are_part_of_the_key():
         assert fast(**inputs).last_hidden_state.dtype == torch.bfloat16
     assert list(fast.graphs.values()) != old
     assert fast(**inputs).last_hidden_state.dtype == torch.float32
+
+
+def test_replays_of_a_changed_model_are_dropped(monkeypatch):
+    """A graph replays before the host has looked at all; not where its weights' memory is gone."""
+    model = build()
+    fast, inputs, replayed = graphed(model), batch((20, 9)), []
+    replay = Static.replay
+    monkeypatch.setattr(Static, "replay", lambda self, b: replayed.append(self) or replay(self, b))
+    for change, replays in ((swap_in, 1), (drop_layer, 2), (swap_data, 1)):
+        fast(**inputs)
+        old = next(iter(fast.graphs.values()))
+        change(model)
+        replayed.clear()
+        assert_equal(fast, model, inputs)
+        assert len(replayed) == replays and (replayed[-1] is old) == (change is swap_in)
+
+
+def test_weights_stay_until_the_next_call():
+    model = build()
+    fast, inputs, old = graphed(model), batch((20, 9)), bias(model).data_ptr()
+    fast(**inputs)
+    swap_data(model)
+    assert old in [t.data_ptr() for t in fast._baked.memory]
+    fast(**inputs)
+    assert old not in [t.data_ptr() for t in fast._baked.memory]
+
+
+def test_outputs_make_room(monkeypatch):
+    fast = graphed(build())
+    states = 4 * 16 * 48 + 4 * 48  # of 16 tokens, with the pooler's
+    monkeypatch.setattr(graphs, "OUTPUTS", 3 * states)
+    for n in (16, 32, 48):
+        fast(**batch((n,)))
+    assert list(fast.graphs) == [bucket(48, 1, 48)]
+    monkeypatch.setattr(graphs, "OUTPUTS", 1)
+    fast(**batch((16,)))
+    assert list(fast.graphs) == [bucket(16, 1, 16)]
 
 
 def test_inference_mode_on_and_off():

@@ -17,6 +17,7 @@ from .encoder import (
     PackedSequences,
     Packing,
     attention_probabilities,
+    check_mask,
 )
 from .frozen import FrozenEncoder
 from .layer import ACTIVATIONS
@@ -263,9 +264,8 @@ class BertModel(BertPreTrainedModel):
         n = 1 + 3 * self.config.num_hidden_layers
         return ops.draw_seeds(n, device) if self.training else [None] * n
 
-    def _inputs(
-        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-    ) -> PackedInputs:
+    def _sizes(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
+        """(batch, seqlen) of inputs that fit together; ValueError for others."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -281,24 +281,37 @@ class BertModel(BertPreTrainedModel):
                 f"the input has {seqlen} tokens, the model takes up to {limit}: truncate it "
                 "(the tokenizer's max_length) or give position_ids"
             )
-        packing = Packing(batch, seqlen, attention_mask, given.device)
-
-        def packed(ids, name):
-            if ids.dim() != 2 or ids.shape[1] != seqlen or ids.shape[0] not in (1, batch):
+        check_mask(attention_mask, batch, seqlen)
+        for name, ids in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+            if ids is not None and (
+                ids.dim() != 2 or ids.shape[1] != seqlen or ids.shape[0] not in (1, batch)
+            ):
                 raise ValueError(
                     f"{name} has shape {list(ids.shape)}, expected [{batch}, {seqlen}]"
                 )
+        return batch, seqlen
+
+    def _inputs(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+    ) -> PackedInputs:
+        batch, seqlen = self._sizes(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        )
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device
+        packing = Packing(batch, seqlen, attention_mask, device)
+
+        def packed(ids):
             return packing.pack(ids.expand(batch, seqlen).long())
 
         if position_ids is None:
             positions = packing.indices % max(seqlen, 1)
         else:
-            positions = packed(position_ids, "position_ids")
+            positions = packed(position_ids)
         if token_type_ids is None:
             types = torch.zeros_like(packing.indices)
         else:
-            types = packed(token_type_ids, "token_type_ids")
-        ids = None if input_ids is None else packed(input_ids, "input_ids")
+            types = packed(token_type_ids)
+        ids = None if input_ids is None else packed(input_ids)
         embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
         return PackedInputs(packing, ids, positions, types, embeds)
 

@@ -20,6 +20,14 @@ class PackedSequences(NamedTuple):
     seqlen: int  # the longest
 
 
+def check_mask(attention_mask, batch: int, seqlen: int):
+    if attention_mask is not None and attention_mask.shape != (batch, seqlen):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}, expected "
+            f"[{batch}, {seqlen}] as the input: one 0 or 1 for each token"
+        )
+
+
 class Packing:
     """Where the real tokens of a padded batch are; made once for a forward.
 
@@ -29,11 +37,7 @@ class Packing:
     def __init__(self, batch: int, seqlen: int, attention_mask, device):
         if attention_mask is None:
             attention_mask = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
-        if attention_mask.shape != (batch, seqlen):
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, expected "
-                f"[{batch}, {seqlen}] as the input: one 0 or 1 for each token"
-            )
+        check_mask(attention_mask, batch, seqlen)
         self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
         self.indices, self.cu_seqlens = call("pack_indices", attention_mask, None)
 

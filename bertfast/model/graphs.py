@@ -2,24 +2,33 @@
 
 A captured graph repeats its kernels with the same pointers and sizes, so a batch runs in the
 smallest bucket that holds it: its packed tokens, its sequences and its longest one rounded up, the
-rest filled with sequences of padding. Everything else that a capture bakes in - where the weights
-are, their dtypes and shapes, the modules, precision settings, the forced backend - is compared
-before each replay; a difference captures anew.
+rest filled with sequences of padding. Everything else that a capture bakes in is compared at each
+call: where the weights are before a replay, which so reads no memory that is gone; their dtypes and
+shapes, the modules, precision settings, the forced backend while the GPU works, before the result
+is given out. A difference drops the result and captures anew.
 """
 
+import copy
+import importlib
 import threading
 from collections import OrderedDict
+from itertools import chain, pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .. import ops
-from ..ops.embedding_layer_norm import _check_ids
+from ..ops.embedding_layer_norm import check_range
+from ..ops.library import HAS_TRITON
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
 from .encoder import Packing
 
+OUTPUTS = 4 * 2**30  # bytes of results that graphs may keep; those unused for longest make room
 
-def cuda_graphs(model, *, max_tokens: int = 4096, max_graphs: int = 64):
+
+def cuda_graphs(model, *, max_tokens: int = 32768, max_graphs: int = 64):
     """`model`'s forward in inference, replayed from CUDA graphs.
 
         fast = bertfast.cuda_graphs(model.eval().cuda())
@@ -29,12 +38,16 @@ def cuda_graphs(model, *, max_tokens: int = 4096, max_graphs: int = 64):
         model: a BertModel or one of its heads, in eval mode, on a GPU. Weights may change in
             place, be replaced or converted at any time.
         max_tokens: larger batches run without a graph: their launches are hidden behind the work.
-        max_graphs: as many buckets stay captured; the one unused for longest makes room.
+            A bucket keeps its results' memory (50 MB for 32768 states of BERT-base in bf16, but
+            2 GB for as many tokens' logits over its vocabulary) and one bucket's activations.
+        max_graphs: as many buckets stay captured, fewer where their results take over 4 GiB; the
+            ones unused for longest make room.
 
     Returns: a callable with the model's own result for (input_ids, attention_mask,
     token_type_ids, position_ids, return_dict), without gradients. The first batch of a bucket
-    captures. Inputs on the CPU are packed there, which spares the GPU's synchronisation; the
-    results are on the model's device.
+    captures. Inputs on the CPU are packed there, which spares waiting for the GPU, as does no
+    attention_mask; the results are on the model's device. A weight that another takes the place of
+    stays in memory until the next call.
 
     Raises: TypeError for another model, ValueError for one on a CPU.
     """
@@ -81,90 +94,163 @@ class StaticPacking(Packing):
         return x
 
 
+class OnCPU:
+    """A batch whose inputs are there: packed by numpy, whose calls cost less than torch's, so that
+    one copy takes it to the GPU."""
+
+    def __init__(self, inner, shape, ids, mask, types, positions):
+        self.sequences, self.seqlen = shape
+        kept = np.ones(shape, bool) if mask is None else (mask.detach() != 0).numpy()
+        self.lengths, self.first, self.kept = kept.sum(1), kept[:, :1], np.flatnonzero(kept)
+        self.tokens, self.longest = len(self.kept), int(self.lengths.max(initial=0))
+        self.indices, embeddings = None, inner.embeddings
+
+        def packed(name, ids, table):
+            values = ids.expand(shape).numpy().reshape(-1)[self.kept]
+            if self.tokens:
+                check_range(name, values.min(), values.max(), table.weight.shape[0])
+            return values
+
+        ids = packed("input_ids", ids, embeddings.word_embeddings)
+        if positions is None:
+            positions = self.kept % max(self.seqlen, 1)
+        else:
+            positions = packed("position_ids", positions, embeddings.position_embeddings)
+        if types is None:
+            types = 0
+        else:
+            types = packed("token_type_ids", types, embeddings.token_type_embeddings)
+        self.rows = ids, positions, types
+
+    def fill(self, static):
+        size, count, buffer = static.size, self.sequences, static.buffer
+        # From pinned memory, which torch gives out again once it is copied, the host goes on.
+        pinned = buffer.device.type == "cuda"
+        here = torch.empty(buffer.shape, dtype=torch.int64, pin_memory=pinned)
+        *rows, offsets, first, indices = static.views(here.numpy())
+        for view, values in zip(rows, self.rows, strict=True):
+            view[: self.tokens] = values
+            view[self.tokens :] = 0  # valid everywhere
+        offsets[0] = 0
+        np.cumsum(self.lengths, out=offsets[1 : count + 1])
+        padding = np.arange(1, size.sequences - count + 1) * size.longest + self.tokens
+        np.minimum(padding, size.tokens, out=offsets[count + 1 :])
+        first[:count] = self.first[:, 0]
+        first[count:] = 0
+        indices[: self.tokens] = self.kept
+        buffer.copy_(here, non_blocking=True)
+        if self.tokens < count * self.seqlen:
+            self.indices = static.views(buffer)[-1][: self.tokens]
+
+
+class OnGPU:
+    """A batch whose inputs are there: packed by one kernel. Only how many tokens a mask keeps has
+    to be waited for."""
+
+    def __init__(self, inner, shape, ids, mask, types, positions):
+        self.sequences, self.seqlen = shape
+        self.tokens, self.longest, self.indices = shape[0] * shape[1], shape[1], None
+        if mask is not None:
+            indices = mask.reshape(-1).nonzero().view(-1)
+            if indices.shape[0] < self.tokens:
+                self.tokens, self.indices = indices.shape[0], indices
+        self.rows = [
+            None if t is None else t.expand(shape).long().contiguous()
+            for t in (ids, positions, types)
+        ]
+
+    def fill(self, static):
+        kernel = importlib.import_module("bertfast.kernels.bucket")
+        kernel.fill(static.buffer, self.indices, *self.rows, self.tokens, static.size)
+
+
 class Static:
     """A bucket's buffers and, once captured, its graph."""
 
-    def __init__(self, model, size: Bucket, device):
-        self.model, self.size, self.graph, self.output = model, size, None, None
+    @torch.inference_mode(False)  # they would refuse to be written outside
+    def __init__(self, model, size: Bucket, device, real: bool):
+        self.model, self.size, self.real, self.graph = model, size, real, None
         # One buffer, so that a batch from the CPU takes one copy.
         self.buffer = torch.zeros(
-            3 * size.tokens + 2 * size.sequences + 1, dtype=torch.int64, device=device
+            4 * size.tokens + 2 * size.sequences + 1, dtype=torch.int64, device=device
         )
 
     def views(self, buffer):
-        """ids, positions and types [tokens], offsets [sequences + 1], and which sequences have
-        their column 0 [sequences]."""
+        """ids, positions and types [tokens], offsets [sequences + 1], which sequences have their
+        column 0 [sequences]; where the tokens are in a padded batch that came from the CPU."""
         t, s = self.size.tokens, self.size.sequences
-        return buffer.split([t, t, t, s + 1, s])
+        ends = (0, t, 2 * t, 3 * t, 3 * t + s + 1, 3 * t + 2 * s + 1, 4 * t + 2 * s + 1)
+        return [buffer[a:b] for a, b in pairwise(ends)]
 
-    def fill(self, packed: PackedInputs):
-        packing, tokens = packed.packing, packed.ids.shape[0]
-        size, batch, device = self.size, packing.batch, packed.ids.device
-        here = torch.zeros_like(self.buffer, device=device)  # id 0 is valid everywhere
-        *rows, offsets, first = self.views(here)
-        for view, values in zip(rows, packed[1:4], strict=True):
-            view[:tokens] = values
-        offsets[: batch + 1] = packing.cu_seqlens
-        ends = torch.arange(1, size.sequences - batch + 1, device=device) * size.longest + tokens
-        offsets[batch + 1 :] = ends.clamp_(max=size.tokens)
-        first[:batch] = packing.mask[:, 0] != 0
-        self.buffer.copy_(here)
-
-    def forward(self):
-        ids, positions, types, offsets, first = self.views(self.buffer)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def forward(self, model):
+        ids, positions, types, offsets, first, _ = self.views(self.buffer)
         packing = StaticPacking(offsets.int(), self.size.longest, first)
-        output = self.model(
+        output = model(
             PackedInputs(packing, ids, positions, types),
             output_attentions=False,
             output_hidden_states=False,
             return_dict=True,
         )
-        self.output = output
-        self.by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
+        by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
+        return output, by_token
 
     def capture(self, pool):
         device = self.buffer.device
+        if not self.real:
+            # Where the weights are now, and the modules as they are now.
+            seen = {id(t): t.detach() for t in (*self.model.parameters(), *self.model.buffers())}
+            self.graph = copy.deepcopy(self.model, seen)
+            self.output, self.by_token = self.forward(self.graph)
+            return
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles kernels, sets cuBLAS up
             for _ in range(2):
-                self.forward()
+                self.forward(self.model)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            self.forward()
+            self.output, self.by_token = self.forward(self.model)
         self.graph = graph
 
-    def imitate(self):
-        """A replay by an ordinary call: new values in the same memory."""
-        output = self.output
-        self.forward()
-        if output is not None:
-            for name, value in output.items():
-                value.copy_(self.output[name])
-            self.output = output
+    def replay(self, batch):
+        batch.fill(self)
+        if self.real:
+            self.graph.replay()
+        else:  # new values in the same memory
+            for name, value in self.forward(self.graph)[0].items():
+                self.output[name].copy_(value)
 
-    def result(self, packed: PackedInputs):
+    def result(self, batch):
         """The outputs for the batch, in memory of their own: the next replay overwrites these."""
-        packing, tokens = packed.packing, packed.ids.shape[0]
-        batch, seqlen, indices = packing.batch, packing.seqlen, None
-        if self.by_token and tokens < batch * seqlen:
-            indices = packing.indices.to(self.buffer.device)
+        shape = batch.sequences, batch.seqlen
 
         def own(name, value):
             if name not in self.by_token:
-                return value[:batch].clone()
-            if indices is None:
-                return value[:tokens].clone().unflatten(0, (batch, seqlen))
-            return ops.unpack(value[:tokens], indices, batch, seqlen)
+                return value[: batch.sequences].clone()
+            value = value[: batch.tokens]
+            if batch.indices is None:
+                return value.clone().unflatten(0, shape)
+            return ops.unpack(value, batch.indices, *shape)
 
         return type(self.output)(**{k: own(k, v) for k, v in self.output.items()})
+
+
+_pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
+_layout, _eps = attrgetter("dtype", "shape"), attrgetter("eps")
+_unfit = attrgetter("training", "_forward_hooks", "_forward_pre_hooks")
+
+
+def _items(dicts):
+    return chain.from_iterable(map(dict.values, dicts))
 
 
 class Baked:
     """What a capture takes from a model besides the batch: `unchanged` since `take`?
 
-    Asked at every call, so it looks each thing up in the shortest way.
+    Asked at every call, so it goes over lists made once, by functions in C.
     """
 
     def __init__(self, model):
@@ -175,26 +261,37 @@ class Baked:
         self.modules = list(self.model.modules())
         self.norms = [m for m in self.modules if hasattr(m, "eps")]
         self.children = [m._modules for m in self.modules if m._modules]
-        self.tensors = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
+        self.named = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
+        self.tensors = [t for t in _items(self.named) if t is not None]
+        self.pointers = list(map(_pointer, self.tensors))
+        # Their memory, for a replay before `unchanged` has found that they have another.
+        self.memory = [t.detach() for t in self.tensors]
         self.state = self._state()
 
+    def there(self) -> bool:
+        """Whether all that a graph reads is still in memory, where it was."""
+        return self.pointers == list(map(_pointer, self.tensors))
+
     def unchanged(self) -> bool:
-        return self.state == self._state()
+        return self.there() and self.state == self._state()
+
+    def unfit(self):
+        """The modules that a graph can't stand for, as they are."""
+        if any(chain.from_iterable(map(_unfit, self.modules))):
+            return [m for m in self.modules if any(_unfit(m))]
+        return []
 
     def _state(self):
         device, matmul = self.model.device.type, torch.backends.cuda.matmul
         config = self.model.config
         return (
-            [list(modules.values()) for modules in self.children],
-            [type(m) for m in self.modules],
-            [m.__dict__.get("forward") for m in self.modules],
-            [m.eps for m in self.norms],
-            [
-                (p.data_ptr(), p.dtype, p.shape, p.stride())
-                for tensors in self.tensors
-                for p in tensors.values()
-                if p is not None
-            ],
+            list(_items(self.children)),
+            list(map(type, self.modules)),
+            ["forward" in m.__dict__ and m.__dict__["forward"] for m in self.modules],
+            list(map(_eps, self.norms)),
+            list(map(id, _items(self.named))),  # == of tensors would compare their values
+            list(map(_layout, self.tensors)),
+            list(map(_stride, self.tensors)),
             (config.num_attention_heads, config.hidden_act, config.layer_norm_eps),
             (ops.registry.forced(), torch.are_deterministic_algorithms_enabled()),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
@@ -205,7 +302,8 @@ class Baked:
 
 
 class GraphedModel:
-    """See `cuda_graphs`. Without `capture` a bucket's forward is an ordinary call."""
+    """See `cuda_graphs`. Without `capture` a graph is a copy of the model that shares the weights'
+    memory, called as usual."""
 
     def __init__(self, model, max_tokens, max_graphs, capture=True):
         for name, value in (("max_tokens", max_tokens), ("max_graphs", max_graphs)):
@@ -216,8 +314,6 @@ class GraphedModel:
         self._capture, self._lock, self._done = capture, threading.Lock(), None
         self._baked, self._pool = Baked(model), None
 
-    @torch.inference_mode(False)  # its buffers would refuse to be written outside
-    @torch.no_grad()
     def __call__(
         self,
         input_ids,
@@ -226,72 +322,83 @@ class GraphedModel:
         position_ids=None,
         return_dict=None,
     ):
-        self._check()
         model, given = self.model, (input_ids, attention_mask, token_type_ids, position_ids)
         inner = model if isinstance(model, BertModel) else model.bert
-        packed = inner._inputs(*given, None)
-        tokens, packing = packed.ids.shape[0], packed.packing
-        if not 0 < tokens <= self.max_tokens:
-            there = (None if t is None else t.to(model.device) for t in given)
-            return model(*there, return_dict=return_dict)
-        embeddings = inner.embeddings
-        _check_ids(
-            input_ids=(packed.ids, embeddings.word_embeddings.weight),
-            position_ids=(packed.positions, embeddings.position_embeddings.weight),
-            token_type_ids=(packed.types, embeddings.token_type_embeddings.weight),
-        )
-        longest = packing.seqlen
-        if packed.ids.device.type == "cpu":  # where reading it needs no synchronisation
-            longest = int(packing.cu_seqlens.diff().max())
-        with self._lock, torch.cuda.device_of(embeddings.word_embeddings.weight):
-            static = self._static(bucket(tokens, packing.batch, longest))
+        shape = inner._sizes(*given, None)
+        weight = inner.embeddings.word_embeddings.weight
+        device = weight.device
+        batch = self._batch(inner, shape, device, given)
+        if not 0 < batch.tokens <= self.max_tokens:
+            self._check()
+            there = (None if t is None else t.to(device) for t in given)
+            with torch.no_grad():
+                return model(*there, return_dict=return_dict)
+        size = bucket(batch.tokens, batch.sequences, batch.longest)
+        with self._lock, torch.cuda.device_of(weight):
             if self._done is not None:  # a replay on another stream may still run
                 torch.cuda.current_stream().wait_event(self._done)
-            static.fill(packed)
-            if not self._capture:
-                static.imitate()
-            else:
-                if static.graph is None:
-                    static.capture(self._pool)
-                static.graph.replay()
-            output = static.result(packed)
-            if self._capture:
-                self._done = torch.cuda.current_stream().record_event()
+            try:
+                output = self._replayed(size, batch, device).result(batch)
+            finally:
+                if self._capture:
+                    self._done = torch.cuda.current_stream().record_event()
         return finish(output, return_dict, model.config)
+
+    def _batch(self, inner, shape, device, given):
+        if all(t is None or t.device.type == "cpu" for t in given):
+            return OnCPU(inner, shape, *given)
+        device, read = (device, OnGPU) if HAS_TRITON else ("cpu", OnCPU)
+        return read(inner, shape, *(None if t is None else t.to(device) for t in given))
 
     def _check(self):
         if self._capture:
             _require_gpu(self.model)
-        for module in self._baked.modules:
+        for module in self._baked.unfit():
             if module.training:
                 raise RuntimeError("the model is in training mode; call model.eval() first")
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise RuntimeError(
-                    f"a {type(module).__name__} has forward hooks, which a graph would not run: "
-                    "remove them or call the model itself"
-                )
+            raise RuntimeError(
+                f"a {type(module).__name__} has forward hooks, which a graph would not run: "
+                "remove them or call the model itself"
+            )
         for name in ("output_attentions", "output_hidden_states"):
             if _default(None, self.model.config, name):
                 raise RuntimeError(f"config.{name} is set; call the model itself for those")
 
-    def _static(self, size: Bucket) -> Static:
+    def _replayed(self, size: Bucket, batch, device) -> Static:
+        """The bucket, with the batch's outputs in it."""
+        static = self.graphs.get(size)
+        ahead = static is not None and self._baked.there()
+        if ahead:
+            static.replay(batch)  # the GPU works while the host looks closer
+        self._check()
         if not self._baked.unchanged():
-            self._wait()
-            self.graphs.clear()
+            self._release(0)
             self._baked.take()
-            self._pool = None
-        static = self.graphs.pop(size, None)
+            self._pool, static = None, None
+        elif ahead:
+            self.graphs.move_to_end(size)
+            return static
         if static is None:
-            while len(self.graphs) >= self.max_graphs:
-                self._wait()
-                self.graphs.popitem(last=False)
+            self._release(self.max_graphs - 1)
             if self._capture and self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            static = Static(self.model, size, self.model.device)
-        self.graphs[size] = static
+            static = Static(self.model, size, device, self._capture)
+            batch.fill(static)  # a warm-up reads ids
+            static.capture(self._pool)
+            self.graphs[size] = static
+            self._release(self.max_graphs, OUTPUTS)
+        static.replay(batch)
         return static
 
-    def _wait(self):
-        """Before a graph's memory is given back: its last replay may be on another stream."""
-        if self._done is not None:
-            self._done.synchronize()
+    def _release(self, graphs: int, outputs: int | None = None):
+        """Keep so many graphs, and so many bytes of their outputs, but the last."""
+
+        def kept():
+            return sum(v.nbytes for s in self.graphs.values() for v in s.output.values())
+
+        while len(self.graphs) > graphs or (
+            outputs is not None and len(self.graphs) > 1 and kept() > outputs
+        ):
+            if self._capture:  # its replay may be on another stream, which this one waits for
+                torch.cuda.current_stream().synchronize()
+            self.graphs.popitem(last=False)

@@ -139,11 +139,12 @@ define(
 def _check_ids(**pairs):
     for name, (ids, table) in pairs.items():
         if ids is not None and ids.numel() and ids.device.type == "cpu":
-            low, high = (int(v) for v in ids.aminmax())
-            if low < 0 or high >= table.shape[0]:
-                raise IndexError(
-                    f"{name} run from {low} to {high}, expected 0 to {table.shape[0] - 1}"
-                )
+            check_range(name, *(int(v) for v in ids.aminmax()), table.shape[0])
+
+
+def check_range(name, low, high, rows):
+    if low < 0 or high >= rows:
+        raise IndexError(f"{name} run from {low} to {high}, expected 0 to {rows - 1}")
 
 
 def _sum(ids, positions, types, word, position, token_type):

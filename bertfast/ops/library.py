@@ -16,7 +16,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # types that hide no behaviour of their own
 TRITON_ROW = 8192  # the longest row that a Triton kernel keeps in registers
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def define(schema: str, fake):
@@ -105,7 +105,7 @@ def cpu_limit(device, dtype, arguments):
 
 def triton_limit(device, dtype, arguments):
     """The limits that all Triton kernels share."""
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "triton is not installed"
     # The interpreter runs kernels on CPU tensors: how the tests do without a GPU.
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
