@@ -373,12 +373,12 @@ class GraphedModel:
         if ahead:  # the GPU works while the host looks closer
             static.replay(batch)
             output = static.result(batch)
-        self._check()
         if not (there and self._baked.unchanged()):
             self._release(0)
             self._baked.take()
-            self._pool, static = None, None
-        elif ahead:
+            self._pool, static, ahead = None, None, False
+        self._check()
+        if ahead:
             self.graphs.move_to_end(size)
             return output
         if static is None:
