@@ -295,6 +295,9 @@ def test_refusals():
     refused(RuntimeError, "a BertLayer has forward hooks", fast, **inputs)
     hook.remove()
     fast(**inputs)
+    model.encoder.layer[0] = copy.deepcopy(model.encoder.layer[0]).train()
+    refused(RuntimeError, "call model.eval", fast, **inputs)
+    model.eval()
     model.config.output_hidden_states = True
     refused(RuntimeError, "config.output_hidden_states is set", fast, **inputs)
 

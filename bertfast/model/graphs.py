@@ -101,8 +101,10 @@ class OnCPU:
     def __init__(self, inner, shape, ids, mask, types, positions):
         self.sequences, self.seqlen = shape
         kept = np.ones(shape, bool) if mask is None else (mask.detach() != 0).numpy()
-        self.lengths, self.first, self.kept = kept.sum(1), kept[:, :1], np.flatnonzero(kept)
-        self.tokens, self.longest = len(self.kept), int(self.lengths.max(initial=0))
+        self.lengths, self.first = kept.sum(1), kept[:, :1]
+        self.tokens, self.longest = int(self.lengths.sum()), int(self.lengths.max(initial=0))
+        self.padded = self.tokens < kept.size
+        self.kept = kept.reshape(-1).nonzero()[0] if self.padded else slice(None)
         self.indices, embeddings = None, inner.embeddings
 
         def packed(name, ids, table):
@@ -113,7 +115,7 @@ class OnCPU:
 
         ids = packed("input_ids", ids, embeddings.word_embeddings)
         if positions is None:
-            positions = self.kept % max(self.seqlen, 1)
+            positions = np.arange(kept.size)[self.kept] % max(self.seqlen, 1)
         else:
             positions = packed("position_ids", positions, embeddings.position_embeddings)
         if types is None:
@@ -137,10 +139,10 @@ class OnCPU:
         np.minimum(padding, size.tokens, out=offsets[count + 1 :])
         first[:count] = self.first[:, 0]
         first[count:] = 0
-        indices[: self.tokens] = self.kept
-        buffer.copy_(here, non_blocking=True)
-        if self.tokens < count * self.seqlen:
+        if self.padded:
+            indices[: self.tokens] = self.kept
             self.indices = static.views(buffer)[-1][: self.tokens]
+        buffer.copy_(here, non_blocking=True)
 
 
 class OnGPU:
@@ -263,17 +265,17 @@ class Baked:
         self.children = [m._modules for m in self.modules if m._modules]
         self.named = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self.tensors = [t for t in _items(self.named) if t is not None]
-        self.pointers = list(map(_pointer, self.tensors))
         # Their memory, for a replay before `unchanged` has found that they have another.
         self.memory = [t.detach() for t in self.tensors]
-        self.state = self._state()
+        self.pointers, self.state = list(map(_pointer, self.tensors)), self._state()
 
     def there(self) -> bool:
         """Whether all that a graph reads is still in memory, where it was."""
         return self.pointers == list(map(_pointer, self.tensors))
 
     def unchanged(self) -> bool:
-        return self.there() and self.state == self._state()
+        """And the rest as it was, if they are `there`."""
+        return self.state == self._state()
 
     def unfit(self):
         """The modules that a graph can't stand for, as they are."""
@@ -338,7 +340,7 @@ class GraphedModel:
             if self._done is not None:  # a replay on another stream may still run
                 torch.cuda.current_stream().wait_event(self._done)
             try:
-                output = self._replayed(size, batch, device).result(batch)
+                output = self._run(size, batch, device)
             finally:
                 if self._capture:
                     self._done = torch.cuda.current_stream().record_event()
@@ -364,20 +366,21 @@ class GraphedModel:
             if _default(None, self.model.config, name):
                 raise RuntimeError(f"config.{name} is set; call the model itself for those")
 
-    def _replayed(self, size: Bucket, batch, device) -> Static:
-        """The bucket, with the batch's outputs in it."""
-        static = self.graphs.get(size)
-        ahead = static is not None and self._baked.there()
-        if ahead:
-            static.replay(batch)  # the GPU works while the host looks closer
-        self._check()
-        if not self._baked.unchanged():
+    def _run(self, size: Bucket, batch, device):
+        """The batch's outputs, from its bucket's graph."""
+        static, there = self.graphs.get(size), self._baked.there()
+        ahead = static is not None and there
+        if ahead:  # the GPU works while the host looks closer
+            static.replay(batch)
+            output = static.result(batch)
+        if not (there and self._baked.unchanged()):
             self._release(0)
             self._baked.take()
-            self._pool, static = None, None
-        elif ahead:
+            self._pool, static, ahead = None, None, False
+        self._check()
+        if ahead:
             self.graphs.move_to_end(size)
-            return static
+            return output
         if static is None:
             self._release(self.max_graphs - 1)
             if self._capture and self._pool is None:
@@ -388,7 +391,7 @@ class GraphedModel:
             self.graphs[size] = static
             self._release(self.max_graphs, OUTPUTS)
         static.replay(batch)
-        return static
+        return static.result(batch)
 
     def _release(self, graphs: int, outputs: int | None = None):
         """Keep so many graphs, and so many bytes of their outputs, but the last."""
