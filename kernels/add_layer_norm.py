@@ -11,7 +11,7 @@ import triton.language as tl
 
 from bertfast.ops.dropout import threshold
 
-from .jit import jit
+from .jit import cdiv, jit
 from .philox import keep_mask
 from .rows import (
     as_int32,
@@ -27,7 +27,7 @@ from .spec import Spec
 
 # `rows.tile`'s rows and warps; of backward also programs on a processor, as many as its registers
 # let run at once, and the stages of its loop. benchmarks/gpu_tune_norm.py times others.
-_FORWARD, _BACKWARD = (1, 4), (1, 4, 6, 1)
+_FORWARD, _BACKWARD = (1, 1), (2, 4, 4, 1)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
     if tokens:
         block, rows, warps = tile(hidden, _FORWARD)
-        _forward[triton.cdiv(tokens, rows),](
+        _forward[cdiv(tokens, rows),](
             *_dense(x, residual, weight, bias, x_bias, seed),
             *(y, mean, rstd, tokens, eps, 1 / (1 - dropout_p), as_int32(threshold(dropout_p))),
             *(hidden, block, rows),
@@ -130,7 +130,7 @@ def add_layer_norm_backward(grad, x, residual, weight, mean, rstd, x_bias, dropo
     two = residual is not None and seed is not None
     sums = 2 if x_bias is None else 3
     block, rows, warps = tile(hidden, _BACKWARD)
-    grid = max(1, min(programs(x.device, _BACKWARD[2]), triton.cdiv(tokens, rows)))
+    grid = max(1, min(programs(x.device, _BACKWARD[2]), cdiv(tokens, rows)))
 
     def empty(*shape, dtype=x.dtype):
         return torch.empty(shape, dtype=dtype, device=x.device)

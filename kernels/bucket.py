@@ -1,15 +1,15 @@
 """A padded batch on a GPU into the static buffer of a CUDA graph (bertfast/model/graphs.py)."""
 
-import triton
 import triton.language as tl
 
+from .jit import cdiv, jit
 from .spec import Spec
 
 _BLOCK, _WARPS = 256, 4
 _SIZES = ["tokens", "batch", "seqlen", "room", "sequences", "longest", "steps"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@jit(do_not_specialize=_SIZES)
 def _fill(
     buffer, indices, ids, positions, types, tokens, batch, seqlen, room, sequences, longest, steps,
     BLOCK: tl.constexpr,
@@ -55,7 +55,7 @@ def _fill(
 def fill(buffer, indices, ids, positions, types, tokens, size):
     """ids, positions, types: contiguous int64 [batch, seqlen]; size: the graph's `Bucket`."""
     batch, seqlen = ids.shape
-    grid = triton.cdiv(max(size.tokens, size.sequences + 1), _BLOCK)
+    grid = cdiv(max(size.tokens, size.sequences + 1), _BLOCK)
     _fill[grid,](
         *(buffer, indices, ids, positions, types, tokens, batch, seqlen, *size),
         *(tokens.bit_length(), _BLOCK),

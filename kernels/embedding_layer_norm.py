@@ -11,7 +11,7 @@ import triton.language as tl
 
 from bertfast.ops.dropout import threshold
 
-from .jit import jit
+from .jit import cdiv, jit
 from .philox import keep_mask
 from .rows import (
     as_int32,
@@ -25,7 +25,7 @@ from .rows import (
 )
 from .spec import Spec
 
-_FORWARD, _BACKWARD = (1, 4), (1, 4, 6)  # as in add_layer_norm.py
+_FORWARD, _BACKWARD = (1, 1), (2, 4, 4)  # as in add_layer_norm.py
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def embedding_layer_norm(
     mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=word.device) for _ in range(2))
     if tokens:
         block, rows, warps = tile(hidden, _FORWARD)
-        _forward[triton.cdiv(tokens, rows),](
+        _forward[cdiv(tokens, rows),](
             *_dense(ids, positions, types, word, position, token_type, weight, bias, seed),
             *(y, mean, rstd, tokens, eps, 1 / (1 - dropout_p), as_int32(threshold(dropout_p))),
             *(hidden, block, rows),
@@ -120,7 +120,7 @@ def embedding_layer_norm_backward(
 ):
     tokens, hidden = grad.shape
     block, rows, warps = tile(hidden, _BACKWARD)
-    grid = max(1, min(programs(grad.device, _BACKWARD[2]), triton.cdiv(tokens, rows)))
+    grid = max(1, min(programs(grad.device, _BACKWARD[2]), cdiv(tokens, rows)))
     ds = torch.empty((tokens, hidden), dtype=torch.float32, device=grad.device)
     partial = torch.empty((grid, 2, hidden), dtype=torch.float32, device=grad.device)
     _backward[grid,](

@@ -1,7 +1,6 @@
 """Triton kernels whose launches cost little time on the host."""
 
 import functools
-from operator import itemgetter
 
 import torch
 import triton
@@ -14,57 +13,72 @@ class Kernel:
 
     Triton binds and specialises every argument anew at each launch, which takes longer than many
     of our kernels run. Here the first launch of a specialisation goes through Triton; later ones
-    find its compiled kernel by all that Triton specialises on: dtypes, 16-byte alignment, integers
-    that are 1 or multiples of 16, constants.
+    find its compiled kernel by all that Triton specialises on: types, dtypes, 16-byte alignment,
+    integers that are 1 or multiples of 16, constants.
     """
 
     def __init__(self, function):
-        self.function, self.compiled = function, {}
-        # Its interpreter has neither.
-        self.params = getattr(function, "params", ())
+        self.function = function
         self.names = function.arg_names
-        fixed = [p.num for p in self.params if p.is_constexpr]
-        # An itemgetter of one index gives no tuple, so the first comes twice.
-        self.constants = itemgetter(*fixed[:1], *fixed) if fixed else lambda _: ()
-        self.arguments = [
-            (p.num, not p.do_not_specialize) for p in self.params if not p.is_constexpr
-        ]
+        self.params = getattr(function, "params", ())  # Triton's interpreter has none
+        self.bound = {}  # types of the arguments -> (`binder`, compiled kernels by its key)
 
     def __getitem__(self, grid):
         return functools.partial(self.launch, grid)
 
     def launch(self, grid, *args, num_warps=WARPS, num_stages=STAGES, **named):
         if named:
-            args = (*args, *map(named.__getitem__, self.names[len(args) :]))
-        key, values = self.specialisation(args)
-        if key is not None:
-            key = (torch.cuda.current_device(), num_warps, num_stages, *key)
-            compiled = self.compiled.get(key)
-            if compiled is not None:
-                compiled[(*grid, 1, 1)[:3]](*values)
-                return
-        compiled = self.function[grid](*args, num_warps=num_warps, num_stages=num_stages)
-        if key is not None:
-            self.compiled[key] = compiled
+            args += tuple([named[name] for name in self.names[len(args) :]])
+        types = tuple(map(type, args))
+        found = self.bound.get(types)
+        if found is None:
+            found = self.bound[types] = binder(self.params, types), {}
+        bind, kernels = found
+        if bind is None:
+            self.function[grid](*args, num_warps=num_warps, num_stages=num_stages)
+            return
+        key, values = bind(*args)
+        device = torch._C._cuda_getDevice()
+        key = device, num_warps, num_stages, key
+        compiled = kernels.get(key)
+        if compiled is None:
+            kernels[key] = self.function[grid](*args, num_warps=num_warps, num_stages=num_stages)
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled[(*grid, 1, 1)[:3]](*values, stream=stream)
 
-    def specialisation(self, args):
-        """What the compiled kernel depends on, and the arguments with addresses for tensors; None
-        for what Triton itself must launch: tensor descriptors, and all in its interpreter."""
-        if not self.params:
-            return None, args
-        key, values = [], list(args)
-        for i, specialised in self.arguments:
-            a = args[i]
-            if isinstance(a, torch.Tensor):
-                values[i] = address = a.data_ptr()
-                key += a.dtype, address % 16 == 0
-            elif isinstance(a, int):
-                key += type(a), max(a.bit_length(), 31), specialised and (a == 1, a % 16 == 0)
-            elif a is None or isinstance(a, float):
-                key.append(type(a))
-            else:
-                return None, args
-        return (*key, *self.constants(args)), values
+
+def binder(params, types):
+    """bind(*arguments) -> (what the compiled kernel depends on, the arguments with addresses for
+    tensors), written for arguments of these types; None for what Triton itself must launch: tensor
+    descriptors, and all in its interpreter."""
+    key, values, addresses, lines = [], [], [], []
+    for i, (p, kind) in enumerate(zip(params, types, strict=False)):
+        name = f"a{i}"
+        values.append(name)
+        if p.is_constexpr:
+            key.append(name)
+        elif issubclass(kind, torch.Tensor):
+            values[-1] = f"p{i}"
+            addresses.append(f"p{i}")
+            lines.append(f"p{i} = {name}.data_ptr()")
+            key.append(f"{name}.dtype")
+        elif issubclass(kind, int):
+            key.append(f"{name} >> 31")  # what is more than 32 bits
+            if not p.do_not_specialize:
+                key.append(f"({name} == 1) - ({name} % 16 == 0)")
+        elif kind not in (float, type(None)):
+            return None
+    if not params:
+        return None
+    low = " | ".join(addresses) or "0"
+    each = "".join(f"{p} % 16 == 0, " for p in addresses)
+    key.append(f"({low}) % 16 and ({each})")
+    arguments = ", ".join(f"a{i}" for i in range(len(types)))
+    body = [*lines, f"return ({', '.join(key)},), ({', '.join(values)},)"]
+    made = {}
+    exec(f"def bind({arguments}):\n    " + "\n    ".join(body), made)
+    return made["bind"]
 
 
 def jit(function=None, **options):
@@ -72,3 +86,13 @@ def jit(function=None, **options):
     if function is None:
         return functools.partial(jit, **options)
     return Kernel(triton.jit(function, **options))
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b) on the host, where `triton.cdiv` takes microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next at or above n, likewise."""
+    return 1 << max(n - 1, 0).bit_length()

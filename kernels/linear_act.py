@@ -6,22 +6,23 @@ bias's gradient, then two cuBLAS products. Products of fp32 follow torch's TF32 
 sums of cuBLAS its allow_*_reduced_precision_reduction, so that their errors are PyTorch's own.
 """
 
+import functools
 from contextlib import nullcontext
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.linear_act import _DB, _DW, _DX
 from . import linear_act_kernels as kernels
 from . import linear_act_table as table
+from .jit import cdiv
 from .spec import Spec
 
 GROUP = 8  # rows of tiles that share their columns' weights in L2
 # Steps of `gradient` (rows, columns; 16 bytes of bf16 a thread and row, two rows a thread), of its
 # second stage over few rows of fp32, and of `activation`.
-STEP, SECOND, BLOCK = (16, 128), (64, 32), 4096
-STAGES = 1  # of `gradient`: enough programs fit on a processor to hide its loads
+STEP, SECOND, BLOCK = (16, 128), (64, 32), 2048
+STAGES = 3  # of `gradient`
 CHUNK = 128  # rows at least whose sums a program adds
 
 
@@ -52,7 +53,7 @@ def qkv_linear_backward(grad, x, wq, wk, wv, bq, need):
     like = wq if bq is None else bq
     dx = _none(x.dtype, x)
     if need & _DX:  # one product, so that its three parts add up in fp32
-        dx = _matmul(grad, _together((wq, wk, wv)), x.dtype)
+        dx = _matmul(grad, _together((wq, wk, wv), grad.dtype), x.dtype)
     parts = grad.chunk(3, 1)
     # Three products and not one: gradients that autograd keeps must not share memory.
     dw = [_matmul(g.T, x, wq.dtype) if need & _DW else _none(wq.dtype, x) for g in parts]
@@ -84,15 +85,26 @@ def _adjacent(parts) -> bool:
     )
 
 
-def _together(parts):
-    """The parts as one tensor: where they are if they are adjacent, else a copy made now, and so
-    never stale."""
+def _together(parts, dtype=None):
+    """The parts as one tensor, in their own dtype or another: where they are if they are adjacent, else a copy made
+    now, and so never stale."""
+    if parts[0] is not None and dtype not in (None, parts[0].dtype):
+        parts = _cast(parts, dtype)
     if len(parts) == 1 or parts[0] is None:
         return parts[0]
     if _adjacent(parts):
         shape = (len(parts) * parts[0].shape[0], *parts[0].shape[1:])
         return parts[0].as_strided(shape, parts[0].stride())
     return torch.cat(parts)
+
+
+def _cast(parts, dtype):
+    """The parts in another dtype, next to each other: one product can read them all."""
+    n = parts[0].shape[0]
+    whole = parts[0].new_empty((len(parts) * n, *parts[0].shape[1:]), dtype=dtype)
+    cast = whole.split(n)
+    torch._foreach_copy_(cast, parts)
+    return cast
 
 
 def _matmul(a, b, dtype):
@@ -106,6 +118,7 @@ def _matmul(a, b, dtype):
     return a.to(dtype) @ b.to(dtype)
 
 
+@functools.cache
 def _arch(device) -> int:
     if device.type != "cuda":
         return 90  # the interpreter, which runs all of it
@@ -127,26 +140,25 @@ def _vectors(x, weights) -> bool:
 def _forward(x, weights, biases, activation, save):
     if len(weights) > 1 and _adjacent(weights):
         weights, biases = (_together(weights),), (_together(biases),)
-    weights = tuple(w.to(x.dtype) for w in weights)
     x = x if x.stride(1) == 1 else x.contiguous()
     (n, k), parts, m = weights[0].shape, len(weights), x.shape[0]
+    if weights[0].dtype != x.dtype:
+        weights = _cast(weights, x.dtype)
     name = table.choose(
         *(_arch(x.device), x.dtype, m, parts * n, k, activation, save),
         *(_vectors(x, weights), parts),
     )
     if m * n and name != table.CUBLAS:
         return _fused(x, weights, biases, activation, save, table.TILES[name])
-    bias = _together(biases)
+    weight, bias = _together(weights, x.dtype), _together(biases, x.dtype)
     with _no_autocast(x.device):
-        z = torch.nn.functional.linear(
-            x, _together(weights), None if bias is None else bias.to(x.dtype)
-        )
+        z = torch.nn.functional.linear(x, weight, bias)
     if not activation:
         return z, z.clone() if save else _none(x.dtype, x)
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device) if save else z
     if m * n:
-        grid = (triton.cdiv(z.numel(), BLOCK),)
-        kernels.activation[grid](z, y, z.numel(), activation, BLOCK, num_warps=8)
+        grid = (cdiv(z.numel(), BLOCK),)
+        kernels.activation[grid](z, y, z.numel(), activation, BLOCK)
     return y, z if save else _none(x.dtype, x)
 
 
@@ -159,7 +171,7 @@ def _fused(x, weights, biases, activation, save, tile):
     y = torch.empty((m, parts * n), dtype=x.dtype, device=x.device)
     z = torch.empty(y.shape if save else (0,), dtype=x.dtype, device=x.device)
     strides = (x.stride(0), *weights[0].stride())
-    grid = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) * parts
+    grid = cdiv(m, tile.m) * cdiv(n, tile.n) * parts
     if tile.programs:
         grid = min(grid, tile.programs * _processors(x.device))
     out = y, z if save else None
@@ -178,6 +190,7 @@ def _fused(x, weights, biases, activation, save, tile):
     return y, z
 
 
+@functools.cache
 def _processors(device) -> int:
     if device.type != "cuda":
         return 2  # the interpreter
@@ -195,14 +208,14 @@ def _gradients(grad, z, activation, sums):
     (m, n), device = grad.shape, grad.device
     rows, columns = STEP
     # At most 256 chunks, so that the second stage stays short.
-    chunk = max(CHUNK, triton.cdiv(triton.cdiv(m, 256), rows) * rows)
-    chunks = max(1, triton.cdiv(m, chunk))
+    chunk = max(CHUNK, cdiv(cdiv(m, 256), rows) * rows)
+    chunks = max(1, cdiv(m, chunk))
     dz = grad
     if z is not None:
         z, dz = z.contiguous(), torch.empty(grad.shape, dtype=grad.dtype, device=device)
     sums = torch.empty((chunks, n), dtype=torch.float32, device=device) if sums else None
     if n:
-        kernels.gradient[(triton.cdiv(n, columns), chunks)](
+        kernels.gradient[(cdiv(n, columns), chunks)](
             *(grad, z, None if z is None else dz, sums, m, chunk, n),
             *(grad.stride(0), activation, rows, columns, STAGES),
         )
@@ -214,7 +227,7 @@ def _total(sums, like):
     (chunks, n), device = sums.shape, sums.device
     out = torch.empty((n,), dtype=like.dtype, device=device)
     if n:
-        kernels.gradient[(triton.cdiv(n, SECOND[1]), 1)](
+        kernels.gradient[(cdiv(n, SECOND[1]), 1)](
             *(sums, None, None, out, chunks, chunks, n, sums.stride(0), 0, *SECOND, STAGES),
         )
     return out
@@ -250,7 +263,7 @@ def shipped():
         for activation in (1, 2, 3):
             yield Spec(
                 *(kernels.activation, {"z": p, "y": p, "size": "i32"}),
-                *({"ACT": activation, "BLOCK": BLOCK}, 8),
+                *({"ACT": activation, "BLOCK": BLOCK}, 4),
             )
             yield Spec(
                 *(kernels.gradient, {"grad": p, "z": p, "dz": p, "sums": "*fp32", **lengths}),

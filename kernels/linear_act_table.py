@@ -76,6 +76,7 @@ def choose(arch, dtype, m, n, k, activation, save, vectors, parts=1) -> str:
         return CUBLAS
     if not vectors:
         return "narrow"
-    if -(-m // 128) * -(-n // 128) < 128:  # too few large tiles to fill a GPU
+    tiles = -(-m // 128) * -(-n // 128)
+    if tiles < 128:  # too few to fill a GPU
         return "small"
-    return "large" if "large" in able and m >= 4096 else "medium"
+    return "pair" if "pair" in able and tiles >= 512 else "medium"

@@ -1,10 +1,9 @@
 """Rows of a tensor by index, of any dtype, moved as integers of its size."""
 
 import torch
-import triton
 import triton.language as tl
 
-from .jit import jit
+from .jit import cdiv, jit, power_of_2
 from .spec import Spec
 
 _UNITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,7 +25,7 @@ def _move_rows(x, indices, out, rows, n, SCATTER: tl.constexpr, R: tl.constexpr,
 
 
 def _tile(n):
-    columns = min(triton.next_power_of_2(n), 1024)
+    columns = min(power_of_2(n), 1024)
     return min(_VALUES // columns, 512), columns
 
 
@@ -35,7 +34,7 @@ def _move(x, indices, out, scatter):
     if rows and n:
         unit = _UNITS[x.element_size()]
         R, N = _tile(n)
-        grid = triton.cdiv(rows, R), triton.cdiv(n, N)
+        grid = cdiv(rows, R), cdiv(n, N)
         _move_rows[grid](
             *(x.contiguous().view(unit), indices.contiguous(), out.view(unit), rows, n),
             *(scatter, R, N),

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .jit import jit
+from .jit import cdiv, jit, power_of_2
 from .spec import Spec
 
 _COLUMNS, _PARTS = 64, 32  # of a tile of `_sum_partials`
@@ -22,7 +22,7 @@ def tile(hidden: int, setting: tuple[int, ...]) -> tuple[int, int, int]:
     compiled, dropout's bits with it.
     """
     rows, warps = setting[:2]
-    block, values = max(16, triton.next_power_of_2(hidden)), 1024 * rows
+    block, values = max(16, power_of_2(hidden)), 1024 * rows
     return block, max(1, values // block), min(16, max(1, block // values) * warps)
 
 
@@ -92,7 +92,7 @@ def _sum_partials(
 
 def sum_partials(partial, out0, out1, out2=None):
     parts, sums, n = partial.shape
-    _sum_partials[triton.cdiv(n, _COLUMNS), sums](
+    _sum_partials[cdiv(n, _COLUMNS), sums](
         *(partial, out0, out1, out2, parts, n, sums, _COLUMNS, _PARTS), num_warps=4
     )
 

@@ -13,7 +13,7 @@ class Compiled:
         self.number, self.launches = number, launches
 
     def __getitem__(self, grid):
-        return lambda *values: self.launches.append((self.number, grid, values))
+        return lambda *values, stream: self.launches.append((self.number, grid, values))
 
 
 class Stub:
@@ -40,7 +40,8 @@ class Stub:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
     return jit.Kernel(Stub())
 
 
@@ -87,7 +88,7 @@ def test_options_compile_anew(kernel, option):
 
 def test_devices_have_kernels_of_their_own(kernel, monkeypatch):
     kernel[(1,)](x, 5, 7, 0.5, 8)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
     kernel[(1,)](x, 5, 7, 0.5, 8)
     assert kernel.function.compilations == 2
 

@@ -47,12 +47,9 @@ def serves(hidden, w, options, bias) -> bool:
         and kind in GPU_DTYPES
         and hidden.dim() == 2
         and size % options.heads == 0
-        and all(
-            type(p) in PLAIN
-            and (p.dtype is kind or p.dtype is torch.float32)
-            and p.device == hidden.device
-            for p in w
-        )
+        and {*map(type, w)} <= PLAIN
+        and {p.dtype for p in w} <= {kind, torch.float32}
+        and {p.device for p in w} == {hidden.device}
         and w.wq.shape == w.wk.shape == w.wv.shape == w.wo.shape == (size, size)
         and w.w1.shape == (inner, size)
         and w.w2.shape == (size, inner)

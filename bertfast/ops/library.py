@@ -14,7 +14,7 @@ from .extension import C, error
 LIBRARY = torch.library.Library("bertfast", "DEF")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # types that hide no behaviour of their own
+PLAIN = {torch.Tensor, torch.nn.Parameter}  # types that hide no behaviour of their own
 TRITON_ROW = 8192  # the longest row that a Triton kernel keeps in registers
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
