@@ -119,34 +119,27 @@ def words_offset(seed, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexp
 
 
 @triton.jit
-def draw(
+def kept(
     seed, offset, token, head, key, threshold,
     HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """Dropout's bits of the rows from `token` and the keys from `key`, a multiple of 4, as words.
+    """Dropout's mask [M, N] of the rows from `token` and the keys from `key`, a multiple of 4;
+    or transposed.
 
     The random bits come four keys at a time and a thread of the score tile has two of them. So
-    each thread makes a word of up to 32 keys' bits, and it's the words that change place. They
-    are made before the tile's products, when registers are free.
+    each thread makes a word of up to 32 keys' bits, and it's the words that change place. Callers
+    ask for them before the tile's products, when registers are free.
     """
     BITS: tl.constexpr = word_bits(M, N)
     row = (token + tl.arange(0, M)).to(tl.int64) * HEADS + head
     block = key // 4 + tl.arange(0, N // BITS) * (BITS // 4)
-    if TRANSPOSED:
-        return keep_words(seed, offset, row[None, :], block[:, None], threshold, BITS)
-    else:
-        return keep_words(seed, offset, row[:, None], block[None, :], threshold, BITS)
-
-
-@triton.jit
-def kept(words, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """Dropout's mask [M, N] of what `draw` gave; or transposed."""
-    BITS: tl.constexpr = word_bits(M, N)
     column = tl.arange(0, N) & (BITS - 1)
     if TRANSPOSED:
+        words = keep_words(seed, offset, row[None, :], block[:, None], threshold, BITS)
         words = tl.broadcast_to(words[:, None, :], [N // BITS, BITS, M])
         return bit(tl.reshape(words, [N, M]), column[:, None])
     else:
+        words = keep_words(seed, offset, row[:, None], block[None, :], threshold, BITS)
         words = tl.broadcast_to(words[:, :, None], [M, N // BITS, BITS])
         return bit(tl.reshape(words, [M, N]), column[None, :])
 
@@ -164,7 +157,7 @@ def _step(
     at_query = row + tl.arange(0, M)[:, None]
     for at in range(first, end, N):
         if seed is not None:
-            words = draw(seed, offset, start_q + row, head, at, threshold, HEADS, M, N)
+            keep = kept(seed, offset, start_q + row, head, at, threshold, HEADS, M, N)
         key = load_rows(k, at + column, keys, K_TOKEN, DIM, D, FULL)
         s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
         if FULL:
@@ -180,7 +173,7 @@ def _step(
         rescale = tl.exp2(top - shift)
         total = total * rescale + tl.sum(p, 1)
         if seed is not None:
-            p = tl.where(kept(words, M, N), p, zero)
+            p = tl.where(keep, p, zero)
         value = load_rows(v, at + column, keys, K_TOKEN, DIM, D, FULL)
         acc = acc * rescale[:, None]
         acc = dot(p.to(value.dtype), value, acc, PRECISION)
@@ -217,7 +210,7 @@ def _forward(
     zero = tl.minimum(keep_scale, 0.0)
     if ONE_PASS:
         if seed is not None:
-            words = draw(seed, offset, start_q + block * M, head, 0, threshold, HEADS, M, N)
+            keep = kept(seed, offset, start_q + block * M, head, 0, threshold, HEADS, M, N)
         key = load_rows(k, column, keys, K_TOKEN, DIM, D)
         value = load_rows(v, column, keys, K_TOKEN, DIM, D)
         s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
@@ -228,7 +221,7 @@ def _forward(
         p = tl.exp2(s - shift[:, None])
         total = tl.sum(p, 1)
         if seed is not None:
-            p = tl.where(kept(words, M, N), p, zero)
+            p = tl.where(keep, p, zero)
         acc = dot(p.to(value.dtype), value, tl.zeros([M, D], tl.float32), PRECISION)
     else:
         end = tl.minimum(keys, (block + 1) * M) if CAUSAL else keys

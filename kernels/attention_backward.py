@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from .attention import (
-    draw,
     kept,
     load_rows,
     place,
@@ -48,7 +47,7 @@ def _step(
     at_query = row + tl.arange(0, M)[:, None]
     for at in range(first, end, N):
         if seed is not None:
-            words = draw(seed, offset, start_q + row, head, at, threshold, HEADS, M, N)
+            keep = kept(seed, offset, start_q + row, head, at, threshold, HEADS, M, N)
         key = load_rows(k, at + column, keys, K_TOKEN, DIM, D, FULL)
         value = load_rows(v, at + column, keys, K_TOKEN, DIM, D, FULL)
         at_key = at + column[None, :]
@@ -60,7 +59,7 @@ def _step(
             p = tl.exp2(p - log[:, None])
         dp = dot(do, tl.trans(value), tl.zeros([M, N], tl.float32), PRECISION)
         if seed is not None:
-            dp = tl.where(kept(words, M, N), dp, 0.0) * keep_scale
+            dp = tl.where(keep, dp, 0.0) * keep_scale
         ds = p * (dp - total[:, None])
         if dbias is not None:
             store_bias_gradient(dbias, ds, row, at_query, at_key, queries, keys, dbias_query)
@@ -120,6 +119,62 @@ def _queries(
     store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
 
 
+@triton.jit
+def load_row(base, row, rows, other, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(base + row)
+    else:
+        return tl.load(base + row, mask=row < rows, other=other)
+
+
+@triton.jit
+def _key_step(
+    dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, begin, end, at,
+    queries, keys, start_q, head, bias, bias_query, seed, offset, scale, keep_scale, threshold,
+    Q_TOKEN: tl.constexpr, DQ_TOKEN: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WHOLE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Adds the tiles of queries from `begin` to `end`; FULL tiles need no mask of queries."""
+    column = at + tl.arange(0, N)
+    zero = tl.minimum(keep_scale, 0.0)  # not a constant: see attention.py
+    for first in range(begin, end, M):
+        row = first + tl.arange(0, M)
+        if seed is not None:
+            keep = kept(seed, offset, start_q + first, head, at, threshold, HEADS, M, N, True)
+        query = load_rows(q, row, queries, Q_TOKEN, DIM, D, FULL)
+        do = load_rows(grad, row, queries, HEADS * DIM, DIM, D, FULL)
+        log = load_row(lse, row, queries, float("inf"), FULL) * _LOG2E
+        at_query, at_key = row[None, :], column[:, None]
+        p = dot(key, tl.trans(query), tl.zeros([N, M], tl.float32), PRECISION)
+        if WHOLE or CAUSAL or bias is not None:
+            p = scores(p, first, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
+            p = tl.exp2(p - log[None, :])
+        else:  # rows past the keys come to nothing: they are neither stored nor added to others
+            p = tl.exp2(p * (scale * _LOG2E) - log[None, :])
+        dp = dot(value, tl.trans(do), tl.zeros([N, M], tl.float32), PRECISION)
+        if seed is not None:
+            dp = tl.where(keep, dp, 0.0) * keep_scale
+            dvs = dot(tl.where(keep, p, zero).to(do.dtype), do, dvs, PRECISION)
+        else:
+            dvs = dot(p.to(do.dtype), do, dvs, PRECISION)
+        if WHOLE:
+            o = load_rows(out, row, queries, HEADS * DIM, DIM, D, FULL)
+            total = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        else:
+            total = load_row(delta, row, queries, 0.0, FULL)
+        ds = p * (dp - total[None, :])
+        if WHOLE and dbias is not None:
+            store_bias_gradient(dbias, ds, first, at_query, at_key, queries, keys, dbias_query)
+        ds = ds.to(query.dtype)
+        dks = dot(ds, query, dks, PRECISION)
+        if WHOLE:
+            dqs = dot(tl.trans(ds), key, tl.zeros([M, D], tl.float32), PRECISION)
+            store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
+    return dks, dvs
+
+
 @triton.jit(do_not_specialize=["batch", "tokens"])
 def _keys(
     q, k, v, out, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, bias, seed,
@@ -162,44 +217,20 @@ def _keys(
     dks = tl.zeros([N, D], tl.float32)
     dvs = tl.zeros([N, D], tl.float32)
     offset = None if seed is None else words_offset(seed, M, N, True)
-    zero = tl.minimum(keep_scale, 0.0)  # not a constant: see attention.py
     begin = block * N // M * M if CAUSAL else 0
-    for first in range(begin, queries, M):
-        row = first + tl.arange(0, M)
-        if seed is not None:
-            words = draw(
-                seed, offset, start_q + first, head, block * N, threshold, HEADS, M, N, True
-            )
-        query = load_rows(q, row, queries, Q_TOKEN, DIM, D)
-        do = load_rows(grad, row, queries, HEADS * DIM, DIM, D)
-        log = tl.load(lse + row, mask=row < queries, other=float("inf")) * _LOG2E
-        at_query, at_key = row[None, :], column[:, None]
-        p = dot(key, tl.trans(query), tl.zeros([N, M], tl.float32), PRECISION)
-        if WHOLE or CAUSAL or bias is not None:
-            p = scores(p, first, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
-            p = tl.exp2(p - log[None, :])
-        else:  # rows past the keys come to nothing: they are neither stored nor added to others
-            p = tl.exp2(p * (scale * _LOG2E) - log[None, :])
-        dp = dot(value, tl.trans(do), tl.zeros([N, M], tl.float32), PRECISION)
-        if seed is not None:
-            keep = kept(words, M, N, True)
-            dp = tl.where(keep, dp, 0.0) * keep_scale
-            dvs = dot(tl.where(keep, p, zero).to(do.dtype), do, dvs, PRECISION)
-        else:
-            dvs = dot(p.to(do.dtype), do, dvs, PRECISION)
-        if WHOLE:
-            o = load_rows(out, row, queries, HEADS * DIM, DIM, D)
-            total = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        else:
-            total = tl.load(delta + row, mask=row < queries, other=0.0)
-        ds = p * (dp - total[None, :])
-        if WHOLE and dbias is not None:
-            store_bias_gradient(dbias, ds, first, at_query, at_key, queries, keys, dbias_query)
-        ds = ds.to(query.dtype)
-        dks = dot(ds, query, dks, PRECISION)
-        if WHOLE:
-            dqs = dot(tl.trans(ds), key, tl.zeros([M, D], tl.float32), PRECISION)
-            store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
+    if bias is None and not CAUSAL:
+        begin = queries // M * M
+        dks, dvs = _key_step(
+            dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, 0, begin,
+            block * N, queries, keys, start_q, head, bias, bias_query, seed, offset, scale,
+            keep_scale, threshold,
+            Q_TOKEN, DQ_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, WHOLE, True,
+        )  # fmt: skip
+    dks, dvs = _key_step(
+        dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, begin, queries,
+        block * N, queries, keys, start_q, head, bias, bias_query, seed, offset, scale, keep_scale,
+        threshold, Q_TOKEN, DQ_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, WHOLE, False,
+    )  # fmt: skip
     if seed is not None:
         dvs = dvs * keep_scale
     at = start_k.to(tl.int64) * DK_TOKEN + head * DIM
