@@ -133,7 +133,7 @@ def measure(case, kernel, tile, smoke):
             if not error < 1e-2:
                 return f"wrong: relative error {error:.1e}"
             if smoke:
-                return 1.0
+                return "agrees"
             graph = Graph(run, case.sets)
             return median([graph.seconds() for _ in range(ROUNDS)])
     except Exception as e:
@@ -157,7 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--batches", nargs="+", choices=BATCHES)
-    parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
@@ -165,10 +165,14 @@ def main():
         parser.error("torch sees no GPU here")
     began = time.time()
     if not args.smoke and args.workers:
-        jobs = [(g[3], tile, g[1], g[2]) for g in groups(args) for tile in [None, *g[4]]]
+        jobs = {}  # once for batches that make the same kernel
+        for batch, lengths, p, kernel, tiles in groups(args):
+            for tile in [None, *tiles]:
+                kind = "natural" if tile and "natural" in batch else batch
+                jobs.setdefault((kind, p, kernel, tile), (kernel, tile, lengths, p))
         spawn = get_context("spawn")
         with contextlib.suppress(Exception), ProcessPoolExecutor(args.workers, spawn) as pool:
-            list(pool.map(warm, jobs, timeout=150))  # what fails here compiles below
+            list(pool.map(warm, jobs.values(), timeout=150))  # what fails here compiles below
         print(f"{len(jobs)} compiled in {time.time() - began:.0f} s", flush=True)
     key, case = None, None
     for batch, lengths, p, kernel, tiles in groups(args):
