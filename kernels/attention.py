@@ -17,7 +17,7 @@ import triton.language as tl
 from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
 from .jit import jit
-from .philox import keep_mask
+from .philox import bit, keep_words, offsets
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -53,14 +53,21 @@ def span(starts, sequence):
 
 
 @triton.jit
-def load_rows(base, row, rows, TOKEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
-    """[len(row), D] from `base`, zeros past the `rows` rows and DIM columns that there are."""
+def load_rows(
+    base, row, rows, TOKEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    FULL: tl.constexpr = False,
+):  # fmt: skip
+    """[len(row), D] from `base`, zeros past the `rows` rows and DIM columns that there are; FULL
+    where all of the rows are."""
     column = tl.arange(0, D)
-    mask = (row < rows)[:, None]
-    if DIM < D:
-        mask = mask & (column < DIM)[None, :]
     at = base + row.to(tl.int64)[:, None] * TOKEN + column[None, :]
-    return tl.load(at, mask=mask, other=0.0)
+    if FULL and DIM == D:
+        return tl.load(at)
+    else:
+        mask = (row < rows)[:, None]
+        if DIM < D:
+            mask = mask & (column < DIM)[None, :]
+        return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -96,11 +103,83 @@ def scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAU
     return s
 
 
+@triton.constexpr_function
+def word_bits(m, n):
+    """Keys a word of dropout's bits, so that there are words for 256 threads."""
+    return min(32, n, max(4, m * n // 256))
+
+
 @triton.jit
-def kept(seed, token, head, key, threshold, HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Dropout's mask [M, N] of the rows from `token` and the keys from `key`, a multiple of 4."""
+def words_offset(seed, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """What `kept` needs of the seed beside it, to be loaded before a loop."""
+    BITS: tl.constexpr = word_bits(M, N)
+    if TRANSPOSED:
+        return offsets(seed, N // BITS, M)
+    else:
+        return offsets(seed, M, N // BITS)
+
+
+@triton.jit
+def kept(
+    seed, offset, token, head, key, threshold,
+    HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """Dropout's mask [M, N] of the rows from `token` and the keys from `key`, a multiple of 4;
+    or transposed.
+
+    The random bits come four keys at a time and a thread of the score tile has two of them. So
+    each thread makes a word of up to 32 keys' bits, and it's the words that change place. Callers
+    ask for them before the tile's products, when registers are free.
+    """
+    BITS: tl.constexpr = word_bits(M, N)
     row = (token + tl.arange(0, M)).to(tl.int64) * HEADS + head
-    return keep_mask(seed, row, key // 4 + tl.arange(0, N // 4), threshold)
+    block = key // 4 + tl.arange(0, N // BITS) * (BITS // 4)
+    column = tl.arange(0, N) & (BITS - 1)
+    if TRANSPOSED:
+        words = keep_words(seed, offset, row[None, :], block[:, None], threshold, BITS)
+        words = tl.broadcast_to(words[:, None, :], [N // BITS, BITS, M])
+        return bit(tl.reshape(words, [N, M]), column[:, None])
+    else:
+        words = keep_words(seed, offset, row[:, None], block[None, :], threshold, BITS)
+        words = tl.broadcast_to(words[:, :, None], [M, N // BITS, BITS])
+        return bit(tl.reshape(words, [M, N]), column[None, :])
+
+
+@triton.jit
+def _step(
+    acc, top, total, query, k, v, row, first, end, queries, keys, start_q, head,
+    bias, bias_query, seed, offset, scale, zero, threshold,
+    K_TOKEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Adds the tiles of keys from `first` to `end`; FULL tiles need no mask and have no bias."""
+    column = tl.arange(0, N)
+    at_query = row + tl.arange(0, M)[:, None]
+    for at in range(first, end, N):
+        if seed is not None:
+            keep = kept(seed, offset, start_q + row, head, at, threshold, HEADS, M, N)
+        key = load_rows(k, at + column, keys, K_TOKEN, DIM, D, FULL)
+        s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
+        if FULL:
+            new = tl.maximum(top, tl.max(s, 1) * (scale * _LOG2E))
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(s * (scale * _LOG2E) - shift[:, None])
+        else:
+            at_key = at + column[None, :]
+            s = scores(s, row, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
+            new = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(s - shift[:, None])
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.sum(p, 1)
+        if seed is not None:
+            p = tl.where(keep, p, zero)
+        value = load_rows(v, at + column, keys, K_TOKEN, DIM, D, FULL)
+        acc = acc * rescale[:, None]
+        acc = dot(p.to(value.dtype), value, acc, PRECISION)
+        top = new
+    return acc, top, total
 
 
 @jit(do_not_specialize=["batch", "tokens"])
@@ -127,7 +206,12 @@ def _forward(
     row = block * M + tl.arange(0, M)
     column = tl.arange(0, N)
     query = load_rows(q, row, queries, Q_TOKEN, DIM, D)
+    offset = None if seed is None else words_offset(seed, M, N)
+    # Not a constant: the compiler would drop values after rounding them to 16 bits, one by one.
+    zero = tl.minimum(keep_scale, 0.0)
     if ONE_PASS:
+        if seed is not None:
+            keep = kept(seed, offset, start_q + block * M, head, 0, threshold, HEADS, M, N)
         key = load_rows(k, column, keys, K_TOKEN, DIM, D)
         value = load_rows(v, column, keys, K_TOKEN, DIM, D)
         s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
@@ -138,34 +222,27 @@ def _forward(
         p = tl.exp2(s - shift[:, None])
         total = tl.sum(p, 1)
         if seed is not None:
-            keep = kept(seed, start_q + block * M, head, 0, threshold, HEADS, M, N)
-            p = tl.where(keep, p, 0.0)
+            p = tl.where(keep, p, zero)
         acc = dot(p.to(value.dtype), value, tl.zeros([M, D], tl.float32), PRECISION)
     else:
         end = tl.minimum(keys, (block + 1) * M) if CAUSAL else keys
         top = tl.full([M], float("-inf"), tl.float32)
-        shift = tl.zeros([M], tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
-        for first in range(0, end, N):
-            key = load_rows(k, first + column, keys, K_TOKEN, DIM, D)
-            s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
-            at = first + column[None, :]
-            s = scores(
-                s, block * M, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL
-            )
-            new = tl.maximum(top, tl.max(s, 1))
-            shift = tl.where(new == float("-inf"), 0.0, new)
-            p = tl.exp2(s - shift[:, None])
-            rescale = tl.exp2(top - shift)
-            total = total * rescale + tl.sum(p, 1)
-            if seed is not None:
-                keep = kept(seed, start_q + block * M, head, first, threshold, HEADS, M, N)
-                p = tl.where(keep, p, 0.0)
-            value = load_rows(v, first + column, keys, K_TOKEN, DIM, D)
-            acc = acc * rescale[:, None]
-            acc = dot(p.to(value.dtype), value, acc, PRECISION)
-            top = new
+        first = 0
+        if bias is None and not CAUSAL:  # all but the last tile; scale < 0 would turn the maximum
+            first = tl.where(scale < 0, 0, keys // N * N)
+            acc, top, total = _step(
+                acc, top, total, query, k, v, block * M, 0, first, queries, keys, start_q, head,
+                bias, bias_query, seed, offset, scale, zero, threshold,
+                K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, True,
+            )  # fmt: skip
+        acc, top, total = _step(
+            acc, top, total, query, k, v, block * M, first, end, queries, keys, start_q, head,
+            bias, bias_query, seed, offset, scale, zero, threshold,
+            K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, False,
+        )  # fmt: skip
+        shift = tl.where(top == float("-inf"), 0.0, top)
     # A row without a key sums to 0; +inf makes its probabilities 0 in backward too.
     empty = total == 0
     total = tl.where(empty, 1.0, total)

@@ -6,29 +6,66 @@ sequences take one kernel, where a program holds all keys of a head; else one fo
 dK and dV.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .attention import kept, load_rows, place, scores, span, square, store_rows
+from .attention import (
+    kept,
+    load_rows,
+    place,
+    scores,
+    span,
+    square,
+    store_rows,
+    words_offset,
+)
 from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
 from .jit import jit
 
-
-@triton.jit
-def probabilities(
-    product, lse, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr
-):
-    """A tile of q k^T -> softmax, either way round; lse in base 2, +inf for a row without keys."""
-    s = scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL)
-    return tl.exp2(s - lse)
+_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
 def store_bias_gradient(dbias, ds, row, query, key, queries, keys, dbias_query):
     at = square(dbias, row, query, key, dbias_query)
     tl.store(at, ds, mask=(query < queries) & (key < keys))
+
+
+@triton.jit
+def _step(
+    dqs, query, do, log, total, k, v, row, first, end, queries, keys, start_q, head,
+    bias, bias_query, dbias, dbias_query, seed, offset, scale, keep_scale, threshold,
+    K_TOKEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Adds the tiles of keys from `first` to `end`; FULL tiles need no mask and have no bias."""
+    column = tl.arange(0, N)
+    at_query = row + tl.arange(0, M)[:, None]
+    for at in range(first, end, N):
+        if seed is not None:
+            keep = kept(seed, offset, start_q + row, head, at, threshold, HEADS, M, N)
+        key = load_rows(k, at + column, keys, K_TOKEN, DIM, D, FULL)
+        value = load_rows(v, at + column, keys, K_TOKEN, DIM, D, FULL)
+        at_key = at + column[None, :]
+        p = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
+        if FULL:
+            p = tl.exp2(p * (scale * _LOG2E) - log[:, None])
+        else:
+            p = scores(p, row, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
+            p = tl.exp2(p - log[:, None])
+        dp = dot(do, tl.trans(value), tl.zeros([M, N], tl.float32), PRECISION)
+        if seed is not None:
+            dp = tl.where(keep, dp, 0.0) * keep_scale
+        ds = p * (dp - total[:, None])
+        if dbias is not None:
+            store_bias_gradient(dbias, ds, row, at_query, at_key, queries, keys, dbias_query)
+        dqs = dot(ds.to(key.dtype), key, dqs, PRECISION)
+    return dqs
 
 
 @jit(do_not_specialize=["batch", "tokens"])
@@ -56,51 +93,96 @@ def _queries(
     if dbias is not None:
         dbias += (sequence.to(tl.int64) * HEADS + head) * dbias_head
     row = block * M + tl.arange(0, M)
-    column = tl.arange(0, N)
     query = load_rows(q, row, queries, Q_TOKEN, DIM, D)
     do = load_rows(grad + dense, row, queries, HEADS * DIM, DIM, D)
     o = load_rows(out + dense, row, queries, HEADS * DIM, DIM, D)
     total = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     at = head * tokens + start_q + row
     tl.store(delta + at, total, mask=row < queries)
-    log = tl.load(lse + at, mask=row < queries, other=float("inf")) * 1.4426950408889634
+    log = tl.load(lse + at, mask=row < queries, other=float("inf")) * _LOG2E
     dqs = tl.zeros([M, D], tl.float32)
+    offset = None if seed is None else words_offset(seed, M, N)
     end = tl.minimum(keys, (block + 1) * M) if CAUSAL else keys
-    for first in range(0, end, N):
-        key = load_rows(k, first + column, keys, K_TOKEN, DIM, D)
-        value = load_rows(v, first + column, keys, K_TOKEN, DIM, D)
-        at_key = first + column[None, :]
-        p = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
-        p = probabilities(
-            p,
-            log[:, None],
-            block * M,
-            row[:, None],
-            at_key,
-            queries,
-            keys,
-            bias,
-            bias_query,
-            scale,
-            CAUSAL,
-        )
-        dp = dot(do, tl.trans(value), tl.zeros([M, N], tl.float32), PRECISION)
-        if seed is not None:
-            keep = kept(seed, start_q + block * M, head, first, threshold, HEADS, M, N)
-            dp = tl.where(keep, dp, 0.0) * keep_scale
-        ds = p * (dp - total[:, None])
-        if dbias is not None:
-            store_bias_gradient(
-                dbias, ds, block * M, row[:, None], at_key, queries, keys, dbias_query
-            )
-        dqs = dot(ds.to(key.dtype), key, dqs, PRECISION)
+    first = 0
+    if bias is None and not CAUSAL:  # all but the last tile
+        first = keys // N * N
+        dqs = _step(
+            dqs, query, do, log, total, k, v, block * M, 0, first, queries, keys, start_q, head,
+            bias, bias_query, dbias, dbias_query, seed, offset, scale, keep_scale, threshold,
+            K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, True,
+        )  # fmt: skip
+    dqs = _step(
+        dqs, query, do, log, total, k, v, block * M, first, end, queries, keys, start_q, head,
+        bias, bias_query, dbias, dbias_query, seed, offset, scale, keep_scale, threshold,
+        K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, False,
+    )  # fmt: skip
     dq += start_q.to(tl.int64) * DQ_TOKEN + head * DIM
     store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
 
 
+<<<<<<< HEAD
 @jit(do_not_specialize=["batch", "tokens"])
+=======
+@triton.jit
+def load_row(base, row, rows, other, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(base + row)
+    else:
+        return tl.load(base + row, mask=row < rows, other=other)
+
+
+@triton.jit
+def _key_step(
+    dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, begin, end, at,
+    queries, keys, start_q, head, bias, bias_query, seed, offset, scale, keep_scale, threshold,
+    Q_TOKEN: tl.constexpr, DQ_TOKEN: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WHOLE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Adds the tiles of queries from `begin` to `end`; FULL tiles need no mask of queries."""
+    column = at + tl.arange(0, N)
+    zero = tl.minimum(keep_scale, 0.0)  # not a constant: see attention.py
+    for first in range(begin, end, M):
+        row = first + tl.arange(0, M)
+        if seed is not None:
+            keep = kept(seed, offset, start_q + first, head, at, threshold, HEADS, M, N, True)
+        query = load_rows(q, row, queries, Q_TOKEN, DIM, D, FULL)
+        do = load_rows(grad, row, queries, HEADS * DIM, DIM, D, FULL)
+        log = load_row(lse, row, queries, float("inf"), FULL) * _LOG2E
+        at_query, at_key = row[None, :], column[:, None]
+        p = dot(key, tl.trans(query), tl.zeros([N, M], tl.float32), PRECISION)
+        if WHOLE or CAUSAL or bias is not None:
+            p = scores(p, first, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
+            p = tl.exp2(p - log[None, :])
+        else:  # rows past the keys come to nothing: they are neither stored nor added to others
+            p = tl.exp2(p * (scale * _LOG2E) - log[None, :])
+        dp = dot(value, tl.trans(do), tl.zeros([N, M], tl.float32), PRECISION)
+        if seed is not None:
+            dp = tl.where(keep, dp, 0.0) * keep_scale
+            dvs = dot(tl.where(keep, p, zero).to(do.dtype), do, dvs, PRECISION)
+        else:
+            dvs = dot(p.to(do.dtype), do, dvs, PRECISION)
+        if WHOLE:
+            o = load_rows(out, row, queries, HEADS * DIM, DIM, D, FULL)
+            total = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        else:
+            total = load_row(delta, row, queries, 0.0, FULL)
+        ds = p * (dp - total[None, :])
+        if WHOLE and dbias is not None:
+            store_bias_gradient(dbias, ds, first, at_query, at_key, queries, keys, dbias_query)
+        ds = ds.to(query.dtype)
+        dks = dot(ds, query, dks, PRECISION)
+        if WHOLE:
+            dqs = dot(tl.trans(ds), key, tl.zeros([M, D], tl.float32), PRECISION)
+            store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
+    return dks, dvs
+
+
+@triton.jit(do_not_specialize=["batch", "tokens"])
+>>>>>>> h-attn
 def _keys(
-    q, k, v, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, bias, seed,
+    q, k, v, out, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, bias, seed,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,
     batch, tokens, blocks, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
@@ -128,6 +210,7 @@ def _keys(
     if bias is not None:
         bias += sequence.to(tl.int64) * bias_batch + head * bias_head
     if WHOLE:
+        out += dense
         dq += start_q.to(tl.int64) * DQ_TOKEN + head * DIM
         if dbias is not None:
             dbias += (sequence.to(tl.int64) * HEADS + head) * dbias_head
@@ -138,37 +221,21 @@ def _keys(
     value = load_rows(v, column, keys, K_TOKEN, DIM, D)
     dks = tl.zeros([N, D], tl.float32)
     dvs = tl.zeros([N, D], tl.float32)
+    offset = None if seed is None else words_offset(seed, M, N, True)
     begin = block * N // M * M if CAUSAL else 0
-    for first in range(begin, queries, M):
-        row = first + tl.arange(0, M)
-        query = load_rows(q, row, queries, Q_TOKEN, DIM, D)
-        do = load_rows(grad, row, queries, HEADS * DIM, DIM, D)
-        log = tl.load(lse + row, mask=row < queries, other=float("inf")) * 1.4426950408889634
-        at_query, at_key = row[None, :], column[:, None]
-        p = dot(key, tl.trans(query), tl.zeros([N, M], tl.float32), PRECISION)
-        p = probabilities(
-            p, log[None, :], first, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL
-        )
-        dp = dot(value, tl.trans(do), tl.zeros([N, M], tl.float32), PRECISION)
-        if seed is not None:
-            keep = kept(seed, start_q + first, head, block * N, threshold, HEADS, M, N)
-            keep = tl.trans(keep)
-            dp = tl.where(keep, dp, 0.0) * keep_scale
-            dvs = dot(tl.where(keep, p, 0.0).to(do.dtype), do, dvs, PRECISION)
-        else:
-            dvs = dot(p.to(do.dtype), do, dvs, PRECISION)
-        if WHOLE:  # noqa: SIM108
-            total = tl.sum(p * dp, 0)
-        else:
-            total = tl.load(delta + row, mask=row < queries, other=0.0)
-        ds = p * (dp - total[None, :])
-        if WHOLE and dbias is not None:
-            store_bias_gradient(dbias, ds, first, at_query, at_key, queries, keys, dbias_query)
-        ds = ds.to(query.dtype)
-        dks = dot(ds, query, dks, PRECISION)
-        if WHOLE:
-            dqs = dot(tl.trans(ds), key, tl.zeros([M, D], tl.float32), PRECISION)
-            store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
+    if bias is None and not CAUSAL:
+        begin = queries // M * M
+        dks, dvs = _key_step(
+            dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, 0, begin,
+            block * N, queries, keys, start_q, head, bias, bias_query, seed, offset, scale,
+            keep_scale, threshold,
+            Q_TOKEN, DQ_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, WHOLE, True,
+        )  # fmt: skip
+    dks, dvs = _key_step(
+        dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, begin, queries,
+        block * N, queries, keys, start_q, head, bias, bias_query, seed, offset, scale, keep_scale,
+        threshold, Q_TOKEN, DQ_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, WHOLE, False,
+    )  # fmt: skip
     if seed is not None:
         dvs = dvs * keep_scale
     at = start_k.to(tl.int64) * DK_TOKEN + head * DIM
@@ -199,7 +266,7 @@ def _run(
     arch = launch.arch(q.device)
     tile = choose("whole", arch, q, max(longest_q, longest_k), bias)
     if tile is not None:
-        a |= dkv_arguments | dict(delta=None, blocks=1, WHOLE=True)
+        a |= dkv_arguments | dict(out=out.contiguous(), delta=None, blocks=1, WHOLE=True)
         launch(_keys, a["batch"] * heads, tile, a)
     else:
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
@@ -213,7 +280,7 @@ def _run(
         )
         tile = choose("keys", arch, q, longest_q, bias)
         items, blocks = work(k.shape[0], starts_k, longest_k, tile.n)
-        a |= dkv_arguments | dict(delta=delta, blocks=blocks, WHOLE=False, dbias=None)
+        a |= dkv_arguments | dict(out=None, delta=delta, blocks=blocks, WHOLE=False, dbias=None)
         launch(_keys, items * heads, tile, a)
     if not need_dbias:
         return q.new_empty(0)

@@ -6,9 +6,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ..ops.dropout import threshold
+from .jit import power_of_2
 from .spec import Spec
 
 _TYPES = {
@@ -122,6 +122,8 @@ TILES = {
         (2, 32): {LONG: Tile(64, 32, 4, 2)},
         (2, 64): {LONG: Tile(64, 64, 4, 2)},
         (2, 128): {LONG: Tile(32, 32, 8, 2)},
+        (4, 64): {LONG: Tile(32, 32, 8)},
+        (4, 128): {LONG: Tile(16, 16, 8)},
     },
     ("whole", "bias"): {
         (2, 32): {32: Tile(32, 32, 4)},
@@ -147,7 +149,7 @@ TILES = {
 
 def choose(kernel, arch, q, longest, bias):
     """The tile for sequences up to `longest`, None where the table has none."""
-    dim = max(triton.next_power_of_2(q.shape[2]), 32)
+    dim = max(power_of_2(q.shape[2]), 32)
     # Of the rest, sm_86, 89 and 120 have an A100's registers and less shared memory.
     table = TILES[kernel, 90 if arch in (90, 100, 103) else 80]
     if bias is not None:
@@ -199,7 +201,7 @@ def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
         K_HEAD=k.stride(1),
         HEADS=q.shape[1],
         DIM=dim,
-        D=max(triton.next_power_of_2(dim), 16),
+        D=max(power_of_2(dim), 16),
         CAUSAL=causal,
         PRECISION=precision(),
     )

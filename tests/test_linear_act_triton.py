@@ -166,7 +166,7 @@ def test_tf32_only_when_asked():
 def test_choice(monkeypatch):
     shape = (90, torch.bfloat16, 5000, 3072, 768)
     assert table.choose(*shape, 0, False, True) == table.CUBLAS
-    assert table.choose(*shape, 1, False, True) == "large"
+    assert table.choose(*shape, 1, False, True) == "pair"
     assert table.choose(80, *shape[1:], 1, False, True) == "medium"
     assert table.choose(*shape[:4], 64, 1, False, True) == "medium"  # one step
     assert table.choose(*shape, 1, False, False) == "narrow"  # rows that vectors can't read
@@ -176,7 +176,7 @@ def test_choice(monkeypatch):
     key = (90, torch.bfloat16, table.bucket(5000), 3072, 768, 1, False, 1)
     monkeypatch.setitem(table.MEASURED, key, "medium")
     assert table.choose(*shape, 1, False, True) == "medium"
-    assert table.choose(*shape, 1, True, True) == "large"  # another key
+    assert table.choose(*shape, 1, True, True) == "pair"  # another key
     assert table.choose(*shape, 1, False, False) == "narrow"  # the measured one can't serve
     assert [table.bucket(m) for m in (1, 16, 17, 4096, 4097, 10**6)] == [
         *(16, 16, 32, 4096, 8192, 65536)
