@@ -120,9 +120,6 @@ def _queries(
     store_rows(dq, dqs * scale, row, queries, DQ_TOKEN, DIM, D)
 
 
-<<<<<<< HEAD
-@jit(do_not_specialize=["batch", "tokens"])
-=======
 @triton.jit
 def load_row(base, row, rows, other, FULL: tl.constexpr):
     if FULL:
@@ -179,8 +176,7 @@ def _key_step(
     return dks, dvs
 
 
-@triton.jit(do_not_specialize=["batch", "tokens"])
->>>>>>> h-attn
+@jit(do_not_specialize=["batch", "tokens"])
 def _keys(
     q, k, v, out, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, bias, seed,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,

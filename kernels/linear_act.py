@@ -86,8 +86,8 @@ def _adjacent(parts) -> bool:
 
 
 def _together(parts, dtype=None):
-    """The parts as one tensor, in their own dtype or another: where they are if they are adjacent, else a copy made
-    now, and so never stale."""
+    """The parts as one tensor, in their own dtype or another: where they are if they are adjacent,
+    else a copy made now, and so never stale."""
     if parts[0] is not None and dtype not in (None, parts[0].dtype):
         parts = _cast(parts, dtype)
     if len(parts) == 1 or parts[0] is None:
