@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..ops.linear_act import _DB, _DW, _DX
+from ..ops.linear_act import _DB, _DW, _DX, _WIDE
 from . import linear_act_kernels as kernels
 from . import linear_act_table as table
 from .jit import cdiv
@@ -45,7 +45,7 @@ def linear_act_backward(grad, x, weight, bias, z, activation, need):
     like = weight if bias is None else bias
     db = _total(sums, like) if need & _DB else _none(like.dtype, x)
     dx = _matmul(dz, weight, x.dtype) if need & _DX else _none(x.dtype, x)
-    dw = _matmul(dz.T, x, weight.dtype) if need & _DW else _none(weight.dtype, x)
+    dw = _matmul(dz.T, x, _wide(need, weight)) if need & _DW else _none(weight.dtype, x)
     return dx, dw, db
 
 
@@ -56,11 +56,16 @@ def qkv_linear_backward(grad, x, wq, wk, wv, bq, need):
         dx = _matmul(grad, _together((wq, wk, wv), grad.dtype), x.dtype)
     parts = grad.chunk(3, 1)
     # Three products and not one: gradients that autograd keeps must not share memory.
-    dw = [_matmul(g.T, x, wq.dtype) if need & _DW else _none(wq.dtype, x) for g in parts]
+    dtype = _wide(need, wq)
+    dw = [_matmul(g.T, x, dtype) if need & _DW else _none(dtype, x) for g in parts]
     if not need & _DB:
         return dx, *dw, *(_none(like.dtype, x) for _ in range(3))
     _, sums = _gradients(grad, None, 0, True)
     return dx, *dw, *(_total(s, like) for s in sums.chunk(3, 1))
+
+
+def _wide(need, weight):
+    return torch.float32 if need & _WIDE else weight.dtype
 
 
 def _none(dtype, x):
@@ -144,10 +149,12 @@ def _forward(x, weights, biases, activation, save):
     (n, k), parts, m = weights[0].shape, len(weights), x.shape[0]
     if weights[0].dtype != x.dtype:
         weights = _cast(weights, x.dtype)
-    name = table.choose(
-        *(_arch(x.device), x.dtype, m, parts * n, k, activation, save),
-        *(_vectors(x, weights), parts),
-    )
+    name = table.CUBLAS
+    if activation or parts > 1 or table.MEASURED or x.dtype == torch.float32:
+        name = table.choose(
+            *(_arch(x.device), x.dtype, m, parts * n, k, activation, save),
+            *(_vectors(x, weights), parts),
+        )
     if m * n and name != table.CUBLAS:
         return _fused(x, weights, biases, activation, save, table.TILES[name])
     weight, bias = _together(weights, x.dtype), _together(biases, x.dtype)

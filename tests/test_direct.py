@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICES, offsets
+from helpers import DEVICES, offsets, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertfast import ops
@@ -43,10 +43,18 @@ def results(hidden, w, options, batch, seeds, rows, keep_qkv):
 
 @pytest.mark.parametrize("rows", [None, (0, 6, 21, 22)])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_same_bits_as_the_operators(backend, dtype, dropout, rows):
-    hidden, w, batch, seeds = case(backend, dtype)
+def test_same_as_the_operators(backend, dtypes, dropout, rows):
+    """The same bits, but where weights are cast: once for all, so that another product may serve."""
+    hidden, w, batch, seeds = case(backend, *dtypes)
     options = LayerOptions(HEADS, "gelu", 1e-12, dropout, dropout, dropout)
     rows = None if rows is None else torch.tensor(rows, device=hidden.device)
     with ops.backend(backend):
@@ -57,12 +65,16 @@ def test_same_bits_as_the_operators(backend, dtype, dropout, rows):
     assert torch.equal(y, found[0])
     names = ("output", "hidden", *LayerWeights._fields)
     for name, f, e in zip(names, found, expected, strict=True):
-        assert f.dtype == e.dtype and torch.equal(f, e), name
+        assert f.dtype == e.dtype, name
+        if dtypes[0] == dtypes[1]:
+            assert torch.equal(f, e), name
+        elif name != "bk":  # zero but for rounding
+            assert relative(f, e.cpu()) < 5e-2, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_gradients_that_are_wanted(backend):
-    hidden, w, batch, seeds = case(backend)
+    hidden, w, batch, seeds = case(backend, parameters=torch.bfloat16)
     hidden = hidden.detach()
     for name in ("wq", "wk", "wv", "b1", "norm2", "bo"):
         getattr(w, name).requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 from ..ops import registry
 from ..ops.dropout import as_seed
 from ..ops.library import GPU_DTYPES, PLAIN, once, unwatched
-from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
+from ..ops.linear_act import _DB, _DW, _DX, _WIDE, ACTIVATIONS
 
 _ATTENTION, _LINEAR = ("attention", "attention_backward"), ("linear_act", "linear_act_backward")
 _QKV, _NORM = ("qkv_linear", "qkv_linear_backward"), ("add_layer_norm", "add_layer_norm_backward")
@@ -72,9 +72,26 @@ def run(hidden, w, options, cu_seqlens, max_seqlen, seeds, rows=None):
     drops = options.attention_dropout, options.projection_dropout, options.output_dropout
     seeds = [as_seed(s, p, hidden.device) if p else None for s, p in zip(seeds, drops, strict=True)]
     call = kernels, options, max_seqlen, (*drops, *seeds), cu_seqlens, rows
-    if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in w)):
+    if torch.is_grad_enabled() and (hidden.requires_grad or any([p.requires_grad for p in w])):
         return _Layer.apply(call, hidden, *w)
-    return _forward(call, hidden, w, False)[0]
+    return _forward(call, hidden, _lowered(w, hidden.dtype) or w, False)[0]
+
+
+_MATRICES = (0, 2, 4, 6, 10, 12)  # among LayerWeights
+_CAST = (0, 2, 4, 1, 3, 5, 6, 10, 12)  # queries', keys' and values' next to each other
+
+
+def _lowered(w, dtype):
+    """The weights with all matrices and the biases of query, key and value in `dtype`, by one copy;
+    None where they aren't all in fp32 or don't need it."""
+    if dtype is torch.float32 or any(w[i].dtype is dtype for i in _CAST):
+        return None
+    parts, low = [w[i] for i in _CAST], list(w)
+    flat = torch.empty(sum([p.numel() for p in parts]), dtype=dtype, device=w[0].device)
+    for i, p, t in zip(_CAST, parts, flat.split([p.numel() for p in parts]), strict=True):
+        low[i] = t.view(p.shape)
+    torch._foreach_copy_([low[i] for i in _CAST], parts)
+    return low
 
 
 def _forward(call, hidden, w, save):
@@ -101,9 +118,12 @@ def _forward(call, hidden, w, save):
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, hidden, *w):
-        y, saved = _forward(call, hidden, w, True)
+        low = _lowered(w, hidden.dtype)
+        y, saved = _forward(call, hidden, low or w, True)
         kernels, options, longest, (*drops, seed0, seed1, seed2), starts, rows = call
-        ctx.call = kernels, options, longest, drops
+        ctx.call = kernels, options, longest, drops, _WIDE if low else 0
+        if low:  # the biases' own dtype is their gradients'
+            w = [low[i] if i in _MATRICES else p for i, p in enumerate(w)]
         ctx.save_for_backward(starts, rows, seed0, seed1, seed2, *saved, hidden, *w)
         return y
 
@@ -113,7 +133,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _backward(ctx, grad):
-    k, options, longest, (p0, p1, p2) = ctx.call
+    k, options, longest, (p0, p1, p2), wide = ctx.call
     starts, rows, seed0, seed1, seed2, *saved = ctx.saved_tensors
     *saved, wq, bq, wk, _, wv, _, wo, bo, norm1, norm1_bias, w1, b1, w2, b2, norm2, norm2_bias = (
         saved
@@ -122,9 +142,9 @@ def _backward(ctx, grad):
     needs = ctx.needs_input_grad[2:]
     activation, flat = ACTIVATIONS.index(options.activation), hidden.shape
 
-    def need(weight, bias=None, dx=True):
+    def need(weight, bias=None):
         biases = bias is not None and needs[bias]
-        return _DX * dx | _DW * needs[weight] | _DB * biases
+        return _DX | _DW * needs[weight] | _DB * biases | wide
 
     def norm(grad, x, residual, weight, bias, stats, x_bias, p, seed):
         dx, ds, dw, db, dx_bias = k.add_layer_norm_backward(
@@ -154,7 +174,7 @@ def _backward(ctx, grad):
         *(qkv.shape[3] ** -0.5, p0, seed0, False, None, False),
     )
     through = ctx.needs_input_grad[1]
-    three = _DX * through | _DW * any(needs[0:6:2]) | _DB * any(needs[1:6:2])
+    three = _DX * through | _DW * any(needs[0:6:2]) | _DB * any(needs[1:6:2]) | wide
     dhidden, dwq, dwk, dwv, dbq, dbk, dbv = k.qkv_linear_backward(
         dqkv.view(flat[0], 3 * flat[1]), hidden, wq, wk, wv, bq, three
     )

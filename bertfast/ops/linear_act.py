@@ -26,6 +26,7 @@ from .registry import register
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")  # an operator passes the index
 _DX, _DW, _DB = 1, 2, 4  # which gradients a backward is asked for
+_WIDE = 8  # of a GPU's backward: weights' gradients in fp32, whatever the weights are
 
 
 def linear_act(x, weight, bias=None, activation=None):

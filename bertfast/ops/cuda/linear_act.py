@@ -10,7 +10,7 @@ import torch
 
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, ptr
-from ..linear_act import _DB, _DW, _DX
+from ..linear_act import _DB, _DW, _DX, _WIDE
 from ..registry import register
 from .arguments import HALVES, dtype_code, parameter, row_blocks
 
@@ -82,13 +82,19 @@ def _activation_backward(grad, z, activation):
     return dz, column_sum
 
 
+def _weight_gradient(grad, x, dtype):
+    if dtype == x.dtype or not (x.is_cuda and x.numel()):
+        return (grad.T @ x).to(dtype)
+    return torch.mm(grad.T, x, out_dtype=dtype)
+
+
 def _products(grad, x, weight, need):
     """The gradients of x and weight that `need` asks for; empty the others."""
     dx = dw = None
     if need & _DX:
         dx = grad @ weight.to(x.dtype)
     if need & _DW:
-        dw = (grad.T @ x).to(weight.dtype)
+        dw = _weight_gradient(grad, x, torch.float32 if need & _WIDE else weight.dtype)
     return (
         torch.empty(0, dtype=x.dtype, device=x.device) if dx is None else dx,
         torch.empty(0, dtype=weight.dtype, device=x.device) if dw is None else dw,
@@ -128,7 +134,7 @@ def _qkv_backward(grad, x, wq, wk, wv, bq, need):
     if need & _DX:
         dx = grad @ torch.cat(weights).to(x.dtype)
     for g, w in zip(parts, weights, strict=True):
-        dws.append(_products(g, x, w, need & _DW)[1])
+        dws.append(_products(g, x, w, need & (_DW | _WIDE))[1])
     if not need & _DB:
         return dx, *dws, *(torch.empty(0, dtype=bias_dtype, device=x.device) for _ in range(3))
     _, db = _activation_backward(grad.contiguous(), None, 0)
