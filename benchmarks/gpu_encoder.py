@@ -302,12 +302,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="torch.compile, minutes")
     parser.add_argument("--profile", action="store_true", help="profile.txt as well")
+    kinds = {"inference": inference, "training": training}
+    parser.add_argument("--what", nargs="+", choices=kinds, default=list(kinds))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
     import transformers
 
     config = transformers.BertConfig(**CONFIGS[args.config])
     config._attn_implementation = "sdpa"
-    shapes = TINY if args.config == "tiny" else SHAPES
+    shapes = TINY if args.config == "tiny" else {name: SHAPES[name] for name in args.shapes}
     options = shapes, args.device, args.rounds, args.compiled
     multiply, flop = product("bf16", args.device)
     peak = flop / take_turns({"": multiply}, 5, args.device)[""] / 1e12
@@ -315,8 +318,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if args.profile:
         profiled(config, args.device, args.out)
-    for make in (inference, training):
-        for row in make(config, *options):
+    for name in args.what:
+        for row in kinds[name](config, *options):
             rows.append(row)
             print(args.config, *row.values(), flush=True)
         print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
