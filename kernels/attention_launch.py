@@ -149,12 +149,11 @@ TILES = {
 
 def choose(kernel, arch, q, longest, bias):
     """The tile for sequences up to `longest`, None where the table has none."""
-    dim = max(power_of_2(q.shape[2]), 32)
+    key = q.element_size(), max(power_of_2(q.shape[2]), 32)
     # Of the rest, sm_86, 89 and 120 have an A100's registers and less shared memory.
-    table = TILES[kernel, 90 if arch in (90, 100, 103) else 80]
+    tiles = TILES[kernel, 90 if arch in (90, 100, 103) else 80][key]
     if bias is not None:
-        table = table | TILES[kernel, "bias"]
-    tiles = table[q.element_size(), dim]
+        tiles = TILES[kernel, "bias"].get(key, tiles)
     return next((tile for limit, tile in tiles.items() if longest <= limit), None)
 
 
@@ -226,8 +225,11 @@ class Launch:
 
     def __call__(self, kernel, programs, tile, arguments):
         if programs:
+            arguments |= {"M": tile.m, "N": tile.n}
             kernel[(programs,)](
-                **arguments, M=tile.m, N=tile.n, num_warps=tile.warps, num_stages=tile.stages
+                *[arguments[name] for name in kernel.names],
+                num_warps=tile.warps,
+                num_stages=tile.stages,
             )
 
 

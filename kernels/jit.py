@@ -9,7 +9,7 @@ WARPS, STAGES = 4, 3  # Triton's own defaults
 
 
 class Kernel:
-    """A `triton.jit` function: kernel[grid](*arguments, num_warps=4, num_stages=3, **named).
+    """A `triton.jit` function: kernel[grid](*arguments, num_warps=4, num_stages=3).
 
     Triton binds and specialises every argument anew at each launch, which takes longer than many
     of our kernels run. Here the first launch of a specialisation goes through Triton; later ones
@@ -26,9 +26,7 @@ class Kernel:
     def __getitem__(self, grid):
         return functools.partial(self.launch, grid)
 
-    def launch(self, grid, *args, num_warps=WARPS, num_stages=STAGES, **named):
-        if named:
-            args += tuple([named[name] for name in self.names[len(args) :]])
+    def launch(self, grid, *args, num_warps=WARPS, num_stages=STAGES):
         types = tuple(map(type, args))
         found = self.bound.get(types)
         if found is None:
@@ -43,9 +41,17 @@ class Kernel:
         compiled = kernels.get(key)
         if compiled is None:
             kernels[key] = self.function[grid](*args, num_warps=num_warps, num_stages=num_stages)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        grid = (*grid, 1, 1)[:3]
+        hook = triton.knobs.runtime.launch_enter_hook
+        if hook is None or not getattr(hook, "calls", True):  # what `compiled[grid]` does then
+            compiled.run(
+                *(*grid, stream, compiled.function, compiled.packed_metadata),
+                *(None, None, None, *values),
+            )
         else:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            compiled[(*grid, 1, 1)[:3]](*values, stream=stream)
+            compiled[grid](*values, stream=stream)
 
 
 def binder(params, types):

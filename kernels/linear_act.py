@@ -72,6 +72,10 @@ def _none(dtype, x):
     return torch.empty((0,), dtype=dtype, device=x.device)
 
 
+def _unsaved(x, save):
+    return None if save is None else _none(x.dtype, x)
+
+
 def _no_autocast(device):
     """Inside an operator dtypes are settled: autocast must not change them again."""
     if torch.is_autocast_enabled(device.type):
@@ -143,6 +147,17 @@ def _vectors(x, weights) -> bool:
 
 
 def _forward(x, weights, biases, activation, save):
+    """y, and z where it is saved, else an empty tensor, or None where `save` is None."""
+    if len(weights) == 1 and weights[0].dtype is x.dtype and not (activation or save):
+        bias = biases[0]
+        if (
+            x.dtype is not torch.float32
+            and not table.MEASURED
+            and (bias is None or bias.dtype is x.dtype)
+        ):  # nothing to choose or to copy
+            with _no_autocast(x.device):
+                y = torch.nn.functional.linear(x, weights[0], bias)
+            return y, _unsaved(x, save)
     if len(weights) > 1 and _adjacent(weights):
         weights, biases = (_together(weights),), (_together(biases),)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -161,12 +176,12 @@ def _forward(x, weights, biases, activation, save):
     with _no_autocast(x.device):
         z = torch.nn.functional.linear(x, weight, bias)
     if not activation:
-        return z, z.clone() if save else _none(x.dtype, x)
+        return z, z.clone() if save else _unsaved(x, save)
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device) if save else z
     if m * n:
         grid = (cdiv(z.numel(), BLOCK),)
         kernels.activation[grid](z, y, z.numel(), activation, BLOCK)
-    return y, z if save else _none(x.dtype, x)
+    return y, z if save else _unsaved(x, save)
 
 
 def _fused(x, weights, biases, activation, save, tile):
@@ -176,7 +191,7 @@ def _fused(x, weights, biases, activation, save, tile):
         weights = tuple(w.contiguous() for w in weights)
     biases = tuple(None if b is None else b.contiguous() for b in biases)
     y = torch.empty((m, parts * n), dtype=x.dtype, device=x.device)
-    z = torch.empty(y.shape if save else (0,), dtype=x.dtype, device=x.device)
+    z = torch.empty(y.shape, dtype=x.dtype, device=x.device) if save else _unsaved(x, save)
     strides = (x.stride(0), *weights[0].stride())
     grid = cdiv(m, tile.m) * cdiv(n, tile.n) * parts
     if tile.programs:

@@ -1,4 +1,4 @@
-"""`bertfast.freeze` for a GPU: all layers in one call, and the operators one by one beyond its limits.
+"""All layers in one call on a GPU, frozen or not, and the operators one by one beyond its limits.
 
 Without a GPU it runs on the CPU, in an extension built with BERTFAST_CUDA_HOST.
 """
@@ -13,7 +13,7 @@ from test_frozen import batch, build
 from torch.nn.functional import cosine_similarity
 
 import bertfast
-from bertfast.model import frozen_cuda
+from bertfast.model import few_tokens
 from bertfast.ops.extension import C
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="the extension has no CUDA kernels")
@@ -37,7 +37,7 @@ def calls(monkeypatch):
         C.cuda_encoder(*arguments)
 
     fake = SimpleNamespace(cuda_encoder=encoder, cuda_encoder_workspace=C.cuda_encoder_workspace)
-    monkeypatch.setattr(frozen_cuda, "C", fake)
+    monkeypatch.setattr(few_tokens, "C", fake)
     return seen
 
 
@@ -95,7 +95,7 @@ def test_hidden_states(calls):
 @pytest.mark.parametrize("shape, few", [("even", 20), ("odd", 512)])
 def test_beyond_its_limits(shape, few, calls, monkeypatch):
     """Too many tokens, or sizes that it doesn't take: the operators one by one."""
-    monkeypatch.setattr(frozen_cuda, "FEW_TOKENS", few)
+    monkeypatch.setattr(few_tokens, "FEW_TOKENS", few)
     model, given = build(shape), batch((20, 7))
     expected = reference(model, given).last_hidden_state
     with torch.inference_mode():
@@ -113,6 +113,28 @@ def test_half_precision_model(calls):
     assert actual.dtype == torch.bfloat16 and calls == [27]
     real = given["attention_mask"] == 1
     assert (actual.float() - expected)[real].abs().max() < BOUND["bf16"]
+
+
+def test_weights_that_change(calls):
+    """A model that isn't frozen goes the same way, by the weights that it has then."""
+    model, given = build(), batch((20, 7))
+    real = given["attention_mask"] == 1
+    ours = copy.deepcopy(model).to(DEVICES["cuda"], torch.bfloat16)
+    for scale in (1.0, 0.5):
+        for m in (model, ours):
+            with torch.no_grad():
+                for layer in m.encoder.layer:
+                    layer.intermediate.dense.weight.mul_(scale)
+        expected = reference(model, given).last_hidden_state
+        with torch.no_grad():
+            actual = ours(**there(given)).last_hidden_state.cpu().float()
+        assert (actual - expected)[real].abs().max() < BOUND["bf16"]
+    assert calls == [27, 27]
+    with torch.no_grad(), few_tokens.off():
+        other = ours(**there(given)).last_hidden_state.cpu().float()
+    with torch.no_grad():
+        ours.float()(**there(given))  # not in fp32
+    assert calls == [27, 27] and (other - expected)[real].abs().max() < BOUND["bf16"]
 
 
 def test_empty_batch():

@@ -9,11 +9,18 @@ jit = pytest.importorskip("bertfast.kernels.jit")
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, number, launches):
         self.number, self.launches = number, launches
 
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *values):
+        assert (stream, function, metadata) == (5, self.function, self.packed_metadata)
+        assert launch_metadata is enter is leave is None
+        self.launches.append((self.number, (x, y, z), values))
+
     def __getitem__(self, grid):
-        return lambda *values, stream: self.launches.append((self.number, grid, values))
+        return lambda *values, stream: self.launches.append(("watched", grid, values))
 
 
 class Stub:
@@ -52,7 +59,7 @@ def test_second_launch_reuses_the_first(kernel):
     stub = kernel.function
     assert stub.compilations == 1
     assert stub.launches == [(1, (4, 2, 1), (x[16:].data_ptr(), 6, 16, 0.25, 8))]
-    kernel[(4,)](x, n=9, SIZE=8, scale=1.0, free=1)
+    kernel[(4,)](x, 9, 1, 1.0, 8)
     assert stub.launches[-1] == (1, (4, 1, 1), (x.data_ptr(), 9, 1, 1.0, 8))
 
 
@@ -91,6 +98,16 @@ def test_devices_have_kernels_of_their_own(kernel, monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
     kernel[(1,)](x, 5, 7, 0.5, 8)
     assert kernel.function.compilations == 2
+
+
+def test_profilers_see_launches(kernel, monkeypatch):
+    triton = pytest.importorskip("triton")
+    for _ in range(2):
+        kernel[(1,)](x, 5, 7, 0.5, 8)
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[print]))
+    monkeypatch.setattr(triton.knobs, "runtime", hooks)
+    kernel[(1,)](x, 5, 7, 0.5, 8)
+    assert [number for number, *_ in kernel.function.launches] == [1, "watched"]
 
 
 def test_tensor_descriptors_are_left_to_triton(kernel):

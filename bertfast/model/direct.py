@@ -107,10 +107,10 @@ def _forward(call, hidden, w, save):
     wanted, residual = context.view(tokens, size), hidden
     if rows is not None:
         wanted, residual = wanted.index_select(0, rows), hidden.index_select(0, rows)
-    projected, _ = k.linear_act(wanted, wo, None, 0, False)
+    projected, _ = k.linear_act(wanted, wo, None, 0, None)
     middle, *stats1 = k.add_layer_norm(projected, residual, norm1, norm1_bias, eps, bo, p1, seed1)
-    inner, z = k.linear_act(middle, w1, b1, activation, save)
-    out, _ = k.linear_act(inner, w2, None, 0, False)
+    inner, z = k.linear_act(middle, w1, b1, activation, save or None)
+    out, _ = k.linear_act(inner, w2, None, 0, None)
     y, *stats2 = k.add_layer_norm(out, middle, norm2, norm2_bias, eps, b2, p2, seed2)
     return y, (qkv, context, lse, projected, *stats1, middle, inner, z, out, *stats2)
 

@@ -22,6 +22,7 @@ import torch
 from .. import ops
 from ..ops.embedding_layer_norm import check_range
 from ..ops.library import HAS_TRITON
+from . import few_tokens
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
 from .encoder import Packing
 
@@ -189,12 +190,13 @@ class Static:
     def forward(self, model):
         ids, positions, types, offsets, first, _ = self.views(self.buffer)
         packing = StaticPacking(offsets.int(), self.size.longest, first)
-        output = model(
-            PackedInputs(packing, ids, positions, types),
-            output_attentions=False,
-            output_hidden_states=False,
-            return_dict=True,
-        )
+        with few_tokens.off():
+            output = model(
+                PackedInputs(packing, ids, positions, types),
+                output_attentions=False,
+                output_hidden_states=False,
+                return_dict=True,
+            )
         by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
         return output, by_token
 

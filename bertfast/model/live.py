@@ -1,5 +1,8 @@
-"""Inference on weights that may change: all layers by one call into C++, which packs a layer's
-weights when it comes to them. None are kept for the next call, so none can be stale."""
+"""Inference on weights that may change: all layers by one call into C++, on a CPU, or on a GPU for
+a few tokens. On a CPU it packs a layer's weights when it comes to them. None are kept for the next
+call, so none can be stale."""
+
+from array import array
 
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from ..ops import registry
 from ..ops.extension import C
 from ..ops.library import CPU_DTYPES, is_bf16, unwatched
 from ..ops.linear_act import ACTIVATIONS
+from . import few_tokens
 from .layer import LayerOptions, LayerWeights
 
 _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2")
@@ -16,16 +20,22 @@ _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2")
 
 def serves(hidden) -> bool:
     """Whether a forward of these hidden states [tokens, hidden] may go by `run` at all: inference
-    on a CPU that nobody traces, transforms or watches through a dispatch mode."""
+    that nobody traces, transforms or watches through a dispatch mode."""
     return (
         C is not None
         and not torch.is_grad_enabled()
         and type(hidden) is torch.Tensor
-        and hidden.device.type == "cpu"
-        and hidden.dtype in CPU_DTYPES
-        and registry.forced() in (None, "cpu")
+        and (_on_cpu(hidden) or few_tokens.serves(hidden))
         and unwatched()
         and not _has_any_global_hook()
+    )
+
+
+def _on_cpu(hidden) -> bool:
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype in CPU_DTYPES
+        and registry.forced() in (None, "cpu")
     )
 
 
@@ -34,7 +44,8 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> 
     if not layers:
         return False
     first, size, inner = options[0], hidden.shape[1], layers[0].w1.shape[0]
-    square, dtype = (size, size), layers[0].wq.dtype
+    square, dtype, here = (size, size), layers[0].wq.dtype, _on_cpu(hidden)
+    dtypes = CPU_DTYPES if here else (hidden.dtype,)
     shapes = {"w1": (inner, size), "b1": (inner,), "w2": (size, inner)}
     shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), square)
     expected = [shapes.get(name, (size,)) for name in LayerWeights._fields]
@@ -45,19 +56,25 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> 
         and (hidden.dtype == torch.float32 or size // first.heads % 2 == 0)
         and all(
             type(p) is nn.Parameter
-            and p.device.type == "cpu"
-            and p.dtype in CPU_DTYPES
+            and p.device == hidden.device
+            and p.dtype in dtypes
             and p.shape == shape
             for w in layers
             for p, shape in zip(w, expected, strict=True)
         )
         and all(getattr(w, name).dtype == dtype for w in layers for name in _MATRICES)
+        and (here or few_tokens.fits(layers, first.heads))
     )
 
 
 def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows=None):
     """Arguments and result as of `encoder_layer`, one after the other; in bf16 the residual stream
-    stays in fp32 between layers."""
+    stays in fp32 between layers on a CPU."""
+    if not _on_cpu(hidden):
+        addresses = array("q", [p.data_ptr() for w in layers for p in w])
+        sizes = options.heads, hidden.shape[1], layers[0].w1.shape[0]
+        sizes += ACTIVATIONS.index(options.activation), options.eps
+        return few_tokens.run(addresses.buffer_info()[0], len(layers), sizes, hidden, packing, rows)
     keep = [
         tuple(
             (p if name in _MATRICES else p.float()).contiguous()

@@ -134,7 +134,7 @@ def register_triton(operator: str, function: str, limit=triton_limit):
         return getattr(importlib.import_module(f"bertfast.kernels.{file}"), name)
 
     def call(tensor, *args):
-        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
             return kernel()(tensor, *args)
         with torch.cuda.device_of(tensor):  # a launch goes to the current device
             return kernel()(tensor, *args)

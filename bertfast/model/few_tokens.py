@@ -1,0 +1,89 @@
+"""Inference of a few tokens on a GPU, where launches take longer than kernels: all layers by one
+call into csrc/cuda/encoder.cu, in which each kernel starts before the one ahead of it has ended
+(sm_90)."""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from ..ops import registry
+from ..ops.cuda.arguments import HALVES, MAX_HIDDEN, dtype_code
+from ..ops.cuda.attention import HEAD_DIMS
+from ..ops.cuda.linear_act import FEW_TOKENS
+from ..ops.extension import C
+from ..ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, ptr
+from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
+from .layer import ACTIVATIONS
+
+_off = ContextVar("off", default=False)
+
+
+@contextmanager
+def off():
+    """Inside, `serves` nothing: a CUDA graph's launches cost nothing, and these kernels run slower
+    than cuBLAS's and Triton's."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def serves(hidden) -> bool:
+    """Whether `run` takes these hidden states [tokens, hidden], or their tokens from [batch,
+    seqlen, hidden]."""
+    # A test build has CUDA's kernels on the CPU, where they serve on request alone.
+    backends = ("cuda",) if CUDA_DEVICE == "cpu" else (None, "cuda")
+    return (
+        hidden.device.type == CUDA_DEVICE
+        and hidden.numel() <= FEW_TOKENS * hidden.shape[-1]
+        and hidden.dtype in HALVES
+        and registry.forced() in backends
+        and cuda_limit(CUDA_DEVICE, None, ()) is None
+        and not _off.get()
+    )
+
+
+def fits(weights, heads: int) -> bool:
+    """Whether `run` takes these layers, a list of `LayerWeights`, all of the hidden states'
+    dtype."""
+    hidden, inner = weights[0].wq.shape[0], weights[0].w1.shape[0]
+    return (
+        hidden // heads in HEAD_DIMS
+        and hidden % 8 == inner % 8 == 0
+        and hidden <= MAX_HIDDEN
+        and all(p.is_contiguous() and p.data_ptr() % 16 == 0 for w in weights for p in w)
+    )
+
+
+def sizes(config) -> tuple[int, int, int, int, float]:
+    """What `run` takes of a configuration."""
+    activation = OPERATOR_ACTIVATIONS.index(ACTIVATIONS[config.hidden_act])
+    return (
+        *(config.num_attention_heads, config.hidden_size, config.intermediate_size),
+        *(activation, config.layer_norm_eps),
+    )
+
+
+def run(addresses: int, layers: int, sizes, hidden, packing, rows=None):
+    """The layers' result [tokens or rows, hidden], in hidden's dtype.
+
+    addresses: of int64 [layers, 16], the weights' addresses in the order of `LayerWeights`.
+    sizes: heads, hidden, inner size, the activation's number in ops.linear_act, eps.
+    """
+    hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
+    if hidden.data_ptr() % 16:
+        hidden = hidden.clone()
+    rows = None if rows is None else rows.contiguous()
+    tokens = len(hidden)
+    count = tokens if rows is None else len(rows)
+    out = torch.empty((count, sizes[1]), dtype=hidden.dtype, device=hidden.device)
+    size = C.cuda_encoder_workspace(tokens, count, *sizes[:3])
+    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+    C.cuda_encoder(
+        *(dtype_code(hidden), addresses, layers, *sizes, ptr(hidden), ptr(offsets)),
+        *(len(offsets) - 1, tokens, packing.seqlen, ptr(rows), count, ptr(out), ptr(workspace)),
+        *cuda_queue(hidden),
+    )
+    return out
