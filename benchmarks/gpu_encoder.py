@@ -228,8 +228,8 @@ def training(config, shapes, device, rounds, compiled):
 
     rivals = ("bertfast", "sdpa", *["compile"] * compiled)
     classes = {
-        "classify": transformers.BertForSequenceClassification,
         "mlm": transformers.BertForMaskedLM,
+        "classify": transformers.BertForSequenceClassification,
     }
     for task, cls in classes.items():
         torch.manual_seed(0)
@@ -318,15 +318,15 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if args.profile:
         profiled(config, args.device, args.out)
+    result = {"benchmark": f"gpu_encoder_{args.config}", **origin(args.device)}
+    result |= {"matmul_tflops": peak, "rows": rows}
+    path = args.out / f"encoder_{args.config}.json"
     for name in args.what:
         for row in kinds[name](config, *options):
             rows.append(row)
             print(args.config, *row.values(), flush=True)
+            path.write_text(json.dumps(result, indent=2) + "\n")  # what there is, if stopped
         print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    result = {"benchmark": f"gpu_encoder_{args.config}", **origin(args.device)}
-    result |= {"matmul_tflops": peak, "rows": rows}
-    path = args.out / f"encoder_{args.config}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
     wrong = [r for r in rows if "note" in r and r["model"].startswith("bertfast")]
     return int(bool(wrong))
 

@@ -255,6 +255,9 @@ def main():
         parser.error("torch sees no GPU here")
     limits, rows, wrong = ceilings(), [], False
     print(limits, flush=True)
+    result = {"benchmark": "gpu_operators", **origin("cuda"), **limits, "rows": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "gpu_operators.json"
     for operator in args.only:
         for batch in BATCH[operator]:
             kinds = [("forward", 0.0), ("training", 0.0)]
@@ -262,6 +265,7 @@ def main():
                 kinds += [("forward", DROPOUT), ("training", DROPOUT)]
             forward = {}
             for kind, p in kinds:
+                path.write_text(json.dumps(result, indent=2) + "\n")  # what there is, if stopped
                 found, flop, size = measure(operator, batch, kind == "training", p)
                 for name, (seconds, note) in found.items():
                     row = dict(operator=operator, batch=batch, step=kind, dropout=p, model=name)
@@ -285,9 +289,7 @@ def main():
                         f"{row['tflops']:6.1f} TFLOP/s {row['gbs']:7.0f} GB/s  error {note:.1e}",
                         flush=True,
                     )
-    result = {"benchmark": "gpu_operators", **origin("cuda"), **limits, "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu_operators.json").write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
     return int(wrong)
 
 

@@ -61,7 +61,7 @@ class Only(Launch):
         self.name = name
 
     def __call__(self, kernel, *arguments):
-        if kernel.fn.__name__ == self.name:
+        if kernel.function.__name__ == self.name:
             super().__call__(kernel, *arguments)
 
 

@@ -230,7 +230,8 @@ def _forward(
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
         first = 0
-        if bias is None and not CAUSAL:  # all but the last tile; scale < 0 would turn the maximum
+        PEEL: tl.constexpr = bias is None and not CAUSAL and q.dtype.element_ty != tl.float32
+        if PEEL:  # all but the last tile; scale < 0 would turn the maximum; fp32 would spill
             first = tl.where(scale < 0, 0, keys // N * N)
             acc, top, total = _step(
                 acc, top, total, query, k, v, block * M, 0, first, queries, keys, start_q, head,

@@ -104,7 +104,8 @@ def _queries(
     offset = None if seed is None else words_offset(seed, M, N)
     end = tl.minimum(keys, (block + 1) * M) if CAUSAL else keys
     first = 0
-    if bias is None and not CAUSAL:  # all but the last tile
+    PEEL: tl.constexpr = bias is None and not CAUSAL and q.dtype.element_ty != tl.float32
+    if PEEL:  # all but the last tile; fp32 would spill
         first = keys // N * N
         dqs = _step(
             dqs, query, do, log, total, k, v, block * M, 0, first, queries, keys, start_q, head,
@@ -219,7 +220,8 @@ def _keys(
     dvs = tl.zeros([N, D], tl.float32)
     offset = None if seed is None else words_offset(seed, M, N, True)
     begin = block * N // M * M if CAUSAL else 0
-    if bias is None and not CAUSAL:
+    PEEL: tl.constexpr = bias is None and not CAUSAL and q.dtype.element_ty != tl.float32
+    if PEEL:
         begin = queries // M * M
         dks, dvs = _key_step(
             dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, 0, begin,

@@ -33,7 +33,8 @@ LONG = math.inf
 # By kernel and architecture, then by bytes of an element and head dim (rounded up): the tile for
 # sequences up to a length; of keys for "forward" and "queries", of queries for "keys", of both for
 # "whole", which is "keys" where a tile holds every sequence. Where forward's n reaches the length,
-# the softmax is a single pass. None of these spills registers; speed is still to be measured.
+# the softmax is a single pass. None of these spills registers; benchmarks/gpu_tune_attention.py
+# times others.
 TILES = {
     ("forward", 80): {
         (2, 32): {
@@ -44,10 +45,8 @@ TILES = {
             32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 4),
             256: Tile(64, 64, 4, 2), LONG: Tile(128, 64, 8, 3),
         },
-        (2, 128): {
-            32: Tile(32, 32, 2), 64: Tile(32, 64, 4), 128: Tile(64, 128, 8),
-            LONG: Tile(64, 32, 4, 2),
-        },
+        (2, 128): {32: Tile(32, 32, 2), 64: Tile(32, 64, 4), 128: Tile(64, 128, 8),
+            LONG: Tile(64, 32, 8, 2)},
         (4, 32): {LONG: Tile(32, 32, 8)},
         (4, 64): {LONG: Tile(32, 32, 4)},
         (4, 128): {LONG: Tile(32, 32, 8)},
@@ -59,7 +58,7 @@ TILES = {
         },
         (2, 64): {
             32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 4),
-            256: Tile(64, 64, 4, 2), LONG: Tile(128, 64, 8, 3),
+            LONG: Tile(64, 64, 4, 3),
         },
         (2, 128): {
             32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8),
@@ -79,7 +78,7 @@ TILES = {
     },
     ("whole", 90): {
         (2, 32): {32: Tile(32, 32, 2), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8, 2)},
-        (2, 64): {32: Tile(32, 32, 4), 64: Tile(64, 64, 4), 128: Tile(64, 128, 8, 2)},
+        (2, 64): {32: Tile(32, 32, 4), 64: Tile(32, 64, 4), 128: Tile(64, 128, 8, 2)},
         (2, 128): {32: Tile(32, 32, 4), 64: Tile(32, 64, 8)},
         (4, 32): {32: Tile(32, 32, 4)},
         (4, 64): {32: Tile(16, 32, 8)},
@@ -111,7 +110,7 @@ TILES = {
     },
     ("keys", 90): {
         (2, 32): {LONG: Tile(64, 128, 8, 2)},
-        (2, 64): {LONG: Tile(64, 128, 8, 2)},
+        (2, 64): {LONG: Tile(32, 128, 8, 2)},
         (2, 128): {LONG: Tile(32, 64, 8, 2)},
         (4, 32): {LONG: Tile(16, 32, 4)},
         (4, 64): {LONG: Tile(16, 32, 8)},

@@ -22,7 +22,7 @@ GROUP = 8  # rows of tiles that share their columns' weights in L2
 # Steps of `gradient` (rows, columns; 16 bytes of bf16 a thread and row, two rows a thread), of its
 # second stage over few rows of fp32, and of `activation`.
 STEP, SECOND, BLOCK = (16, 128), (64, 32), 2048
-STAGES = 3  # of `gradient`
+STAGES = {2: 3, 4: 1}  # of `gradient`, by bytes of a value: fp32 would spill
 CHUNK = 128  # rows at least whose sums a program adds
 
 
@@ -239,7 +239,7 @@ def _gradients(grad, z, activation, sums):
     if n:
         kernels.gradient[(cdiv(n, columns), chunks)](
             *(grad, z, None if z is None else dz, sums, m, chunk, n),
-            *(grad.stride(0), activation, rows, columns, STAGES),
+            *(grad.stride(0), activation, rows, columns, STAGES[grad.element_size()]),
         )
     return dz, sums
 
@@ -250,7 +250,7 @@ def _total(sums, like):
     out = torch.empty((n,), dtype=like.dtype, device=device)
     if n:
         kernels.gradient[(cdiv(n, SECOND[1]), 1)](
-            *(sums, None, None, out, chunks, chunks, n, sums.stride(0), 0, *SECOND, STAGES),
+            *(sums, None, None, out, chunks, chunks, n, sums.stride(0), 0, *SECOND, 1),
         )
     return out
 
@@ -278,8 +278,11 @@ def shipped():
     for dtype in ("bf16", "fp16", "fp32"):
         p, n = f"*{dtype}", feed_forward[0]
         first, second = (
-            {"ROWS": rows, "COLUMNS": columns, "N": n, "STRIDE": n, "STAGES": STAGES}
-            for rows, columns in (STEP, SECOND)
+            {"ROWS": rows, "COLUMNS": columns, "N": n, "STRIDE": n, "STAGES": stages}
+            for (rows, columns), stages in (
+                (STEP, STAGES[4 if dtype == "fp32" else 2]),
+                (SECOND, 1),
+            )
         )
         lengths = dict.fromkeys(("M", "chunk"), "i32")
         for activation in (1, 2, 3):
