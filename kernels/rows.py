@@ -13,6 +13,7 @@ from .spec import Spec
 _COLUMNS, _PARTS = 64, 32  # of a tile of `_sum_partials`
 
 
+@functools.cache
 def tile(hidden: int, setting: tuple[int, ...]) -> tuple[int, int, int]:
     """(BLOCK, R, warps): R rows of BLOCK columns. The setting starts with rows and warps for 513
     to 1024 columns; of others as many values a thread.

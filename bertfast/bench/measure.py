@@ -237,6 +237,7 @@ def origin(device: str = "cpu") -> dict:
             return None
 
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    gpu = ("triton",) if device == "cuda" else ()
     return {
         "device": {"name": name, "threads": torch.get_num_threads()},
         "versions": {
@@ -244,7 +245,7 @@ def origin(device: str = "cpu") -> dict:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **{name: v for name in BENCHED if (v := version(name))},
+            **{name: v for name in (*BENCHED, *gpu) if (v := version(name))},
         },
         "build": {
             key: value

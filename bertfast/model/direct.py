@@ -24,14 +24,13 @@ def _kernels(device, dtype, forced, hidden, head_dim):
     """The functions that serve the operators of a layer, by name."""
     # What limits ask: the size of a row or of a head, and of a vector of parameters.
     sizes = dict.fromkeys((*_LINEAR, *_QKV, *_NORM), hidden) | dict.fromkeys(_ATTENTION, head_dim)
-    return SimpleNamespace(
-        **{
-            name: registry.find(
-                name, device, dtype, (torch.empty(0, n, dtype=dtype), torch.empty(n, dtype=dtype))
-            )
-            for name, n in sizes.items()
-        }
-    )
+    found = {}
+    for name, n in sizes.items():
+        like = torch.empty(0, n, dtype=dtype), torch.empty(n, dtype=dtype)
+        function = registry.find(name, device, dtype, like)
+        # Triton's without the look at the current device, which `run` has.
+        found[name] = function.kernel() if hasattr(function, "kernel") else function
+    return SimpleNamespace(**found)
 
 
 def serves(hidden, w, options, bias) -> bool:
@@ -72,6 +71,13 @@ def run(hidden, w, options, cu_seqlens, max_seqlen, seeds, rows=None):
     drops = options.attention_dropout, options.projection_dropout, options.output_dropout
     seeds = [as_seed(s, p, hidden.device) if p else None for s, p in zip(seeds, drops, strict=True)]
     call = kernels, options, max_seqlen, (*drops, *seeds), cu_seqlens, rows
+    if hidden.is_cuda and hidden.get_device() != torch._C._cuda_getDevice():
+        with torch.cuda.device_of(hidden):
+            return _run(call, hidden, w)
+    return _run(call, hidden, w)
+
+
+def _run(call, hidden, w):
     if torch.is_grad_enabled() and (hidden.requires_grad or any([p.requires_grad for p in w])):
         return _Layer.apply(call, hidden, *w)
     return _forward(call, hidden, _lowered(w, hidden.dtype) or w, False)[0]

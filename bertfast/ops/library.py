@@ -139,6 +139,7 @@ def register_triton(operator: str, function: str, limit=triton_limit):
         with torch.cuda.device_of(tensor):  # a launch goes to the current device
             return kernel()(tensor, *args)
 
+    call.kernel = kernel
     registry.register(operator, "triton", limit=limit)(call)
 
 
