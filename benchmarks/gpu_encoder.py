@@ -11,7 +11,6 @@ as one product. Training is under autocast with fused AdamW, dropout 0.1. The ga
 import argparse
 import cProfile
 import functools
-import json
 import pstats
 import sys
 import time
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from gpu_results import write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -157,13 +157,14 @@ def inference(config, shapes, device, rounds, compiled):
         seconds = take_turns(runs, rounds, device, warm=True)
         flop = encoder_flop(config, batch["attention_mask"].sum(1).tolist())
         for who in calls:
-            row = {"what": "inference", "batch": name, "model": who}
+            row = {"what": "inference", "batch": name, "name": who}
             if who in notes:
                 yield row | {"note": notes[who]}
                 continue
             yield row | {
-                "milliseconds": 1e3 * seconds[who],
-                "useful_tflops": flop / seconds[who] / 1e12,
+                "milliseconds": round(1e3 * seconds[who], 4),
+                "tokens_per_second": round(int(real.sum()) / seconds[who]),
+                "useful_gflops": round(flop / seconds[who] / 1e9, 1),
                 "relative_error": errors[who],
             }
 
@@ -215,9 +216,9 @@ def pretraining(reference, batch, rounds):
     flop = train.useful_flop(reference.config, batch)
     return {
         "name": "bertfast pre-training",
-        "milliseconds": 1e3 * seconds,
+        "milliseconds": round(1e3 * seconds, 4),
         "tokens_per_second": round(int(batch["attention_mask"].sum()) / seconds),
-        "useful_gflops": flop / seconds / 1e9,
+        "useful_gflops": round(flop / seconds / 1e9, 1),
         **found,
     }
 
@@ -250,7 +251,7 @@ def training(config, shapes, device, rounds, compiled):
             except Exception as e:
                 made = [{"name": "bertfast", "note": f"{type(e).__name__}: {str(e)[:300]}"}]
             for row in made:
-                yield {"what": f"training, {task}", "batch": name, "model": row.pop("name"), **row}
+                yield {"what": f"training ({task})", "batch": name, **row}
 
 
 @functools.cache
@@ -318,17 +319,21 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if args.profile:
         profiled(config, args.device, args.out)
-    result = {"benchmark": f"gpu_encoder_{args.config}", **origin(args.device)}
-    result |= {"matmul_tflops": peak, "rows": rows}
-    path = args.out / f"encoder_{args.config}.json"
-    for name in args.what:
-        for row in kinds[name](config, *options):
-            rows.append(row)
-            print(args.config, *row.values(), flush=True)
-            path.write_text(json.dumps(result, indent=2) + "\n")  # what there is, if stopped
+    about = {"benchmark": f"gpu_encoder_{args.config}", **origin(args.device)}
+    about["matmul_tflops"] = round(peak, 1)
+    path = args.out / f"gpu_encoder_{args.config}.json"
+    for what in args.what:
+        for row in kinds[what](config, *options):
+            task = f"BERT-{args.config} {row.pop('what')}, {row.pop('batch')}, bf16"
+            rows.append({"task": task, **row})
+            print(*rows[-1].values(), flush=True)
+            write(path, about, rows, is_ours)
         print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    wrong = [r for r in rows if "note" in r and r["model"].startswith("bertfast")]
-    return int(bool(wrong))
+    return int(any("note" in r and is_ours(r["name"]) for r in rows))
+
+
+def is_ours(name):
+    return name.startswith("bertfast")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def memory(result):
 
 
 def device(result) -> str:
-    threads = result["device"]["threads"]
+    threads = result["device"].get("threads")
+    if threads is None:  # a GPU
+        return result["device"]["name"]
     return f"{result['device']['name']}, {threads} thread{'s' if threads > 1 else ''}"
 
 

@@ -14,12 +14,15 @@ from bertfast.bench.command import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
-DETAIL = ("sweep", "breakdown")  # in report.md, and too much for the README
+DETAIL = ("sweep", "breakdown", "gpu_operators")  # in report.md, and too much for the README
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
     "sweep": ("Length and padding", ("sweep",)),
     "rivals_memory": ("Memory", ("memory",)),
     "breakdown": ("One layer by operator", ("breakdown", "roofline")),
+    "gpu_encoder_base": ("BERT-base", ()),
+    "gpu_encoder_large": ("BERT-large", ()),
+    "gpu_operators": ("Operators", ()),
 }
 
 
@@ -142,6 +145,8 @@ def report(found: dict[str, dict]) -> str:
                     f"{cell['tokens']} tokens in {cell['padded_tokens']} positions; torch's own "
                     f"product ran at {peak:.0f} GFLOP/s."
                 )
+            if "commit" in cell:
+                blocks.append(f"Measured at {cell['commit']}.")
             blocks.append(cell_table(cell))
     return "\n\n".join(blocks) + "\n"
 

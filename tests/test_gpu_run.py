@@ -19,13 +19,18 @@ def test_encoder(tmp_path):
     options = ("--config", "tiny", "--device", "cpu", "--rounds", 2)
     done = script("gpu_encoder.py", "--out", tmp_path, *options)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "encoder_tiny.json").read_text())["rows"]
-    names = {"bertfast", "transformers sdpa", "bertfast pre-training"}
-    assert {r["model"] for r in rows} == names
-    assert {r["what"] for r in rows} == {"inference", "training, classify", "training, mlm"}
-    assert not [r for r in rows if r["model"].startswith("bertfast") and "note" in r]
-    inference = [r for r in rows if r["what"] == "inference"]
-    assert all(r["relative_error"] < 0.05 and r["milliseconds"] > 0 for r in inference)
+    result = json.loads((tmp_path / "gpu_encoder_tiny.json").read_text())
+    tasks = [cell["task"] for cell in result["cells"]]
+    kinds = ("inference", "training (mlm)", "training (classify)")
+    batches = ("2 x 24", "3 natural to 24")
+    assert tasks == [f"BERT-tiny {kind}, {batch}, bf16" for kind in kinds for batch in batches]
+    rows = [row for cell in result["cells"] for row in cell["rows"]]
+    assert {r["name"] for r in rows} == {"bertfast", "transformers sdpa", "bertfast pre-training"}
+    assert not [r for r in rows if r["name"].startswith("bertfast") and "note" in r]
+    for cell in result["cells"][:2]:
+        assert all(r["relative_error"] < 0.05 and r["milliseconds"] > 0 for r in cell["rows"])
+    for line in result["summary"]:
+        assert line["rival_name"] == "transformers sdpa" and line["task"].split(" (b")[0] in tasks
 
 
 def test_refusals(tmp_path):

@@ -236,10 +236,11 @@ def origin(device: str = "cpu") -> dict:
         except metadata.PackageNotFoundError:
             return None
 
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    gpu = ("triton",) if device == "cuda" else ()
+    where, gpu = {"name": cpu_name(), "threads": torch.get_num_threads()}, ()
+    if device == "cuda":
+        where, gpu = {"name": torch.cuda.get_device_name()}, ("triton",)
     return {
-        "device": {"name": name, "threads": torch.get_num_threads()},
+        "device": where,
         "versions": {
             "bertfast": bertfast.__version__,
             "python": platform.python_version(),
