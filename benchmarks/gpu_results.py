@@ -30,6 +30,7 @@ def summary(cells: list[dict], ours) -> list[dict]:
                     "task": f"{cell['task']} ({best['name']})",
                     **{"unit": "ms", "bertfast": times[0], "rival": times[1]},
                     **{"rival_name": rival["name"], "ratio": round(times[1] / times[0], 3)},
+                    **{key: cell[key] for key in ("commit",) if key in cell},
                 }
             )
     return lines

@@ -50,7 +50,7 @@ def table(found: list[dict]) -> str:
             ratio = f"{row['ratio']:.2f}x" if row["ratio"] is not None else ""
             lines.append(
                 f"| {row['task']} | {plots.device(result)} | {ours} | {row['rival_name']}: {rival} "
-                f"| {ratio} | {result['commit']} |"
+                f"| {ratio} | {row.get('commit', result['commit'])} |"
             )
     return "\n".join(lines)
 

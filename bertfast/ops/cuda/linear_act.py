@@ -14,7 +14,7 @@ from ..linear_act import _DB, _DW, _DX, _WIDE
 from ..registry import register
 from .arguments import HALVES, dtype_code, parameter, row_blocks
 
-FEW_TOKENS = 512  # up to these linear.cu takes the product; unmeasured
+FEW_TOKENS = 512  # up to these linear.cu takes the product; where it should end is unmeasured
 
 
 def _linear(x, weight, bias, out=None):
