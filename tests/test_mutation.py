@@ -74,7 +74,7 @@ MUTANTS = [
     ("padding not zeroed", "pack", "std::memset(out + r * row_bytes, 0, row_bytes);", "(void)r;", "pack"),
     ("write past the end", "pack", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes);", "std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes), out[tokens * row_bytes] = 0;", "pack"),
     ("CUDA: barrier of a sum missing", "cuda/math.h", "  __syncthreads();\n  v = parts[0];", "  v = parts[0];", "add_layer_norm"),
-    ("CUDA: half of the blocks' sums", "cuda/rows.h", "b < blocks; ++b)", "b < blocks; b += 2)", "linear_act"),
+    ("CUDA: half of the blocks' sums", "cuda/rows.h", "g < kGroups; ++g)", "g < kGroups; g += 2)", "linear_act"),
     ("CUDA: dropout not in the embedding's backward", "cuda/embedding_layer_norm.cu", "      drop8(in, t, j, g[c]);\n", "", "embedding_layer_norm"),
     ("CUDA: keys past the end seen", "cuda/attention.h", "if (key >= n_k || query >= n_q", "if (query >= n_q", "attention_cuda"),
     ("CUDA: as many keys as queries", "cuda/attention.h", "if (key >= n_k ||", "if (key >= n_q ||", "cross_attention"),
