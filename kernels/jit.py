@@ -36,6 +36,9 @@ class Kernel:
             self.function[grid](*args, num_warps=num_warps, num_stages=num_stages)
             return
         key, values = bind(*args)
+        if key is None:  # a tensor on a CPU, which Triton refuses
+            self.function[grid](*args, num_warps=num_warps, num_stages=num_stages)
+            return
         device = torch._C._cuda_getDevice()
         key = device, num_warps, num_stages, key
         compiled = kernels.get(key)
@@ -44,8 +47,9 @@ class Kernel:
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
         grid = (*grid, 1, 1)[:3]
-        hook = triton.knobs.runtime.launch_enter_hook
-        if hook is None or not getattr(hook, "calls", True):  # what `compiled[grid]` does then
+        hooks = triton.knobs.runtime
+        if not (_watches(hooks.launch_enter_hook) or _watches(hooks.launch_exit_hook)):
+            # what `compiled[grid]` does then
             compiled.run(
                 *(*grid, stream, compiled.function, compiled.packed_metadata),
                 *(None, None, None, *values),
@@ -54,10 +58,14 @@ class Kernel:
             compiled[grid](*values, stream=stream)
 
 
+def _watches(hook) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 def binder(params, types):
     """bind(*arguments) -> (what the compiled kernel depends on, the arguments with addresses for
-    tensors), written for arguments of these types; None for what Triton itself must launch: tensor
-    descriptors, and all in its interpreter."""
+    tensors), or None twice where a tensor is on no GPU; written for arguments of these types.
+    None for what Triton itself must launch: tensor descriptors, and all in its interpreter."""
     key, values, addresses, lines = [], [], [], []
     for i, (p, kind) in enumerate(zip(params, types, strict=False)):
         name = f"a{i}"
@@ -67,6 +75,7 @@ def binder(params, types):
         elif issubclass(kind, torch.Tensor):
             values[-1] = f"p{i}"
             addresses.append(f"p{i}")
+            lines.append(f"if not {name}.is_cuda: return None, None")
             lines.append(f"p{i} = {name}.data_ptr()")
             key.append(f"{name}.dtype")
         elif issubclass(kind, int):

@@ -99,6 +99,20 @@ def test_no_second_derivative(backend):
             g.float().sum().backward()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batched_gradients(backend):
+    hidden, w, batch, seeds = case(backend, parameters=torch.bfloat16)
+    options, rows = LayerOptions(HEADS, "gelu", 1e-12), torch.tensor([0, 6], device=hidden.device)
+    with ops.backend(backend):
+        y, _ = encoder_layer(hidden, w, options, *batch, seeds, rows, keep_qkv=False)
+        grads = torch.randn(2, *y.shape).to(y)
+        leaves = hidden, w.wq, w.b1
+        batched = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(y, leaves, g, retain_graph=True) for g in grads]
+    for b, e in zip(batched, zip(*each, strict=True), strict=True):
+        assert relative(b, torch.stack(e).cpu()) < 1e-2
+
+
 class Other(torch.Tensor):
     pass
 
@@ -113,13 +127,19 @@ def test_where_it_serves(backend):
     hidden, w, _, _ = case(backend)
     options = LayerOptions(HEADS, "gelu", 1e-12)
 
-    def serves(hidden=hidden, w=w, bias=None):
-        return direct.serves(hidden, w, options, bias)
+    starts = offsets(LENGTHS).to(hidden.device)
+
+    def serves(hidden=hidden, w=w, starts=starts, longest=17, bias=None):
+        return direct.serves(hidden, w, options, starts, longest, bias)
 
     with ops.backend(backend):
         assert serves()
         assert not serves(bias=torch.zeros(1))
         assert not serves(hidden.double())
+        assert not serves(starts=starts.long())
+        assert not serves(starts=starts[None])
+        assert not serves(starts=starts.to("meta"))
+        assert not serves(longest=torch.tensor(17))
         assert not serves(w=w._replace(w1=w.w1[:, :8]))
         assert not serves(w=w._replace(b1=w.b1[:8]))
         assert not serves(w=w._replace(wo=w.wo.double()))

@@ -137,6 +137,16 @@ def test_weights_that_change(calls):
     assert calls == [27, 27] and (other - expected)[real].abs().max() < BOUND["bf16"]
 
 
+def test_more_rows_than_tokens(calls):
+    """A classifier's first tokens where nearly all texts are empty; memory around is untouched."""
+    model, given = build(cls="BertForSequenceClassification"), batch((5, *(0,) * 40))
+    expected = reference(model, given).logits
+    with torch.inference_mode():
+        actual = frozen(model, "fp16")(**there(given)).logits.cpu()
+    assert calls == [5]
+    assert (actual[0] - expected[0]).abs().max() < 0.02 * expected.std().clamp(min=1)
+
+
 def test_empty_batch():
     given = {k: v[:2] for k, v in batch((0, 0, 3)).items()}
     with torch.inference_mode():

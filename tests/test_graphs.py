@@ -215,6 +215,21 @@ def test_replays_of_a_changed_model_are_dropped(monkeypatch):
         assert len(replayed) == replays and (replayed[-1] is old) == (change is swap_in)
 
 
+def test_a_larger_table_takes_more_ids():
+    """No replay ahead: the captured table ends before them."""
+    model = build()
+    fast, inputs = graphed(model), batch((5,))
+    fast(**inputs)
+    old = model.embeddings.word_embeddings.weight
+    larger = torch.nn.Embedding(len(old) + 10, old.shape[1]).to(old)
+    model.embeddings.word_embeddings = larger.eval()
+    inputs["input_ids"][0, 1] = len(old) + 3
+    with torch.no_grad():
+        expected = model(**{k: v.to(old.device) for k, v in inputs.items()}).last_hidden_state
+    found = fast(**inputs).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_weights_stay_until_the_next_call():
     model = build()
     fast, inputs, old = graphed(model), batch((20, 9)), bias(model).data_ptr()

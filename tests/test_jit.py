@@ -8,6 +8,10 @@ import torch
 jit = pytest.importorskip("bertfast.kernels.jit")
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
 class Compiled:
     function, packed_metadata = "function", "metadata"
 
@@ -53,7 +57,7 @@ def kernel(monkeypatch):
 
 
 def test_second_launch_reuses_the_first(kernel):
-    x = torch.zeros(32)
+    x = torch.zeros(32).as_subclass(OnGpu)
     kernel[(3,)](x, 5, 7, 0.5, 8)
     kernel[(4, 2)](x[16:], 6, 16, 0.25, 8)  # another aligned address, no multiples of 16
     stub = kernel.function
@@ -63,7 +67,7 @@ def test_second_launch_reuses_the_first(kernel):
     assert stub.launches[-1] == (1, (4, 1, 1), (x.data_ptr(), 9, 1, 1.0, 8))
 
 
-x = torch.zeros(32)
+x = torch.zeros(32).as_subclass(OnGpu)
 CHANGES = {
     "dtype": (x.bfloat16(), 5, 7, 0.5, 8),
     "alignment": (x[1:], 5, 7, 0.5, 8),
@@ -104,10 +108,20 @@ def test_profilers_see_launches(kernel, monkeypatch):
     triton = pytest.importorskip("triton")
     for _ in range(2):
         kernel[(1,)](x, 5, 7, 0.5, 8)
-    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[print]))
-    monkeypatch.setattr(triton.knobs, "runtime", hooks)
+    for seen in ("launch_enter_hook", "launch_exit_hook"):
+        hooks = dict.fromkeys(("launch_enter_hook", "launch_exit_hook"), SimpleNamespace(calls=[]))
+        hooks[seen] = SimpleNamespace(calls=[print])
+        monkeypatch.setattr(triton.knobs, "runtime", SimpleNamespace(**hooks))
+        kernel[(1,)](x, 5, 7, 0.5, 8)
+    assert [number for number, *_ in kernel.function.launches] == [1, "watched", "watched"]
+
+
+def test_tensors_on_a_cpu_are_left_to_triton(kernel):
+    """Which refuses them: as an address they would be an illegal access."""
     kernel[(1,)](x, 5, 7, 0.5, 8)
-    assert [number for number, *_ in kernel.function.launches] == [1, "watched"]
+    for _ in range(2):
+        kernel[(1,)](torch.zeros(32), 5, 7, 0.5, 8)
+    assert kernel.function.compilations == 3 and not kernel.function.launches
 
 
 def test_tensor_descriptors_are_left_to_triton(kernel):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import BertConfig
@@ -9,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .. import ops
 from ..ops.attention import check_offsets, check_starts
+from ..ops.library import check_device
 from . import checkpoint
 from .encoder import (
     BertEmbeddings,
@@ -243,9 +245,12 @@ class BertModel(BertPreTrainedModel):
 
         Returns: [tokens or n, hidden].
         """
+        if isinstance(max_seqlen, torch.Tensor | np.integer):
+            max_seqlen = int(max_seqlen)
         limit = self.config.max_position_embeddings
         if max_seqlen > limit and position_ids is None:
             raise ValueError(f"max_seqlen is {max_seqlen}, the model takes up to {limit} tokens")
+        check_device(input_ids, cu_seqlens=cu_seqlens, rows=rows)
         _check_packed(cu_seqlens, max_seqlen, input_ids.shape[0], rows)
         if position_ids is None:
             starts = torch.repeat_interleave(
@@ -300,18 +305,20 @@ class BertModel(BertPreTrainedModel):
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         packing = Packing(batch, seqlen, attention_mask, device)
 
-        def packed(ids):
+        def packed(ids, name):
+            if ids.device != device:
+                raise ValueError(f"{name} is on {ids.device}, expected {device} as the input")
             return packing.pack(ids.expand(batch, seqlen).long())
 
         if position_ids is None:
             positions = packing.indices % max(seqlen, 1)
         else:
-            positions = packed(position_ids)
+            positions = packed(position_ids, "position_ids")
         if token_type_ids is None:
             types = torch.zeros_like(packing.indices)
         else:
-            types = packed(token_type_ids)
-        ids = None if input_ids is None else packed(input_ids)
+            types = packed(token_type_ids, "token_type_ids")
+        ids = None if input_ids is None else packed(input_ids, "input_ids")
         embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
         return PackedInputs(packing, ids, positions, types, embeds)
 

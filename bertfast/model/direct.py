@@ -33,16 +33,21 @@ def _kernels(device, dtype, forced, hidden, head_dim):
     return SimpleNamespace(**found)
 
 
-def serves(hidden, w, options, bias) -> bool:
+def serves(hidden, w, options, cu_seqlens, max_seqlen, bias) -> bool:
     """Whether `run` computes what the operators one by one would: on a GPU, where nobody traces,
     transforms or watches through a dispatch mode. What doesn't fit is left to the operators, whose
     errors name it."""
     size, inner, kind = hidden.shape[-1], w.w1.shape[0], hidden.dtype
+    backends = (None, "triton", "cuda") if hidden.is_cuda else ("triton", "cuda")
     return (
         unwatched()
         and bias is None
         and type(hidden) is torch.Tensor
-        and (hidden.is_cuda or registry.forced() in ("triton", "cuda"))
+        and registry.forced() in backends
+        and type(max_seqlen) is int
+        and cu_seqlens.dtype is torch.int32
+        and cu_seqlens.dim() == 1
+        and cu_seqlens.device == hidden.device
         and kind in GPU_DTYPES
         and hidden.dim() == 2
         and size % options.heads == 0
@@ -138,8 +143,21 @@ class _Layer(torch.autograd.Function):
         return _once(ctx, grad)
 
 
+def _operators():
+    """The layer's operators by torch's dispatcher, which takes batched gradients too (torch.func,
+    is_grads_batched)."""
+    names = (*_ATTENTION, *_LINEAR, *_QKV, *_NORM)
+    return SimpleNamespace(**{name: getattr(torch.ops.bertfast, name) for name in names})
+
+
+def _is_batched(grad) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+
+
 def _backward(ctx, grad):
     k, options, longest, (p0, p1, p2), wide = ctx.call
+    k = _operators() if _is_batched(grad) else k
     starts, rows, seed0, seed1, seed2, *saved = ctx.saved_tensors
     *saved, wq, bq, wk, _, wv, _, wo, bo, norm1, norm1_bias, w1, b1, w2, b2, norm2, norm2_bias = (
         saved
@@ -173,7 +191,7 @@ def _backward(ctx, grad):
     dcontext, dwo, _ = k.linear_act_backward(dprojected, wanted, wo, None, None, 0, need(6))
     if rows is not None:
         dcontext, dresidual = (
-            torch.zeros_like(hidden).index_add_(0, rows, t) for t in (dcontext, dresidual)
+            torch.zeros_like(hidden).index_add(0, rows, t) for t in (dcontext, dresidual)
         )
     dqkv, _ = k.attention_backward(
         *(dcontext.view(context.shape), qkv, context, lse, starts, longest),

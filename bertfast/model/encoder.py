@@ -38,6 +38,10 @@ class Packing:
         if attention_mask is None:
             attention_mask = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
         check_mask(attention_mask, batch, seqlen)
+        if attention_mask.device.type != torch.device(device).type:
+            raise ValueError(
+                f"attention_mask is on {attention_mask.device}, expected {device} as the input"
+            )
         self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
         self.indices, self.cu_seqlens = call("pack_indices", attention_mask, None)
 

@@ -2,17 +2,19 @@
 call into csrc/cuda/encoder.cu, in which each kernel starts before the one ahead of it has ended
 (sm_90)."""
 
+import functools
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
 from ..ops import registry
+from ..ops.attention import check_starts
 from ..ops.cuda.arguments import HALVES, MAX_HIDDEN, dtype_code
 from ..ops.cuda.attention import HEAD_DIMS
 from ..ops.cuda.linear_act import FEW_TOKENS
 from ..ops.extension import C
-from ..ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, ptr
+from ..ops.library import CUDA_DEVICE, check_device, cuda_limit, cuda_queue, ptr
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
 from .layer import ACTIVATIONS
 
@@ -41,8 +43,14 @@ def serves(hidden) -> bool:
         and hidden.dtype in HALVES
         and registry.forced() in backends
         and cuda_limit(CUDA_DEVICE, None, ()) is None
+        and _new_enough(hidden.device)
         and not _off.get()
     )
+
+
+@functools.cache
+def _new_enough(device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fits(weights, heads: int) -> bool:
@@ -72,6 +80,8 @@ def run(addresses: int, layers: int, sizes, hidden, packing, rows=None):
     addresses: of int64 [layers, 16], the weights' addresses in the order of `LayerWeights`.
     sizes: heads, hidden, inner size, the activation's number in ops.linear_act, eps.
     """
+    check_starts(cu_seqlens=packing.cu_seqlens)
+    check_device(hidden, cu_seqlens=packing.cu_seqlens, rows=rows)
     hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
     if hidden.data_ptr() % 16:
         hidden = hidden.clone()
@@ -83,7 +93,8 @@ def run(addresses: int, layers: int, sizes, hidden, packing, rows=None):
     workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
     C.cuda_encoder(
         *(dtype_code(hidden), addresses, layers, *sizes, ptr(hidden), ptr(offsets)),
-        *(len(offsets) - 1, tokens, packing.seqlen, ptr(rows), count, ptr(out), ptr(workspace)),
+        *(len(offsets) - 1, tokens, int(packing.seqlen), ptr(rows), count),
+        *(ptr(out), ptr(workspace)),
         *cuda_queue(hidden),
     )
     return out

@@ -10,6 +10,7 @@ is given out. A difference drops the result and captures anew.
 
 import copy
 import importlib
+import operator
 import threading
 from collections import OrderedDict
 from itertools import chain, pairwise
@@ -251,6 +252,15 @@ def _items(dicts):
     return chain.from_iterable(map(dict.values, dicts))
 
 
+def _tables(model):
+    embeddings = (model if isinstance(model, BertModel) else model.bert).embeddings
+    tables = (
+        *(embeddings.word_embeddings, embeddings.position_embeddings),
+        embeddings.token_type_embeddings,
+    )
+    return [table.weight for table in tables]
+
+
 class Baked:
     """What a capture takes from a model besides the batch: `unchanged` since `take`?
 
@@ -267,13 +277,16 @@ class Baked:
         self.children = [m._modules for m in self.modules if m._modules]
         self.named = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self.tensors = [t for t in _items(self.named) if t is not None]
+        self.tables = _tables(self.model)
         # Their memory, for a replay before `unchanged` has found that they have another.
         self.memory = [t.detach() for t in self.tensors]
         self.pointers, self.state = list(map(_pointer, self.tensors)), self._state()
 
     def there(self) -> bool:
-        """Whether all that a graph reads is still in memory, where it was."""
-        return self.pointers == list(map(_pointer, self.tensors))
+        """Whether all that a graph reads is still in memory, where it was, and ids that the model
+        takes are in its tables."""
+        same = all(map(operator.is_, self.tables, _tables(self.model)))
+        return same and self.pointers == list(map(_pointer, self.tensors))
 
     def unchanged(self) -> bool:
         """And the rest as it was, if they are `there`."""

@@ -73,7 +73,7 @@ def encoder_layer(
     Returns: [tokens or n, hidden], and the query, key and value [tokens, 3, heads, head_dim] or,
     where they aren't wanted, maybe None.
     """
-    if not keep_qkv and direct.serves(hidden, w, options, bias):
+    if not keep_qkv and direct.serves(hidden, w, options, cu_seqlens, max_seqlen, bias):
         return direct.run(hidden, w, options, cu_seqlens, max_seqlen, seeds, rows), None
     tokens = hidden.shape[0]
     qkv = ops.qkv_linear(hidden, w.wq, w.bq, w.wk, w.bk, w.wv, w.bv)

@@ -7,6 +7,7 @@ from .library import (
     autograd,
     call,
     check,
+    check_device,
     cpu_limit,
     cuda_limit,
     cuda_queue,
@@ -52,6 +53,7 @@ def pack(x, attention_mask, tokens=None):
 
 def gather(x, indices):
     """Rows `indices` of x [batch, seqlen, ...] seen as [batch * seqlen, ...]."""
+    check_device(x, indices=indices)
     flat = x.flatten(0, 1)
     return call("gather_rows", flat, indices)
 
@@ -62,6 +64,7 @@ def unpack(packed, indices, batch: int, seqlen: int):
         indices.dim() == 1 and packed.dim() >= 1 and packed.shape[0] == indices.shape[0],
         lambda: f"packed {list(packed.shape)} and indices {list(indices.shape)} differ in tokens",
     )
+    check_device(packed, indices=indices)
     rows = call("scatter_rows", packed, indices, batch * seqlen)
     return rows.unflatten(0, (batch, seqlen))
 

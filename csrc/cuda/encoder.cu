@@ -29,12 +29,13 @@ struct Workspace {
       bytes += (size + 255) / 256 * 256;
       return at;
     };
-    const int64_t row = 2 * hidden;  // bytes
+    const int64_t row = 2 * hidden;                // bytes
+    const int64_t rows = std::max(tokens, count);  // a token can be asked for more than once
     qkv = cut(3 * tokens * row), context = cut(tokens * row), state = cut(tokens * row);
     picked = cut(count * row), residual = cut(count * row);
-    projected = cut(tokens * row), middle = cut(tokens * row), inner = cut(tokens * 2 * inner_size);
+    projected = cut(rows * row), middle = cut(rows * row), inner = cut(rows * 2 * inner_size);
     const auto floats = [&](int64_t n) { return reinterpret_cast<float*>(cut(4 * n)); };
-    mean = floats(tokens), rstd = floats(tokens), lse = floats(heads * tokens);
+    mean = floats(rows), rstd = floats(rows), lse = floats(heads * tokens);
     int64_t most = linear_splits(tokens, hidden, hidden, 3) * tokens * 3 * hidden;
     for (const int64_t m : {tokens, count}) {
       const auto values = [&](int64_t n, int64_t k) { return linear_splits(m, n, k, 1) * m * n; };
