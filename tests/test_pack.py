@@ -3,6 +3,7 @@ import torch
 from helpers import DEVICES, backends, refused
 
 from bertfast import ops
+from bertfast.model.encoder import Packing
 
 pytestmark = pytest.mark.usefixtures("guarded")
 each_backend = pytest.mark.parametrize("backend", backends("gather_rows"))
@@ -95,3 +96,11 @@ def test_refusals(backend):
         )
     with ops.backend("cpu"):
         refused(ValueError, "0 to 7", ops.unpack, x[0, :1].cpu(), torch.tensor([8]), 2, 4)
+
+
+def test_devices_must_agree():
+    """Else one's address would be read on the other."""
+    there = torch.zeros(2, 3, device="meta")
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    refused(ValueError, "indices is on meta", ops.unpack, ids[0], there[0].long(), 1, 3)
+    refused(ValueError, "attention_mask is on meta, expected cpu", Packing, 2, 3, there, "cpu")
