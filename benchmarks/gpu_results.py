@@ -25,14 +25,12 @@ def summary(cells: list[dict], ours) -> list[dict]:
         if mine and rivals:
             best, rival = mine[0], rivals[0]
             times = best["milliseconds"], rival["milliseconds"]
-            lines.append(
-                {
-                    "task": f"{cell['task']} ({best['name']})",
-                    **{"unit": "ms", "bertfast": times[0], "rival": times[1]},
-                    **{"rival_name": rival["name"], "ratio": round(times[1] / times[0], 3)},
-                    **{key: cell[key] for key in ("commit",) if key in cell},
-                }
-            )
+            line = {"task": f"{cell['task']} ({best['name']})", "unit": "ms"}
+            line |= {"bertfast": times[0], "rival": times[1], "rival_name": rival["name"]}
+            line["ratio"] = round(times[1] / times[0], 3)
+            if "commit" in cell:  # measured by another commit than the rest
+                line["commit"] = cell["commit"]
+            lines.append(line)
     return lines
 
 

@@ -66,20 +66,9 @@ def _halves(acc):
 
 @triton.jit
 def _finish(
-    acc,
-    m0,
-    n0,
-    part,
-    b,
-    y,
-    z,
-    M,
-    N: tl.constexpr,
-    PARTS: tl.constexpr,
-    ACT: tl.constexpr,
-    EXACT: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    acc, m0, n0, part, b, y, z, M, N: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """The epilogue: bias, z, activation, y for the tile at (m0, n0) of a part."""
     rn = n0 + tl.arange(0, acc.shape[1])
     if b is not None:
@@ -99,20 +88,9 @@ def _finish(
 
 @triton.jit
 def _finish_pair(
-    acc,
-    m0,
-    n0,
-    part,
-    b,
-    y,
-    z,
-    M,
-    N: tl.constexpr,
-    PARTS: tl.constexpr,
-    ACT: tl.constexpr,
-    EXACT: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    acc, m0, n0, part, b, y, z, M, N: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """_finish for one piece or two."""
     if acc.shape[1] > PIECE:
         left, right = _halves(acc)

@@ -1,6 +1,6 @@
 """A GPU's encoder layer as one node of autograd, its kernels called without torch's dispatcher.
 
-A layer takes 7 operators forward and 8 backward. Each way through the dispatcher and autograd's
+A layer takes 7 operators forward and 7 backward. Each way through the dispatcher and autograd's
 Python costs some 0.1 ms on the host, on a batch of 128 x 128 tokens more than the kernels take on
 an H200. Functions and arithmetic are the operators' own; `serves` says where this may be done.
 """
@@ -105,6 +105,10 @@ def _lowered(w, dtype):
     return low
 
 
+def _picked(rows, *tensors):
+    return tensors if rows is None else [t.index_select(0, rows) for t in tensors]
+
+
 def _forward(call, hidden, w, save):
     """-> [tokens or rows, hidden], and what backward takes besides `hidden` and weights."""
     k, options, longest, (p0, p1, p2, seed0, seed1, seed2), starts, rows = call
@@ -115,9 +119,7 @@ def _forward(call, hidden, w, save):
     qkv = k.qkv_linear(hidden, wq, bq, wk, bk, wv, bv).view(tokens, 3, *heads)
     scale = heads[1] ** -0.5
     context, lse = k.attention(qkv, starts, longest, scale, p0, seed0, False, None)
-    wanted, residual = context.view(tokens, size), hidden
-    if rows is not None:
-        wanted, residual = wanted.index_select(0, rows), hidden.index_select(0, rows)
+    wanted, residual = _picked(rows, context.view(tokens, size), hidden)
     projected, _ = k.linear_act(wanted, wo, None, 0, None)
     middle, *stats1 = k.add_layer_norm(projected, residual, norm1, norm1_bias, eps, bo, p1, seed1)
     inner, z = k.linear_act(middle, w1, b1, activation, save or None)
@@ -182,9 +184,7 @@ def _backward(ctx, grad):
     dinner, dw2, _ = k.linear_act_backward(dout, inner, w2, None, None, 0, need(12))
     d, dw1, db1 = k.linear_act_backward(dinner, middle, w1, b1, z, activation, need(10, 11))
     dmiddle = d.add_(dmiddle)
-    wanted, residual = context.view(flat), hidden
-    if rows is not None:
-        wanted, residual = wanted.index_select(0, rows), hidden.index_select(0, rows)
+    wanted, residual = _picked(rows, context.view(flat), hidden)
     dprojected, dresidual, *dnorm1, dbo = norm(
         dmiddle, projected, residual, norm1, norm1_bias, (mean1, rstd1), bo, p1, seed1
     )
