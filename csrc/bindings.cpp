@@ -54,14 +54,15 @@ static void activation_backward(ptr grad, int64_t grad_row, ptr z, ptr dz, ptr c
 
 static AttentionArgs attention_args(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head,
                                     int64_t k_token, int64_t k_head, ptr starts_q, ptr starts_k,
-                                    int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-                                    float scale, ptr bias, int64_t bias_batch, int64_t bias_head,
-                                    int64_t bias_query, bool bias_bf16, ptr seed, float keep_scale,
-                                    uint32_t threshold, bool causal, bool bf16) {
+                                    ptr seqused_k, int64_t batch, int64_t tokens, int64_t heads,
+                                    int64_t dim, float scale, ptr bias, int64_t bias_batch,
+                                    int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
+                                    float keep_scale, uint32_t threshold, bool causal, bool bf16) {
   AttentionArgs g{};
   g.q = at(q), g.k = at(k), g.v = at(v);
   g.q_token = q_token, g.q_head = q_head, g.k_token = k_token, g.k_head = k_head;
   g.starts_q = at<const int32_t>(starts_q), g.starts_k = at<const int32_t>(starts_k);
+  g.seqused_k = at<const int32_t>(seqused_k);
   g.batch = batch, g.tokens = tokens, g.heads = heads, g.dim = dim, g.scale = scale;
   g.bias = at(bias), g.bias_batch = bias_batch, g.bias_head = bias_head;
   g.bias_query = bias_query, g.bias_bf16 = bias_bf16;
@@ -70,15 +71,15 @@ static AttentionArgs attention_args(ptr q, ptr k, ptr v, int64_t q_token, int64_
 }
 
 static void attention(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head, int64_t k_token,
-                      int64_t k_head, ptr starts_q, ptr starts_k, int64_t batch, int64_t tokens,
-                      int64_t heads, int64_t dim, float scale, ptr bias, int64_t bias_batch,
-                      int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
-                      float keep_scale, uint32_t threshold, bool causal, bool bf16, ptr out,
-                      ptr lse) {
+                      int64_t k_head, ptr starts_q, ptr starts_k, ptr seqused_k, int64_t batch,
+                      int64_t tokens, int64_t heads, int64_t dim, float scale, ptr bias,
+                      int64_t bias_batch, int64_t bias_head, int64_t bias_query, bool bias_bf16,
+                      ptr seed, float keep_scale, uint32_t threshold, bool causal, bool bf16,
+                      ptr out, ptr lse) {
   AttentionArgs g =
-      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, batch, tokens,
-                     heads, dim, scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
-                     keep_scale, threshold, causal, bf16);
+      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, seqused_k,
+                     batch, tokens, heads, dim, scale, bias, bias_batch, bias_head, bias_query,
+                     bias_bf16, seed, keep_scale, threshold, causal, bf16);
   g.out = at<void>(out), g.lse = at<float>(lse);
   py::gil_scoped_release release;
   kernels().attention(g);
@@ -86,16 +87,17 @@ static void attention(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head, int6
 
 static void attention_backward(ptr q, ptr k, ptr v, int64_t q_token, int64_t q_head,
                                int64_t k_token, int64_t k_head, ptr starts_q, ptr starts_k,
-                               int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-                               float scale, ptr bias, int64_t bias_batch, int64_t bias_head,
-                               int64_t bias_query, bool bias_bf16, ptr seed, float keep_scale,
-                               uint32_t threshold, bool causal, bool bf16, ptr grad, ptr lse,
-                               ptr dq, ptr dk, ptr dv, int64_t dq_token, int64_t dk_token,
-                               ptr dbias, int64_t dbias_rows, int64_t dbias_cols) {
+                               ptr seqused_k, int64_t batch, int64_t tokens, int64_t heads,
+                               int64_t dim, float scale, ptr bias, int64_t bias_batch,
+                               int64_t bias_head, int64_t bias_query, bool bias_bf16, ptr seed,
+                               float keep_scale, uint32_t threshold, bool causal, bool bf16,
+                               ptr grad, ptr lse, ptr dq, ptr dk, ptr dv, int64_t dq_token,
+                               int64_t dk_token, ptr dbias, int64_t dbias_rows,
+                               int64_t dbias_cols) {
   AttentionArgs g =
-      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, batch, tokens,
-                     heads, dim, scale, bias, bias_batch, bias_head, bias_query, bias_bf16, seed,
-                     keep_scale, threshold, causal, bf16);
+      attention_args(q, k, v, q_token, q_head, k_token, k_head, starts_q, starts_k, seqused_k,
+                     batch, tokens, heads, dim, scale, bias, bias_batch, bias_head, bias_query,
+                     bias_bf16, seed, keep_scale, threshold, causal, bf16);
   g.grad = at(grad), g.lse = at<float>(lse);
   g.dq = at<void>(dq), g.dk = at<void>(dk), g.dv = at<void>(dv);
   g.dq_token = dq_token, g.dk_token = dk_token;
@@ -243,14 +245,14 @@ class Encoder {
       layers_.push_back({{}, {}, {}, {}, norm(8), norm(9), norm(14), norm(15)});
     }
   }
-  // Layers [first, last) on packed tokens; rows may be null.
+  // Layers [first, last) on packed tokens; seqused_k and rows may be null.
   void forward(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16, ptr cu_seqlens,
-               int64_t batch, int64_t tokens, ptr rows, int64_t n_rows) const {
+               ptr seqused_k, int64_t batch, int64_t tokens, ptr rows, int64_t n_rows) const {
     if (first < 0 || last > int64_t(layers_.size()) || first >= last)
       throw std::invalid_argument("encoder: no such layers");
     py::gil_scoped_release release;
-    run(first, last, x, x_bf16, y, y_bf16, at<const int32_t>(cu_seqlens), batch, tokens,
-        at<const int64_t>(rows), n_rows);
+    run(first, last, x, x_bf16, y, y_bf16, at<const int32_t>(cu_seqlens),
+        at<const int32_t>(seqused_k), batch, tokens, at<const int64_t>(rows), n_rows);
   }
   // All layers on a padded batch of ids, int64 [batch, seqlen] as mask and types, which may be
   // null; y [batch, seqlen, hidden], zeros where the mask is. tables: the words', positions' and
@@ -284,7 +286,7 @@ class Encoder {
     e.mean = statistics.data(), e.rstd = e.mean + tokens;
     kernels().embedding_layer_norm(e);
     run(0, int64_t(layers_.size()), x, bf16, tokens < batch * seqlen ? packed : y, y_bf16,
-        starts.data(), batch, tokens, nullptr, 0);
+        starts.data(), nullptr, batch, tokens, nullptr, 0);
     if (tokens < batch * seqlen)
       kernels().scatter_rows(at<const char>(packed), rows.data(), at<char>(y), tokens,
                              batch * seqlen, hidden * (y_bf16 ? 2 : 4));
@@ -292,14 +294,14 @@ class Encoder {
 
  private:
   void run(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16,
-           const int32_t* cu_seqlens, int64_t batch, int64_t tokens, const int64_t* rows,
-           int64_t n_rows) const {
+           const int32_t* cu_seqlens, const int32_t* seqused_k, int64_t batch, int64_t tokens,
+           const int64_t* rows, int64_t n_rows) const {
     EncoderArgs g = args_;
     g.layers = layers_.data() + first, g.count = last - first;
     g.center = first ? layers_[first - 1].norm2_bias : first_center_;
     g.live = live_.empty() ? nullptr : live_.data() + first;
     g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
-    g.cu_seqlens = cu_seqlens, g.batch = batch, g.tokens = tokens;
+    g.cu_seqlens = cu_seqlens, g.seqused_k = seqused_k, g.batch = batch, g.tokens = tokens;
     g.rows = rows, g.n_rows = n_rows;
     kernels().encoder(g);
   }

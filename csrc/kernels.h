@@ -47,6 +47,7 @@ struct AttentionArgs {
   const void *q, *k, *v;
   int64_t q_token, q_head, k_token, k_head;  // strides; v's are k's
   const int32_t *starts_q, *starts_k;
+  const int32_t* seqused_k;           // null, or how many of each sequence's keys are used
   int64_t batch, tokens, heads, dim;  // tokens of q
   float scale;
   const void* bias;  // null, or additive, by batch, head and query strides
@@ -129,6 +130,7 @@ struct EncoderArgs {
   const float* center;
   bool x_bf16, y_bf16;
   const int32_t* cu_seqlens;
+  const int32_t* seqused_k;  // null, or how many of each sequence's keys are used
   int64_t batch, tokens;
   const int64_t* rows;  // null, or those of the last layer's result that are wanted
   int64_t n_rows;

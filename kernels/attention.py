@@ -46,10 +46,14 @@ def place(starts, item, batch, blocks, SIZE: tl.constexpr):
 
 
 @triton.jit
-def span(starts, sequence):
-    """Where a sequence starts, and its length."""
+def span(starts, sequence, used=None):
+    """Where a sequence starts, and its length or how much of it is used."""
     start = tl.load(starts + sequence)
-    return start, tl.load(starts + sequence + 1) - start
+    if used is None:
+        length = tl.load(starts + sequence + 1) - start
+    else:
+        length = tl.load(used + sequence)
+    return start, length
 
 
 @triton.jit
@@ -184,8 +188,8 @@ def _step(
 
 @jit(do_not_specialize=["batch", "tokens"])
 def _forward(
-    q, k, v, out, lse, starts_q, starts_k, bias, seed, bias_batch, bias_head, bias_query,
-    batch, tokens, blocks, scale, keep_scale, threshold,
+    q, k, v, out, lse, starts_q, starts_k, seqused_k, bias, seed, bias_batch, bias_head,
+    bias_query, batch, tokens, blocks, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -197,7 +201,7 @@ def _forward(
     start_q, queries = span(starts_q, sequence)
     if block * M >= queries:
         return
-    start_k, keys = span(starts_k, sequence)
+    start_k, keys = span(starts_k, sequence, seqused_k)
     q += start_q.to(tl.int64) * Q_TOKEN + head * Q_HEAD
     k += start_k.to(tl.int64) * K_TOKEN + head * K_HEAD
     v += start_k.to(tl.int64) * K_TOKEN + head * K_HEAD
@@ -257,7 +261,7 @@ def _forward(
 
 def cross_forward(
     q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias,
-    launch=launch,
+    seqused_k=None, launch=launch,
 ):  # fmt: skip
     """The operator `cross_attention`: out [tokens_q, heads, dim], lse [heads, tokens_q]."""
     q, kv = dense_last(q), dense_last(kv)
@@ -265,7 +269,7 @@ def cross_forward(
     tokens, heads, dim = q.shape
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
-    a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
+    a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k)
     tile = choose("forward", launch.arch(q.device), q, longest_k, bias)
     items, blocks = work(tokens, starts_q, longest_q, tile.m)
     a |= dict(out=out, lse=lse, blocks=blocks, ONE_PASS=longest_k <= tile.n)

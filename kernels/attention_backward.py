@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.attention import empty_or_zeros
 from .attention import (
     kept,
     load_rows,
@@ -70,7 +71,7 @@ def _step(
 
 @jit(do_not_specialize=["batch", "tokens"])
 def _queries(
-    q, k, v, out, grad, lse, delta, dq, dbias, starts_q, starts_k, bias, seed,
+    q, k, v, out, grad, lse, delta, dq, dbias, starts_q, starts_k, seqused_k, bias, seed,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,
     batch, tokens, blocks, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
@@ -83,7 +84,7 @@ def _queries(
     start_q, queries = span(starts_q, sequence)
     if block * M >= queries:
         return
-    start_k, keys = span(starts_k, sequence)
+    start_k, keys = span(starts_k, sequence, seqused_k)
     dense = (start_q.to(tl.int64) * HEADS + head) * DIM
     q += start_q.to(tl.int64) * Q_TOKEN + head * Q_HEAD
     k += start_k.to(tl.int64) * K_TOKEN + head * K_HEAD
@@ -179,7 +180,8 @@ def _key_step(
 
 @jit(do_not_specialize=["batch", "tokens"])
 def _keys(
-    q, k, v, out, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, bias, seed,
+    q, k, v, out, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, seqused_k, bias,
+    seed,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,
     batch, tokens, blocks, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
@@ -195,7 +197,7 @@ def _keys(
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     sequence, block = place(starts_k, tl.program_id(0) // HEADS, batch, blocks, N)
     start_q, queries = span(starts_q, sequence)
-    start_k, keys = span(starts_k, sequence)
+    start_k, keys = span(starts_k, sequence, seqused_k)
     if block * N >= (tl.maximum(keys, 1) if WHOLE else keys):  # queries without keys get zeros
         return
     dense = (start_q.to(tl.int64) * HEADS + head) * DIM
@@ -243,13 +245,13 @@ def _keys(
 
 def _run(
     grad, q, kv, dq, dkv, out, lse, starts_q, starts_k, longest_q, longest_k, scale, dropout_p,
-    seed, causal, bias, need_dbias, launch,
+    seed, causal, bias, seqused_k, need_dbias, launch,
 ):  # fmt: skip
     """Fills dq and dkv; -> dbias as bias, or empty."""
     q, kv = dense_last(q), dense_last(kv)
     k, v = kv.unbind(1)
     heads = q.shape[1]
-    a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
+    a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k)
     squares = None
     if need_dbias:  # a square per sequence and head, so that no two programs add to one place
         shape = a["batch"], heads, *bias.shape[2:]
@@ -286,15 +288,15 @@ def _run(
 
 
 def backward(
-    grad, qkv, out, lse, starts, longest, scale, dropout_p, seed, causal, bias, need_dbias,
-    launch=launch,
+    grad, qkv, out, lse, starts, longest, scale, dropout_p, seed, causal, bias, seqused_k,
+    need_dbias, launch=launch,
 ):  # fmt: skip
     """The operator `attention_backward`."""
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = empty_or_zeros(seqused_k)(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     parts = qkv[:, 0], qkv[:, 1:], dqkv[:, 0], dqkv[:, 1:]
     dbias = _run(
         grad, *parts, out, lse, starts, starts, longest, longest, scale, dropout_p, seed, causal,
-        bias, need_dbias, launch,
+        bias, seqused_k, need_dbias, launch,
     )  # fmt: skip
     return dqkv, dbias
 
@@ -308,7 +310,7 @@ def cross_backward(
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
     dbias = _run(
         grad, q, kv, dq, dkv, out, lse, starts_q, starts_k, longest_q, longest_k, scale, dropout_p,
-        seed, causal, bias, need_dbias, launch,
+        seed, causal, bias, None, need_dbias, launch,
     )  # fmt: skip
     return dq, dkv, dbias
 
@@ -316,7 +318,7 @@ def cross_backward(
 def shipped():
     def run(launch, qkv, starts, longest, *options):
         out, lse = qkv[:, 0].contiguous(), qkv.new_empty(qkv.shape[2], qkv.shape[0]).float()
-        need_dbias = options[-1] is not None
+        need_dbias = options[-2] is not None
         backward(out, qkv, out, lse, starts, longest, *options, need_dbias, launch)
 
     yield from variants(run)

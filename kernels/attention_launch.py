@@ -173,7 +173,7 @@ def dense_last(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
+def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k):
     """What all of attention's kernels take. Strides are constants: a model has one set of them,
     and the compiler sees how the rows are aligned."""
     bias = None if bias is None else dense_last(bias)
@@ -185,6 +185,7 @@ def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias)
         v=v,
         starts_q=starts_q.contiguous(),
         starts_k=starts_k.contiguous(),
+        seqused_k=None if seqused_k is None else seqused_k.contiguous(),
         bias=bias,
         seed=None if seed is None else seed.contiguous(),
         bias_batch=0 if bias is None or bias.shape[0] == 1 else steps[0],
@@ -258,7 +259,7 @@ launch = Launch()
 
 def variants(run):
     """Every `Spec` of run(launch, qkv, starts, longest, *options), once: by the table, and with
-    what each of dropout, a causal mask and a bias adds."""
+    what each of dropout, a causal mask, a bias and unused keys adds."""
     empty = functools.partial(torch.empty, device="meta")
     starts = empty(33, dtype=torch.int32)
     seed, heads, seen = empty(2, dtype=torch.int64), 12, set()
@@ -272,6 +273,7 @@ def variants(run):
             bias = empty(1, heads, longest, longest, dtype=dtype) if "bias" in more else None
             record = Record(arch)
             options = (0.125, 0.1 if more else 0.0, seed if more else None, "causal" in more, bias)
+            options += (starts[1:] if "bias" in more else None,)
             run(record, empty(4096, 3, heads, dim, dtype=dtype), starts, longest, *options)
             for spec in record.specs:
                 key = repr(spec._replace(arch=80))

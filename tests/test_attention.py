@@ -13,7 +13,7 @@ BACKENDS = [name for name in backends("attention") if name != "cuda"]
 LENGTHS = [0, 1, 13, 40, 0, 77, 130]
 
 
-def plain(qkv, lengths, scale=None, causal=False, bias=None, masks=None):
+def plain(qkv, lengths, scale=None, causal=False, bias=None, masks=None, used=None):
     """Attention by autograd on each sequence; `masks` drop probabilities (already scaled)."""
     out, start = [], 0
     for b, n in enumerate(lengths):
@@ -23,6 +23,8 @@ def plain(qkv, lengths, scale=None, causal=False, bias=None, masks=None):
             s = s + bias[b % bias.shape[0], :, :n, :n]
         if causal:
             s = s.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
+        if used is not None:
+            s = s.masked_fill(torch.arange(n) >= used[b], -math.inf)
         p = s.softmax(-1).nan_to_num(0)  # a row without keys
         if masks is not None:
             p = p * masks[b].to(p.dtype)
@@ -79,6 +81,35 @@ def test_causal_and_bias(backend, dtype, shape):
         [inputs(32), bias.bfloat16().float()],
         fp32=2e-5,  # a shared bias sums thousands of terms of both signs
     )
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unused_keys(backend, dtype, with_bias):
+    """seqused_k: tokens past it are queries alone, whatever their keys and values hold."""
+    lengths, used = [130, 0, 20, 7, 5, 64], [77, 0, 20, 1, 0, 63]
+    bias = torch.randn(1, 2, 130, 130, generator=torch.Generator().manual_seed(5)).bfloat16()
+    given = [inputs(32, 2, lengths), bias.float()][: 1 + with_bias]
+    count = torch.tensor(used, dtype=torch.int32, device=DEVICES[backend])
+    check(
+        backend,
+        dtype,
+        lambda qkv, *b: ops.attention(
+            qkv, starts(lengths, backend), 130, bias=b[0] if b else None, seqused_k=count
+        ),
+        lambda qkv, *b: plain(qkv, lengths, bias=b[0] if b else None, used=used),
+        given,
+    )
+    qkv = given[0].to(DEVICES[backend], dtype)
+    for start, n, keys in zip(offsets(lengths), lengths, used, strict=False):
+        qkv[start + keys : start + n, 1:] = math.nan
+    qkv.requires_grad_()
+    with ops.backend(backend):
+        out = ops.attention(qkv, starts(lengths, backend), 130, seqused_k=count)
+        out.float().square().sum().backward()
+    assert torch.isfinite(out).all() and torch.isfinite(qkv.grad).all()
+    assert (qkv.grad[77:130, 1:] == 0).all() and (qkv.grad[77:130, 0] != 0).any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -231,7 +231,7 @@ class FusedEncoder:
             return None
         weights, options = zip(*(parts.arithmetic() for _, parts in found), strict=True)
         hidden = packing.pack(hidden)
-        if not live.can_run(weights, options, hidden):
+        if not live.can_run(weights, options, hidden, packing):
             return None
         return live.run(weights, options[0], hidden, packing)
 

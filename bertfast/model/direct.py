@@ -64,7 +64,7 @@ def serves(hidden, w, options, cu_seqlens, max_seqlen, bias) -> bool:
     )
 
 
-def run(hidden, w, options, cu_seqlens, max_seqlen, seeds, rows=None):
+def run(hidden, w, options, cu_seqlens, max_seqlen, seqused_k, seeds, rows=None):
     """Arguments and result as of `encoder_layer`, without the query, key and value."""
     kernels = _kernels(
         hidden.device.type,
@@ -75,7 +75,7 @@ def run(hidden, w, options, cu_seqlens, max_seqlen, seeds, rows=None):
     )
     drops = options.attention_dropout, options.projection_dropout, options.output_dropout
     seeds = [as_seed(s, p, hidden.device) if p else None for s, p in zip(seeds, drops, strict=True)]
-    call = kernels, options, max_seqlen, (*drops, *seeds), cu_seqlens, rows
+    call = kernels, options, max_seqlen, (*drops, *seeds), cu_seqlens, seqused_k, rows
     if hidden.is_cuda and hidden.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device_of(hidden):
             return _run(call, hidden, w)
@@ -111,14 +111,14 @@ def _picked(rows, *tensors):
 
 def _forward(call, hidden, w, save):
     """-> [tokens or rows, hidden], and what backward takes besides `hidden` and weights."""
-    k, options, longest, (p0, p1, p2, seed0, seed1, seed2), starts, rows = call
+    k, options, longest, (p0, p1, p2, seed0, seed1, seed2), starts, used, rows = call
     (tokens, size), eps = hidden.shape, options.eps
     heads = (options.heads, size // options.heads)
     activation = ACTIVATIONS.index(options.activation)
     wq, bq, wk, bk, wv, bv, wo, bo, norm1, norm1_bias, w1, b1, w2, b2, norm2, norm2_bias = w
     qkv = k.qkv_linear(hidden, wq, bq, wk, bk, wv, bv).view(tokens, 3, *heads)
     scale = heads[1] ** -0.5
-    context, lse = k.attention(qkv, starts, longest, scale, p0, seed0, False, None)
+    context, lse = k.attention(qkv, starts, longest, scale, p0, seed0, False, None, used)
     wanted, residual = _picked(rows, context.view(tokens, size), hidden)
     projected, _ = k.linear_act(wanted, wo, None, 0, None)
     middle, *stats1 = k.add_layer_norm(projected, residual, norm1, norm1_bias, eps, bo, p1, seed1)
@@ -133,11 +133,11 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, call, hidden, *w):
         low = _lowered(w, hidden.dtype)
         y, saved = _forward(call, hidden, low or w, True)
-        kernels, options, longest, (*drops, seed0, seed1, seed2), starts, rows = call
+        kernels, options, longest, (*drops, seed0, seed1, seed2), starts, used, rows = call
         ctx.call = kernels, options, longest, drops, _WIDE if low else 0
         if low:  # the biases' own dtype is their gradients'
             w = [low[i] if i in _MATRICES else p for i, p in enumerate(w)]
-        ctx.save_for_backward(starts, rows, seed0, seed1, seed2, *saved, hidden, *w)
+        ctx.save_for_backward(starts, used, rows, seed0, seed1, seed2, *saved, hidden, *w)
         return y
 
     @staticmethod
@@ -160,7 +160,7 @@ def _is_batched(grad) -> bool:
 def _backward(ctx, grad):
     k, options, longest, (p0, p1, p2), wide = ctx.call
     k = _operators() if _is_batched(grad) else k
-    starts, rows, seed0, seed1, seed2, *saved = ctx.saved_tensors
+    starts, used, rows, seed0, seed1, seed2, *saved = ctx.saved_tensors
     *saved, wq, bq, wk, _, wv, _, wo, bo, norm1, norm1_bias, w1, b1, w2, b2, norm2, norm2_bias = (
         saved
     )
@@ -195,7 +195,7 @@ def _backward(ctx, grad):
         )
     dqkv, _ = k.attention_backward(
         *(dcontext.view(context.shape), qkv, context, lse, starts, longest),
-        *(qkv.shape[3] ** -0.5, p0, seed0, False, None, False),
+        *(qkv.shape[3] ** -0.5, p0, seed0, False, None, used, False),
     )
     through = ctx.needs_input_grad[1]
     three = _DX * through | _DW * any(needs[0:6:2]) | _DB * any(needs[1:6:2]) | wide

@@ -18,6 +18,7 @@ class PackedSequences(NamedTuple):
 
     cu_seqlens: torch.Tensor  # int32 [sequences + 1]
     seqlen: int  # the longest
+    seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
 
 
 def check_mask(attention_mask, batch: int, seqlen: int):
@@ -33,6 +34,8 @@ class Packing:
 
     attention_mask [batch, seqlen], 0 at padding, None for none.
     """
+
+    seqused_k = None
 
     def __init__(self, batch: int, seqlen: int, attention_mask, device):
         if attention_mask is None:
@@ -66,6 +69,22 @@ class Packing:
         if not torch.compiler.is_compiling() and x.shape[0] == 0:
             return x.new_zeros((self.batch, x.shape[1]))
         return self.zero_padded(x[self.first_rows(x.shape[0])])
+
+
+class PaddedPacking(Packing):
+    """All rows of a padded batch: a sequence's real tokens, then its padding, whose rows are queries
+    alone. For who reads what the layers make of it.
+
+    packing: that of the real tokens.
+    """
+
+    def __init__(self, packing: Packing):
+        self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
+        self.seqused_k = packing.cu_seqlens.diff()
+        padding = (self.mask == 0).to(torch.uint8)
+        rows = padding.argsort(dim=1, stable=True)
+        starts = torch.arange(self.batch + 1, device=rows.device) * self.seqlen
+        self.indices, self.cu_seqlens = (rows + starts[:-1, None]).flatten(), starts.int()
 
 
 class BertEmbeddings(nn.Module):
@@ -184,7 +203,7 @@ class BertEncoder(nn.Module):
         if collect is None and live.serves(hidden) and all(map(_plain, self.layer)):
             weights = [layer.weights() for layer in self.layer]
             options = [layer.options() for layer in self.layer]
-            if live.can_run(weights, options, hidden):
+            if live.can_run(weights, options, hidden, packing):
                 return live.run(weights, options[0], hidden, packing, rows)
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):

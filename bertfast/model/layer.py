@@ -58,6 +58,7 @@ def encoder_layer(
     rows=None,
     bias=None,
     keep_qkv=True,
+    seqused_k=None,
 ):
     """A post-norm encoder layer (Devlin et al., arXiv:1810.04805) on packed tokens.
 
@@ -67,19 +68,24 @@ def encoder_layer(
         seeds: int64 [3, 2], one for each dropout: attention, its output, the feed-forward's.
         rows: int64 [n], the tokens whose result is wanted; None for all. What comes after the
             attention is done for these alone.
-        bias: added to the attention's scores, see `ops.attention`.
+        bias, seqused_k: of the attention, see `ops.attention`.
         keep_qkv: whether the query, key and value are wanted.
 
     Returns: [tokens or n, hidden], and the query, key and value [tokens, 3, heads, head_dim] or,
     where they aren't wanted, maybe None.
     """
     if not keep_qkv and direct.serves(hidden, w, options, cu_seqlens, max_seqlen, bias):
-        return direct.run(hidden, w, options, cu_seqlens, max_seqlen, seeds, rows), None
+        sequences = cu_seqlens, max_seqlen, seqused_k
+        return direct.run(hidden, w, options, *sequences, seeds, rows), None
     tokens = hidden.shape[0]
     qkv = ops.qkv_linear(hidden, w.wq, w.bq, w.wk, w.bk, w.wv, w.bv)
     qkv = qkv.view(tokens, 3, options.heads, w.wq.shape[0] // options.heads)
     context = ops.attention(
-        qkv, cu_seqlens, max_seqlen, dropout_p=options.attention_dropout, seed=seeds[0], bias=bias
+        *(qkv, cu_seqlens, max_seqlen),
+        dropout_p=options.attention_dropout,
+        seed=seeds[0],
+        bias=bias,
+        seqused_k=seqused_k,
     )
     context = context.view(tokens, w.wq.shape[0])
     if rows is not None:

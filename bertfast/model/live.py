@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16, unwatched
+from ..ops.library import CPU_DTYPES, is_bf16, ptr, unwatched
 from ..ops.linear_act import ACTIVATIONS
 from . import few_tokens
 from .layer import LayerOptions, LayerWeights
@@ -39,7 +39,7 @@ def _on_cpu(hidden) -> bool:
     )
 
 
-def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> bool:
+def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden, packing) -> bool:
     """Whether `run` computes what `encoder_layer` would, layer after layer."""
     if not layers:
         return False
@@ -63,7 +63,7 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> 
             for p, shape in zip(w, expected, strict=True)
         )
         and all(getattr(w, name).dtype == dtype for w in layers for name in _MATRICES)
-        and (here or few_tokens.fits(layers, first.heads))
+        and (here or packing.seqused_k is None and few_tokens.fits(layers, first.heads))
     )
 
 
@@ -107,7 +107,7 @@ def forward(encoder, first: int, last: int, hidden, dtype, packing, rows=None):
     if count:
         encoder.forward(
             *(first, last, hidden.data_ptr(), is_bf16(hidden), out.data_ptr(), is_bf16(out)),
-            *(offsets.data_ptr(), len(offsets) - 1, len(hidden)),
+            *(offsets.data_ptr(), ptr(packing.seqused_k), len(offsets) - 1, len(hidden)),
             *((0, 0) if rows is None else (rows.data_ptr(), len(rows))),
         )
     return out

@@ -37,6 +37,7 @@ def attention(
     seed=None,
     causal=False,
     bias=None,
+    seqused_k=None,
 ):
     """Self-attention within each packed sequence, dropout on the probabilities.
 
@@ -48,6 +49,8 @@ def attention(
         dropout_p, seed: see `ops.dropout`; row = token * heads + head, column = key position.
         causal: a query sees the keys up to its own position.
         bias: [batch or 1, heads or 1, max_seqlen, max_seqlen], added to the scores; -inf masks.
+        seqused_k: int32 [batch], how many of each sequence's tokens are keys, its first ones; None
+            for all. The others are queries alone: the padding of a batch whose rows are read.
 
     Returns: [tokens, heads, head_dim] in qkv's dtype. A row whose keys are all masked is zeros.
 
@@ -59,12 +62,13 @@ def attention(
     )
     check(qkv.is_floating_point(), lambda: f"qkv has dtype {qkv.dtype}, expected floats", TypeError)
     check_starts(cu_seqlens=cu_seqlens)
-    check_device(qkv, cu_seqlens=cu_seqlens, bias=bias)
+    check_device(qkv, cu_seqlens=cu_seqlens, bias=bias, seqused_k=seqused_k)
+    check_used(seqused_k, cu_seqlens)
     check_bias(bias, qkv.dtype, cu_seqlens.shape[0] - 1, qkv.shape[2], max_seqlen, max_seqlen)
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
     seed = as_seed(seed, dropout_p, qkv.device)
     return torch.ops.bertfast.attention(
-        qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias
+        qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias, seqused_k
     )[0]
 
 
@@ -78,6 +82,27 @@ def check_starts(**starts):
         check(
             t.dim() == 1 and t.shape[0] >= 1,
             lambda: f"{name} has shape {list(t.shape)}, expected [batch + 1]",
+        )
+
+
+def check_used(seqused_k, cu_seqlens):
+    """Values too, where reading them is free of a synchronisation."""
+    if seqused_k is None:
+        return
+    check(
+        seqused_k.dtype == torch.int32 and seqused_k.shape == (cu_seqlens.shape[0] - 1,),
+        lambda: (
+            f"seqused_k is {seqused_k.dtype} {list(seqused_k.shape)}, expected torch.int32 "
+            f"[{cu_seqlens.shape[0] - 1}]"
+        ),
+    )
+    if seqused_k.device.type == "cpu" and not torch.compiler.is_compiling():
+        check(
+            bool(((seqused_k >= 0) & (seqused_k <= cu_seqlens.diff())).all()),
+            lambda: (
+                f"seqused_k is {seqused_k.tolist()[:8]}, expected 0 to the sequences' lengths "
+                f"{cu_seqlens.diff().tolist()[:8]}"
+            ),
         )
 
 
@@ -102,21 +127,20 @@ def check_bias(bias, dtype, batch, heads, queries, keys):
     )
 
 
-def _fake(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias):
+def _fake(qkv, *_):
     tokens, _, heads, head_dim = qkv.shape
     lse = qkv.new_empty((heads, tokens), dtype=wide(qkv.dtype))
     return qkv.new_empty((tokens, heads, head_dim)), lse
 
 
-def _fake_backward(
-    grad, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed, causal, bias, need_dbias
-):
+def _fake_backward(grad, qkv, *rest):
+    *_, bias, _, need_dbias = rest
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape) if need_dbias else qkv.new_empty(0)
 
 
 _OPTIONS = (
     "Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, "
-    "bool causal, Tensor? bias"
+    "bool causal, Tensor? bias, Tensor? seqused_k"
 )
 define(f"attention(Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor)", _fake)
 define(
@@ -161,17 +185,20 @@ def _keep(seed, rows, heads, keys, dropout_p):
     return keep_mask(seed, rows, keys, dropout_p)
 
 
-def _sequences(cu_q, cu_k):
-    return enumerate(zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True))
+def _sequences(cu_q, cu_k, seqused_k):
+    """(b, (first query, end), (first key, end)) of each sequence."""
+    starts, ends = cu_k[:-1], cu_k[1:] if seqused_k is None else cu_k[:-1] + seqused_k
+    keys = zip(starts.tolist(), ends.tolist(), strict=True)
+    return enumerate(zip(pairwise(cu_q.tolist()), keys, strict=True))
 
 
-def reference(q, kv, cu_q, cu_k, scale, dropout_p, seed, causal, bias):
+def reference(q, kv, cu_q, cu_k, scale, dropout_p, seed, causal, bias, seqused_k=None):
     """q [tokens_q, heads, dim], kv [tokens_k, 2, heads, dim] -> out as q, lse [heads, tokens_q]"""
     tokens, heads, _ = q.shape
     dtype = wide(q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=dtype, device=q.device)
-    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k):
+    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k, seqused_k):
         k, v = kv[m:n].to(dtype).unbind(1)
         s = scores(q[i:j].to(dtype), k, b, scale, causal, bias)
         row = torch.logsumexp(s, -1)
@@ -183,15 +210,20 @@ def reference(q, kv, cu_q, cu_k, scale, dropout_p, seed, causal, bias):
     return out, lse
 
 
+def empty_or_zeros(seqused_k):
+    """What makes dkv: a kernel writes no gradient of a key that isn't used."""
+    return torch.empty if seqused_k is None else torch.zeros
+
+
 def reference_backward(
-    grad, q, kv, lse, cu_q, cu_k, scale, dropout_p, seed, causal, bias, need_dbias
+    grad, q, kv, lse, cu_q, cu_k, scale, dropout_p, seed, causal, bias, seqused_k, need_dbias
 ):
     """dq and dkv as q and kv, dbias as bias or empty"""
     heads, dtype = q.shape[1], wide(q.dtype)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dkv = torch.empty(kv.shape, dtype=q.dtype, device=q.device)
+    dkv = empty_or_zeros(seqused_k)(kv.shape, dtype=q.dtype, device=q.device)
     dbias = torch.zeros(bias.shape, dtype=dtype, device=q.device) if need_dbias else None
-    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k):
+    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k, seqused_k):
         query, do = q[i:j].to(dtype), grad[i:j].to(dtype)
         k, v = kv[m:n].to(dtype).unbind(1)
         p = torch.exp(scores(query, k, b, scale, causal, bias) - lse[:, i:j, None])
@@ -237,30 +269,32 @@ def bias_arguments(bias):
     return ptr(bias), *steps, bias.stride(2), is_bf16(bias)
 
 
-def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
+def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k):
     tokens, heads, dim = q.shape
     return (
         *(ptr(q), ptr(kv[:, 0]), ptr(kv[:, 1])),
         *(*q.stride()[:2], kv.stride(0), kv.stride(2), ptr(starts_q), ptr(starts_k)),
+        ptr(seqused_k),
         *(starts_q.shape[0] - 1, tokens, heads, dim, scale, *bias_arguments(bias)),
         *(ptr(seed), 1 / (1 - dropout_p), threshold(dropout_p), causal, is_bf16(q)),
     )
 
 
-def cpu(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias):
+def cpu(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k=None):
     """As `reference`."""
     starts_q, starts_k, seed = dense(starts_q), dense(starts_k), dense(seed)
     q, kv, bias = dense_last(q), dense_last(kv), None if bias is None else dense_last(bias)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]))
-    options = scale, dropout_p, seed, causal, bias
+    options = scale, dropout_p, seed, causal, bias, dense(seqused_k)
     C.attention(*_cpu_arguments(q, kv, starts_q, starts_k, *options), ptr(out), ptr(lse))
     return out, lse
 
 
 def cpu_backward(
-    grad, q, kv, lse, starts_q, starts_k, scale, dropout_p, seed, causal, bias, need_dbias, dq, dkv
-):
+    grad, q, kv, lse, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k,
+    need_dbias, dq, dkv,
+):  # fmt: skip
     """Fills dq and dkv, whose heads are dense; -> dbias as bias, or empty."""
     grad, lse, starts_q, starts_k, seed = map(dense, (grad, lse, starts_q, starts_k, seed))
     q, kv, bias = dense_last(q), dense_last(kv), None if bias is None else dense_last(bias)
@@ -269,7 +303,7 @@ def cpu_backward(
     dbias = None
     if need_dbias:
         dbias = torch.zeros((starts_q.shape[0] - 1, q.shape[1], rows, columns))
-    options = scale, dropout_p, seed, causal, bias
+    options = scale, dropout_p, seed, causal, bias, dense(seqused_k)
     C.attention_backward(
         *_cpu_arguments(q, kv, starts_q, starts_k, *options),
         *(ptr(grad), ptr(lse), ptr(dq), ptr(dkv[:, 0]), ptr(dkv[:, 1])),
@@ -286,7 +320,7 @@ def _cpu(qkv, cu_seqlens, max_seqlen, *options):
 
 @register("attention_backward", "cpu", limit=cpu_limit)
 def _cpu_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    dqkv = empty_or_zeros(options[-2])(qkv.shape, dtype=qkv.dtype)
     dbias = cpu_backward(
         *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens, *options),
         *(dqkv[:, 0], dqkv[:, 1:]),
@@ -295,21 +329,20 @@ def _cpu_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
 
 
 def _setup(ctx, inputs, output):
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed, ctx.causal, bias = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens, seed, bias)
+    qkv, cu_seqlens, *ctx.options, seed, ctx.causal, bias, seqused_k = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens, seed, bias, seqused_k)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 8
-    qkv, out, lse, cu_seqlens, seed, bias = ctx.saved_tensors
+        return (None,) * 9
+    *tensors, seed, bias, seqused_k = ctx.saved_tensors
     need_dbias = ctx.needs_input_grad[7]
     dqkv, dbias = torch.ops.bertfast.attention_backward(
-        *(grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed),
-        *(ctx.causal, bias, need_dbias),
+        grad, *tensors, *ctx.options, seed, ctx.causal, bias, seqused_k, need_dbias
     )
-    return dqkv, *(None,) * 6, dbias if need_dbias else None
+    return dqkv, *(None,) * 6, dbias if need_dbias else None, None
 
 
 autograd("attention", _backward, _setup)

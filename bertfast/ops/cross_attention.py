@@ -118,7 +118,8 @@ def _reference(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
 
 @register("cross_attention_backward", "reference")
 def _reference_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
-    return reference_backward(grad, q, kv, lse, starts_q, starts_k, *options)
+    *options, need_dbias = options
+    return reference_backward(grad, q, kv, lse, starts_q, starts_k, *options, None, need_dbias)
 
 
 @register("cross_attention", "cpu", limit=cpu_limit)
@@ -130,7 +131,9 @@ def _cpu(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
 @register("cross_attention_backward", "cpu", limit=cpu_limit)
 def _cpu_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
     dq, dkv = torch.empty(q.shape, dtype=q.dtype), torch.empty(kv.shape, dtype=kv.dtype)
-    return dq, dkv, cpu_backward(grad, q, kv, lse, starts_q, starts_k, *options, dq, dkv)
+    *options, need_dbias = options
+    arguments = grad, q, kv, lse, starts_q, starts_k, *options, None, need_dbias, dq, dkv
+    return dq, dkv, cpu_backward(*arguments)
 
 
 register_triton("cross_attention", "attention.cross_forward", triton_attention_limit)

@@ -23,7 +23,7 @@ struct Task {
         start(args.starts_q[b]),
         queries(args.starts_q[b + 1] - start),
         first_key(args.starts_k[b]),
-        keys(args.starts_k[b + 1] - first_key),
+        keys(args.seqused_k ? args.seqused_k[b] : args.starts_k[b + 1] - first_key),
         row(ceil_div(keys, NR) * NR) {}
 
   int64_t dim_row() const { return ceil_div(g.dim, NR) * NR; }

@@ -234,15 +234,21 @@ struct Encoder {
   // One head of one sequence; of several parts of its queries, one.
   void attend(int64_t b, int64_t head, int64_t part, int64_t parts) const {
     constexpr int per = kPer<T>;
-    const int64_t start = g.cu_seqlens[b], n = g.cu_seqlens[b + 1] - start;
-    if (n == 0) return;
+    const int64_t start = g.cu_seqlens[b], queries = g.cu_seqlens[b + 1] - start;
+    const int64_t n = g.seqused_k ? g.seqused_k[b] : queries;
+    if (n == 0) {  // whose queries, if any, see nothing
+      for (int64_t i = part == 0 ? 0 : queries; i < queries; ++i)
+        std::memset(context + (start + i) * hidden_row + head * dim, 0, dim * sizeof(T));
+      return;
+    }
+    const int64_t tiles = tile_count<Key>(queries);
+    const int64_t tile0 = tiles * part / parts, tile1 = tiles * (part + 1) / parts;
     const T* q = qkv + start * qkv_row + head * dim;
     const T *k = q + g.hidden, *v = k + g.hidden;
     const int64_t keys = round_up(n, NR), row_units = qkv_row / per;
     const int64_t dim_units = round_up(ceil_div(dim, per), kUnits<Key>);
     const int64_t key_units = std::is_same_v<T, float> ? n : keys / per;
     const int64_t dim_panels = ceil_div(dim, NR);
-    const int64_t tiles = tile_count<Key>(n);
     static thread_local Buffer buffer;
     float* key_panels = buffer.get<float>(keys * dim_units + key_units * dim_panels * NR +
                                           kMaxTileRows * (2 * keys + NR));
@@ -273,8 +279,8 @@ struct Encoder {
     }
     const float scale = 1 / std::sqrt(float(dim));
     [[maybe_unused]] const std::conditional_t<kMatrixUnit<Key>, AmxScope, int> scope{};
-    for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; ++t) {
-      const int64_t m0 = tile_begin<Key>(n, t), rows = tile_begin<Key>(n, t + 1) - m0;
+    for (int64_t t = tile0; t < tile1; ++t) {
+      const int64_t m0 = tile_begin<Key>(queries, t), rows = tile_begin<Key>(queries, t + 1) - m0;
       for (int64_t p = 0; p * NR < n; ++p)
         multiply(reinterpret_cast<const float*>(q + m0 * qkv_row), row_units, rows,
                  reinterpret_cast<const Key*>(key_panels) + p * dim_units * NR, int64_t(NR),

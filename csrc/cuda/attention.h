@@ -20,7 +20,8 @@ struct Attention {
   const void *q, *kv;
   int64_t q_token, q_head, kv_token, kv_part, kv_head;  // strides in values
   const int32_t *starts_q, *starts_k;
-  int64_t tokens;  // of q
+  const int32_t* seqused_k;  // null, or how many of each sequence's keys are used
+  int64_t tokens;            // of q
   int heads;
   float scale;
   const void* bias;  // null, or additive, by batch, head and query strides
@@ -48,7 +49,7 @@ struct Task {
         start_q(g.starts_q[b]),
         start_k(g.starts_k[b]),
         n_q(g.starts_q[b + 1] - start_q),
-        n_k(g.starts_k[b + 1] - start_k) {}
+        n_k(g.seqused_k ? g.seqused_k[b] : g.starts_k[b + 1] - start_k) {}
 
   template <class T>
   __device__ __forceinline__ const T* query(const Attention& g) const {

@@ -154,20 +154,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 
 void attention_backward(int dtype, const void* q, const void* kv, int64_t q_token, int64_t q_head,
                         int64_t kv_token, int64_t kv_part, int64_t kv_head, const int32_t* starts_q,
-                        const int32_t* starts_k, int64_t batch, int64_t tokens, int64_t heads,
-                        int64_t dim, int64_t max_seqlen_q, int64_t max_seqlen_k, float scale,
-                        const void* bias, bool bias_fp32, int64_t bias_batch, int64_t bias_head,
-                        int64_t bias_query, const int64_t* seed, float keep_scale,
-                        uint32_t threshold, bool causal, const void* grad, const void* out,
-                        const float* lse, float* delta, void* dq, void* dkv, int64_t dq_token,
-                        int64_t dkv_token, float* dbias, int64_t dbias_rows, int64_t dbias_columns,
-                        int device, void* stream) {
+                        const int32_t* starts_k, const int32_t* seqused_k, int64_t batch,
+                        int64_t tokens, int64_t heads, int64_t dim, int64_t max_seqlen_q,
+                        int64_t max_seqlen_k, float scale, const void* bias, bool bias_fp32,
+                        int64_t bias_batch, int64_t bias_head, int64_t bias_query,
+                        const int64_t* seed, float keep_scale, uint32_t threshold, bool causal,
+                        const void* grad, const void* out, const float* lse, float* delta, void* dq,
+                        void* dkv, int64_t dq_token, int64_t dkv_token, float* dbias,
+                        int64_t dbias_rows, int64_t dbias_columns, int device, void* stream) {
   if (batch == 0 || heads == 0) return;
   const DeviceGuard guard(device);
   const Dropout dropout{seed, keep_scale, threshold};
-  const Attention g{q,         kv,         q_token,   q_head,     kv_token, kv_part, kv_head,
-                    starts_q,  starts_k,   tokens,    int(heads), scale,    bias,    bias_batch,
-                    bias_head, bias_query, bias_fp32, causal,     dropout};
+  const Attention g{q,          kv,        q_token,    q_head,    kv_token,   kv_part, kv_head,
+                    starts_q,   starts_k,  seqused_k,  tokens,    int(heads), scale,   bias,
+                    bias_batch, bias_head, bias_query, bias_fp32, causal,     dropout};
   const Gradients b{grad,     out,       lse,   delta,      dq,           dkv,
                     dq_token, dkv_token, dbias, dbias_rows, dbias_columns};
   by_dtype(dtype, [&](auto type) {

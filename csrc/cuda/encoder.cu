@@ -78,7 +78,7 @@ void encoder(int dtype, const void* const* weights, int64_t layers, int64_t head
     linear(dtype, x, tokens, hidden, hidden, 3, w.wq, w.wk, w.wv, w.bq, w.bk, w.bv, false, 0, s.qkv,
            nullptr, s.partial, device, stream);
     attention(dtype, s.qkv, s.qkv + 2 * hidden, 3 * hidden, dim, 3 * hidden, hidden, dim,
-              cu_seqlens, cu_seqlens, batch, tokens, heads, dim, max_seqlen, max_seqlen,
+              cu_seqlens, cu_seqlens, nullptr, batch, tokens, heads, dim, max_seqlen, max_seqlen,
               1 / std::sqrt(float(dim)), nullptr, false, 0, 0, 0, nullptr, 1, 0, false, s.context,
               s.lse, device, stream);
     const void *context = s.context, *residual = x;

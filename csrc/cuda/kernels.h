@@ -80,28 +80,29 @@ void cross_entropy_rows(int dtype, void* logits, const void* bias, bool bias_fp3
 
 // dim 32, 64 or 128. q [tokens, heads, dim] and kv [tokens of its own, 2, heads, dim] by strides in
 // values, 16-byte aligned throughout, the last dimension dense; starts_q and starts_k [batch + 1],
-// for self-attention the same; bias (optional) by strides, its last dimension dense; seed
-// (optional); out [tokens, heads, dim]; lse [heads, tokens], +inf where a row is fully masked
+// for self-attention the same; seqused_k (optional) [batch]; bias (optional) by strides, its last
+// dimension dense; seed (optional); out [tokens, heads, dim]; lse [heads, tokens], +inf where a row
+// is fully masked
 void attention(int dtype, const void* q, const void* kv, int64_t q_token, int64_t q_head,
                int64_t kv_token, int64_t kv_part, int64_t kv_head, const int32_t* starts_q,
-               const int32_t* starts_k, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-               int64_t max_seqlen_q, int64_t max_seqlen_k, float scale, const void* bias,
-               bool bias_fp32, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
-               const int64_t* seed, float keep_scale, uint32_t threshold, bool causal, void* out,
-               float* lse, int device, void* stream);
+               const int32_t* starts_k, const int32_t* seqused_k, int64_t batch, int64_t tokens,
+               int64_t heads, int64_t dim, int64_t max_seqlen_q, int64_t max_seqlen_k, float scale,
+               const void* bias, bool bias_fp32, int64_t bias_batch, int64_t bias_head,
+               int64_t bias_query, const int64_t* seed, float keep_scale, uint32_t threshold,
+               bool causal, void* out, float* lse, int device, void* stream);
 // grad and out [tokens, heads, dim]; dq as q and dkv as kv, dense but for the strides from token to
 // token; delta [heads, tokens] is scratch; dbias (optional) [batch, heads, dbias_rows,
 // dbias_columns] is written where there are scores
 void attention_backward(int dtype, const void* q, const void* kv, int64_t q_token, int64_t q_head,
                         int64_t kv_token, int64_t kv_part, int64_t kv_head, const int32_t* starts_q,
-                        const int32_t* starts_k, int64_t batch, int64_t tokens, int64_t heads,
-                        int64_t dim, int64_t max_seqlen_q, int64_t max_seqlen_k, float scale,
-                        const void* bias, bool bias_fp32, int64_t bias_batch, int64_t bias_head,
-                        int64_t bias_query, const int64_t* seed, float keep_scale,
-                        uint32_t threshold, bool causal, const void* grad, const void* out,
-                        const float* lse, float* delta, void* dq, void* dkv, int64_t dq_token,
-                        int64_t dkv_token, float* dbias, int64_t dbias_rows, int64_t dbias_columns,
-                        int device, void* stream);
+                        const int32_t* starts_k, const int32_t* seqused_k, int64_t batch,
+                        int64_t tokens, int64_t heads, int64_t dim, int64_t max_seqlen_q,
+                        int64_t max_seqlen_k, float scale, const void* bias, bool bias_fp32,
+                        int64_t bias_batch, int64_t bias_head, int64_t bias_query,
+                        const int64_t* seed, float keep_scale, uint32_t threshold, bool causal,
+                        const void* grad, const void* out, const float* lse, float* delta, void* dq,
+                        void* dkv, int64_t dq_token, int64_t dkv_token, float* dbias,
+                        int64_t dbias_rows, int64_t dbias_columns, int device, void* stream);
 
 // Post-norm encoder layers for inference, for few tokens. dtype 1 or 2, everything of it; hidden,
 // inner multiples of 8, head dims as in attention; weights: 16 device pointers a layer in the order

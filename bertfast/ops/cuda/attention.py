@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from ..attention import bias_arguments, check_offsets, dense_last
+from ..attention import bias_arguments, check_offsets, dense_last, empty_or_zeros
 from ..cross_attention import check_both_offsets
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
@@ -40,27 +40,30 @@ def _aligned(x):
 
 
 def _arguments(
-    q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias
+    q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias, seqused_k
 ):
     tokens, heads, head_dim = q.shape
     pointer, batch, head, query, _ = bias_arguments(bias)
     return (
         *(dtype_code(q), ptr(q), ptr(kv), *q.stride()[:2], *kv.stride()[:3]),
-        *(ptr(starts_q), ptr(starts_k)),
+        *(ptr(starts_q), ptr(starts_k), ptr(seqused_k)),
         *(starts_q.shape[0] - 1, tokens, heads, head_dim, longest_q, longest_k, scale, pointer),
         *(bias is not None and bias.dtype == torch.float32, batch, head, query),
         *(*dropout(dropout_p, seed), causal),
     )
 
 
-def _attend(q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias):
+def _attend(
+    q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias,
+    seqused_k=None,
+):  # fmt: skip
     """-> out as q, lse [heads, tokens_q]"""
     head_dim = q.shape[2]
     starts_q, starts_k, seed = dense(starts_q), dense(starts_k), dense(seed)
     q, kv, bias = _aligned(q), _aligned(kv), None if bias is None else dense_last(bias)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), device=q.device)
-    options = longest_q, longest_k, scale, dropout_p, seed, causal, bias
+    options = longest_q, longest_k, scale, dropout_p, seed, causal, bias, dense(seqused_k)
     C.cuda_attention(
         *_arguments(q, kv, starts_q, starts_k, *options), ptr(out), ptr(lse), *cuda_queue(q)
     )
@@ -69,7 +72,7 @@ def _attend(q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, s
 
 def _gradients(
     grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal,
-    bias, need_dbias, dq, dkv,
+    bias, seqused_k, need_dbias, dq, dkv,
 ):  # fmt: skip
     """Fills dq and dkv, padded and with dense tokens; -> dbias as bias, or empty."""
     starts_q, starts_k, seed, lse = map(dense, (starts_q, starts_k, seed, lse))
@@ -82,7 +85,7 @@ def _gradients(
         rows, columns = bias.shape[2:]
         shape = starts_q.shape[0] - 1, q.shape[1], rows, columns
         dbias = torch.zeros(shape, device=q.device)
-    options = longest_q, longest_k, scale, dropout_p, seed, causal, bias
+    options = longest_q, longest_k, scale, dropout_p, seed, causal, bias, dense(seqused_k)
     C.cuda_attention_backward(
         *_arguments(q, kv, starts_q, starts_k, *options),
         *(ptr(grad), ptr(out), ptr(lse), ptr(delta), ptr(dq), ptr(dkv)),
@@ -93,9 +96,9 @@ def _gradients(
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
 
 
-def _padded_empty(x):
+def _padded_empty(x, empty=torch.empty):
     """An output of x's shape, but for the head dimension that kernels have."""
-    return torch.empty((*x.shape[:-1], _head_dim(x.shape[-1])), dtype=x.dtype, device=x.device)
+    return empty((*x.shape[:-1], _head_dim(x.shape[-1])), dtype=x.dtype, device=x.device)
 
 
 @register("attention", "cuda", limit=_limit)
@@ -107,7 +110,7 @@ def _forward(qkv, cu_seqlens, max_seqlen, *options):
 
 @register("attention_backward", "cuda", limit=_limit)
 def _backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
-    dqkv = _padded_empty(qkv)
+    dqkv = _padded_empty(qkv, empty_or_zeros(options[-2]))
     own = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     dbias = _gradients(
         *(grad, qkv[:, 0], qkv[:, 1:], out, lse, *own, *options, dqkv[:, 0], dqkv[:, 1:])
@@ -124,6 +127,6 @@ def _cross_forward(q, kv, *options):
 @register("cross_attention_backward", "cuda", limit=_limit)
 def _cross_backward(grad, q, kv, *rest):
     dq, dkv = _padded_empty(q), _padded_empty(kv)
-    dbias = _gradients(grad, q, kv, *rest, dq, dkv)
+    dbias = _gradients(grad, q, kv, *rest[:-1], None, rest[-1], dq, dkv)
     dim = q.shape[2]
     return dq[..., :dim].contiguous(), dkv[..., :dim].contiguous(), dbias
