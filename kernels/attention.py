@@ -49,10 +49,7 @@ def place(starts, item, batch, blocks, SIZE: tl.constexpr):
 def span(starts, sequence, used=None):
     """Where a sequence starts, and its length or how much of it is used."""
     start = tl.load(starts + sequence)
-    if used is None:
-        length = tl.load(starts + sequence + 1) - start
-    else:
-        length = tl.load(used + sequence)
+    length = tl.load(starts + sequence + 1) - start if used is None else tl.load(used + sequence)
     return start, length
 
 

@@ -56,8 +56,8 @@ class Tester:
     num_attention_heads, num_choices, num_labels, type_sequence_label_size = 4, 4, 3, 2
     is_training = True
 
-    def __init__(self, config_class, padded):
-        self.config_class, self.padded = config_class, padded
+    def __init__(self, config_class):
+        self.config_class = config_class
 
     def get_config(self):
         inner = (
@@ -76,8 +76,7 @@ class Tester:
     def prepare_config_and_inputs_for_common(self):
         ids = torch.randint(3, 99, (self.batch_size, self.seq_length))
         mask = torch.ones_like(ids)
-        if self.padded:
-            mask[1::2, -3:] = 0
+        mask[1::2, -3:] = 0
         return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
@@ -93,9 +92,7 @@ def suite(family, *heads):
 
         def setUp(self):
             transformers.set_seed(int(os.environ["SEED"]))
-            # This one compares a fused with a stock run in whole, and they differ at the padding.
-            padded = self._testMethodName != "test_feed_forward_chunking"
-            self.model_tester = Tester(classes[0].config_class, padded)
+            self.model_tester = Tester(classes[0].config_class)
 
     return Suite
 

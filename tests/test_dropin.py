@@ -40,8 +40,9 @@ def test_outputs_and_gradients(family, head, kind):
     with torch.no_grad():
         expected, actual = tensors(theirs(**given)), tensors(ours(**given))
         exact = tensors(copy.deepcopy(theirs).double()(**given))
-    holes = family == "MPNet" and kind == "holes"  # its bias needs positions as they stand
-    assert report.fallbacks and any(report.fallbacks.values()) == holes, report
+    # MPNet's bias needs positions as they stand, padding last.
+    stock = family == "MPNet" and kind in ("holes", "left")
+    assert report.fallbacks and any(report.fallbacks.values()) == stock, report
     assert len(expected) == len(actual) > 0
     for e, a, x in zip(expected, actual, exact, strict=True):
         # Large weights make large logits, of which fp32 itself leaves more than 2e-5 open.
@@ -96,8 +97,11 @@ def test_nothing_to_see(family):
     with torch.no_grad():
         empty = {name: t[:0] for name, t in given.items()}
         assert ours(**empty)[0].shape == (0, 17, 48)
-        out = ours(**given | {"attention_mask": torch.zeros_like(given["attention_mask"])})[0]
-        assert out.shape == (4, 17, 48) and not out.any()
+        given["attention_mask"] = torch.zeros_like(given["attention_mask"])
+        out, expected = ours(**given)[0], theirs(**given)[0]
+        assert out.shape == (4, 17, 48) and torch.isfinite(out).all()
+        if family != "MPNet":  # whose eager attention takes the mean of what it may not see
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
         for m in theirs, ours:
             next(c for c in m.children() if hasattr(c, "layer")).layer = torch.nn.ModuleList()
         torch.testing.assert_close(ours(**given)[0], theirs(**given)[0])

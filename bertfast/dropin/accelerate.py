@@ -47,6 +47,12 @@ class Report:
         return {name: encoder.bertfast_fallback for name, encoder in self._encoders.items()}
 
     @property
+    def padding(self) -> dict[str, str | None]:
+        """Each encoder's name: what became of the padded rows in its last forward and why, or None
+        where that had no padding or ran unfused."""
+        return {name: encoder.bertfast_padded for name, encoder in self._encoders.items()}
+
+    @property
     def fused(self) -> int:
         """How many layers can run fused."""
         return sum(reason is None for reason in self.layers.values())
@@ -58,12 +64,18 @@ class Report:
         lines = [f"bertfast: {self.fused} of {len(layers)} layers fused"]
         lines += [f"  {name}: {reason or 'fused'}" for name, reason in layers.items()]
         lines += [f"  {n or 'encoder'}, last call: {r}" for n, r in self.fallbacks.items() if r]
+        lines += [f"  {n or 'encoder'}, padded rows: {p}" for n, p in self.padding.items() if p]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def accelerate(model: nn.Module, backend: str = "auto", strict: bool = False) -> Report:
+PADDING = ("auto", "stock", "zeros")
+
+
+def accelerate(
+    model: nn.Module, backend: str = "auto", strict: bool = False, padding: str = "auto"
+) -> Report:
     """Run the BERT-family encoders inside `model` on bertfast's kernels, in place.
 
     Args:
@@ -71,6 +83,10 @@ def accelerate(model: nn.Module, backend: str = "auto", strict: bool = False) ->
             SentenceTransformer, a CrossEncoder. Accelerating twice is harmless.
         backend: "auto", or the operators' backend to force ("reference", "cpu", ...).
         strict: raise if a layer can't be fused now, and change nothing.
+        padding: of the rows of hidden states at padding. "auto": the stock model's, where anyone
+            may read them; left out where what called the encoder is known not to look, as
+            classifiers of column 0 and poolings with the mask are. "stock": never left out.
+            "zeros": always left out, and zeros, which is faster and differs for who reads them.
 
     Returns: a `Report`; print it. What a layer can't do fused it does by its own class, as before.
 
@@ -86,6 +102,8 @@ def accelerate(model: nn.Module, backend: str = "auto", strict: bool = False) ->
         raise ValueError(
             f"unknown backend {backend!r}; expected auto, {', '.join(registry.BACKENDS)}"
         )
+    if padding not in PADDING:
+        raise ValueError(f"unknown padding {padding!r}; expected {', '.join(PADDING)}")
     swapped = []
     for module in model.modules():
         family = _FAMILIES.get(type(module).__module__)
@@ -100,7 +118,7 @@ def accelerate(model: nn.Module, backend: str = "auto", strict: bool = False) ->
         _restore(swapped)
         raise AccelerationError("\n".join(reasons) or str(report))
     for encoder in encoders.values():
-        encoder.bertfast_backend = backend
+        encoder.bertfast_backend, encoder.bertfast_padding = backend, padding
     return report
 
 
@@ -121,7 +139,7 @@ def _restore(modules):
                 "the model before it is sharded"
             )
     for module in modules:
-        for name in ("bertfast_backend", "bertfast_fallback"):
+        for name in FusedEncoder.SETTINGS:
             vars(module).pop(name, None)
         module.__class__ = type(module).stock
 
@@ -132,10 +150,12 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 @contextmanager
-def accelerated(model: nn.Module, backend: str = "auto", strict: bool = False):
+def accelerated(
+    model: nn.Module, backend: str = "auto", strict: bool = False, padding: str = "auto"
+):
     """`with accelerated(model) as report:` accelerates inside the block; arguments as there."""
     was = is_accelerated(model)
-    report = accelerate(model, backend, strict)
+    report = accelerate(model, backend, strict, padding)
     try:
         yield report
     finally:

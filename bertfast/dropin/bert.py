@@ -2,6 +2,7 @@
 
 from transformers.models.bert import modeling_bert as theirs
 
+from . import readers
 from .fused import BertLikeLayer, FusedEncoder
 
 
@@ -21,3 +22,12 @@ class BertEncoder(FusedEncoder, theirs.BertEncoder):
 
 
 CLASSES = {c.stock: c for c in (BertLayer, BertEncoder)}
+readers.register(
+    theirs.BertModel,
+    first={
+        theirs.BertForSequenceClassification: ("bert.pooler", theirs.BertPooler),
+        theirs.BertForMultipleChoice: ("bert.pooler", theirs.BertPooler),
+        theirs.BertForNextSentencePrediction: ("bert.pooler", theirs.BertPooler),
+    },
+    tokens=(theirs.BertForMaskedLM, theirs.BertForTokenClassification),
+)

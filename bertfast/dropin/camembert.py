@@ -2,6 +2,7 @@
 
 from transformers.models.camembert import modeling_camembert as theirs
 
+from . import readers
 from .fused import BertLikeLayer, FusedEncoder
 
 
@@ -21,3 +22,14 @@ class CamembertEncoder(FusedEncoder, theirs.CamembertEncoder):
 
 
 CLASSES = {c.stock: c for c in (CamembertLayer, CamembertEncoder)}
+readers.register(
+    theirs.CamembertModel,
+    first={
+        theirs.CamembertForSequenceClassification: (
+            "classifier",
+            theirs.CamembertClassificationHead,
+        ),
+        theirs.CamembertForMultipleChoice: ("roberta.pooler", theirs.CamembertPooler),
+    },
+    tokens=(theirs.CamembertForMaskedLM, theirs.CamembertForTokenClassification),
+)

@@ -4,6 +4,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as theirs
 
+from . import readers
 from .fused import FusedEncoder, FusedLayer, Parts, rate
 
 
@@ -48,3 +49,11 @@ class Transformer(FusedEncoder, theirs.Transformer):
 
 
 CLASSES = {c.stock: c for c in (TransformerBlock, Transformer)}
+readers.register(
+    theirs.DistilBertModel,
+    first={
+        theirs.DistilBertForSequenceClassification: None,
+        theirs.DistilBertForMultipleChoice: None,
+    },
+    tokens=(theirs.DistilBertForMaskedLM, theirs.DistilBertForTokenClassification),
+)

@@ -2,6 +2,7 @@
 
 from transformers.models.electra import modeling_electra as theirs
 
+from . import readers
 from .fused import BertLikeLayer, FusedEncoder
 
 
@@ -21,3 +22,10 @@ class ElectraEncoder(FusedEncoder, theirs.ElectraEncoder):
 
 
 CLASSES = {c.stock: c for c in (ElectraLayer, ElectraEncoder)}
+readers.register(
+    theirs.ElectraModel,
+    first={
+        theirs.ElectraForSequenceClassification: ("classifier", theirs.ElectraClassificationHead),
+    },
+    tokens=(theirs.ElectraForMaskedLM, theirs.ElectraForTokenClassification),
+)

@@ -10,8 +10,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .. import ops
 from ..model import live
-from ..model.encoder import Packing
+from ..model.encoder import Packing, PaddedPacking
 from ..model.layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
+from . import readers
 from .guards import asked, call_limit, hooked, key_mask, plain, untouched
 
 _KERNELS = {type(ACT2FN[name]): kernel for name, kernel in ACTIVATIONS.items()}
@@ -99,6 +100,7 @@ class FusedLayer:
             *(*parts.arithmetic(), packing.cu_seqlens, packing.seqlen, seeds),
             bias=self.bias(*args),
             keep_qkv=False,
+            seqused_k=packing.seqused_k,
         )
         out = packing.unpack(hidden) if call.padded else hidden
         return (out,) if self.in_tuple else out
@@ -174,29 +176,49 @@ class BertLikeLayer(FusedLayer):
 class FusedEncoder:
     """Mixed into a family's encoder class: one pack before the layers, one unpack after."""
 
+    SETTINGS = ("bertfast_backend", "bertfast_fallback", "bertfast_padding", "bertfast_padded")
     bertfast_backend = "auto"
     bertfast_fallback = None  # why the last forward ran unfused, in all or some layers
+    bertfast_padding = "auto"  # see `accelerate`
+    bertfast_padded = None  # what the last forward's padded rows are, and why
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         forced = self.bertfast_backend
         with nullcontext() if forced == "auto" else ops.backend(forced):
             why, keys = self._limit(hidden_states, attention_mask, args, kwargs)
+            if not why:
+                watched = asked(self.settings(), kwargs, "output_hidden_states")
+                watched = watched or any(map(hooked, self.layer))
+                why, packing = self._packing(hidden_states, keys, watched)
             if why:
-                self.bertfast_fallback = why
+                self.bertfast_fallback, self.bertfast_padded = why, None
                 return super().forward(hidden_states, attention_mask, *args, **kwargs)
-            return self._fused(hidden_states, attention_mask, keys, kwargs)
+            return self._fused(hidden_states, attention_mask, packing, watched, kwargs)
 
-    def _fused(self, hidden_states, attention_mask, keys, kwargs):
+    def _packing(self, hidden_states, keys, watched):
+        """(None, the call's packing: of real tokens, or with padded rows where somebody may read
+        them), or (why not, None)."""
         batch, seqlen = hidden_states.shape[:2]
+        packing = Packing(batch, seqlen, keys, hidden_states.device)
+        self.bertfast_padded = None
+        if len(packing.indices) == batch * seqlen:
+            return None, packing
+        if self.bertfast_padding == "zeros":
+            self.bertfast_padded = "zeros, as asked"
+            return None, packing
+        who = "hidden states or a hook on a layer" if watched else readers.reader(packing)
+        if who is None:
+            self.bertfast_padded = "skipped: nobody reads them"
+            return None, packing
+        self.bertfast_padded = f"as in the stock model, for {who}"
+        return self.padding_limit(keys), PaddedPacking(packing)
+
+    def _fused(self, hidden_states, attention_mask, packing, watched, kwargs):
         device, dtype, count = hidden_states.device, hidden_states.dtype, len(self.layer)
         seeds = [None] * (3 * count)
         if self.training:
             seeds = ops.draw_seeds(3 * count, device)
-        call = Call(
-            Packing(batch, seqlen, keys, device),
-            asked(self.settings(), kwargs, "output_hidden_states") or any(map(hooked, self.layer)),
-            [],
-        )
+        call = Call(packing, watched, [])
         hidden, states = hidden_states, [hidden_states]
         if torch.is_autocast_enabled(device.type):
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
@@ -249,6 +271,10 @@ class FusedEncoder:
 
     def mask_limit(self, keys) -> str | None:
         """Why the family can't run packed with the mask [batch, seqlen], or None."""
+        return None
+
+    def padding_limit(self, keys) -> str | None:
+        """Why the family can't compute the padded rows of the mask [batch, seqlen], or None."""
         return None
 
     def _limit(self, hidden_states, attention_mask, args, kwargs):

@@ -4,6 +4,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet import modeling_mpnet as theirs
 
+from . import readers
 from .fused import FusedEncoder, FusedLayer, Parts, rate
 
 
@@ -53,6 +54,12 @@ class MPNetEncoder(FusedEncoder, theirs.MPNetEncoder):
         starts = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(1)
         return "the attention mask has holes" if bool((starts > 1).any()) else None
 
+    def padding_limit(self, keys):
+        # Padded rows come last, at the positions that they have.
+        if bool((keys[:, 1:] != 0).logical_and(keys[:, :-1] == 0).any()):
+            return "padded rows are read and are not on the right"
+        return None
+
     def output(self, hidden, states, kwargs):
         all_states = tuple(states) if kwargs.get("output_hidden_states") else None
         if not kwargs.get("return_dict"):
@@ -61,3 +68,11 @@ class MPNetEncoder(FusedEncoder, theirs.MPNetEncoder):
 
 
 CLASSES = {c.stock: c for c in (MPNetLayer, MPNetEncoder)}
+readers.register(
+    theirs.MPNetModel,
+    first={
+        theirs.MPNetForSequenceClassification: ("classifier", theirs.MPNetClassificationHead),
+        theirs.MPNetForMultipleChoice: ("mpnet.pooler", theirs.MPNetPooler),
+    },
+    tokens=(theirs.MPNetForMaskedLM, theirs.MPNetForTokenClassification),
+)

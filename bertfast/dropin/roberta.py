@@ -2,6 +2,7 @@
 
 from transformers.models.roberta import modeling_roberta as theirs
 
+from . import readers
 from .fused import BertLikeLayer, FusedEncoder
 
 
@@ -21,3 +22,11 @@ class RobertaEncoder(FusedEncoder, theirs.RobertaEncoder):
 
 
 CLASSES = {c.stock: c for c in (RobertaLayer, RobertaEncoder)}
+readers.register(
+    theirs.RobertaModel,
+    first={
+        theirs.RobertaForSequenceClassification: ("classifier", theirs.RobertaClassificationHead),
+        theirs.RobertaForMultipleChoice: ("roberta.pooler", theirs.RobertaPooler),
+    },
+    tokens=(theirs.RobertaForMaskedLM, theirs.RobertaForTokenClassification),
+)

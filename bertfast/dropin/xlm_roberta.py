@@ -2,6 +2,7 @@
 
 from transformers.models.xlm_roberta import modeling_xlm_roberta as theirs
 
+from . import readers
 from .fused import BertLikeLayer, FusedEncoder
 
 
@@ -21,3 +22,14 @@ class XLMRobertaEncoder(FusedEncoder, theirs.XLMRobertaEncoder):
 
 
 CLASSES = {c.stock: c for c in (XLMRobertaLayer, XLMRobertaEncoder)}
+readers.register(
+    theirs.XLMRobertaModel,
+    first={
+        theirs.XLMRobertaForSequenceClassification: (
+            "classifier",
+            theirs.XLMRobertaClassificationHead,
+        ),
+        theirs.XLMRobertaForMultipleChoice: ("roberta.pooler", theirs.XLMRobertaPooler),
+    },
+    tokens=(theirs.XLMRobertaForMaskedLM, theirs.XLMRobertaForTokenClassification),
+)

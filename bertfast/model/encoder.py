@@ -72,8 +72,8 @@ class Packing:
 
 
 class PaddedPacking(Packing):
-    """All rows of a padded batch: a sequence's real tokens, then its padding, whose rows are queries
-    alone. For who reads what the layers make of it.
+    """All rows of a padded batch: a sequence's real tokens, then its padding, whose rows are
+    queries alone. For who reads what the layers make of them.
 
     packing: that of the real tokens.
     """

@@ -63,7 +63,7 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden, pac
             for p, shape in zip(w, expected, strict=True)
         )
         and all(getattr(w, name).dtype == dtype for w in layers for name in _MATRICES)
-        and (here or packing.seqused_k is None and few_tokens.fits(layers, first.heads))
+        and (here or (packing.seqused_k is None and few_tokens.fits(layers, first.heads)))
     )
 
 
