@@ -38,6 +38,20 @@ def test_forward_backward(dtype, dim):
     )
 
 
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("dtype", ALL)
+def test_unused_keys(dtype, dim):
+    lengths, used = [130, 0, 20, 7, 5, 64], [77, 0, 20, 1, 0, 63]
+    count = torch.tensor(used, dtype=torch.int32, device=DEVICE)
+    check(
+        "cuda",
+        dtype,
+        lambda qkv: ops.attention(qkv, offsets(lengths), 130, seqused_k=count),
+        lambda qkv: plain(qkv, lengths, used=used),
+        [inputs(dim, 2, lengths)],
+    )
+
+
 # What is resident for dim 128 ends at 128 keys, for dim 64 at 320, less in fp32: beyond,
 # keys stream.
 @pytest.mark.parametrize(

@@ -29,19 +29,23 @@ def case(backend, dtype=torch.bfloat16, parameters=torch.float32):
     return hidden, LayerWeights(*w), (offsets(LENGTHS).to(device), max(LENGTHS)), seeds
 
 
-def results(hidden, w, options, batch, seeds, rows, keep_qkv):
+def results(hidden, w, options, batch, seeds, rows, keep_qkv, used=None):
     """The output and all gradients, by one node or, with keep_qkv, by the operators."""
     leaves = (hidden, *w)
     for t in leaves:
         t.grad = None
-    y, qkv = encoder_layer(hidden, w, options, *batch, seeds, rows, keep_qkv=keep_qkv)
+    y, qkv = encoder_layer(
+        hidden, w, options, *batch, seeds, rows, keep_qkv=keep_qkv, seqused_k=used
+    )
     assert (qkv is None) != keep_qkv
     torch.manual_seed(1)
     y.backward(torch.randn(y.shape).to(y))
     return [y.detach(), *(t.grad for t in leaves)]
 
 
-@pytest.mark.parametrize("rows", [None, (0, 6, 21, 22)])
+@pytest.mark.parametrize(
+    "rows, used", [(None, None), ((0, 6, 21, 22), None), (None, (2, 0, 17, 0))]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize(
     "dtypes",
@@ -52,16 +56,21 @@ def results(hidden, w, options, batch, seeds, rows, keep_qkv):
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_same_as_the_operators(backend, dtypes, dropout, rows):
+def test_same_as_the_operators(backend, dtypes, dropout, rows, used):
     """The same bits, but where weights are cast: once for all, so that another product may serve."""
     hidden, w, batch, seeds = case(backend, *dtypes)
     options = LayerOptions(HEADS, "gelu", 1e-12, dropout, dropout, dropout)
     rows = None if rows is None else torch.tensor(rows, device=hidden.device)
+    if used is not None:
+        used = torch.tensor(used, dtype=torch.int32, device=hidden.device)
+    given = hidden, w, options, batch, seeds, rows
     with ops.backend(backend):
-        expected = results(hidden, w, options, batch, seeds, rows, keep_qkv=True)
-        found = results(hidden, w, options, batch, seeds, rows, keep_qkv=False)
+        expected = results(*given, keep_qkv=True, used=used)
+        found = results(*given, keep_qkv=False, used=used)
         with torch.no_grad():
-            (y, _) = encoder_layer(hidden, w, options, *batch, seeds, rows, keep_qkv=False)
+            (y, _) = encoder_layer(
+                hidden, w, options, *batch, seeds, rows, keep_qkv=False, seqused_k=used
+            )
     assert torch.equal(y, found[0])
     names = ("output", "hidden", *LayerWeights._fields)
     for name, f, e in zip(names, found, expected, strict=True):

@@ -8,14 +8,14 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from helpers import refused
+from helpers import refused, relative
 from test_frozen import BOUND, COSINE, LENGTHS, SHAPES, batch, build
 from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
 import bertfast
 from bertfast.model import live
-from bertfast.model.encoder import BertLayer, Packing
+from bertfast.model.encoder import BertLayer, Packing, PaddedPacking
 
 
 @contextlib.contextmanager
@@ -190,6 +190,28 @@ def test_operator_by_operator_where_someone_could_tell(case):
     model, given = build(), batch((40, 17))
     states(model, given)
     case(model, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_padded_rows(dtype, shape):
+    """All rows of a padded batch by one call, as by the operators in fp64: padding is no key."""
+    model, mask = build(shape).to(dtype), batch((130, 40, 17, 1, 0))["attention_mask"]
+    mask[1, 3:20] = 0
+    size = model.config.hidden_size
+    packing = PaddedPacking(Packing(*mask.shape, mask, "cpu"))
+    hidden = torch.randn(*mask.shape, size, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with torch.no_grad():
+        with counted() as run:
+            found = packing.unpack(model.encoder(packing.pack(hidden), packing, [None] * 9))
+        assert run.call_count == 1
+        with bertfast.backend("reference"):
+            both = [
+                packing.unpack(m.encoder(packing.pack(h), packing, [None] * 9)).double()
+                for m, h in ((model, hidden), (copy.deepcopy(model).double(), hidden.double()))
+            ]
+    rounding, floor = relative(*both), {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert relative(found, both[1]) < max(2 * rounding, floor)
 
 
 def test_no_layers():

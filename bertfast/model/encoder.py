@@ -174,10 +174,13 @@ class BertLayer(nn.Module):
             hidden_dropout,
         )
 
-    def forward(self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, keep_qkv=False):
+    def forward(
+        self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, keep_qkv=False, seqused_k=None
+    ):
         return encoder_layer(
             *(hidden, self.weights(), self.options(), cu_seqlens, max_seqlen, seeds, rows),
             keep_qkv=keep_qkv,
+            seqused_k=seqused_k,
         )
 
 
@@ -209,7 +212,7 @@ class BertEncoder(nn.Module):
         for i, layer in enumerate(self.layer):
             arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
             last = i == len(self.layer) - 1
-            arguments += (rows if last else None, collect is not None)
+            arguments += (rows if last else None, collect is not None, packing.seqused_k)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # The seeds are arguments: no RNG state needs keeping for equal dropout masks.
                 hidden, qkv = checkpoint(
