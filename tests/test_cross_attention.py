@@ -180,8 +180,18 @@ def test_refusals():
     cross = ops.cross_attention
     refused(ValueError, r"\[7, 3, 2, 8\]", cross, q, torch.zeros(7, 3, 2, 8), a, b, 3, 4)
     refused(TypeError, "float64", cross, q, kv.double(), a, b, 3, 4)
-    refused(ValueError, "one batch", cross, q, kv, a, offsets([7]), 3, 7)
-    refused(ValueError, "cu_seqlens_k is .*7 tokens of kv", cross, q, kv, a, a, 3, 4)
+    refused(
+        ValueError,
+        r"\[2\], expected \[batch \+ 1\], where batch is 2",
+        cross,
+        q,
+        kv,
+        a,
+        offsets([7]),
+        3,
+        7,
+    )
+    refused(ValueError, "cu_seqlens_k is .*the 7 tokens_k", cross, q, kv, a, a, 3, 4)
     refused(ValueError, "max_seqlen_k is 3", cross, q, kv, a, b, 3, 3)
     refused(TypeError, "cu_seqlens_q has dtype torch.int64", cross, q, kv, a.long(), b, 3, 4)
     refused(ValueError, "bias has shape", cross, q, kv, a, b, 3, 4, bias=torch.zeros(1, 1, 4, 3))

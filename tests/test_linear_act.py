@@ -202,8 +202,8 @@ def test_threads_do_not_change_bits(dtype):
 def test_refusals():
     x, w, b = inputs(4, 3, 5)
     refused(ValueError, "activation is 'swish'", ops.linear_act, x, w, b, "swish")
-    refused(ValueError, r"does not fit weight \[5, 3\]", ops.linear_act, x, w.T, b)
+    refused(ValueError, r"\[5, 3\], expected \[out, in\], where in is 5", ops.linear_act, x, w.T, b)
     refused(ValueError, r"bias has shape \[2\]", ops.linear_act, x, w, b[:2])
     refused(TypeError, "int64", ops.linear_act, x.long(), w, b)
     refused(TypeError, "float64", ops.linear_act, x, w.double(), b)
-    refused(ValueError, "differ", ops.qkv_linear, x, w, b, w[:2], b[:2], w, b)
+    refused(ValueError, r"wk has shape \[2, 5\]", ops.qkv_linear, x, w, b, w[:2], b[:2], w, b)

@@ -249,7 +249,7 @@ def test_packed_input(precision):
     refused(TypeError, "torch.int64", encode, ids, starts.long(), 4)
     refused(ValueError, "to the 7 tokens", encode, ids, starts[:2], 4)
     refused(ValueError, "max_seqlen", encode, ids, starts, 3)
-    refused(TypeError, "rows is torch.int32", encode, ids, starts, 4, rows=rows.int())
+    refused(TypeError, "rows has dtype torch.int32", encode, ids, starts, 4, rows=rows.int())
     refused(IndexError, "0 to 7", encode, ids, starts, 4, rows=torch.tensor([0, 7]))
     refused(IndexError, "-1 to 0", encode, ids, starts, 4, rows=torch.tensor([0, -1]))
 

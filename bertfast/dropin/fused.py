@@ -206,7 +206,10 @@ class FusedEncoder:
         if self.bertfast_padding == "zeros":
             self.bertfast_padded = "zeros, as asked"
             return None, packing
-        who = "hidden states or a hook on a layer" if watched else readers.reader(packing)
+        if self.bertfast_padding == "stock":
+            who = "whoever asked for it"
+        else:
+            who = "hidden states or a hook on a layer" if watched else readers.reader(packing)
         if who is None:
             self.bertfast_padded = "skipped: nobody reads them"
             return None, packing

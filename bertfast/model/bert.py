@@ -9,8 +9,7 @@ from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from .. import ops
-from ..ops.attention import check_offsets, check_starts
-from ..ops.library import check_device
+from ..ops.declare import Below, Declaration, Number, Offsets, Tensor
 from . import checkpoint
 from .encoder import (
     BertEmbeddings,
@@ -42,7 +41,7 @@ class BertPreTrainedModel(nn.Module):
             raise ValueError(
                 f"hidden_act is {config.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}"
             )
-        if config.hidden_size % config.num_attention_heads:
+        if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
             raise ValueError(
                 f"hidden_size {config.hidden_size} is no multiple of num_attention_heads "
                 f"{config.num_attention_heads}"
@@ -109,6 +108,18 @@ class PackedInputs(NamedTuple):
     positions: torch.Tensor
     types: torch.Tensor
     embeds: torch.Tensor | None = None  # [tokens, hidden] in place of ids
+
+
+_PACKED = Declaration(
+    "encode_packed(Tensor input_ids, Tensor cu_seqlens, SymInt max_seqlen, Tensor? position_ids, "
+    "Tensor? token_type_ids, Tensor? rows) -> Tensor",
+    input_ids=Tensor("tokens", torch.int64),
+    cu_seqlens=Tensor("batch + 1", torch.int32, Offsets("tokens", "max_seqlen")),
+    max_seqlen=Number(0),
+    position_ids=Tensor("tokens", torch.int64),
+    token_type_ids=Tensor("tokens", torch.int64),
+    rows=Tensor("n", torch.int64, Below("tokens")),
+)
 
 
 class BertModel(BertPreTrainedModel):
@@ -250,8 +261,10 @@ class BertModel(BertPreTrainedModel):
         limit = self.config.max_position_embeddings
         if max_seqlen > limit and position_ids is None:
             raise ValueError(f"max_seqlen is {max_seqlen}, the model takes up to {limit} tokens")
-        check_device(input_ids, cu_seqlens=cu_seqlens, rows=rows)
-        _check_packed(cu_seqlens, max_seqlen, input_ids.shape[0], rows)
+        _PACKED.check(
+            (input_ids, cu_seqlens, max_seqlen, position_ids, token_type_ids, rows),
+            values=not torch.compiler.is_compiling(),
+        )
         if position_ids is None:
             starts = torch.repeat_interleave(
                 cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=input_ids.shape[0]
@@ -329,23 +342,6 @@ def _autocast(hidden):
     if torch.is_autocast_enabled(device):
         return hidden.to(torch.get_autocast_dtype(device))
     return hidden
-
-
-def _check_packed(cu_seqlens, max_seqlen, tokens, rows):
-    """Errors for what a kernel would read or write out of bounds; of tensors on a GPU the values
-    are not looked at, which would wait for it."""
-    check_starts(cu_seqlens=cu_seqlens)
-    if torch.compiler.is_compiling():
-        return
-    check_offsets(cu_seqlens, tokens, max_seqlen, ("cu_seqlens", "max_seqlen", "input_ids"))
-    if rows is None:
-        return
-    if rows.dtype != torch.int64 or rows.dim() != 1:
-        raise TypeError(f"rows is {rows.dtype} {list(rows.shape)}, expected torch.int64 [n]")
-    if rows.device.type == "cpu" and len(rows):
-        low, high = (int(v) for v in rows.aminmax())
-        if low < 0 or high >= tokens:
-            raise IndexError(f"rows go from {low} to {high}, expected 0 to {tokens - 1}")
 
 
 def _refuse(arguments):

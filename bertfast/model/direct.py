@@ -12,7 +12,7 @@ import torch
 
 from ..ops import registry
 from ..ops.dropout import as_seed
-from ..ops.library import GPU_DTYPES, PLAIN, once, unwatched
+from ..ops.library import GPU_DTYPES, PLAIN, lazy, once, plain, unwatched
 from ..ops.linear_act import _DB, _DW, _DX, _WIDE, ACTIVATIONS
 
 _ATTENTION, _LINEAR = ("attention", "attention_backward"), ("linear_act", "linear_act_backward")
@@ -42,7 +42,7 @@ def serves(hidden, w, options, cu_seqlens, max_seqlen, bias) -> bool:
     return (
         unwatched()
         and bias is None
-        and type(hidden) is torch.Tensor
+        and plain(hidden)
         and registry.forced() in backends
         and type(max_seqlen) is int
         and cu_seqlens.dtype is torch.int32
@@ -52,6 +52,7 @@ def serves(hidden, w, options, cu_seqlens, max_seqlen, bias) -> bool:
         and hidden.dim() == 2
         and size % options.heads == 0
         and {*map(type, w)} <= PLAIN
+        and not lazy(*w)
         and {p.dtype for p in w} <= {kind, torch.float32}
         and {p.device for p in w} == {hidden.device}
         and w.wq.shape == w.wk.shape == w.wv.shape == w.wo.shape == (size, size)
@@ -159,7 +160,7 @@ def _is_batched(grad) -> bool:
 
 def _backward(ctx, grad):
     k, options, longest, (p0, p1, p2), wide = ctx.call
-    k = _operators() if _is_batched(grad) else k
+    k = k if plain(grad) and not _is_batched(grad) else _operators()
     starts, used, rows, seed0, seed1, seed2, *saved = ctx.saved_tensors
     *saved, wq, bq, wk, _, wv, _, wo, bo, norm1, norm1_bias, w1, b1, w2, b2, norm2, norm2_bias = (
         saved

@@ -9,14 +9,13 @@ from contextvars import ContextVar
 import torch
 
 from ..ops import registry
-from ..ops.attention import check_starts
 from ..ops.cuda.arguments import HALVES, MAX_HIDDEN, dtype_code
 from ..ops.cuda.attention import HEAD_DIMS
 from ..ops.cuda.linear_act import FEW_TOKENS
 from ..ops.extension import C
-from ..ops.library import CUDA_DEVICE, check_device, cuda_limit, cuda_queue, ptr
+from ..ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, ptr
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
-from .layer import ACTIVATIONS
+from .layer import ACTIVATIONS, STATES
 
 _off = ContextVar("off", default=False)
 
@@ -80,8 +79,7 @@ def run(addresses: int, layers: int, sizes, hidden, packing, rows=None):
     addresses: of int64 [layers, 16], the weights' addresses in the order of `LayerWeights`.
     sizes: heads, hidden, inner size, the activation's number in ops.linear_act, eps.
     """
-    check_starts(cu_seqlens=packing.cu_seqlens)
-    check_device(hidden, cu_seqlens=packing.cu_seqlens, rows=rows)
+    STATES.check((hidden, sizes[1], packing.cu_seqlens, int(packing.seqlen), rows))
     hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
     if hidden.data_ptr() % 16:
         hidden = hidden.clone()

@@ -7,7 +7,7 @@ from torch import nn
 from .. import heap
 from ..ops import registry
 from ..ops.extension import C, error
-from ..ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit, is_bf16
+from ..ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit, is_bf16, plain
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
 from .layer import ACTIVATIONS
 from .live import forward, serves
@@ -110,7 +110,7 @@ class FrozenEncoder(Frozen):
         )
 
     def _run(self, first, last, hidden, packing, rows):
-        return forward(self._encoder, first, last, hidden, self.dtype, packing, rows)
+        return forward(self._encoder, self.hidden, first, last, hidden, self.dtype, packing, rows)
 
     def texts(self, embeddings, ids, mask, types):
         """A padded batch from its ids to its states by one call, for which Python's own time for
@@ -145,6 +145,7 @@ class FrozenEncoder(Frozen):
             )
             and all(
                 type(t) is torch.Tensor
+                and plain(t)
                 and t.dtype == torch.int64
                 and t.device.type == "cpu"
                 and t.dim() == 2
@@ -156,10 +157,11 @@ class FrozenEncoder(Frozen):
             and ids.shape[1] <= len(positions)
             and all(
                 t.dtype == words.dtype
-                and t.device == words.device
+                and plain(t)
+                and t.dim() == rank
                 and t.shape[-1] == self.hidden
                 and t.is_contiguous()
-                for t in tables
+                for t, rank in zip(tables, (2, 2, 2, 1, 1), strict=True)
             )
         ):
             return None

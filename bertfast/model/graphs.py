@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..ops.embedding_layer_norm import check_range
+from ..ops.declare import check_range
 from ..ops.library import HAS_TRITON
 from . import few_tokens
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
+from ..ops.declare import FLOATS, Below, Declaration, Number, Offsets, Tensor
 from . import direct
 
 # transformers' names for what the kernels compute
@@ -16,6 +17,15 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+
+STATES = Declaration(  # what the encoder's layers take in one call
+    "encoder(Tensor hidden, SymInt size, Tensor cu_seqlens, SymInt seqlen, Tensor? rows) -> Tensor",
+    hidden=Tensor("tokens, size", FLOATS),
+    size=Number(1),
+    cu_seqlens=Tensor("batch + 1", torch.int32, Offsets("tokens", "seqlen")),
+    seqlen=Number(0),
+    rows=Tensor("n", torch.int64, Below("tokens")),
+)
 
 
 class LayerWeights(NamedTuple):

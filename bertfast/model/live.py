@@ -10,10 +10,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16, ptr, unwatched
+from ..ops.library import CPU_DTYPES, is_bf16, lazy, plain, ptr, unwatched
 from ..ops.linear_act import ACTIVATIONS
 from . import few_tokens
-from .layer import LayerOptions, LayerWeights
+from .layer import STATES, LayerOptions, LayerWeights
 
 _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2")
 
@@ -24,7 +24,7 @@ def serves(hidden) -> bool:
     return (
         C is not None
         and not torch.is_grad_enabled()
-        and type(hidden) is torch.Tensor
+        and plain(hidden)
         and (_on_cpu(hidden) or few_tokens.serves(hidden))
         and unwatched()
         and not _has_any_global_hook()
@@ -62,6 +62,7 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden, pac
             for w in layers
             for p, shape in zip(w, expected, strict=True)
         )
+        and not any(lazy(*w) for w in layers)
         and all(getattr(w, name).dtype == dtype for w in layers for name in _MATRICES)
         and (here or (packing.seqused_k is None and few_tokens.fits(layers, first.heads)))
     )
@@ -92,11 +93,13 @@ def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows
         options.eps,
         int(is_bf16(hidden)),
     )
-    return forward(encoder, 0, len(layers), hidden, hidden.dtype, packing, rows)
+    return forward(encoder, hidden.shape[1], 0, len(layers), hidden, hidden.dtype, packing, rows)
 
 
-def forward(encoder, first: int, last: int, hidden, dtype, packing, rows=None):
-    """Layers [first, last) of a `C.Encoder`: [tokens or rows, hidden] in `dtype`."""
+def forward(encoder, size: int, first: int, last: int, hidden, dtype, packing, rows=None):
+    """Layers [first, last) of a `C.Encoder` of this hidden size: [tokens or rows, hidden] in
+    `dtype`."""
+    STATES.check((hidden, size, packing.cu_seqlens, packing.seqlen, rows))
     for given in (hidden.dtype, dtype):
         if given not in CPU_DTYPES:
             raise TypeError(f"states of {given}, expected torch.float32 or torch.bfloat16")

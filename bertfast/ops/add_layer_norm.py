@@ -2,13 +2,11 @@
 
 import torch
 
+from .declare import FLOATS, PROBABILITY, SEED, Tensor
 from .dropout import as_seed, keep_mask, threshold
 from .extension import C
 from .library import (
     autograd,
-    check,
-    check_device,
-    check_floating,
     cpu_limit,
     define,
     dense,
@@ -34,22 +32,7 @@ def add_layer_norm(x, residual, weight, bias, eps, *, x_bias=None, dropout_p=0.0
 
     Raises: ValueError or TypeError for arguments that don't fit together.
     """
-    check(x.dim() == 2, lambda: f"x has shape {list(x.shape)}, expected [tokens, hidden]")
-    check_floating(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    check_device(x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    if residual is not None:
-        check(
-            residual.shape == x.shape and residual.dtype == x.dtype,
-            lambda: (
-                f"residual is {residual.dtype} {list(residual.shape)}, "
-                f"expected {x.dtype} {list(x.shape)}"
-            ),
-        )
-    for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
-        check(
-            p is None or p.shape == x.shape[1:],
-            lambda: f"{name} has shape {list(p.shape)}, expected [{x.shape[1]}]",
-        )
+    _ADD_LAYER_NORM.shape_of("x", x)
     seed = as_seed(seed, dropout_p, x.device)
     return torch.ops.bertfast.add_layer_norm(
         x, residual, weight, bias, float(eps), x_bias, float(dropout_p), seed
@@ -75,16 +58,30 @@ def _fake_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, see
     return like(x), ds, like(weight), like(weight), dx_bias
 
 
-define(
+_ARGUMENTS = {
+    "x": Tensor("tokens, hidden", FLOATS),
+    "residual": Tensor("tokens, hidden", "as x"),
+    "weight": Tensor("hidden", "as x or float32"),
+    "x_bias": Tensor("hidden", "as x or float32"),
+    "dropout_p": PROBABILITY,
+    "seed": SEED,
+}
+_ADD_LAYER_NORM = define(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, "
     "Tensor? x_bias, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
     _fake,
+    **_ARGUMENTS,
+    bias=Tensor("hidden", "as x or float32"),
 )
 define(
     "add_layer_norm_backward(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor mean, "
     "Tensor rstd, Tensor? x_bias, float dropout_p, Tensor? seed) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+    **_ARGUMENTS,
+    grad=Tensor("tokens, hidden", "as x"),
+    mean=Tensor("tokens", "statistics of x"),
+    rstd=Tensor("tokens", "statistics of x"),
 )
 
 

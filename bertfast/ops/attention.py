@@ -9,12 +9,11 @@ from itertools import pairwise
 
 import torch
 
+from .declare import FLOATS, PROBABILITY, SEED, Number, Offsets, Tensor, UpToLengths
 from .dropout import as_seed, keep_mask, threshold
 from .extension import C
 from .library import (
     autograd,
-    check,
-    check_device,
     cpu_limit,
     define,
     dense,
@@ -56,75 +55,16 @@ def attention(
 
     Raises: ValueError or TypeError for arguments that don't fit together.
     """
-    check(
-        qkv.dim() == 4 and qkv.shape[1] == 3,
-        lambda: f"qkv has shape {list(qkv.shape)}, expected [tokens, 3, heads, head_dim]",
-    )
-    check(qkv.is_floating_point(), lambda: f"qkv has dtype {qkv.dtype}, expected floats", TypeError)
-    check_starts(cu_seqlens=cu_seqlens)
-    check_device(qkv, cu_seqlens=cu_seqlens, bias=bias, seqused_k=seqused_k)
-    check_used(seqused_k, cu_seqlens)
-    check_bias(bias, qkv.dtype, cu_seqlens.shape[0] - 1, qkv.shape[2], max_seqlen, max_seqlen)
-    scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
+    head_dim = _ATTENTION.shape_of("qkv", qkv)[3]
+    scale = default_scale(head_dim) if scale is None else float(scale)
     seed = as_seed(seed, dropout_p, qkv.device)
     return torch.ops.bertfast.attention(
         qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias, seqused_k
     )[0]
 
 
-def check_starts(**starts):
-    for name, t in starts.items():
-        check(
-            t.dtype == torch.int32,
-            lambda: f"{name} has dtype {t.dtype}, expected torch.int32",
-            TypeError,
-        )
-        check(
-            t.dim() == 1 and t.shape[0] >= 1,
-            lambda: f"{name} has shape {list(t.shape)}, expected [batch + 1]",
-        )
-
-
-def check_used(seqused_k, cu_seqlens):
-    """Values too, where reading them is free of a synchronisation."""
-    if seqused_k is None:
-        return
-    check(
-        seqused_k.dtype == torch.int32 and seqused_k.shape == (cu_seqlens.shape[0] - 1,),
-        lambda: (
-            f"seqused_k is {seqused_k.dtype} {list(seqused_k.shape)}, expected torch.int32 "
-            f"[{cu_seqlens.shape[0] - 1}]"
-        ),
-    )
-    if seqused_k.device.type == "cpu" and not torch.compiler.is_compiling():
-        check(
-            bool(((seqused_k >= 0) & (seqused_k <= cu_seqlens.diff())).all()),
-            lambda: (
-                f"seqused_k is {seqused_k.tolist()[:8]}, expected 0 to the sequences' lengths "
-                f"{cu_seqlens.diff().tolist()[:8]}"
-            ),
-        )
-
-
-def check_bias(bias, dtype, batch, heads, queries, keys):
-    if bias is None:
-        return
-    check(
-        bias.dim() == 4
-        and bias.shape[0] in (1, batch)
-        and bias.shape[1] in (1, heads)
-        and bias.shape[2] >= queries
-        and bias.shape[3] >= keys,
-        lambda: (
-            f"bias has shape {list(bias.shape)}, expected [{batch} or 1, {heads} or 1, "
-            f"{queries}, {keys}]"
-        ),
-    )
-    check(
-        bias.dtype in (dtype, torch.float32),
-        lambda: f"bias has dtype {bias.dtype}, expected {dtype} or torch.float32",
-        TypeError,
-    )
+def default_scale(head_dim):
+    return 1 / math.sqrt(head_dim) if head_dim else 1.0
 
 
 def _fake(qkv, *_):
@@ -142,29 +82,27 @@ _OPTIONS = (
     "Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, "
     "bool causal, Tensor? bias, Tensor? seqused_k"
 )
-define(f"attention(Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor)", _fake)
+_ARGUMENTS = {
+    "qkv": Tensor("tokens, 3, heads, head_dim", FLOATS),
+    "cu_seqlens": Tensor("batch + 1", torch.int32, Offsets("tokens", "max_seqlen")),
+    "max_seqlen": Number(0),
+    "dropout_p": PROBABILITY,
+    "seed": SEED,
+    "bias": Tensor("batch or 1, heads or 1, >= max_seqlen, >= max_seqlen", "as qkv or float32"),
+    "seqused_k": Tensor("batch", torch.int32, UpToLengths("cu_seqlens")),
+}
+_OUT = Tensor("tokens, heads, head_dim", "as qkv")
+_ATTENTION = define(f"attention(Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor)", _fake, **_ARGUMENTS)
 define(
     f"attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, "
     "bool need_dbias) -> (Tensor, Tensor)",
     _fake_backward,
+    **_ARGUMENTS,
+    grad=_OUT,
+    out=_OUT,
+    lse=Tensor("heads, tokens", "statistics of qkv"),
+    need_dbias=Number(needs="bias"),
 )
-
-
-def check_offsets(cu_seqlens, tokens, max_seqlen, names=("cu_seqlens", "max_seqlen", "qkv")):
-    """The offsets' values, where reading them is free of a synchronisation."""
-    if cu_seqlens.device.type != "cpu":
-        return
-    lengths = cu_seqlens.diff()
-    low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
-    starts, longest, tensor = names
-    check(
-        int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and low >= 0,
-        lambda: (
-            f"{starts} is {cu_seqlens.tolist()[:8]}..., expected offsets that rise from 0 "
-            f"to the {tokens} tokens of {tensor}"
-        ),
-    )
-    check(high <= max_seqlen, lambda: f"{longest} is {max_seqlen}, a sequence has {high} tokens")
 
 
 def scores(q, k, b, scale, causal, bias):
@@ -245,7 +183,6 @@ def reference_backward(
 
 @register("attention", "reference")
 def _reference(qkv, cu_seqlens, max_seqlen, *options):
-    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
     return reference(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
 
 
@@ -314,7 +251,6 @@ def cpu_backward(
 
 @register("attention", "cpu", limit=cpu_limit)
 def _cpu(qkv, cu_seqlens, max_seqlen, *options):
-    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
     return cpu(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
 
 

@@ -1,22 +1,19 @@
 """softmax(Q K^T * scale + bias) V where queries and keys are different packed sequences, as in a
 decoder that attends to an encoder; see `attention`."""
 
-import math
-
 import torch
 
 from .attention import (
-    check_bias,
-    check_offsets,
-    check_starts,
     cpu,
     cpu_backward,
+    default_scale,
     reference,
     reference_backward,
     triton_attention_limit,
 )
+from .declare import FLOATS, PROBABILITY, SEED, Number, Offsets, Tensor
 from .dropout import as_seed
-from .library import autograd, check, check_device, cpu_limit, define, register_triton, wide
+from .library import autograd, cpu_limit, define, register_triton, wide
 from .registry import register
 
 
@@ -52,29 +49,8 @@ def cross_attention(
 
     Raises: ValueError or TypeError for arguments that don't fit together.
     """
-    check(
-        q.dim() == 3 and kv.dim() == 4 and kv.shape[1] == 2 and kv.shape[2:] == q.shape[1:],
-        lambda: (
-            f"q has shape {list(q.shape)} and kv {list(kv.shape)}, expected "
-            "[tokens_q, heads, head_dim] and [tokens_k, 2, heads, head_dim]"
-        ),
-    )
-    check(
-        q.is_floating_point() and kv.dtype == q.dtype,
-        lambda: f"q has dtype {q.dtype} and kv {kv.dtype}, expected floats of one dtype",
-        TypeError,
-    )
-    check_starts(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check(
-        cu_seqlens_q.shape == cu_seqlens_k.shape,
-        lambda: (
-            f"cu_seqlens_q has shape {list(cu_seqlens_q.shape)} and cu_seqlens_k "
-            f"{list(cu_seqlens_k.shape)}, expected [batch + 1] of one batch"
-        ),
-    )
-    check_device(q, kv=kv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, bias=bias)
-    check_bias(bias, q.dtype, cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    head_dim = _CROSS.shape_of("q", q)[2]
+    scale = default_scale(head_dim) if scale is None else float(scale)
     seed = as_seed(seed, dropout_p, q.device)
     return torch.ops.bertfast.cross_attention(
         *(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
@@ -97,22 +73,35 @@ _OPTIONS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float scale, float dropout_p, Tensor? seed, bool causal, Tensor? bias"
 )
-define(f"cross_attention(Tensor q, Tensor kv, {_OPTIONS}) -> (Tensor, Tensor)", _fake)
+_ARGUMENTS = {
+    "q": Tensor("tokens_q, heads, head_dim", FLOATS),
+    "kv": Tensor("tokens_k, 2, heads, head_dim", "as q"),
+    "cu_seqlens_q": Tensor("batch + 1", torch.int32, Offsets("tokens_q", "max_seqlen_q")),
+    "cu_seqlens_k": Tensor("batch + 1", torch.int32, Offsets("tokens_k", "max_seqlen_k")),
+    "max_seqlen_q": Number(0),
+    "max_seqlen_k": Number(0),
+    "dropout_p": PROBABILITY,
+    "seed": SEED,
+    "bias": Tensor("batch or 1, heads or 1, >= max_seqlen_q, >= max_seqlen_k", "as q or float32"),
+}
+_OUT = Tensor("tokens_q, heads, head_dim", "as q")
+_CROSS = define(
+    f"cross_attention(Tensor q, Tensor kv, {_OPTIONS}) -> (Tensor, Tensor)", _fake, **_ARGUMENTS
+)
 define(
     f"cross_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool need_dbias) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    **_ARGUMENTS,
+    grad=_OUT,
+    out=_OUT,
+    lse=Tensor("heads, tokens_q", "statistics of q"),
+    need_dbias=Number(needs="bias"),
 )
-
-
-def check_both_offsets(q, kv, starts_q, starts_k, longest_q, longest_k):
-    check_offsets(starts_q, q.shape[0], longest_q, ("cu_seqlens_q", "max_seqlen_q", "q"))
-    check_offsets(starts_k, kv.shape[0], longest_k, ("cu_seqlens_k", "max_seqlen_k", "kv"))
 
 
 @register("cross_attention", "reference")
 def _reference(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
-    check_both_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
     return reference(q, kv, starts_q, starts_k, *options)
 
 
@@ -124,7 +113,6 @@ def _reference_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, lo
 
 @register("cross_attention", "cpu", limit=cpu_limit)
 def _cpu(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
-    check_both_offsets(q, kv, starts_q, starts_k, longest_q, longest_k)
     return cpu(q, kv, starts_q, starts_k, *options)
 
 

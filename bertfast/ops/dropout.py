@@ -26,12 +26,11 @@ def as_seed(seed, dropout_p: float, device) -> torch.Tensor | None:
         return draw_seeds(1, device)[0]
     if isinstance(seed, int):
         return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+    expected = f"expected an int or int64 [2] (seed, offset) on {device}"
+    check(isinstance(seed, torch.Tensor), lambda: f"seed is {seed!r}, {expected}", TypeError)
     check(
         seed.dtype == torch.int64 and seed.shape == (2,) and seed.device == device,
-        lambda: (
-            f"seed is {seed.dtype} {list(seed.shape)} on {seed.device}, "
-            f"expected an int or int64 [2] (seed, offset) on {device}"
-        ),
+        lambda: f"seed is {seed.dtype} {list(seed.shape)} on {seed.device}, {expected}",
     )
     return seed
 

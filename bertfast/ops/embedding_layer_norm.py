@@ -2,14 +2,12 @@
 
 import torch
 
+from .declare import FLOATS, PROBABILITY, SEED, Below, Tensor
 from .dropout import as_seed, keep_mask, threshold
 from .extension import C
 from .library import (
     autograd,
     call,
-    check,
-    check_device,
-    check_floating,
     cpu_limit,
     define,
     dense,
@@ -50,46 +48,7 @@ def embedding_layer_norm(
     Raises: ValueError for shapes that don't fit, IndexError for an id outside its table (on a
     CPU; on a GPU the check would cost a synchronisation).
     """
-    check_floating(word=word, position=position, token_type=token_type, weight=weight, bias=bias)
-    hidden = word.shape[-1]
-    for name, ids in (
-        ("input_ids", input_ids),
-        ("position_ids", position_ids),
-        ("token_type_ids", token_type_ids),
-    ):
-        check(
-            ids is None or (ids.shape == input_ids.shape and ids.dim() == 1),
-            lambda: f"{name} has shape {list(ids.shape)}, expected [tokens] as input_ids",
-        )
-        check(
-            ids is None or ids.dtype == torch.int64,
-            lambda: f"{name} has dtype {ids.dtype}, expected torch.int64",
-            TypeError,
-        )
-    check(
-        (token_type is None) == (token_type_ids is None),
-        "token_type and token_type_ids go together: give both or neither",
-    )
-    check_device(
-        word,
-        input_ids=input_ids,
-        position_ids=position_ids,
-        token_type_ids=token_type_ids,
-        position=position,
-        token_type=token_type,
-        weight=weight,
-        bias=bias,
-    )
-    for name, p in (
-        ("position", position),
-        ("token_type", token_type),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        check(
-            p is None or (p.shape[-1] == hidden and p.dtype == word.dtype),
-            lambda: f"{name} is {p.dtype} {list(p.shape)}, expected {word.dtype} [..., {hidden}]",
-        )
+    _EMBEDDING.shape_of("word", word)
     seed = as_seed(seed, dropout_p, word.device)
     return call(
         "embedding_layer_norm",
@@ -122,29 +81,37 @@ def _fake_backward(
     return like(word), like(position), types_grad, like(weight), like(weight)
 
 
-define(
-    "embedding_layer_norm(Tensor word, Tensor ids, Tensor positions, Tensor? types, "
-    "Tensor position, Tensor? token_type, Tensor weight, Tensor bias, float eps, "
+_IDS = (
+    "Tensor input_ids, Tensor position_ids, Tensor? token_type_ids, ",
+    "Tensor position, Tensor? token_type, Tensor weight, ",
+)
+_ARGUMENTS = {
+    "word": Tensor("vocabulary, hidden", FLOATS),
+    "input_ids": Tensor("tokens", torch.int64, Below("vocabulary")),
+    "position_ids": Tensor("tokens", torch.int64, Below("positions")),
+    "token_type_ids": Tensor("tokens", torch.int64, Below("types")),
+    "position": Tensor("positions, hidden", "as word"),
+    "token_type": Tensor("types, hidden", "as word", beside="token_type_ids"),
+    "weight": Tensor("hidden", "as word"),
+    "dropout_p": PROBABILITY,
+    "seed": SEED,
+}
+_EMBEDDING = define(
+    f"embedding_layer_norm(Tensor word, {_IDS[0]}{_IDS[1]}Tensor bias, float eps, "
     "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
     _fake,
+    **_ARGUMENTS,
+    bias=Tensor("hidden", "as word"),
 )
 define(
-    "embedding_layer_norm_backward(Tensor grad, Tensor ids, Tensor positions, Tensor? types, "
-    "Tensor word, Tensor position, Tensor? token_type, Tensor weight, Tensor mean, Tensor rstd, "
-    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"embedding_layer_norm_backward(Tensor grad, {_IDS[0]}Tensor word, {_IDS[1]}Tensor mean, "
+    "Tensor rstd, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+    **_ARGUMENTS,
+    grad=Tensor("tokens, hidden", "as word"),
+    mean=Tensor("tokens", "statistics of word"),
+    rstd=Tensor("tokens", "statistics of word"),
 )
-
-
-def _check_ids(**pairs):
-    for name, (ids, table) in pairs.items():
-        if ids is not None and ids.numel() and ids.device.type == "cpu":
-            check_range(name, *(int(v) for v in ids.aminmax()), table.shape[0])
-
-
-def check_range(name, low, high, rows):
-    if low < 0 or high >= rows:
-        raise IndexError(f"{name} run from {low} to {high}, expected 0 to {rows - 1}")
 
 
 def _sum(ids, positions, types, word, position, token_type):
@@ -158,11 +125,6 @@ def _keep(ids, hidden, dropout_p, seed):
 
 @register("embedding_layer_norm", "reference")
 def _reference(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
-    _check_ids(
-        input_ids=(ids, word),
-        position_ids=(positions, position),
-        token_type_ids=(types, token_type),
-    )
     s = _sum(ids, positions, types, word, position, token_type)
     mean = s.mean(1)
     centred = s - mean[:, None]
@@ -203,11 +165,6 @@ def _reference_backward(
 
 @register("embedding_layer_norm", "cpu", limit=cpu_limit)
 def _cpu(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
-    _check_ids(
-        input_ids=(ids, word),
-        position_ids=(positions, position),
-        token_type_ids=(types, token_type),
-    )
     word, ids, positions, types = dense(word), dense(ids), dense(positions), dense(types)
     position, token_type, weight = dense(position), dense(token_type), dense(weight)
     bias, seed = dense(bias), dense(seed)

@@ -8,12 +8,11 @@ import math
 
 import torch
 
+from .declare import FLOATS, Number, Tensor
 from .extension import C
 from .library import (
     autograd,
     check,
-    check_device,
-    check_floating,
     cpu_limit,
     define,
     dense,
@@ -46,16 +45,13 @@ def linear_act(x, weight, bias=None, activation=None):
         activation in ACTIVATIONS,
         lambda: f"activation is {activation!r}, expected one of {ACTIVATIONS}",
     )
-    _check_linear(x, weight, bias)
-    save = (
-        activation is not None
-        and torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-    )
+    save = activation is not None and torch.is_grad_enabled() and needs_grad(x, weight, bias)
+    flat = isinstance(x, torch.Tensor) and 1 <= x.dim() != 2
     y = torch.ops.bertfast.linear_act(
-        x.reshape(-1, x.shape[-1]), weight, bias, ACTIVATIONS.index(activation), save
+        *(x.unsqueeze(0).flatten(0, -2) if flat else x, weight, bias),
+        *(ACTIVATIONS.index(activation), save),
     )[0]
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y.reshape(*x.shape[:-1], y.shape[1]) if flat else y
 
 
 def feed_forward(x, w1, b1, w2, b2, activation="gelu"):
@@ -70,36 +66,11 @@ def qkv_linear(x, wq, bq, wk, bk, wv, bv):
     x [tokens, in], each weight [out, in], each bias [out] (all or none) -> [tokens, 3 * out].
     Raises ValueError or TypeError as `linear_act`.
     """
-    for w, b in ((wq, bq), (wk, bk), (wv, bv)):
-        check(x.dim() == 2, lambda: f"x has shape {list(x.shape)}, expected [tokens, in]")
-        _check_linear(x, w, b)
-        check(
-            w.shape == wq.shape and w.dtype == wq.dtype and (b is None) == (bq is None),
-            "the query, key and value projections differ in shape, dtype or in having a bias",
-        )
     return torch.ops.bertfast.qkv_linear(x, wq, bq, wk, bk, wv, bv)
 
 
-def _check_linear(x, weight, bias):
-    check_floating(x=x, weight=weight, bias=bias)
-    check_device(x, weight=weight, bias=bias)
-    check(
-        weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-        lambda: (
-            f"x {list(x.shape)} does not fit weight {list(weight.shape)}: "
-            "expected x [..., in] and weight [out, in]"
-        ),
-    )
-    check(
-        bias is None or bias.shape == weight.shape[:1],
-        lambda: f"bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]",
-    )
-    for name, p in (("weight", weight), ("bias", bias)):
-        check(
-            p is None or p.dtype in (x.dtype, torch.float32),
-            lambda: f"{name} has dtype {p.dtype}, expected x's {x.dtype} or torch.float32",
-            TypeError,
-        )
+def needs_grad(*tensors) -> bool:
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
 def _empty(x, *shape):
@@ -119,20 +90,40 @@ def _fake_backward(grad, x, weight, bias, z, activation, need):
     )
 
 
+_LINEAR = {
+    "x": Tensor("rows, in", FLOATS),
+    "weight": Tensor("out, in", "as x or float32"),
+    "bias": Tensor("out", "as x or float32"),
+    "activation": Number(0, len(ACTIVATIONS)),
+}
 define(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, int activation, bool save) "
     "-> (Tensor, Tensor)",
     _fake,
+    **_LINEAR,
 )
 define(
     "linear_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? z, "
     "int activation, int need) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    **_LINEAR,
+    grad=Tensor("rows, out", "as x"),
+    z=Tensor("rows, out", "as x"),
 )
+_QKV = {
+    "x": Tensor("tokens, in", FLOATS),
+    "wq": Tensor("out, in", "as x or float32"),
+    "wk": Tensor("out, in", "as wq"),
+    "wv": Tensor("out, in", "as wq"),
+    "bq": Tensor("out", "as x or float32"),
+}
 define(
     "qkv_linear(Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor? bk, Tensor wv, Tensor? bv) "
     "-> Tensor",
     lambda x, wq, bq, wk, bk, wv, bv: _empty(x, x.shape[0], 3 * wq.shape[0]),
+    **_QKV,
+    bk=Tensor("out", "as bq", beside="bq"),
+    bv=Tensor("out", "as bq", beside="bq"),
 )
 
 
@@ -149,6 +140,8 @@ define(
     "qkv_linear_backward(Tensor grad, Tensor x, Tensor wq, Tensor wk, Tensor wv, Tensor? bq, "
     "int need) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_qkv_backward,
+    **_QKV,
+    grad=Tensor("tokens, 3 * out", "as x"),
 )
 
 

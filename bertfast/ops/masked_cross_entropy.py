@@ -19,12 +19,11 @@ and may run twice.
 
 import torch
 
+from .declare import FLOATS, Below, Number, Tensor
 from .extension import C
 from .library import (
     autograd,
     call,
-    check,
-    check_device,
     cpu_limit,
     define,
     dense,
@@ -32,7 +31,7 @@ from .library import (
     register_triton,
     wide,
 )
-from .linear_act import _check_linear, _column_sum, _gemm
+from .linear_act import _column_sum, _gemm
 from .registry import register
 
 _DHIDDEN, _DWEIGHT, _DBIAS = 1, 2, 4  # which gradients are asked for
@@ -60,20 +59,7 @@ def masked_cross_entropy(
     outside the vocabulary on a CPU (on a GPU, where the check would wait for the device, the loss
     becomes NaN).
     """
-    check(
-        hidden.dim() == 2, lambda: f"hidden has shape {list(hidden.shape)}, expected [rows, hidden]"
-    )
-    _check_linear(hidden, weight, bias)
-    check_device(hidden, labels=labels)
-    check(
-        labels.dtype == torch.int64,
-        lambda: f"labels has dtype {labels.dtype}, expected torch.int64",
-        TypeError,
-    )
-    check(
-        labels.shape == hidden.shape[:1],
-        lambda: f"labels has shape {list(labels.shape)}, expected [{hidden.shape[0]}]",
-    )
+    _CROSS_ENTROPY.check((hidden, weight, bias, labels, ignore_index), values=False)
     if not labelled_only:
         rows, _ = call("pack_indices", (labels != ignore_index).unsqueeze(0), None)
         hidden = call("gather_rows", hidden, rows)
@@ -103,10 +89,15 @@ def _fake(hidden, weight, bias, labels, ignore_index, need):
     return loss, loss.clone(), *gradients
 
 
-define(
+_CROSS_ENTROPY = define(
     "masked_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     "int ignore_index, int need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    hidden=Tensor("rows, hidden", FLOATS),
+    weight=Tensor("vocabulary, hidden", "as hidden or float32"),
+    bias=Tensor("vocabulary", "as hidden or float32"),
+    labels=Tensor("rows", torch.int64, Below("vocabulary", unless="ignore_index")),
+    ignore_index=Number(),
 )
 
 
@@ -115,20 +106,9 @@ def _inverse_count(labels, ignore_index, dtype):
     return (labels != ignore_index).sum().clamp(min=1).to(dtype).reciprocal()
 
 
-def _check_labels(labels, vocabulary, ignore_index):
-    if labels.device.type != "cpu":
-        return
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
-    if wrong.any():
-        raise IndexError(
-            f"labels has {int(labels[wrong][0])}, expected 0 to {vocabulary - 1} "
-            f"or ignore_index {ignore_index}"
-        )
-
-
 def row_chunks(rows: int, vocabulary: int, most: int, values: int):
     """(start, stop) of chunks alike in size, at most `most` rows and about `values` logits each."""
-    most = max(1, min(most, max(64, values // vocabulary)))
+    most = max(1, min(most, max(64, values // max(1, vocabulary))))
     n = -(-rows // most)
     return [(rows * i // n, rows * (i + 1) // n) for i in range(n)]
 
@@ -140,7 +120,6 @@ def _product(a, b):
 
 @register("masked_cross_entropy", "reference")
 def _reference(hidden, weight, bias, labels, ignore_index, need):
-    _check_labels(labels, weight.shape[0], ignore_index)
     dtype = wide(hidden.dtype)
     x, w = hidden.to(dtype), weight.to(dtype)
     z = _product(x, w.T) if bias is None else _product(x, w.T) + bias
@@ -163,7 +142,6 @@ def _reference(hidden, weight, bias, labels, ignore_index, need):
 @register("masked_cross_entropy", "cpu", limit=cpu_limit)
 def _cpu(hidden, weight, bias, labels, ignore_index, need):
     vocabulary, labels, bias = weight.shape[0], dense(labels), dense(bias)
-    _check_labels(labels, vocabulary, ignore_index)
     dhidden, dweight, dbias = (
         torch.empty(s, dtype=d) for s, d in _shapes(hidden, weight, bias, need)
     )

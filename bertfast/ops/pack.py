@@ -2,12 +2,11 @@
 
 import torch
 
+from .declare import Below, Declaration, Number, Tensor
 from .extension import C
 from .library import (
     autograd,
     call,
-    check,
-    check_device,
     cpu_limit,
     cuda_limit,
     cuda_queue,
@@ -40,31 +39,19 @@ def pack(x, attention_mask, tokens=None):
     Raises:
         ValueError: the mask is not [batch, seqlen] of x.
     """
-    check(
-        attention_mask.dim() == 2 and x.dim() >= 2 and x.shape[:2] == attention_mask.shape,
-        lambda: (
-            f"attention_mask has shape {list(attention_mask.shape)}, expected the first two "
-            f"dimensions of x {list(x.shape)}"
-        ),
-    )
+    _PACK.check((x, attention_mask, tokens))
     indices, cu_seqlens = call("pack_indices", attention_mask, tokens)
     return gather(x, indices), indices, cu_seqlens, attention_mask.shape[1]
 
 
 def gather(x, indices):
     """Rows `indices` of x [batch, seqlen, ...] seen as [batch * seqlen, ...]."""
-    check_device(x, indices=indices)
-    flat = x.flatten(0, 1)
-    return call("gather_rows", flat, indices)
+    return call("gather_rows", x.flatten(0, 1), indices)
 
 
 def unpack(packed, indices, batch: int, seqlen: int):
     """The inverse of `pack`: [tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
-    check(
-        indices.dim() == 1 and packed.dim() >= 1 and packed.shape[0] == indices.shape[0],
-        lambda: f"packed {list(packed.shape)} and indices {list(indices.shape)} differ in tokens",
-    )
-    check_device(packed, indices=indices)
+    _UNPACK.check((packed, indices, batch, seqlen), values=False)
     rows = call("scatter_rows", packed, indices, batch * seqlen)
     return rows.unflatten(0, (batch, seqlen))
 
@@ -78,7 +65,25 @@ def _fake_indices(mask, tokens=None):
     )
 
 
-define("pack_indices(Tensor mask, SymInt? tokens=None) -> (Tensor, Tensor)", _fake_indices)
+_PACK = Declaration(
+    "pack(Tensor x, Tensor attention_mask, SymInt? tokens) -> Tensor",
+    x=Tensor("batch, seqlen, ..."),
+    attention_mask=Tensor("batch, seqlen"),
+    tokens=Number(0),
+)
+_UNPACK = Declaration(
+    "unpack(Tensor packed, Tensor indices, SymInt batch, SymInt seqlen) -> Tensor",
+    packed=Tensor("tokens, ..."),
+    indices=Tensor("tokens", torch.int64),
+    batch=Number(0),
+    seqlen=Number(0),
+)
+define(
+    "pack_indices(Tensor mask, SymInt? tokens=None) -> (Tensor, Tensor)",
+    _fake_indices,
+    mask=Tensor("batch, seqlen"),
+    tokens=Number(0),
+)
 
 
 @register("pack_indices", "reference")
@@ -102,18 +107,16 @@ def _indices_reference(mask, tokens=None):
 define(
     "gather_rows(Tensor x, Tensor indices) -> Tensor",
     lambda x, indices: x.new_empty((indices.shape[0], *x.shape[1:])),
+    x=Tensor("rows, ..."),
+    indices=Tensor("tokens", torch.int64, Below("rows")),
 )
 define(
     "scatter_rows(Tensor x, Tensor indices, SymInt rows) -> Tensor",
     lambda x, indices, rows: x.new_empty((rows, *x.shape[1:])),
+    x=Tensor("tokens, ..."),
+    indices=Tensor("tokens", torch.int64, Below("rows")),
+    rows=Number(0),
 )
-
-
-def _check_indices(indices, rows):
-    if indices.numel() and indices.device.type == "cpu":
-        low, high = indices.aminmax()
-        if low < 0 or high >= rows:
-            raise ValueError(f"indices run from {low} to {high}, expected 0 to {rows - 1}")
 
 
 @register("gather_rows", "reference")
@@ -133,7 +136,6 @@ def _row_bytes(x):
 @register("gather_rows", "cpu", limit=_C_LIMIT)
 def _gather_cpu(x, indices):
     x, indices = dense(x), dense(indices)
-    _check_indices(indices, x.shape[0])
     out = torch.empty((indices.shape[0], *x.shape[1:]), dtype=x.dtype)
     C.gather_rows(ptr(x), ptr(indices), ptr(out), indices.shape[0], _row_bytes(x))
     return out
@@ -142,7 +144,6 @@ def _gather_cpu(x, indices):
 @register("scatter_rows", "cpu", limit=_C_LIMIT)
 def _scatter_cpu(x, indices, rows):
     x, indices = dense(x), dense(indices)
-    _check_indices(indices, rows)
     out = torch.empty((rows, *x.shape[1:]), dtype=x.dtype)
     if out.numel():
         C.scatter_rows(ptr(x), ptr(indices), ptr(out), x.shape[0], rows, out[0].nbytes)

@@ -25,10 +25,11 @@ void sum_row(const AddLayerNormArgs& g, int64_t t, float* s, uint32_t* bits) {
 template <class T>
 void forward(const AddLayerNormArgs& g) {
   const Vector weight{g.weight, g.weight_bf16}, bias{g.bias, g.bias_bf16};
+  static thread_local Buffer buffer;
+  const PerThread<float> scratch(buffer, 2 * padded(g.hidden));
 #pragma omp parallel if (g.tokens * g.hidden > (1 << 14))
   {
-    static thread_local Buffer buffer;
-    float* s = buffer.get<float>(2 * padded(g.hidden));
+    float* s = scratch.mine();
     uint32_t* bits = reinterpret_cast<uint32_t*>(s + padded(g.hidden));
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < g.tokens; ++t) {
@@ -49,12 +50,12 @@ template <class T>
 void backward(const AddLayerNormArgs& g) {
   const Vector weight{g.weight, g.weight_bf16};
   const int64_t chunks = row_chunks(g.tokens), stride = padded(g.hidden);
-  static thread_local Buffer partial_buffer;
+  static thread_local Buffer partial_buffer, buffer;
+  const PerThread<float> scratch(buffer, 3 * stride);
   float* partial = partial_buffer.get<float>(chunks * 3 * stride);
 #pragma omp parallel for schedule(static) if (g.tokens * g.hidden > (1 << 14))
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    static thread_local Buffer buffer;
-    float* s = buffer.get<float>(3 * stride);
+    float* s = scratch.mine();
     float* grad_row = s + stride;
     uint32_t* bits = reinterpret_cast<uint32_t*>(s + 2 * stride);
     float* dweight = partial + chunk * 3 * stride;

@@ -51,6 +51,14 @@ struct Task {
   }
 };
 
+// The largest of size(task).
+template <class Size>
+int64_t most(const AttentionArgs& g, const Size& size) {
+  int64_t found = 0;
+  for (int64_t b = 0; b < g.batch; ++b) found = max(found, size(Task(g, b * g.heads)));
+  return found;
+}
+
 // x [n, dim] with a row stride as fp32 [n, dim_row], zeros in the padding.
 template <class T>
 void widen(float* to, const T* x, int64_t stride, int64_t n, int64_t dim, int64_t dim_row) {
@@ -83,13 +91,18 @@ inline void product(const float* a, int64_t a_row, int64_t a_k, int64_t valid, c
 template <class T>
 void forward(const AttentionArgs& g) {
   const int64_t tasks = g.batch * g.heads;
+  if (tasks == 0) return;
+  static thread_local Buffer buffer;
+  const PerThread<float> scratch(buffer, most(g, [&](const Task& t) {
+                                   return (t.queries + t.keys + 2 * MR) * t.dim_row() +
+                                          t.row * g.dim + MR * (2 * t.row + 64);
+                                 }));
 #pragma omp parallel for schedule(dynamic) if (g.tokens * g.heads > 64)
   for (int64_t index = 0; index < tasks; ++index) {
     const Task task(g, index);
     const int64_t m = task.queries, n = task.keys, row = task.row, dim_row = task.dim_row();
     if (m == 0) continue;
-    static thread_local Buffer buffer;
-    float* q = buffer.get<float>((m + n + 2 * MR) * dim_row + row * g.dim + MR * (2 * row + 64));
+    float* q = scratch.mine();
     float* keys = q + m * dim_row;       // [row / NR][dim][NR]
     float* values = keys + row * g.dim;  // [dim_row / NR][n][NR]
     float* out = values + n * dim_row;   // [MR, dim_row]
@@ -136,6 +149,15 @@ void forward(const AttentionArgs& g) {
 template <class T>
 void backward(const AttentionArgs& g) {
   const int64_t tasks = g.batch * g.heads;
+  if (tasks == 0) return;
+  static thread_local Buffer buffer;
+  // A last tile may write past the sequence.
+  const PerThread<float> scratch(buffer, most(g, [&](const Task& t) {
+                                   const int64_t of_q = (t.queries + MR) * t.dim_row();
+                                   const int64_t of_k = (t.keys + MR) * t.dim_row();
+                                   return 4 * of_q + 3 * of_k + 2 * t.row * (g.dim + kQueryBlock) +
+                                          MR * t.dim_row() + 2 * t.row + 64;
+                                 }));
 #pragma omp parallel for schedule(dynamic) if (g.tokens * g.heads > 64)
   for (int64_t index = 0; index < tasks; ++index) {
     const Task task(g, index);
@@ -144,11 +166,8 @@ void backward(const AttentionArgs& g) {
     if (m + n == 0) continue;
     const int64_t grad_token = g.heads * dim;
     const T* grad = static_cast<const T*>(g.grad) + task.start * grad_token + task.h * dim;
-    static thread_local Buffer buffer;
-    // A last tile may write past the sequence.
     const int64_t of_q = (m + MR) * dim_row, of_k = (n + MR) * dim_row;
-    float* q = buffer.get<float>(4 * of_q + 3 * of_k + 2 * row * dim + 2 * kQueryBlock * row +
-                                 MR * dim_row + 2 * row + 64);
+    float* q = scratch.mine();
     float* dout = q + of_q;         // [m, dim_row]
     float* q_panels = dout + of_q;  // b of ds^T q
     float* dout_panels = q_panels + of_q;

@@ -1,9 +1,8 @@
 // The encoder for inference in one call: weights packed once or layer by layer, a block of rows
 // taken through all of a layer but its attention while it is in cache, one parallel region for all
 // layers.
-#include <cmath>
-
 #include "crew.h"
+#include "encoder_attention.h"
 #include "pack_weights.h"
 #include "rows.h"
 
@@ -18,20 +17,21 @@ struct Encoder {
   using F = Format<precision>;
   using A = typename F::A;
   using T = std::conditional_t<kQkv == 0, float, typename Format<1>::A>;  // of attention
-  using Key = std::conditional_t<std::is_same_v<T, float>, float, pair>;
   // So few rows are worked on together: each thread reads its part of the weights, not all.
   static constexpr int64_t kTogether = 128;
 
   const EncoderArgs& g;
-  const int64_t dim = g.hidden / g.heads;
   // Row lengths in elements: whole panels, and whole units of a matrix tile.
   const int64_t hidden_row = round_up(g.hidden, 64), inner_row = round_up(g.inner, 64);
   const int64_t qkv_row = round_up(3 * g.hidden, 64) + 64;
+  const int64_t block_columns = kSplit<typename F::Weight> ? min(inner_row, 512) : inner_row;
   float* hidden;          // [tokens, hidden_row], the residual stream
   T* qkv;                 // [tokens, qkv_row]
   T* context;             // [tokens, hidden_row]
   int64_t tokens;         // of hidden and context, fewer once only some rows are wanted
   EncoderLayer packed{};  // where live weights are packed
+  // Each thread's: for a block of rows, and for split panels or for rows to pack.
+  PerThread<float> block_memory, panel_memory;
 
   // What one block of rows needs, for one thread or shared by all.
   struct Scratch {
@@ -41,10 +41,12 @@ struct Encoder {
     T* wide;  // [rows, inner_row]: int8's inner activations before they are quantised
 
     // With `inner_columns` of the inner activations at a time, a multiple of 64.
-    Scratch(const Encoder& e, Buffer& buffer, int64_t rows, int64_t inner_columns) {
+    static int64_t floats(const Encoder& e, int64_t rows, int64_t inner_columns) {
       const int64_t padded = rows + kMaxTileRows, most = Operand<precision>::kParts + 2;
-      sum = buffer.get<float>(rows * e.hidden_row + 6 * padded +
-                              padded * most * (e.hidden_row + inner_columns));
+      return rows * e.hidden_row + 6 * padded + padded * most * (e.hidden_row + inner_columns);
+    }
+    Scratch(const Encoder& e, float* memory, int64_t rows, int64_t inner_columns) : sum(memory) {
+      const int64_t padded = rows + kMaxTileRows;
       operand.scale = sum + rows * e.hidden_row;
       operand.low = operand.scale + padded;
       inner.scale = operand.low + padded;
@@ -73,7 +75,8 @@ struct Encoder {
   // The thread's share; whoever reads the panels must meet the others first.
   template <int p>
   void pack(const LinearWeights& from, const Linear<p>& to, const Team& team) const {
-    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i) pack_linear(from, to, i);
+    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i)
+      pack_linear(from, to, i, panel_memory.mine());
   }
   void pack_qkv(int64_t i, const Team& team) const {
     if (g.live && i < g.count)
@@ -103,7 +106,7 @@ struct Encoder {
                const Put& put) const {
     const int64_t p0 = part.p0, panels = part.p1 - p0;
     part.p0 = p0 + team.begin(panels), part.p1 = p0 + team.end(panels);
-    linear(w, a, rows, part, put);
+    linear(w, a, rows, part, panel_memory.mine(), put);
     team.meet();
   }
 
@@ -231,92 +234,6 @@ struct Encoder {
       }
   }
 
-  // One head of one sequence; of several parts of its queries, one.
-  void attend(int64_t b, int64_t head, int64_t part, int64_t parts) const {
-    constexpr int per = kPer<T>;
-    const int64_t start = g.cu_seqlens[b], queries = g.cu_seqlens[b + 1] - start;
-    const int64_t n = g.seqused_k ? g.seqused_k[b] : queries;
-    if (n == 0) {  // whose queries, if any, see nothing
-      for (int64_t i = part == 0 ? 0 : queries; i < queries; ++i)
-        std::memset(context + (start + i) * hidden_row + head * dim, 0, dim * sizeof(T));
-      return;
-    }
-    const int64_t tiles = tile_count<Key>(queries);
-    const int64_t tile0 = tiles * part / parts, tile1 = tiles * (part + 1) / parts;
-    const T* q = qkv + start * qkv_row + head * dim;
-    const T *k = q + g.hidden, *v = k + g.hidden;
-    const int64_t keys = round_up(n, NR), row_units = qkv_row / per;
-    const int64_t dim_units = round_up(ceil_div(dim, per), kUnits<Key>);
-    const int64_t key_units = std::is_same_v<T, float> ? n : keys / per;
-    const int64_t dim_panels = ceil_div(dim, NR);
-    static thread_local Buffer buffer;
-    float* key_panels = buffer.get<float>(keys * dim_units + key_units * dim_panels * NR +
-                                          kMaxTileRows * (2 * keys + NR));
-    float* value_panels = key_panels + keys * dim_units;
-    float* scores = value_panels + key_units * dim_panels * NR;  // [tile rows, keys]
-    float* probabilities = scores + kMaxTileRows * keys;         // of pairs
-    float* out = probabilities + kMaxTileRows * keys;            // [tile rows, NR]
-    const Key* values = reinterpret_cast<const Key*>(v);         // floats are read in place
-    int64_t value_row = qkv_row;
-
-    for (int64_t p = 0; p * NR < n; ++p) {
-      float* panel = key_panels + p * dim_units * NR;
-      const int64_t used = ceil_div(dim, per);
-      pack_panel<Math::fp32, NR>(panel, reinterpret_cast<const float*>(k + p * NR * qkv_row),
-                                 row_units, 1, min(NR, n - p * NR), used);
-      std::memset(panel + used * NR, 0, (dim_units - used) * NR * sizeof(float));
-    }
-    if constexpr (per == 2) {
-      for (int64_t u = 0; u < key_units; ++u)
-        for (int64_t j = 0; j < dim_panels * NR; j += W) {
-          const vf even = 2 * u < n ? load(v + 2 * u * qkv_row + j) : vf{};
-          const vf odd = 2 * u + 1 < n ? load(v + (2 * u + 1) * qkv_row + j) : vf{};
-          const vf both = (vf)((bits(even) >> 16) | bits(odd));
-          store(value_panels + (j / NR * key_units + u) * NR + j % NR, both);
-        }
-      values = reinterpret_cast<const Key*>(value_panels);
-      value_row = NR;
-    }
-    const float scale = 1 / std::sqrt(float(dim));
-    [[maybe_unused]] const std::conditional_t<kMatrixUnit<Key>, AmxScope, int> scope{};
-    for (int64_t t = tile0; t < tile1; ++t) {
-      const int64_t m0 = tile_begin<Key>(queries, t), rows = tile_begin<Key>(queries, t + 1) - m0;
-      for (int64_t p = 0; p * NR < n; ++p)
-        multiply(reinterpret_cast<const float*>(q + m0 * qkv_row), row_units, rows,
-                 reinterpret_cast<const Key*>(key_panels) + p * dim_units * NR, int64_t(NR),
-                 dim_units, scores + p * NR, keys);
-      float inverse[kMaxTileRows];
-      for (int64_t i = 0; i < rows; ++i) {
-        float* s = scores + i * keys;
-        vf top = splat(-kInf), total = {};
-        for (int64_t j = 0; j < keys; j += W) {
-          if (n - j < W) store(s + j, only(load(s + j), n - j, splat(-kInf)));
-          top = max(load(s + j), top);
-        }
-        const float shift = max_of(top) * scale;
-        for (int64_t j = 0; j < keys; j += W) {
-          const vf p = exp(load(s + j) * scale - shift);
-          total += p;
-          if constexpr (per == 2)
-            store(reinterpret_cast<bf16*>(probabilities + i * keys) + j, p);
-          else
-            store(s + j, p);
-        }
-        inverse[i] = 1 / sum(total);
-      }
-      const float* a = per == 2 ? probabilities : scores;
-      T* to = context + (start + m0) * hidden_row + head * dim;
-      for (int64_t p = 0; p < dim_panels; ++p) {
-        const Key* panel = per == 2 ? values + p * key_units * NR : values + p * NR;
-        multiply(a, keys, rows, panel, value_row, key_units, out, NR);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < min(NR, dim - p * NR); j += W)
-            store_upto(to + i * hidden_row + p * NR + j, load(out + i * NR + j) * inverse[i],
-                       dim - p * NR - j);
-      }
-    }
-  }
-
   // Keeps only the wanted rows of hidden and context.
   void keep(float* hidden_kept, T* context_kept, const Team& team) {
     for (int64_t i = team.begin(g.n_rows); i < team.end(g.n_rows); ++i) {
@@ -334,29 +251,31 @@ struct Encoder {
     team.meet();
   }
 
+  // Rows of a block that stays in L2.
+  int64_t block_rows(int64_t count, int64_t threads) const {
+    using Weight = typename F::Weight;
+    const int64_t tile = kTileRows<Weight>;
+    const int64_t bytes =
+        kSplit<Weight> ? hidden_row * 10 + block_columns * 6 : block_columns * sizeof(T);
+    const int64_t fitting = ((kHasAmx ? 1600 : precision == 2 ? 384 : 768) << 10) / bytes;
+    const int64_t blocks = round_up(ceil_div(count, max(fitting, 2 * tile)), threads);
+    return round_up(ceil_div(count, blocks), tile);
+  }
   // work(first row, rows, scratch, team) for all rows: shared out in blocks, or, where they are
   // too few for that, each block by all threads together.
   template <class Work>
-  void each_block(Buffer& shared, const Team& team, const Work& work) const {
-    using Weight = typename F::Weight;
-    const int64_t tile = kTileRows<Weight>;
+  void each_block(float* shared, const Team& team, const Work& work) const {
     if (tokens <= kTogether && team.size > 1)
       return work(0, tokens, Scratch(*this, shared, kTogether, inner_row), team);
-    // A block stays in L2.
-    const int64_t columns = kSplit<Weight> ? min(inner_row, 512) : inner_row;
-    const int64_t bytes = kSplit<Weight> ? hidden_row * 10 + columns * 6 : columns * sizeof(T);
-    const int64_t fitting = ((kHasAmx ? 1600 : precision == 2 ? 384 : 768) << 10) / bytes;
-    const int64_t most = fitting > 2 * tile ? fitting : 2 * tile;
-    const int64_t blocks = round_up(ceil_div(tokens, most), team.size);
-    const int64_t rows = round_up(ceil_div(tokens, blocks), tile);
+    const int64_t rows = block_rows(tokens, team.size);
     team.crew->share(ceil_div(tokens, rows), [&](int64_t block) {
-      static thread_local Buffer own;
       const int64_t m0 = block * rows;
-      work(m0, min(rows, tokens - m0), Scratch(*this, own, rows, columns), Team{});
+      const Scratch own(*this, block_memory.mine(), rows, block_columns);
+      work(m0, min(rows, tokens - m0), own, Team{});
     });
   }
   void run() {
-    static thread_local Buffer buffer, shared, weights;
+    static thread_local Buffer buffer, shared, weights, blocks, heads, panels;
     if (g.live) make_room(weights);
     const int64_t padded = tokens + kMaxTileRows, kept = g.rows ? g.n_rows + kMaxTileRows : 0;
     hidden = buffer.get<float>((padded + kept) * hidden_row * 2 + padded * qkv_row);
@@ -365,10 +284,18 @@ struct Encoder {
     T* context_kept = context + padded * hidden_row;
     qkv = context_kept + kept * hidden_row;
     const int threads = omp_get_max_threads();
-    {
-      const Scratch sized(*this, shared, kTogether, inner_row);
-    }
-    Buffer& together = shared;
+    float* together = shared.get<float>(Scratch::floats(*this, kTogether, inner_row));
+    const int64_t rows =
+        max(block_rows(tokens, threads), g.n_rows ? block_rows(g.n_rows, threads) : 0);
+    block_memory = {blocks, Scratch::floats(*this, rows, block_columns)};
+    int64_t longest = 0;
+    for (int64_t b = 0; b < g.batch; ++b)
+      longest = max(longest, g.cu_seqlens[b + 1] - g.cu_seqlens[b]);
+    const Heads<T> attention{qkv, qkv_row, g.hidden, g.hidden / g.heads, context, hidden_row};
+    const PerThread<float> head_memory(heads, attention.floats(longest));
+    const int64_t widest = max(g.hidden, g.inner);
+    const int64_t split = 2 * max(split_panel<precision>(widest), split_panel<kQkv>(widest));
+    panel_memory = {panels, max(split, g.live ? NR * g.hidden : 0)};
     const int64_t tasks = g.batch * g.heads;
     const int64_t parts = tasks < 2 * threads ? ceil_div(2 * threads, tasks) : 1;
     Crew crew;
@@ -386,7 +313,10 @@ struct Encoder {
         pack_rest(i, team);
         pack_qkv(i + 1, team);
         crew.share(tasks * parts, [&](int64_t task) {
-          attend(task / parts / g.heads, task / parts % g.heads, task % parts, parts);
+          const int64_t b = task / parts / g.heads, start = g.cu_seqlens[b];
+          const int64_t queries = g.cu_seqlens[b + 1] - start;
+          attention.attend(start, queries, g.seqused_k ? g.seqused_k[b] : queries,
+                           task / parts % g.heads, task % parts, parts, head_memory.mine());
         });
         if (g.rows && i + 1 == g.count) keep(hidden_kept, context_kept, team);
         each_block(together, team,

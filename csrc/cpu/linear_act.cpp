@@ -27,9 +27,9 @@ int64_t row_units(int64_t k) {
   return ceil_div(ceil_div(k, kPerUnit<math>), step) * step * kUnitParts<math>;
 }
 
-// Panel p of b over the block's k; the parts may meet inside it.
+// Panel p of b over the block's k; the parts may meet inside it: `rows` [NR, k] is for that.
 template <Math math>
-void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
+void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
   const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.parts : g.k;
   const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
   float* dst = block.data + p * block.units * NR;
@@ -48,8 +48,6 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p) {
       pack_operand<math, true>(dst, src, g.b_row, g.b_k, end - n0, block.k);
       return;
     }
-    static thread_local Buffer buffer;
-    float* rows = buffer.get<float>(NR * block.k);
     for (int64_t n = n0; n < end; ++n)
       for (int64_t k = block.k0; k < block.k0 + block.k; ++k) {
         const int64_t q = g.split_k ? k / part_k : n / part_n;
@@ -175,7 +173,8 @@ void gemm_in(const GemmArgs& g) {
                           (g.m > MC<math> ? threads : 1);
   const int64_t mc = ceil_div(ceil_div(g.m, m_tasks), R) * R;
   const int64_t n_tasks = min(panels, ceil_div((math == Math::split ? 1 : 2) * threads, m_tasks));
-  static thread_local Buffer b_buffer, sums_buffer;
+  static thread_local Buffer a_buffer, b_buffer, sums_buffer;
+  const PerThread<float> scratch(a_buffer, max((mc + R) * units, NR * kc));
   float* bias = b_buffer.get<float>(panels * NR * (1 + ceil_div(ks, kc) * units));
   float* b = bias + panels * NR;
   gather_bias(g, bias, panels * NR);
@@ -192,11 +191,10 @@ void gemm_in(const GemmArgs& g) {
     const auto b_block = [&](int64_t i) { return block_at(i, b + i * panels * units * NR); };
 #pragma omp for schedule(static) collapse(2)
     for (int64_t i = 0; i < blocks; ++i)
-      for (int64_t p = 0; p < panels; ++p) pack_b<math>(g, b_block(i), p);
+      for (int64_t p = 0; p < panels; ++p) pack_b<math>(g, b_block(i), p, scratch.mine());
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t mt = 0; mt < m_tasks; ++mt)
       for (int64_t nt = 0; nt < n_tasks; ++nt) {
-        static thread_local Buffer a_buffer;
         [[maybe_unused]] const std::conditional_t<kAmx<math>, AmxScope, int> scope{};
         const int64_t m0 = mt * mc, rows = min(mc, g.m - m0);
         const int64_t p_end = panels * (nt + 1) / n_tasks;
@@ -205,7 +203,7 @@ void gemm_in(const GemmArgs& g) {
         Finished before{&g, finish};
         int current = 0;
         for (int64_t i = 0; i < blocks; ++i) {
-          const Block bb = b_block(i), ab = block_at(i, a_buffer.get<float>((mc + R) * units));
+          const Block bb = b_block(i), ab = block_at(i, scratch.mine());
           const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
           pack_a<math>(g, ab, m0, rows);
           for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC<math>) {

@@ -8,7 +8,7 @@ template <int precision>
 void pack(const PackArgs& g) {
   const Linear<precision> to(g.out, g.n, g.k);
 #pragma omp parallel for schedule(static)
-  for (int64_t p = 0; p < to.panels; ++p) pack_linear(g.from, to, p);
+  for (int64_t p = 0; p < to.panels; ++p) pack_linear(g.from, to, p, nullptr);  // of one part
 }
 
 }  // namespace

@@ -55,25 +55,25 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
 }
 
 template <int precision, class T>
-void pack_from(const LinearWeights& from, const Linear<precision>& to, int64_t p) {
+void pack_from(const LinearWeights& from, const Linear<precision>& to, int64_t p, float* scratch) {
   const int64_t n0 = p * NR, valid = min(NR, to.n - n0), part_n = to.n / from.parts;
   const auto row = [&](int64_t n) {
     return static_cast<const T*>(from.weight[n / part_n]) + n % part_n * to.k;
   };
   if (n0 / part_n == (n0 + valid - 1) / part_n) return pack_rows(to, p, row(n0), valid);
-  static thread_local Buffer buffer;
-  T* rows = buffer.get<T>(NR * to.k);
+  T* rows = reinterpret_cast<T*>(scratch);
   for (int64_t i = 0; i < valid; ++i) std::memcpy(rows + i * to.k, row(n0 + i), to.k * sizeof(T));
   pack_rows(to, p, const_cast<const T*>(rows), valid);
 }
 
-// Panel p of the weights.
+// Panel p of the weights; scratch [NR, k] is for one in which parts meet.
 template <int precision>
-void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t p) {
+void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t p,
+                 float* scratch) {
   if (from.bf16)
-    pack_from<precision, bf16>(from, to, p);
+    pack_from<precision, bf16>(from, to, p, scratch);
   else
-    pack_from<precision, float>(from, to, p);
+    pack_from<precision, float>(from, to, p, scratch);
   auto* bias = const_cast<float*>(to.bias);
   const int64_t part_n = to.n / from.parts;
   for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {

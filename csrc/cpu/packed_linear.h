@@ -76,11 +76,19 @@ struct Operand {
   }
 };
 
+// Floats that a panel of k weights takes once it is split; 0 of weights that aren't.
+template <int precision>
+int64_t split_panel(int64_t k) {
+  using O = Operand<precision>;
+  return kSplit<typename O::Weight> ? ceil_div(k, O::kStepK) * O::kParts * kBlock : 0;
+}
+
 // put(row, column, register) for all rows and the part's columns, which run on to the end of the
-// last panel. `a` starts at the part's k0; the bias is added with the first k.
+// last panel. `a` starts at the part's k0; the bias is added with the first k. panels: room for two
+// that are split.
 template <int precision, class Put>
 void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t rows, const Part& part,
-            const Put& put) {
+            float* panels, const Put& put) {
   using Weight = typename Format<precision>::Weight;
   [[maybe_unused]] const std::conditional_t<kMatrixUnit<Weight>, AmxScope, int> scope{};
   alignas(64) float tiles[2][kMaxTileRows * NR];
@@ -108,14 +116,12 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
   const int64_t steps = ceil_div(part.k, Operand<precision>::kStepK);
   [[maybe_unused]] const int64_t pauses = steps * kPauses<parts>;
   // A panel is split while the one before it is multiplied.
-  static thread_local Buffer buffer;
-  const int64_t split_panel = kSplit<Weight> ? steps * parts * kBlock : 0;
-  float* panels = buffer.get<float>(2 * split_panel);
   Splitter splitter{nullptr, panels, 0, 0};
   const auto split = [&](int64_t p) {
     if (kSplit<Weight> && p < part.p1)
       splitter = {reinterpret_cast<const float*>(w.panel(p)) + part.k0 * NR,
-                  panels + (p - part.p0) % 2 * split_panel, 0, steps * kStep * 2};
+                  panels + (p - part.p0) % 2 * split_panel<precision>(part.k), 0,
+                  steps * kStep * 2};
   };
   split(part.p0);
   int current = 0;

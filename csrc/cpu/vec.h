@@ -3,6 +3,8 @@
 // All of it stands in an anonymous namespace: were these functions shared, the linker could keep
 // one instruction set's copy for all.
 #pragma once
+#include <omp.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -275,6 +277,22 @@ class Buffer {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A piece of a buffer for each thread, taken before the parallel region that it is for: where
+// memory is short, the exception couldn't leave that.
+template <class T>
+class PerThread {
+ public:
+  PerThread() = default;
+  PerThread(Buffer& buffer, int64_t count)
+      : count_(ceil_div(count, 64) * 64), data_(buffer.get<T>(count_ * omp_get_max_threads())) {}
+  T* mine() const { return data_ + count_ * omp_get_thread_num(); }
+
+ private:
+  int64_t count_ = 0;
+  T* data_ = nullptr;
+};
 
 }  // namespace
 }  // namespace bertfast::BERTFAST_ISA

@@ -3,8 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from ..attention import bias_arguments, check_offsets, dense_last, empty_or_zeros
-from ..cross_attention import check_both_offsets
+from ..attention import bias_arguments, dense_last, empty_or_zeros
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
@@ -103,7 +102,6 @@ def _padded_empty(x, empty=torch.empty):
 
 @register("attention", "cuda", limit=_limit)
 def _forward(qkv, cu_seqlens, max_seqlen, *options):
-    check_offsets(cu_seqlens, qkv.shape[0], max_seqlen)
     own = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     return _attend(qkv[:, 0], qkv[:, 1:], *own, *options)
 
@@ -120,7 +118,6 @@ def _backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
 
 @register("cross_attention", "cuda", limit=_limit)
 def _cross_forward(q, kv, *options):
-    check_both_offsets(q, kv, *options[:4])
     return _attend(q, kv, *options)
 
 

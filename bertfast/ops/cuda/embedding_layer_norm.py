@@ -2,7 +2,6 @@
 
 import torch
 
-from ..embedding_layer_norm import _check_ids
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
@@ -15,11 +14,6 @@ def _limit(device, dtype, arguments):
 
 @register("embedding_layer_norm", "cuda", limit=_limit)
 def _forward(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
-    _check_ids(
-        input_ids=(ids, word),
-        position_ids=(positions, position),
-        token_type_ids=(types, token_type),
-    )
     word, ids, positions, types, position = map(dense, (word, ids, positions, types, position))
     token_type, weight, bias, seed = map(dense, (token_type, weight, bias, seed))
     tokens, hidden = ids.shape[0], word.shape[1]
