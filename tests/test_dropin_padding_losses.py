@@ -63,6 +63,20 @@ def test_losses(name, behind, saved):
     assert_same(*seen)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_prompt_is_all_there_is(side, saved):
+    """Without a token to pool, "cls" takes column 0, a padded one on the left."""
+    first = base.Transformer(saved())
+    first.tokenizer.padding_side = side
+    pooling = own.Pooling(WIDTH, "cls", include_prompt=False)
+    models, _ = copies(st.SentenceTransformer(modules=[first, pooling], device="cpu"))
+    seen = []
+    for model in models:
+        given = [features(model, TEXTS[i : i + 4]) | {"prompt_length": 40} for i in (0, 4)]
+        seen.append(gradients(model, plain.MultipleNegativesRankingLoss(model)(given, None)))
+    assert_same(*seen)
+
+
 def test_cross_encoder(saved):
     for family in "Bert", "Roberta", "DistilBert":
         folder = saved(family, "ForSequenceClassification", num_labels=1)

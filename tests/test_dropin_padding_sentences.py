@@ -181,7 +181,7 @@ def test_pipelines(name, side, saved):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("mode", MODES)
 def test_prompts_left_out(mode, side, saved):
-    """Where the prompt is all there is, "cls" takes column 0, a padded one on the left."""
+    """The pooling's mask is not the encoder's."""
     first = base.Transformer(saved())
     first.tokenizer.padding_side = side
     models, _ = copies(
