@@ -34,3 +34,19 @@ def guarded(monkeypatch):
     for raw, size in buffers:
         for guard in (raw[:GUARD], raw[GUARD + size :]):
             assert (guard == 0xA5).all(), f"a kernel wrote outside a tensor of {size} bytes"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A function of a family, a head and options: the folder of such a small model, made once."""
+    from sentences import checkpoint
+
+    made = {}
+
+    def folder(family="Bert", head="Model", **options):
+        key = (family, head, *options.items())
+        if key not in made:
+            made[key] = checkpoint(tmp_path_factory.mktemp("saved"), family, head, **options)
+        return made[key]
+
+    return folder

@@ -4,6 +4,7 @@ import copy
 import inspect
 
 import torch
+import torch.utils._pytree as pytree
 from families import build, inputs_for
 
 import bertfast
@@ -84,34 +85,29 @@ def flat(name, value):
 
 def every(output):
     """A loss that reads every value at every position."""
-    tensors = [
-        t for t in torch.utils._pytree.tree_leaves(dict(output)) if isinstance(t, torch.Tensor)
-    ]
+    tensors = [t for t in pytree.tree_leaves(dict(output)) if isinstance(t, torch.Tensor)]
     return sum((t.tanh() * (1 + torch.arange(t.numel()) % 7).view_as(t)).sum() for t in tensors)
+
+
+def gradients(model, loss, **more):
+    """The loss and its gradients of the model's parameters and `more` leaves, by name."""
+    model.zero_grad()
+    loss.backward()
+    leaves = dict(model.named_parameters()) | more
+    grads = {f"gradient of {n}": p.grad for n, p in leaves.items() if p.grad is not None}
+    return {"the loss": loss.detach()} | grads
 
 
 def observe(model, given, loss=None):
     """What a call gives: outputs by name; with `loss`, of the output, also gradients."""
-    width = next(model.parameters()).dtype
-    given = {
-        k: v.to(width).detach().requires_grad_(loss is not None) if k == "inputs_embeds" else v
-        for k, v in given.items()
-    }
-    model.zero_grad()
+    given, more = dict(given), {}
+    if "inputs_embeds" in given:
+        wide = given["inputs_embeds"].to(next(model.parameters()).dtype).detach().clone()
+        given["inputs_embeds"] = more["inputs_embeds"] = wide.requires_grad_(loss is not None)
     with torch.set_grad_enabled(loss is not None):
         output = model(**given)
-        seen = flat("", dict(output))
-        if loss is None:
-            return seen
-        value = loss(output)
-        value.backward()
-    leaves = dict(model.named_parameters()) | {"inputs_embeds": given.get("inputs_embeds")}
-    grads = {
-        f"gradient of {n}": p.grad
-        for n, p in leaves.items()
-        if getattr(p, "grad", None) is not None
-    }
-    return seen | {"the loss": value.detach()} | grads
+    seen = flat("", dict(output))
+    return seen if loss is None else seen | gradients(model, loss(output), **more)
 
 
 def assert_same(ours, theirs, exact):

@@ -1,8 +1,16 @@
-"""Texts of a small vocabulary and saved models whose tokenizer knows it."""
+"""sentence-transformers' models of random weights, and texts of the few words that they know."""
+
+import copy
 
 import pytest
+import torch
 import transformers
 from families import build
+from padded import flat
+
+import bertfast
+
+WIDTH, VOCABULARY = 48, 90  # of families' small models
 
 WORDS = [
     "a",
@@ -47,3 +55,24 @@ def checkpoint(folder, family="Bert", head="Model", **options):
     tokenizer.save_pretrained(folder)
     build(family, head, pad_token_id=0, **options).save_pretrained(folder)
     return str(folder)
+
+
+def copies(model, **options):
+    """The model accelerated, as it is, and in fp64, all without dropout; and the report."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ours = copy.deepcopy(model)
+    report = bertfast.accelerate(ours, **options)
+    assert report.fused >= 2
+    return (ours, model, copy.deepcopy(model).double()), report
+
+
+def features(model, texts=TEXTS[:6], **options):
+    """A batch for the model's forward, which changes what it is given."""
+    given = model.preprocess(texts, **options)
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+
+def floats(found):
+    return {k: t for k, t in flat("", found).items() if t.is_floating_point()}
