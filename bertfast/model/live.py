@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16, lazy, plain, unwatched
+from ..ops.library import CPU_DTYPES, is_bf16, lazy, plain, real, unwatched
 from ..ops.linear_act import ACTIVATIONS
 from . import few_tokens
 from .layer import STATES, LayerOptions, LayerWeights
@@ -103,8 +103,7 @@ def forward(encoder, size: int, first: int, last: int, hidden, dtype, packing, r
     for given in (hidden.dtype, dtype):
         if given not in CPU_DTYPES:
             raise TypeError(f"states of {given}, expected torch.float32 or torch.bfloat16")
-    hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
-    rows = None if rows is None else rows.contiguous()
+    hidden, offsets, rows = map(real, (hidden, packing.cu_seqlens, rows))
     count = len(hidden) if rows is None else len(rows)
     out = torch.empty((count, hidden.shape[1]), dtype=dtype, device="cpu")
     if count:
