@@ -186,8 +186,10 @@ class BertEncoder(nn.Module):
             options = [layer.options() for layer in self.layer]
             if live.can_run(weights, options, hidden):
                 return live.run(weights, options[0], hidden, packing, rows)
-        here = hidden, hidden.shape[-1], packing.cu_seqlens, packing.seqlen, rows
-        STATES.check(here, values=False)
+        if self.layer:
+            size = self.layer[0].config.hidden_size
+            given = hidden, size, packing.cu_seqlens, packing.seqlen, rows
+            STATES.check(given, values=False)
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
             arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])

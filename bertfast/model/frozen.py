@@ -19,16 +19,25 @@ class _Packed:
     """The linear layers' weights side by side, packed; `pointer` is what C++ takes. In int8 the
     layer takes its input less `center`, [in_features]."""
 
-    def __init__(self, layers, precision: int, center=None):
+    def __init__(self, layers, n: int, k: int, precision: int, center=None):
         weight = torch.cat([m.weight.detach().float() for m in layers])
         bias = torch.cat([m.bias.detach().float() for m in layers])
+        _check_size("weight", weight, n, k)
+        _check_size("bias", bias, n)
         if center is not None and PRECISIONS[precision] == "int8":
             bias += weight @ center.detach().float()
-        n, k = weight.shape
         size = C.packed_bytes(n, k, precision) + 64
         self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.pointer = -(-self.storage.data_ptr() // 64) * 64
         C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, self.pointer)
+
+
+def _check_size(name, t, *shape):
+    if t.shape != shape:
+        raise ValueError(
+            f"a layer's {name} has shape {list(t.shape)}, expected {list(shape)} by the model's "
+            "configuration"
+        )
 
 
 class Frozen(nn.Module):
@@ -80,20 +89,23 @@ class FrozenEncoder(Frozen):
         activation, precision = ACTIVATIONS[config.hidden_act], PRECISIONS.index(precision)
         center = embeddings.LayerNorm.bias.detach().float().clone()
         self._keep, rows, first = [center], [], center.data_ptr()
+        n, inner_size = config.hidden_size, config.intermediate_size
         for layer in encoder.layer:
             inner, out = layer.attention.self, layer.attention.output
             qkv, qkv_precision = (inner.query, inner.key, inner.value), C.qkv_precision(precision)
             packed = [
-                _Packed(qkv, qkv_precision, center),
-                _Packed((out.dense,), precision),
-                _Packed((layer.intermediate.dense,), precision, out.LayerNorm.bias),
-                _Packed((layer.output.dense,), precision),
+                _Packed(qkv, 3 * n, n, qkv_precision, center),
+                _Packed((out.dense,), n, n, precision),
+                _Packed((layer.intermediate.dense,), inner_size, n, precision, out.LayerNorm.bias),
+                _Packed((layer.output.dense,), n, inner_size, precision),
             ]
             norms = [
                 p.detach().float().clone()
                 for norm in (out.LayerNorm, layer.output.LayerNorm)
                 for p in (norm.weight, norm.bias)
             ]
+            for p in norms:
+                _check_size("norm", p, n)
             center = norms[-1]
             self._keep += packed + norms
             rows.append([p.pointer for p in packed] + [n.data_ptr() for n in norms])
@@ -102,8 +114,8 @@ class FrozenEncoder(Frozen):
             rows,
             first,
             config.num_attention_heads,
-            config.hidden_size,
-            config.intermediate_size,
+            n,
+            inner_size,
             OPERATOR_ACTIVATIONS.index(activation),
             config.layer_norm_eps,
             precision,
