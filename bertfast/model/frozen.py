@@ -9,7 +9,7 @@ from ..ops import registry
 from ..ops.extension import C, error
 from ..ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit, is_bf16, plain
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
-from .layer import ACTIVATIONS
+from .layer import ACTIVATIONS, LayerWeights
 from .live import forward, serves
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -19,25 +19,16 @@ class _Packed:
     """The linear layers' weights side by side, packed; `pointer` is what C++ takes. In int8 the
     layer takes its input less `center`, [in_features]."""
 
-    def __init__(self, layers, n: int, k: int, precision: int, center=None):
+    def __init__(self, layers, precision: int, center=None):
         weight = torch.cat([m.weight.detach().float() for m in layers])
         bias = torch.cat([m.bias.detach().float() for m in layers])
-        _check_size("weight", weight, n, k)
-        _check_size("bias", bias, n)
         if center is not None and PRECISIONS[precision] == "int8":
             bias += weight @ center.detach().float()
+        n, k = weight.shape
         size = C.packed_bytes(n, k, precision) + 64
         self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.pointer = -(-self.storage.data_ptr() // 64) * 64
         C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, self.pointer)
-
-
-def _check_size(name, t, *shape):
-    if t.shape != shape:
-        raise ValueError(
-            f"a layer's {name} has shape {list(t.shape)}, expected {list(shape)} by the model's "
-            "configuration"
-        )
 
 
 class Frozen(nn.Module):
@@ -48,6 +39,14 @@ class Frozen(nn.Module):
         super().__init__()
         self.precision, self.hidden, self.layers = precision, config.hidden_size, len(encoder.layer)
         self.dtype = next(encoder.parameters()).dtype  # of the result
+        shapes = LayerWeights.shapes(config.hidden_size, config.intermediate_size)
+        for layer in encoder.layer:
+            for name, p, shape in zip(LayerWeights._fields, layer.weights(), shapes, strict=True):
+                if p.shape != shape:
+                    raise ValueError(
+                        f"a layer's {name} has shape {list(p.shape)}, expected {list(shape)} by "
+                        "the model's configuration"
+                    )
 
     def forward(self, hidden, packing, seeds=None, collect=None, rows=None):
         """As BertEncoder's, but `collect` gets no queries, keys and values."""
@@ -89,23 +88,20 @@ class FrozenEncoder(Frozen):
         activation, precision = ACTIVATIONS[config.hidden_act], PRECISIONS.index(precision)
         center = embeddings.LayerNorm.bias.detach().float().clone()
         self._keep, rows, first = [center], [], center.data_ptr()
-        n, inner_size = config.hidden_size, config.intermediate_size
         for layer in encoder.layer:
             inner, out = layer.attention.self, layer.attention.output
             qkv, qkv_precision = (inner.query, inner.key, inner.value), C.qkv_precision(precision)
             packed = [
-                _Packed(qkv, 3 * n, n, qkv_precision, center),
-                _Packed((out.dense,), n, n, precision),
-                _Packed((layer.intermediate.dense,), inner_size, n, precision, out.LayerNorm.bias),
-                _Packed((layer.output.dense,), n, inner_size, precision),
+                _Packed(qkv, qkv_precision, center),
+                _Packed((out.dense,), precision),
+                _Packed((layer.intermediate.dense,), precision, out.LayerNorm.bias),
+                _Packed((layer.output.dense,), precision),
             ]
             norms = [
                 p.detach().float().clone()
                 for norm in (out.LayerNorm, layer.output.LayerNorm)
                 for p in (norm.weight, norm.bias)
             ]
-            for p in norms:
-                _check_size("norm", p, n)
             center = norms[-1]
             self._keep += packed + norms
             rows.append([p.pointer for p in packed] + [n.data_ptr() for n in norms])
@@ -114,8 +110,8 @@ class FrozenEncoder(Frozen):
             rows,
             first,
             config.num_attention_heads,
-            n,
-            inner_size,
+            config.hidden_size,
+            config.intermediate_size,
             OPERATOR_ACTIVATIONS.index(activation),
             config.layer_norm_eps,
             precision,

@@ -48,6 +48,14 @@ class LayerWeights(NamedTuple):
     norm2: torch.Tensor
     norm2_bias: torch.Tensor
 
+    @classmethod
+    def shapes(cls, hidden: int, inner: int) -> list[tuple]:
+        """What their shapes must be, in their order."""
+        shapes = dict.fromkeys(cls._fields, (hidden,))
+        shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), (hidden, hidden))
+        shapes |= {"w1": (inner, hidden), "b1": (inner,), "w2": (hidden, inner)}
+        return list(shapes.values())
+
 
 class LayerOptions(NamedTuple):
     heads: int

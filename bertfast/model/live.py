@@ -44,11 +44,9 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> 
     if not layers:
         return False
     first, size, inner = options[0], hidden.shape[1], layers[0].w1.shape[0]
-    square, dtype, here = (size, size), layers[0].wq.dtype, _on_cpu(hidden)
+    dtype, here = layers[0].wq.dtype, _on_cpu(hidden)
     dtypes = CPU_DTYPES if here else (hidden.dtype,)
-    shapes = {"w1": (inner, size), "b1": (inner,), "w2": (size, inner)}
-    shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), square)
-    expected = [shapes.get(name, (size,)) for name in LayerWeights._fields]
+    expected = LayerWeights.shapes(size, inner)
     return (
         all(o == first for o in options)
         and not (first.attention_dropout or first.projection_dropout or first.output_dropout)
