@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
-OPERATOR_TESTS = $(wildcard tests/test_frozen.py tests/test_live.py tests/test_*_cuda.py tests/test_cuda_*.py $(patsubst bertfast/ops/%,tests/test_%,$(wildcard bertfast/ops/*.py)))
+OPERATOR_TESTS = $(wildcard tests/test_fuzz.py tests/test_frozen.py tests/test_live.py tests/test_*_cuda.py tests/test_cuda_*.py $(patsubst bertfast/ops/%,tests/test_%,$(wildcard bertfast/ops/*.py)))
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -30,7 +30,7 @@ test-sanitize: build ## the operators' tests with ASan and UBSan, the CUDA kerne
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	BERTFAST_EXTENSION=$(CURDIR)/build/sanitize/_C.so $(BIN)/pytest -k "not triton" $(OPERATOR_TESTS)
 
 test-cuda-host: build ## the CUDA kernels' tests, run on the CPU

@@ -240,6 +240,9 @@ def test_refusals():
     model = build()
     refused(ValueError, "'int4'", bertfast.freeze, model, "int4")
     refused(ValueError, "isn't frozen", bertfast.freeze, torch.nn.Linear(2, 2))
+    cut = build()
+    cut.encoder.layer[0].output.dense = torch.nn.Linear(8, cut.config.hidden_size)
+    refused(ValueError, r"w2 has shape .* 8\], expected", bertfast.freeze, cut)
     odd = bertfast.BertModel(BertConfig(hidden_size=33, num_attention_heads=3, vocab_size=9,
                                         intermediate_size=8, num_hidden_layers=1))  # fmt: skip
     refused(ValueError, "heads of 11", bertfast.freeze, odd, "bf16")

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICES, FLOATS, backends, check, refused
+from helpers import DEVICES, FLOATS, backends, check, refused, relative
 from torch.nn import functional as F
 
 import bertfast
@@ -197,6 +197,21 @@ def test_threads_do_not_change_bits(dtype):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("other", range(3))
+@pytest.mark.parametrize("backend", backends("qkv_linear"))
+def test_qkv_weights_of_different_strides(backend, other):
+    torch.manual_seed(0)
+    x, *w = (torch.randn(n, 16, device=DEVICES[backend]) for n in (5, 16, 16, 16))
+    w[other] = w[other].T.contiguous().T
+    b = [torch.randn(16, device=x.device) for _ in w]
+    with ops.backend(backend):
+        y = ops.qkv_linear(x, w[0], b[0], w[1], b[1], w[2], b[2])
+    truth = torch.cat(
+        [x.double() @ a.double().T + c.double() for a, c in zip(w, b, strict=True)], 1
+    )
+    assert relative(y, truth.cpu()) < 1e-5
 
 
 def test_refusals():

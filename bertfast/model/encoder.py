@@ -10,7 +10,7 @@ from .. import ops
 from ..ops.library import call
 from ..ops.pack import gather
 from . import live
-from .layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
+from .layer import ACTIVATIONS, STATES, LayerOptions, LayerWeights, encoder_layer
 
 
 class PackedSequences(NamedTuple):
@@ -208,6 +208,10 @@ class BertEncoder(nn.Module):
             options = [layer.options() for layer in self.layer]
             if live.can_run(weights, options, hidden, packing):
                 return live.run(weights, options[0], hidden, packing, rows)
+        if self.layer:
+            size = self.layer[0].config.hidden_size
+            given = hidden, size, packing.cu_seqlens, packing.seqlen, packing.seqused_k, rows
+            STATES.check(given, values=False)
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
             arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])

@@ -13,7 +13,7 @@ from ..ops.cuda.arguments import HALVES, MAX_HIDDEN, dtype_code
 from ..ops.cuda.attention import HEAD_DIMS
 from ..ops.cuda.linear_act import FEW_TOKENS
 from ..ops.extension import C
-from ..ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, ptr
+from ..ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, ptr, real
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
 from .layer import ACTIVATIONS, STATES
 
@@ -79,11 +79,10 @@ def run(addresses: int, layers: int, sizes, hidden, packing, rows=None):
     addresses: of int64 [layers, 16], the weights' addresses in the order of `LayerWeights`.
     sizes: heads, hidden, inner size, the activation's number in ops.linear_act, eps.
     """
-    STATES.check((hidden, sizes[1], packing.cu_seqlens, int(packing.seqlen), rows))
-    hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
+    STATES.check((hidden, sizes[1], packing.cu_seqlens, int(packing.seqlen), None, rows))
+    hidden, offsets, rows = map(real, (hidden, packing.cu_seqlens, rows))
     if hidden.data_ptr() % 16:
         hidden = hidden.clone()
-    rows = None if rows is None else rows.contiguous()
     tokens = len(hidden)
     count = tokens if rows is None else len(rows)
     out = torch.empty((count, sizes[1]), dtype=hidden.dtype, device=hidden.device)

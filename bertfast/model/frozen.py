@@ -9,7 +9,7 @@ from ..ops import registry
 from ..ops.extension import C, error
 from ..ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit, is_bf16, plain
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
-from .layer import ACTIVATIONS
+from .layer import ACTIVATIONS, LayerWeights
 from .live import forward, serves
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -39,6 +39,14 @@ class Frozen(nn.Module):
         super().__init__()
         self.precision, self.hidden, self.layers = precision, config.hidden_size, len(encoder.layer)
         self.dtype = next(encoder.parameters()).dtype  # of the result
+        shapes = LayerWeights.shapes(config.hidden_size, config.intermediate_size)
+        for layer in encoder.layer:
+            for name, p, shape in zip(LayerWeights._fields, layer.weights(), shapes, strict=True):
+                if p.shape != shape:
+                    raise ValueError(
+                        f"a layer's {name} has shape {list(p.shape)}, expected {list(shape)} by "
+                        "the model's configuration"
+                    )
 
     def forward(self, hidden, packing, seeds=None, collect=None, rows=None):
         """As BertEncoder's, but `collect` gets no queries, keys and values."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
-from ..ops.declare import FLOATS, Below, Declaration, Number, Offsets, Tensor
+from ..ops.declare import FLOATS, Below, Declaration, Number, Offsets, Tensor, UpToLengths
 from . import direct
 
 # transformers' names for what the kernels compute
@@ -19,11 +19,13 @@ ACTIVATIONS = {
 }
 
 STATES = Declaration(  # what the encoder's layers take in one call
-    "encoder(Tensor hidden, SymInt size, Tensor cu_seqlens, SymInt seqlen, Tensor? rows) -> Tensor",
+    "encoder(Tensor hidden, SymInt size, Tensor cu_seqlens, SymInt seqlen, Tensor? seqused_k, "
+    "Tensor? rows) -> Tensor",
     hidden=Tensor("tokens, size", FLOATS),
     size=Number(1),
     cu_seqlens=Tensor("batch + 1", torch.int32, Offsets("tokens", "seqlen")),
     seqlen=Number(0),
+    seqused_k=Tensor("batch", torch.int32, UpToLengths("cu_seqlens")),
     rows=Tensor("n", torch.int64, Below("tokens")),
 )
 
@@ -47,6 +49,14 @@ class LayerWeights(NamedTuple):
     b2: torch.Tensor
     norm2: torch.Tensor
     norm2_bias: torch.Tensor
+
+    @classmethod
+    def shapes(cls, hidden: int, inner: int) -> list[tuple]:
+        """What their shapes must be, in their order."""
+        shapes = dict.fromkeys(cls._fields, (hidden,))
+        shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), (hidden, hidden))
+        shapes |= {"w1": (inner, hidden), "b1": (inner,), "w2": (hidden, inner)}
+        return list(shapes.values())
 
 
 class LayerOptions(NamedTuple):

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16, lazy, plain, ptr, unwatched
+from ..ops.library import CPU_DTYPES, is_bf16, lazy, plain, ptr, real, unwatched
 from ..ops.linear_act import ACTIVATIONS
 from . import few_tokens
 from .layer import STATES, LayerOptions, LayerWeights
@@ -44,11 +44,9 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden, pac
     if not layers:
         return False
     first, size, inner = options[0], hidden.shape[1], layers[0].w1.shape[0]
-    square, dtype, here = (size, size), layers[0].wq.dtype, _on_cpu(hidden)
+    dtype, here = layers[0].wq.dtype, _on_cpu(hidden)
     dtypes = CPU_DTYPES if here else (hidden.dtype,)
-    shapes = {"w1": (inner, size), "b1": (inner,), "w2": (size, inner)}
-    shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), square)
-    expected = [shapes.get(name, (size,)) for name in LayerWeights._fields]
+    expected = LayerWeights.shapes(size, inner)
     return (
         all(o == first for o in options)
         and not (first.attention_dropout or first.projection_dropout or first.output_dropout)
@@ -99,18 +97,18 @@ def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows
 def forward(encoder, size: int, first: int, last: int, hidden, dtype, packing, rows=None):
     """Layers [first, last) of a `C.Encoder` of this hidden size: [tokens or rows, hidden] in
     `dtype`."""
-    STATES.check((hidden, size, packing.cu_seqlens, packing.seqlen, rows))
+    used = packing.seqused_k
+    STATES.check((hidden, size, packing.cu_seqlens, packing.seqlen, used, rows))
     for given in (hidden.dtype, dtype):
         if given not in CPU_DTYPES:
             raise TypeError(f"states of {given}, expected torch.float32 or torch.bfloat16")
-    hidden, offsets = hidden.contiguous(), packing.cu_seqlens.contiguous()
-    rows = None if rows is None else rows.contiguous()
+    hidden, offsets, used, rows = map(real, (hidden, packing.cu_seqlens, used, rows))
     count = len(hidden) if rows is None else len(rows)
     out = torch.empty((count, hidden.shape[1]), dtype=dtype, device="cpu")
     if count:
         encoder.forward(
             *(first, last, hidden.data_ptr(), is_bf16(hidden), out.data_ptr(), is_bf16(out)),
-            *(offsets.data_ptr(), ptr(packing.seqused_k), len(offsets) - 1, len(hidden)),
+            *(offsets.data_ptr(), ptr(used), len(offsets) - 1, len(hidden)),
             *((0, 0) if rows is None else (rows.data_ptr(), len(rows))),
         )
     return out

@@ -246,7 +246,7 @@ def cpu_backward(
         *(ptr(grad), ptr(lse), ptr(dq), ptr(dkv[:, 0]), ptr(dkv[:, 1])),
         *(dq.stride(0), dkv.stride(0), ptr(dbias), rows, columns),
     )
-    return dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else torch.empty(0)
+    return dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
 
 
 @register("attention", "cpu", limit=cpu_limit)

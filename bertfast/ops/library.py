@@ -56,6 +56,13 @@ def lazy(*tensors) -> bool:
     return any(True in map(flag, tensors) for flag in _FLAGS)
 
 
+def real(t):
+    """`t` dense and in memory: itself where it is, for who takes a pointer past the dispatcher."""
+    if t is None or not lazy(t):
+        return dense(t)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
+
+
 def plain(t) -> bool:
     """Whether a tensor's values lie where its pointer says, and its type hides no behaviour."""
     return (

@@ -251,15 +251,13 @@ struct Encoder {
     team.meet();
   }
 
-  // Rows of a block that stays in L2.
-  int64_t block_rows(int64_t count, int64_t threads) const {
+  // Rows of the largest block: it stays in L2.
+  int64_t block_most() const {
     using Weight = typename F::Weight;
-    const int64_t tile = kTileRows<Weight>;
     const int64_t bytes =
         kSplit<Weight> ? hidden_row * 10 + block_columns * 6 : block_columns * sizeof(T);
     const int64_t fitting = ((kHasAmx ? 1600 : precision == 2 ? 384 : 768) << 10) / bytes;
-    const int64_t blocks = round_up(ceil_div(count, max(fitting, 2 * tile)), threads);
-    return round_up(ceil_div(count, blocks), tile);
+    return max(fitting, 2 * kTileRows<Weight>);
   }
   // work(first row, rows, scratch, team) for all rows: shared out in blocks, or, where they are
   // too few for that, each block by all threads together.
@@ -267,7 +265,8 @@ struct Encoder {
   void each_block(float* shared, const Team& team, const Work& work) const {
     if (tokens <= kTogether && team.size > 1)
       return work(0, tokens, Scratch(*this, shared, kTogether, inner_row), team);
-    const int64_t rows = block_rows(tokens, team.size);
+    const int64_t blocks = round_up(ceil_div(tokens, block_most()), team.size);
+    const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<typename F::Weight>);
     team.crew->share(ceil_div(tokens, rows), [&](int64_t block) {
       const int64_t m0 = block * rows;
       const Scratch own(*this, block_memory.mine(), rows, block_columns);
@@ -286,7 +285,7 @@ struct Encoder {
     const int threads = omp_get_max_threads();
     float* together = shared.get<float>(Scratch::floats(*this, kTogether, inner_row));
     const int64_t rows =
-        max(block_rows(tokens, threads), g.n_rows ? block_rows(g.n_rows, threads) : 0);
+        round_up(min(block_most(), max(tokens, g.n_rows)), kTileRows<typename F::Weight>);
     block_memory = {blocks, Scratch::floats(*this, rows, block_columns)};
     int64_t longest = 0;
     for (int64_t b = 0; b < g.batch; ++b)

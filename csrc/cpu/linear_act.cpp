@@ -30,6 +30,7 @@ int64_t row_units(int64_t k) {
 // Panel p of b over the block's k; the parts may meet inside it: `rows` [NR, k] is for that.
 template <Math math>
 void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
+  if (block.k == 0) return;
   const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.parts : g.k;
   const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
   float* dst = block.data + p * block.units * NR;

@@ -27,9 +27,11 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
     scale[i] = 1, sum[i] = 0;
     if (units) continue;
     const T* row = i < valid ? rows + i * to.k : nullptr;
+    float poison = 0;  // NaN where a weight is inf or NaN: so are all results of the row
     float top = 0, sums[2][2] = {};  // weights of one sign among four, see kSums16
     for (int64_t k = 0; precision == 2 && row && k < to.k; ++k) {
       const float w = to_float(row[k]);
+      poison += w * 0.f;
       top = std::fmax(top, std::fabs(w));
       if (k % 8 == 0) std::memset(sums, 0, sizeof sums);
       float& sum = sums[k / 2 % 2][w < 0];
@@ -45,11 +47,12 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
       if constexpr (precision == 1) {
         reinterpret_cast<uint16_t*>(panel)[at] = uint16_t(round_bf16(splat(w))[0]);
       } else {
-        const int q = int(std::lrintf(w / scale[i]));
+        const int q = poison == 0 ? int(std::lrintf(w / scale[i])) : 0;
         reinterpret_cast<int8_t*>(panel)[at] = int8_t(q);
         total += q;
       }
     }
+    scale[i] += poison;
     sum[i] = scale[i] * float(total);
   }
 }

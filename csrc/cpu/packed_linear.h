@@ -116,12 +116,12 @@ void linear(const Linear<precision>& w, const Operand<precision>& a, int64_t row
   const int64_t steps = ceil_div(part.k, Operand<precision>::kStepK);
   [[maybe_unused]] const int64_t pauses = steps * kPauses<parts>;
   // A panel is split while the one before it is multiplied.
+  [[maybe_unused]] const int64_t panel_floats = split_panel<precision>(part.k);
   Splitter splitter{nullptr, panels, 0, 0};
   const auto split = [&](int64_t p) {
     if (kSplit<Weight> && p < part.p1)
       splitter = {reinterpret_cast<const float*>(w.panel(p)) + part.k0 * NR,
-                  panels + (p - part.p0) % 2 * split_panel<precision>(part.k), 0,
-                  steps * kStep * 2};
+                  panels + (p - part.p0) % 2 * panel_floats, 0, steps * kStep * 2};
   };
   split(part.p0);
   int current = 0;

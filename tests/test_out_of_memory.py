@@ -1,0 +1,73 @@
+"""Where memory is short an operator raises, whichever thread needed it, and the next call works."""
+
+import subprocess
+import sys
+
+import pytest
+
+# With inputs and threads made, the address space may grow by `room` bytes: enough for the results,
+# not for the kernel's own memory.
+CODE = """
+import resource, sys
+import torch
+from bertfast import ops
+
+torch.set_num_threads(2)
+
+def attention(n, grad=False):
+    qkv = torch.full((n, 3, 2, 8), 0.5, requires_grad=grad)
+    starts = torch.tensor([0, n], dtype=torch.int32)
+    return lambda: ops.attention(qkv, starts, n)
+
+def attention_backward(n):
+    y = attention(n, True)()
+    return lambda: y.sum().backward()
+
+def linear_act(n):
+    x, w = torch.ones(16, n), torch.ones(n, n)
+    return lambda: ops.linear_act(x, w)
+
+def add_layer_norm(n):
+    x, w = torch.ones(2, n), torch.ones(n)
+    return lambda: ops.add_layer_norm(x, None, w, w, 1e-5)
+
+def embedding_layer_norm(n):
+    ids, w = torch.zeros(2, dtype=torch.int64), torch.ones(n)
+    return lambda: ops.embedding_layer_norm(ids, ids, None, w[None], w[None], None, w, w, 1e-5)
+
+def frozen(n, models=[]):
+    import bertfast, transformers
+    config = transformers.BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=64, vocab_size=9, max_position_embeddings=1 << 16)
+    models += [] if models else [bertfast.freeze(bertfast.BertModel(config, False), "fp32")]
+    ids = torch.ones(1, n, dtype=torch.int64)
+    return lambda: models[0](ids)
+
+make, small, large, room = globals()[sys.argv[1]], *map(int, sys.argv[2:])
+make(small)()
+again, call = make(small), make(large)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+try:
+    call()
+    sys.exit("it had the memory")
+except MemoryError:
+    again()
+"""
+
+
+@pytest.mark.parametrize(
+    "call, small, large, room",
+    [
+        ("attention", 64, 40000, 12 << 20),
+        ("attention_backward", 64, 20000, 16 << 20),
+        ("linear_act", 512, 4096, 16 << 20),
+        ("add_layer_norm", 20000, 4 << 20, 48 << 20),
+        ("embedding_layer_norm", 20000, 4 << 20, 48 << 20),
+        ("frozen", 64, 30000, 40 << 20),
+    ],
+)
+def test_scratch_memory(call, small, large, room):
+    command = [sys.executable, "-c", CODE, call, str(small), str(large), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
