@@ -121,7 +121,8 @@ def test_anew_beside_an_older_run(done, capfd):
 
 def test_anew_that_fails_at_once_keeps_the_old(done, monkeypatch):
     scores(monkeypatch, [])
-    refused(StopIteration, "", done.run, resume="no")
+    with pytest.raises(StopIteration):
+        done.run(resume="no")
     assert done.names() == ["step-00000016", "step-00000024"]
 
 
