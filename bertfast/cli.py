@@ -204,6 +204,7 @@ def _text_settings(args) -> dict:
 def _evaluate(args):
     from .train import evaluate
 
+    _check_file(args.json)
     result = evaluate(
         args.model,
         args.data,
@@ -220,8 +221,10 @@ def _evaluate(args):
 
 def _predict(args):
     from . import data
+    from .files import write_text
     from .train import predict
 
+    _check_file(args.output)
     columns = [c for c in (args.text_column, args.text_pair_column) if c]
     if args.input == "-":
         table = {c: [] for c in columns}
@@ -254,13 +257,13 @@ def _predict(args):
     if args.output == "-":
         sys.stdout.writelines(lines)
     else:
-        with open(args.output, "w", encoding="utf-8") as f:
-            f.writelines(lines)
+        write_text(args.output, "".join(lines))
 
 
 def _quantize(args):
     from . import quantize
 
+    _check_file(args.json)
     result = quantize.report(
         args.model,
         args.check,
@@ -276,9 +279,23 @@ def _quantize(args):
         _write_json(args.json, result)
 
 
+def _check_file(path):
+    from .files import check_file
+
+    if path not in (None, "-"):
+        check_file(path)
+
+
 def _write_json(path, value):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=2) + "\n")
+    """Into a file; to stdout where that fails, for the figures took long to make."""
+    from .files import write_text
+
+    text = json.dumps(value, indent=2)
+    try:
+        write_text(path, text + "\n")
+    except OSError:
+        print(text)
+        raise
 
 
 def _say(text):
@@ -288,6 +305,7 @@ def _say(text):
 def _bench(args):
     from .bench.command import run
 
+    _check_file(args.json)
     run(args)
 
 
@@ -302,10 +320,13 @@ def main(argv=None) -> int:
     """Run the command; the exit code."""
     args = _parser().parse_args(argv)
     from .train.config import ConfigError
+    from .train.ranks import require_one_process
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
     commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize, "bench": _bench}
     try:
+        if args.command not in ("info", "pretrain"):
+            require_one_process(args.command)
         commands[args.command](args)
     except ConfigError as e:
         print(f"bertfast: {e}", file=sys.stderr)

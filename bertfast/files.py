@@ -1,8 +1,92 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and folders that one run has for itself."""
 
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: nothing is locked
+    fcntl = None
+
+_held = set()  # handles of locks, which a forked worker must not keep after this process
+
+
+def _forget():
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def locked(folder: Path):
+    """`folder`, made where it isn't there, for this process alone; a killed process holds nothing.
+
+    Raises BlockingIOError where another run has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(handle)
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        _held.discard(handle)
+        os.close(handle)
+
+
+def _lock(handle, folder):
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+        raise BlockingIOError(
+            f"{folder} is in use by another run (process {owner}): wait for it to end, stop it, or "
+            "give another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+
+
+def check_file(path) -> None:
+    """OSError where no file can be written at `path`: before the work whose result goes there."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file to write")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} can't be written: its folder is not there; make it first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path} can't be written: give another, or the right to")
+
+
+def check_folder(folder: Path) -> None:
+    """OSError where `folder` neither is a folder to write in nor could be made one."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} can't be a folder: {there} is a file; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: nothing can be written in {there}; give another")
+
+
+@contextmanager
+def os_errors(path):
+    """A full disk as OSError also from safetensors and tokenizers, which raise their own kinds."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:
+        if "(os error " not in str(e):
+            raise
+        raise OSError(f"{path} can't be written: {e}") from None
 
 
 def write_whole(path: Path, write) -> None:
@@ -10,10 +94,11 @@ def write_whole(path: Path, write) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        write(temporary)
+        with os_errors(path):
+            write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -23,3 +108,12 @@ def write_whole(path: Path, write) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_text(path, text: str) -> None:
+    """UTF-8, whole or not at all; straight into what is no file (a pipe, a terminal)."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))

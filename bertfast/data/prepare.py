@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import check_folder, locked, os_errors, write_whole
 from . import corpus, dedup, wordpiece
 from .config import PrepareConfig
 from .errors import DataError
@@ -36,17 +36,25 @@ from .shards import (
 def prepare(config: PrepareConfig, say=print) -> dict:
     """Make `config.out` from the corpus; goes on where a run before it stopped.
 
-    Returns the statistics that stand in index.json. Raises DataError.
+    Returns the statistics that stand in index.json. Raises DataError; OSError where `out` can't be
+    written or another run has it, or the disk is full.
     """
-    out = Path(config.out)
-    work, wanted = out / "work", config.fingerprint()
-    if (out / INDEX).exists():
-        index = read_index(out)
-        if index["settings"] != wanted:
-            raise DataError(f"{out} was prepared with other settings; give another --out")
-        say(f"{out} is already prepared")
-        return index["statistics"]
-    work.mkdir(parents=True, exist_ok=True)
+    out, wanted = Path(config.out), config.fingerprint()
+    if not (out / INDEX).exists():
+        check_folder(out)
+        with locked(out):
+            if not (out / INDEX).exists():
+                return _prepare(config, out, wanted, say)
+    index = read_index(out)
+    if index["settings"] != wanted:
+        raise DataError(f"{out} was prepared with other settings; give another --out")
+    say(f"{out} is already prepared")
+    return index["statistics"]
+
+
+def _prepare(config, out, wanted, say):
+    work = out / "work"
+    work.mkdir(exist_ok=True)
     settings = work / "settings.json"
     if settings.exists() and json.loads(settings.read_text()) != wanted:
         raise DataError(f"{work} holds an unfinished run with other settings; delete it, or give "
@@ -223,7 +231,8 @@ def _make_tokenizer(config, out, work, batches) -> int:
 
             tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
             wordpiece.check_tokenizer(tokenizer, config.tokenizer)
-            tokenizer.save_pretrained(temporary)
+            with os_errors(temporary):
+                tokenizer.save_pretrained(temporary)
         else:
             counts = wordpiece.WordCounts()
             for i, part in enumerate(batches):

@@ -7,6 +7,7 @@ from itertools import chain
 
 import numpy as np
 
+from ..files import os_errors
 from .errors import DataError
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -101,7 +102,8 @@ def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequ
 def save_tokenizer(tokenizer, folder, lowercase: bool, max_length: int = 512) -> None:
     """tokenizer.json, tokenizer_config.json and vocab.txt, as transformers reads them."""
     folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with os_errors(folder):
+        tokenizer.save(str(folder / "tokenizer.json"))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase}
     settings |= {"model_max_length": max_length, "tokenize_chinese_chars": True}

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..files import os_errors
 from .ranks import full, like
 
-STATE = "state.json"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
 def _sync(path):
@@ -73,22 +74,31 @@ def gather(model, optimizer) -> tuple[dict, dict]:
     return {name: full(p.detach()).contiguous() for name, p in model.named_parameters()}, moments
 
 
-def save(folder: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int) -> Path:
+def save(
+    folder: Path, step: int, tensors: tuple[dict, dict], state: dict, keep: int, mine: set[str]
+) -> dict:
     """Write `folder`/step-N from a temporary sibling, synced and renamed, then drop old ones.
 
-    tensors: what `gather` gave. state: JSON values. A failure (a full disk, say) leaves the
-    checkpoints before as they were.
+    tensors: what `gather` gave. state: JSON values; where state["best"] is of this step, its
+    "best_weights" become these. mine: names of the checkpoints that the run wrote or went on from;
+    this one is added, all others are another run's and go. The newest `keep` stay, and those that
+    hold the weights of their best evaluations.
+
+    Returns the state. A failure (a full disk, say) is an OSError and leaves all as it was.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        files = dict(zip(("model.safetensors", "optimizer.safetensors"), tensors, strict=True))
-        for name, values in files.items():
-            save_file(values, temporary / name)
-            _sync(temporary / name)
-        sums = {name: checksum(temporary / name) for name in files}
+        sums = {}
+        for file, values in zip((MODEL, OPTIMIZER), tensors, strict=True):
+            with os_errors(temporary / file):
+                save_file(values, temporary / file)
+            _sync(temporary / file)
+            sums[file] = checksum(temporary / file)
+        if state["best"] and state["best"]["step"] == step:
+            state = state | {"best_weights": {"checkpoint": final.name, "sha256": sums[MODEL]}}
         body = {"step": step, "rng": rng_state(), **state}
         text = json.dumps({"sha256": sums, "state": body})
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -97,15 +107,38 @@ def save(folder: Path, step: int, tensors: tuple[dict, dict], state: dict, keep:
             f.flush()
             os.fsync(f.fileno())
         _sync(temporary)
+        mine.add(final.name)
+        _drop(folder, mine)  # first, lest a kill leave two runs' side by side
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         _sync(folder)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError):
+            left = [c.name for c in checkpoints(folder)] or ["nothing"]
+            raise OSError(
+                f"checkpoint {final} is not written ({e}); kept: {', '.join(left)}. The same "
+                "command goes on from the last one"
+            ) from e
         raise
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    newest = checkpoints(folder)[-keep:]
+    _drop(folder, {c.name for c in newest} | {_best(c) for c in newest})
+    return state
+
+
+def _drop(folder, kept):
+    for old in checkpoints(folder):
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _best(checkpoint) -> str | None:
+    """The name of the checkpoint whose weights are the best at `checkpoint`."""
+    try:
+        weights = _body(checkpoint)["state"]["best_weights"]
+    except (OSError, ValueError):
+        return None
+    return weights and weights["checkpoint"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -113,19 +146,42 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def read_state(checkpoint: Path) -> dict:
-    """The JSON state of a checkpoint whose every checksum holds; ValueError names what doesn't."""
+def _body(checkpoint):
+    digest, _, text = (checkpoint / STATE).read_text().partition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
+        raise ValueError(f"{checkpoint / STATE} does not match its checksum")
+    return json.loads(text)
+
+
+def _check(path, expected):
     try:
-        digest, text = (checkpoint / STATE).read_text().split("\n", 1)
-        if hashlib.sha256(text.encode()).hexdigest() != digest:
-            raise ValueError(f"{checkpoint / STATE} does not match its checksum")
-        body = json.loads(text)
-        for name, expected in body["sha256"].items():
-            if checksum(checkpoint / name) != expected:
-                raise ValueError(f"{checkpoint / name} does not match its checksum")
+        found = checksum(path)
+    except OSError as e:
+        raise ValueError(f"{path} can't be read: {e}") from None
+    if found != expected:
+        raise ValueError(f"{path} does not match its checksum")
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The JSON state of a checkpoint whose every checksum holds, that of the best weights too;
+    ValueError names what doesn't."""
+    try:
+        body = _body(checkpoint)
     except OSError as e:
         raise ValueError(f"{checkpoint} is no whole checkpoint: {e}") from None
+    for file, expected in body["sha256"].items():
+        _check(checkpoint / file, expected)
+    best = body["state"]["best_weights"]
+    if best and best["checkpoint"] != checkpoint.name:
+        _check(checkpoint.parent / best["checkpoint"] / MODEL, best["sha256"])
     return body["state"]
+
+
+def read_best(folder: Path, best_weights: dict) -> dict:
+    """Parameters by name; ValueError where they are not what was saved."""
+    path = folder / best_weights["checkpoint"] / MODEL
+    _check(path, best_weights["sha256"])
+    return load_file(path)
 
 
 def latest(folder: Path, warn) -> tuple[Path, dict] | None:
@@ -142,11 +198,11 @@ def restore(checkpoint: Path, model, optimizer) -> None:
     """Parameters and optimizer state, in place."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in load_file(checkpoint / "model.safetensors").items():
-            parameters[name].copy_(like(value, parameters[name]))
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        name, field = key.rsplit("|", 1)
-        p = parameters[name]
+        for key, value in load_file(checkpoint / MODEL).items():
+            parameters[key].copy_(like(value, parameters[key]))
+    for key, value in load_file(checkpoint / OPTIMIZER).items():
+        parameter, field = key.rsplit("|", 1)
+        p = parameters[parameter]
         optimizer.state[p][field] = value
         if field != "step":
             optimizer.state[p][field] = like(value, p)

@@ -1,7 +1,5 @@
 """Fine-tuning for classification (single- and multi-label, pairs) and regression."""
 
-import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from .. import data
+from ..files import locked, write_text
 from ..model import BertForSequenceClassification, checkpoint
-from . import metrics, plots
+from . import metrics, outputs, plots
 from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
 from .inference import (
@@ -24,14 +23,14 @@ from .inference import (
     mean_loss,
 )
 from .loop import train
+from .outputs import say
+from .ranks import require_one_process
 from .task import Task
 
 # What may differ when a run is resumed.
-_FREE = {"out", "resume", "keep", "save_steps", "allow_pickle", "device"}
-
-
-def _say(text):
-    print(text, file=sys.stderr, flush=True)
+_FREE = {"out", "resume", "keep", "save_steps", "allow_pickle", "device", "parallel"}
+# What of the pretrained checkpoint counts, beside its weights.
+_BASE = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 class ClassificationTask(Task):
@@ -135,23 +134,49 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
 
     `out` receives the model and tokenizer (which transformers loads too), README.md,
     run_config.yaml, metrics.jsonl, eval_results.json, training_curve.png, data_report.json and,
-    for single-label tasks, confusion_matrix.csv and .png. Progress goes to stderr.
+    for single-label tasks, confusion_matrix.csv and .png. The model comes first: of the rest what
+    can't be written is a warning. Progress goes to stderr.
 
     Returns {"valid": metrics, "test": metrics, "train": how training went}; None for a dry run,
     which checks everything and trains nothing.
 
-    Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError.
+    Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError;
+    OSError where `out` can't be written or another run has it, or the disk is full.
     """
+    import sklearn.metrics  # noqa: F401  where it lacks, no run should start
+
     config.require("model", "train", "out")
-    device = choose_device(config.device)
+    require_one_process("finetune")
+    out = Path(config.out)
+    outputs.check(out, config.model)
     folder = checkpoint.resolve(config.model)
+    device = choose_device(config.device)
     checkpoint.verify(folder, config.allow_pickle)
     train_part, valid, test = _read_data(config)
     labels = data.LabelSet.from_examples(train_part)
     tokenizer = load_tokenizer(folder)
     report = data.dataset_report(train_part, valid, test, tokenizer, config.max_length)
-    _say(str(report))
+    say(str(report))
+    model = _model(config, folder, labels)
+    encoded = {
+        name: encoded_rows(tokenizer, part, labels, config.max_length)
+        for name, part in (("train", train_part), ("valid", valid), ("test", test))
+        if part is not None
+    }
+    task = ClassificationTask(config, labels, tokenizer, encoded["train"], encoded["valid"], device)
+    if dry_run:
+        say(f"dry run: {len(task.batches(0))} batches an epoch on {device}; nothing trained")
+        return None
 
+    with locked(out):
+        outputs.write_yaml(out / "run_config.yaml", config)
+        outputs.write_json(out / "data_report.json", report.as_dict())
+        outcome = train(model, task, config, out, _fingerprint(config, folder), say)
+        outputs.save(model, tokenizer, out)
+        return _results(config, model, tokenizer, labels, encoded, outcome, out)
+
+
+def _model(config, folder, labels):
     torch.manual_seed(config.seed)
     names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
     with warnings.catch_warnings(record=True) as caught:
@@ -165,71 +190,63 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
             problem_type=PROBLEM[config.task],
         )
     for w in caught:
-        _say(str(w.message))
+        say(str(w.message))
     limit = model.config.max_position_embeddings
     if config.max_length > limit:
         raise ConfigError(f"max_length is {config.max_length}, the model takes up to {limit}")
     freeze(model, config.freeze_layers)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
-    encoded = {
-        name: encoded_rows(tokenizer, part, labels, config.max_length)
-        for name, part in (("train", train_part), ("valid", valid), ("test", test))
-        if part is not None
-    }
-    task = ClassificationTask(config, labels, tokenizer, encoded["train"], encoded["valid"], device)
-    if dry_run:
-        _say(f"dry run: {len(task.batches(0))} batches an epoch on {device}; nothing trained")
-        return None
+    return model
 
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_yaml(out / "run_config.yaml", config)
-    _write_json(out / "data_report.json", report.as_dict())
-    fingerprint = {k: v for k, v in config.as_dict().items() if k not in _FREE}
-    fingerprint |= {
+
+def _fingerprint(config, folder) -> dict:
+    """What must be the same when a run is resumed."""
+    base = [p for name in _BASE if (p := folder / name).is_file()]
+    base += checkpoint.files(folder, config.allow_pickle)
+    given = {k: v for k, v in config.as_dict().items() if k not in _FREE}
+    given |= {
         f"{k}_sha256": checksum(getattr(config, k))
         for k in ("train", "valid")
         if getattr(config, k)
     }
-    outcome = train(model, task, config, out, fingerprint, _say)
+    return given | {"model_sha256": {p.name: checksum(p) for p in base}}
 
+
+def _results(config, model, tokenizer, labels, encoded, outcome, out) -> dict:
+    """Evaluates the trained model, and writes the figures of the run."""
     results = {"train": outcome}
     for name in ("valid", "test"):
         if name in encoded:
             logits, results[name] = evaluated(model, encoded[name], labels, tokenizer)
+    with outputs.optional(out / "eval_results.json") as path:
+        outputs.write_json(path, results)
+    with outputs.optional(out / "README.md") as path:
+        _write_card(path, config, labels, results, len(encoded["train"]))
+    with outputs.optional(out / "training_curve.png") as path:
+        plots.training_curve(out / "metrics.jsonl", config.metric, path)
     if config.task == "single_label":
-        targets = np.array([row["labels"] for row in encoded[name if test else "valid"]])
-        plots.confusion_matrix(metrics.confusion(logits, targets, len(labels)), labels.names, out)
-    plots.training_curve(out / "metrics.jsonl", config.metric, out / "training_curve.png")
-    _write_json(out / "eval_results.json", results)
-    _write_card(out / "README.md", config, labels, results, len(train_part))
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+        truth = [row["labels"] for row in encoded["test" if "test" in encoded else "valid"]]
+        predicted = metrics.predicted(logits, config.task)
+        with outputs.optional(out / "confusion_matrix.png"):
+            plots.confusion_matrix(truth, predicted, labels.names, out)
     return results
 
 
-def _write_json(path, value):
-    checkpoint.write_whole(path, lambda p: Path(p).write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def _write_yaml(path, config):
-    import yaml
-
-    text = yaml.safe_dump(config.as_dict(), sort_keys=False)
-    checkpoint.write_whole(path, lambda p: Path(p).write_text(text))
+_MADE = "fine-tuned with bertfast"  # how a card is known for ours
 
 
 def _write_card(path, config, labels, results, rows):
     score = results.get("test") or results["valid"]
     figures = "\n".join(f"| {k} | {v:.4f} |" for k, v in score.items() if isinstance(v, float))
-    path.write_text(
-        f"""---
+    if path.exists() and _MADE not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError("one that bertfast did not write is there, and is kept")
+    text = f"""---
 library_name: transformers
 pipeline_tag: text-classification
 ---
 # {path.resolve().parent.name}
 
-`{Path(config.model).name}` fine-tuned with bertfast on {rows:,} examples ({config.task}),
+`{Path(config.model).name}` {_MADE} on {rows:,} examples ({config.task}),
 {results["train"]["step"]} steps of {config.batch_size * config.accumulation}, learning rate
 {config.lr:g}, seed {config.seed}. Settings: `run_config.yaml`; data: `data_report.json`.
 
@@ -238,6 +255,5 @@ Classes: {", ".join(labels.names) or "none (regression)"}
 | {"test" if "test" in results else "validation"} | |
 | --- | --- |
 {figures}
-""",
-        encoding="utf-8",
-    )
+"""
+    write_text(path, text)

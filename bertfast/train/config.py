@@ -51,7 +51,7 @@ class RunConfig:
     gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, slower")
     eval_steps: int | None = _setting(None, "evaluate every N steps (default: every epoch)")
     save_steps: int | None = _setting(None, "checkpoint every N steps too, not only on evaluation")
-    keep: int = _setting(2, "checkpoints to keep")
+    keep: int = _setting(2, "checkpoints to keep, besides that of the best evaluation")
     resume: str = _setting("auto", "auto, no, or the folder of a checkpoint")
     parallel: str = _setting("ddp", "under torchrun: ddp, or fsdp to share out the weights too")
     device: str | None = _setting(None, "cpu or cuda (default: cuda where there is one)")
@@ -68,9 +68,10 @@ class RunConfig:
         self._check("lr", self.lr > 0, "above 0")
         self._check("beta2", 0 < self.beta2 < 1, "between 0 and 1")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
-        for name, choices in CHOICES.items():
-            if hasattr(self, name):
-                self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), CHOICES.get(f.name)
+            if choices and value != f.default:
+                self._check(f.name, value in choices, f"one of {', '.join(choices)}")
 
     def _check(self, name, good, expected):
         if not good:
@@ -105,9 +106,11 @@ class FinetuneConfig(RunConfig):
     class_weights: dict[str, float] = _setting(dict, "label=weight in the loss, others 1")
     freeze_layers: int | None = _setting(None, "freeze the embeddings and the first N layers")
     allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
+    parallel: str | None = _setting(None, "for pretrain only: finetune trains in one process")
 
     def __post_init__(self):
         super().__post_init__()
+        self._check("parallel", self.parallel is None, "none: finetune trains in one process")
         for name in ("batch_size", "max_length"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
         metrics = METRICS[self.task]

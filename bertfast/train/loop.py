@@ -12,7 +12,6 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import heap
-from ..files import write_whole
 from ..model.encoder import BertLayer
 from . import checkpoint
 from .config import LOWER_IS_BETTER
@@ -22,11 +21,10 @@ from .speed import Speed, matmul_rate
 from .task import Task
 from .watch import Log, Stop, StoppedError, line
 
-BEST = "best.safetensors"
-
 
 class TrainingError(RuntimeError):
-    """A run that can't go on: a loss that is not finite, a settings clash on resume."""
+    """A run that can't go on: a loss that is not finite, a settings clash on resume, best weights
+    that are damaged."""
 
 
 class InterruptedRunError(RuntimeError):
@@ -110,6 +108,7 @@ class _Run:
         self.group = config.accumulation * self.ranks.world  # micro-batches in a step
         self.steps = task.steps(config, self.group)
         self.step = 0
+        self.mine = set()  # names of the checkpoints that this run may go back to
         self.state = {
             "epoch": 0,
             "done": 0,  # steps of the epoch
@@ -118,6 +117,7 @@ class _Run:
             "tokens": 0,
             "log_size": 0,
             "best": None,
+            "best_weights": None,  # the checkpoint that holds them, and its checksum
             "bad_evaluations": 0,
             "stopped": False,
         }
@@ -128,7 +128,7 @@ class _Run:
             total=self.steps, initial=self.step, unit="step", desc="train", dynamic_ncols=True,
             disable=not self.main,
         )  # fmt: skip
-        self.log = Log(self.out, self.state["log_size"], self.main)
+        self.log = Log(self.out, self.state["log_size"], self.main, self.say)
         self.speed = self.ahead = None
         try:
             # The next step's batches are made in a thread while this step runs.
@@ -137,13 +137,10 @@ class _Run:
         finally:
             self.log.close()
             heap.release_freed()
-        if self.config.metric is not None:
-            with torch.no_grad():
-                for name, value in checkpoint.load_file(self.folder / BEST).items():
-                    p = self.model.get_parameter(name)
-                    p.copy_(like(value, p))
-        self.model.eval()
         state = self.state
+        if state["best"] and state["best"]["step"] != self.step:
+            self._load_best()
+        self.model.eval()
         return {
             "step": self.step,
             "epoch": state["epoch"],
@@ -155,7 +152,7 @@ class _Run:
 
     def _loop(self):
         state, batches, part = self.state, [], None
-        while True:
+        while not self._over():
             if part != state["epoch"]:
                 part, batches = state["epoch"], self.task.batches(state["epoch"])
                 if not batches:
@@ -168,9 +165,7 @@ class _Run:
                 state["epoch"], state["done"] = state["epoch"] + 1, 0
             if due:
                 self._save()
-            if self.step >= self.steps or state["stopped"]:
-                return
-            if ended:
+            if ended or state["stopped"]:
                 continue
             at = state["done"] * self.group
             following = batches[at + self.group : at + 2 * self.group]
@@ -178,6 +173,10 @@ class _Run:
             every = self.config.save_steps
             if every and self.step % every == 0 and not self._due(not following):
                 self._save()
+
+    def _over(self) -> bool:
+        """Whether all is done, the last evaluation too: also where a resumed run begins."""
+        return self.state["stopped"] or self.state["evaluated"] == self.step >= max(1, self.steps)
 
     def _due(self, ended: bool) -> bool:
         """Whether the weights are to be evaluated, which also saves them."""
@@ -305,7 +304,6 @@ class _Run:
         if best is None or sign * metrics[config.metric] > sign * best["metrics"][config.metric]:
             state["best"] = {"epoch": state["epoch"], "step": self.step, "metrics": metrics}
             state["bad_evaluations"] = 0
-            _write_best(self.folder / BEST, self.model, self.main)
         else:
             state["bad_evaluations"] += 1
         state["stopped"] = (
@@ -318,13 +316,32 @@ class _Run:
             return
         self.state["log_size"] = self.log.size()
         state = self.state | {"fingerprint": self.fingerprint}
-        checkpoint.save(self.folder, self.step, tensors, state, self.config.keep)
+        keep, mine = self.config.keep, self.mine
+        state = checkpoint.save(self.folder, self.step, tensors, state, keep, mine)
+        self.state["best_weights"] = state["best_weights"]
+
+    def _load_best(self):
+        best = self.ranks.agree(self.state["best_weights"])  # which rank 0 has written by now
+        try:
+            tensors = checkpoint.read_best(self.folder, best)
+        except ValueError as e:
+            raise TrainingError(
+                f"the weights of the best evaluation are lost: {e}. The last step's are in "
+                f"{self.folder}; the same command again trains from the newest checkpoint whose "
+                "best weights are whole"
+            ) from None
+        with torch.no_grad():
+            for name, value in tensors.items():
+                p = self.model.get_parameter(name)
+                p.copy_(like(value, p))
 
     def _resume(self):
         found = None
         if self.config.resume == "auto":
             found = checkpoint.latest(self.folder, self.say) if self.main else None
             found = self.ranks.agree(found)
+            if not found and checkpoint.checkpoints(self.folder):
+                self.say(f"warning: no checkpoint in {self.folder} is whole: training starts anew")
         elif self.config.resume != "no":
             found = Path(self.config.resume), checkpoint.read_state(Path(self.config.resume))
         if not found:
@@ -341,6 +358,12 @@ class _Run:
         checkpoint.restore(path, self.model, self.optimizer)
         checkpoint.set_rng_state(saved["rng"])
         self.step, self.state = saved["step"], {k: saved[k] for k in self.state}
+        best = self.state["best_weights"]
+        if path.parent.resolve() == self.folder.resolve():
+            names = (c.name for c in checkpoint.checkpoints(self.folder))
+            self.mine = {name for name in names if name <= path.name}
+        elif best:
+            best["checkpoint"] = str(path.parent.resolve() / best["checkpoint"])
         self.say(f"resumed from {path}")
 
 
@@ -348,9 +371,3 @@ def _seed(seed: int, step: int, rank: int):
     """torch's generators for this step on this rank."""
     value = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(value >> np.uint64(1)))
-
-
-def _write_best(path: Path, model, main: bool):
-    tensors = {name: full(p.detach()).contiguous() for name, p in model.named_parameters()}
-    if main:
-        write_whole(path, lambda temporary: checkpoint.save_file(tensors, temporary))

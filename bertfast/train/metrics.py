@@ -76,10 +76,3 @@ def full(logits, targets, task: str, names, loss: float) -> dict:
         for name, p, r, f, s in zip(names, *rows, strict=True)
     }
     return result
-
-
-def confusion(logits, targets, classes: int) -> np.ndarray:
-    """int64 [classes, classes]: rows the truth, columns the prediction."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(targets, predicted(logits, "single_label"), labels=range(classes))

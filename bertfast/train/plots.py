@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+SHOWN, LISTED = 40, 2000  # classes in a confusion matrix: in the picture, at all
+LONGEST = 30  # characters of a class's name in the picture
+
 
 def _figure(width, height):
     from matplotlib.figure import Figure
@@ -13,25 +16,50 @@ def _figure(width, height):
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
-def confusion_matrix(matrix: np.ndarray, names, folder: Path) -> None:
-    """confusion_matrix.csv and .png: rows the truth, columns the prediction."""
+def confusion_matrix(truth, predicted, names, folder: Path) -> None:
+    """confusion_matrix.csv and .png: rows the truth, columns the prediction.
+
+    truth, predicted: class ids [n]. The picture shows SHOWN classes at most, those with the most
+    errors. ValueError, and no file, for more than LISTED.
+    """
+    n = len(names)
+    if n > LISTED:
+        raise ValueError(f"{n:,} classes, a confusion matrix is for up to {LISTED:,}")
+    matrix = np.bincount(np.asarray(truth) * n + predicted, minlength=n * n).reshape(n, n)
     with open(folder / "confusion_matrix.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["truth \\ predicted", *names])
         writer.writerows([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
-    side = 3 + 0.3 * len(names)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    errors = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
+    chosen = np.sort(np.argsort(-errors, kind="stable")[:SHOWN])
+    matrix, share = (m[np.ix_(chosen, chosen)] for m in (matrix, share))
+    side = 3 + 0.3 * len(chosen)
     figure = _figure(side + 1, side)
     axes = figure.subplots()
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    ticks, shown = range(len(chosen)), [_label(names[i], i) for i in chosen]
+    axes.set_xticks(ticks, shown, rotation=90, parse_math=False)
+    axes.set_yticks(ticks, shown, parse_math=False)
     axes.set(xlabel="predicted", ylabel="truth")
-    for i, j in np.argwhere(matrix) if len(names) <= 40 else ():
+    if len(chosen) < n:
+        axes.set_title(f"the {SHOWN} of {n:,} classes with the most errors", fontsize=10)
+    for i, j in np.argwhere(matrix):
         color = "white" if share[i, j] > 0.5 else "black"
         axes.text(j, i, matrix[i, j], ha="center", va="center", fontsize=6, color=color)
     figure.colorbar(image, label="share of the true class", shrink=0.7)
     figure.savefig(folder / "confusion_matrix.png")
+
+
+def _label(name: str, i: int) -> str:
+    """A class's name, cut to fit; its number where the font lacks a letter of it."""
+    from matplotlib import font_manager
+
+    name = " ".join(name.split())
+    has = font_manager.get_font(font_manager.findfont(None)).get_char_index
+    if not all(has(ord(c)) for c in name):
+        return f"class {i}"
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def training_curve(metrics_file: Path, metric: str, path: Path) -> None:

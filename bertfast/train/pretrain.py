@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +15,14 @@ from .. import ops
 from ..data import masking
 from ..data.sequences import Sequences
 from ..data.shards import Shards, read_index, sha256
+from ..files import locked
 from ..model import BertForMaskedLM, BertForPreTraining, checkpoint
 from ..model.presets import bert_config
-from . import plots
-from .classify import _say, _write_json, _write_yaml
+from . import outputs, plots
 from .config import ConfigError, PretrainConfig
 from .inference import choose_device
 from .loop import train
+from .outputs import say
 from .ranks import Ranks, full
 from .task import Task
 
@@ -195,7 +197,7 @@ class PretrainTask(Task):
             metrics |= {"nsp_loss": sums[4] / sums[6], "nsp_accuracy": sums[5] / sums[6]}
         if ranks.rank == 0:
             for text in self.samples:
-                _say(f"  {text}")
+                say(f"  {text}")
         return metrics | {"samples": self.samples}
 
 
@@ -226,7 +228,7 @@ def _model(config, tokenizer):
             warnings.simplefilter("always")
             model = cls.from_pretrained(config.model, allow_pickle=config.allow_pickle)
         for w in caught:
-            _say(str(w.message))
+            say(str(w.message))
         if model.config.vocab_size < len(tokenizer):
             raise ConfigError(
                 f"{config.model} has a vocabulary of {model.config.vocab_size}, {config.data} one "
@@ -249,18 +251,22 @@ def _model(config, tokenizer):
 def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
     """Pre-train a BERT on a prepared folder; `config.out` then holds a checkpoint as transformers
     reads it, with its tokenizer, run_config.yaml, metrics.jsonl, tensorboard/, training_curve.png,
-    eval_results.json and checkpoints/. Progress goes to stderr.
+    eval_results.json and checkpoints/. The model comes first: a picture or figures that can't be
+    written are a warning. Progress goes to stderr.
 
     Under torchrun the ranks share each step's sequences, and rank 0 writes.
 
     Returns {"valid": metrics, "train": how training went}; None for a dry run, which checks
     everything and trains nothing.
 
-    Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError.
+    Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError;
+    OSError where `out` can't be written or another run has it, or the disk is full.
     """
     config.require("data", "out")
     main = int(os.environ.get("RANK", 0)) == 0
-    say = _say if main else lambda text: None
+    tell = say if main else lambda text: None
+    out = Path(config.out)
+    outputs.check(out, config.model)
     tokenizer = _tokenizer(config)
     words = masking.vocabulary(tokenizer)
     lexicon = None
@@ -277,18 +283,14 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
     parts = config.accumulation * task.world
     steps = task.steps(config, parts)
     size = sum(p.numel() for p in model.parameters())
-    say(
+    tell(
         f"{size:,} parameters, {train_part.shards.tokens:,} training tokens, {steps} steps of up "
         f"to {config.batch_tokens:,} tokens on {task.world} x {task.device.type}"
     )
     if dry_run:
-        say("dry run: nothing trained")
+        tell("dry run: nothing trained")
         return None
 
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if main:
-        _write_yaml(out / "run_config.yaml", config)
     fingerprint = {k: v for k, v in config.as_dict().items() if k not in _FREE}
     fingerprint |= {
         "index_sha256": sha256(Path(config.data) / "index.json"),
@@ -296,15 +298,19 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
         "model": model.config.to_diff_dict(),
         "start": _start(config),
     }
-    outcome = train(model, task, config, out, fingerprint, say)
-    results = {"train": outcome, "valid": outcome.pop("last") or {}}
-    if main:
+    with locked(out) if main else nullcontext():
+        if main:
+            outputs.write_yaml(out / "run_config.yaml", config)
+        outcome = train(model, task, config, out, fingerprint, tell)
+        results = {"train": outcome, "valid": outcome.pop("last") or {}}
         results["valid"].pop("samples", None)
-        if len(valid):
-            plots.training_curve(out / "metrics.jsonl", "mlm_accuracy", out / "training_curve.png")
-        _write_json(out / "eval_results.json", results)
-        tokenizer.save_pretrained(out)
-    _save(model, out, main)
+        plain = _gathered(model, main)
+        if main:
+            outputs.save(plain, tokenizer, out)
+            with outputs.optional(out / "eval_results.json") as path:
+                outputs.write_json(path, results)
+            with outputs.optional(out / "training_curve.png") as path:
+                plots.training_curve(out / "metrics.jsonl", "mlm_accuracy", path)
     return results
 
 
@@ -316,11 +322,13 @@ def _start(config):
     return [sha256(p) for p in checkpoint.files(folder, config.allow_pickle)]
 
 
-def _save(model, out, main):
+def _gathered(model, main):
+    """On rank 0 a plain model with the weights of a perhaps sharded one; all ranks together."""
     with torch.no_grad():
         tensors = {name: full(p) for name, p in model.named_parameters()}
-    if main:
-        plain = type(model)(model.config)
-        plain.tie_weights()
-        plain.load_state_dict(tensors, strict=False)
-        plain.save_pretrained(out)
+    if not main:
+        return None
+    plain = type(model)(model.config)
+    plain.tie_weights()
+    plain.load_state_dict(tensors, strict=False)
+    return plain

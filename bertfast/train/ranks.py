@@ -6,10 +6,22 @@ from contextlib import nullcontext
 import torch
 from torch import distributed, nn
 
+from .config import ConfigError
+
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # a torch built without distributed
     DTensor = distribute_tensor = None
+
+
+def require_one_process(command: str) -> None:
+    """ConfigError under torchrun, where each rank would do all of `command` and write its files."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {world}, but {command} runs in one process: start it without torchrun "
+            "(pretrain is the one command that takes several)"
+        )
 
 
 def join(device_type: str) -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -32,15 +34,30 @@ class StoppedError(Exception):
     """SIGTERM came where nothing is lost by leaving."""
 
 
-class Log:
-    """metrics.jsonl and TensorBoard; a resumed run cuts off what came after its checkpoint."""
+_TAIL = 2**20  # bytes: longer than any record
 
-    def __init__(self, out: Path, size: int, on: bool):
+
+class Log:
+    """metrics.jsonl and TensorBoard; a resumed run cuts off what came after its checkpoint.
+
+    size: of metrics.jsonl at that checkpoint. warn: hears of records that are missing, and of a
+    TensorBoard that fails, which ends no run.
+    """
+
+    def __init__(self, out: Path, size: int, on: bool, warn: Callable = print):
         self.file = self.board = None
+        self.warn = warn
         if not on:
             return
-        self.file = open(out / "metrics.jsonl", "ab")  # noqa: SIM115
-        self.file.truncate(size)
+        path = out / "metrics.jsonl"
+        self.file = open(path, "ab+")  # noqa: SIM115
+        end = min(size, self.file.seek(0, os.SEEK_END))
+        self.file.seek(max(0, end - _TAIL))
+        tail = self.file.read(end - self.file.tell())
+        end -= len(tail) - (tail.rfind(b"\n") + 1)
+        if end != size:
+            warn(f"warning: {path} is not what it was at the checkpoint: records are missing")
+        self.file.truncate(end)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -53,9 +70,18 @@ class Log:
             return
         self.file.write((json.dumps(record) + "\n").encode())
         self.file.flush()
-        for name, value in record.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, record["step"])
+        with self._board_may_fail():
+            for name, value in record.items() if self.board else ():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, record["step"])
+
+    @contextmanager
+    def _board_may_fail(self):
+        try:
+            yield
+        except Exception as e:
+            self.board = None
+            self.warn(f"warning: TensorBoard stops here: {e}")
 
     def size(self) -> int:
         if self.file is None:
@@ -66,8 +92,9 @@ class Log:
     def close(self):
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
+        with self._board_may_fail():
+            if self.board:
+                self.board.close()
 
 
 def line(record: dict, steps: int) -> str:

@@ -1,0 +1,97 @@
+"""Files and folders: locks that die with their process, failures of one kind, what is no file."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from helpers import refused
+
+from bertfast.files import check_file, check_folder, locked, os_errors, write_text
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from bertfast.files import locked
+with locked(Path(sys.argv[1])):
+    worker = os.fork()  # outlives a killed parent, as a pool's does
+    if worker:
+        print(worker, flush=True)
+    time.sleep(60)
+"""
+
+
+def enter(folder):
+    with locked(folder):
+        pass
+
+
+def test_lock_ends_with_its_process(tmp_path):
+    folder = tmp_path / "new" / "out"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=-1, text=True)
+    worker = int(holder.stdout.readline())
+    try:
+        refused(BlockingIOError, rf"{folder} is in use.*process {holder.pid}\b", enter, folder)
+        holder.kill()
+        holder.wait()
+        os.kill(worker, 0)  # still there
+        enter(folder)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        holder.stdout.close()
+
+
+def test_lock_in_one_process(tmp_path):
+    with locked(tmp_path):
+        refused(BlockingIOError, "another --out", enter, tmp_path)
+    enter(tmp_path)
+
+
+def fail(error):
+    with os_errors("x.safetensors"):
+        raise error
+
+
+def test_os_errors():
+    from safetensors import SafetensorError
+
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    refused(OSError, r"x.safetensors can't be written.*No space left", fail, SafetensorError(text))
+    refused(OSError, "No space left", fail, Exception(text))  # tokenizers' kind
+    refused(PermissionError, "^no$", fail, PermissionError("no"))
+    refused(SafetensorError, "a bad header", fail, SafetensorError("a bad header"))
+
+
+def test_check_folder_and_file(tmp_path):
+    (tmp_path / "f").write_text("x")
+    check_folder(tmp_path / "a" / "b")
+    check_file(tmp_path / "new")
+    check_file(tmp_path / "f")
+    refused(NotADirectoryError, "f is a file", check_folder, tmp_path / "f" / "b")
+    refused(NotADirectoryError, "f is a file", check_folder, tmp_path / "f")
+    refused(IsADirectoryError, "is a folder", check_file, tmp_path)
+    refused(FileNotFoundError, "its folder is not there", check_file, tmp_path / "a" / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
+
+
+def test_write_text(tmp_path):
+    target = tmp_path / "t"
+    target.write_text("old")
+    target.chmod(0o600)
+    (tmp_path / "link").symlink_to(target)
+    write_text(tmp_path / "link", "é")
+    assert target.read_text(encoding="utf-8") == "é" and (tmp_path / "link").is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_write_text_into_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    found = []
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_text(tmp_path / "pipe", "text")
+    reader.join(10)
+    assert found == ["text"] and not (tmp_path / "pipe").is_file()

@@ -1,0 +1,238 @@
+"""What a run leaves: the model first, whatever fails after it; no folder that isn't its own."""
+
+import csv
+import json
+import resource
+import struct
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_pretrain
+from helpers import refused
+
+from bertfast.cli import main
+from bertfast.train import (
+    ConfigError,
+    FinetuneConfig,
+    PretrainConfig,
+    classify,
+    finetune,
+    outputs,
+    plots,
+    predict,
+    pretrain,
+)
+
+
+def run(folder, **options):
+    return finetune(FinetuneConfig(**tiny.settings(folder, epochs=1, **options)))
+
+
+def arguments(folder, **options):
+    values = tiny.settings(folder, epochs=1, **options)
+    return [t for k, v in values.items() for t in ("--" + k.replace("_", "-"), str(v))]
+
+
+def labelled(folder, names):
+    """Settings of a run whose three classes have these names."""
+    base = tiny.settings(folder)
+    of = dict(zip(("red", "green", "blue"), names, strict=True))
+    for name, n in (("train", 60), ("valid", 21)):
+        tiny.write(folder / f"{name}.jsonl", [r | {"label": of[r["label"]]} for r in tiny.rows(n)])
+    return base
+
+
+AFTER = [
+    (plots, "confusion_matrix", "confusion_matrix.png", MemoryError),
+    (plots, "training_curve", "training_curve.png", ValueError),
+    (classify, "_write_card", "README.md", UnicodeError),
+    (outputs, "write_json", "eval_results.json", OSError),
+]
+
+
+@pytest.mark.parametrize("module, function, file, error", AFTER, ids=[a[2] for a in AFTER])
+def test_the_model_comes_first(tmp_path, monkeypatch, capfd, module, function, file, error):
+    out, real, called = tmp_path / "out", getattr(module, function), []
+
+    def fails(path, *rest):
+        if function == "write_json" and path.name != file:
+            return real(path, *rest)
+        called.append((out / "model.safetensors").exists() and (out / "tokenizer.json").exists())
+        raise error("as it may")
+
+    monkeypatch.setattr(module, function, fails)
+    assert run(tmp_path)["valid"]["examples"] == 21
+    assert called == [True]
+    assert f"{file} is not written: {error.__name__}: as it may" in capfd.readouterr().err
+    assert predict(str(out), ["red cat"])
+
+
+def test_pretraining_saves_first(tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+
+    def fails(*_):
+        assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
+        raise MemoryError("as it may")
+
+    monkeypatch.setattr(plots, "training_curve", fails)
+    pretrain(PretrainConfig(**tiny_pretrain.settings(tmp_path, max_steps=2, eval_steps=2)))
+    assert "training_curve.png is not written" in capfd.readouterr().err
+    assert json.loads((out / "eval_results.json").read_text())["valid"]["loss"] > 0
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capfd):
+    for name in [m for m in sys.modules if m.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert capfd.readouterr().err.count("is not written") == 2
+
+
+HOSTILE = ["Ca$$h", "$\\frac{", "a_{^$b$", "猫", "\U0001f600", "a\nb", "x" * 300, "{0} %s", "<&>"]
+
+
+@pytest.mark.parametrize("names", [HOSTILE[i : i + 3] for i in (0, 3, 6)], ids=str)
+def test_names_of_classes(tmp_path, capfd, names):
+    """No name is a formula, none needs a font: all files are there, nothing warns."""
+    settings = labelled(tmp_path, names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*newly initialised")
+        results = finetune(FinetuneConfig(**settings | {"epochs": 1}))
+    assert len(results["valid"]["per_class"]) == 3
+    assert "is not written" not in capfd.readouterr().err
+    with open(tmp_path / "out" / "confusion_matrix.csv", newline="", encoding="utf-8") as f:
+        assert next(csv.reader(f))[1:] == list(results["valid"]["per_class"])
+
+
+def test_many_classes(tmp_path):
+    """A picture of bounded size that says what it leaves out: not the class with the errors."""
+    n = 1000
+    truth = np.arange(n).repeat(2)
+    predicted = truth.copy()
+    predicted[2 * 700 : 2 * 700 + 2] = 3
+    drawn = []
+    figure, plots_figure = plots._figure, lambda *s: drawn.append(figure(*s)) or drawn[-1]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(plots, "_figure", plots_figure)
+        plots.confusion_matrix(truth, predicted, [f"class {i}" for i in range(n)], tmp_path)
+    width, height = struct.unpack(">II", (tmp_path / "confusion_matrix.png").read_bytes()[16:24])
+    assert max(width, height) < 2500
+    axes = drawn[0].axes[0]
+    shown = [t.get_text() for t in axes.get_yticklabels()]
+    assert len(shown) == plots.SHOWN and {"class 3", "class 700"} <= set(shown)
+    assert axes.get_title() == "the 40 of 1,000 classes with the most errors"
+    with open(tmp_path / "confusion_matrix.csv", newline="") as f:
+        rows = list(csv.reader(f))
+    assert len(rows) == n + 1 and rows[701][4] == "2"  # truth 700, predicted 3
+    other = tmp_path / "other"
+    other.mkdir()
+    names = [str(i) for i in range(plots.LISTED + 1)]
+    refused(ValueError, "2,001 classes", plots.confusion_matrix, [0], [0], names, other)
+    assert not list(other.iterdir())
+
+
+def test_a_readme_of_someone_else(tmp_path, capfd):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("my notes")
+    run(tmp_path)
+    assert (out / "README.md").read_text() == "my notes"
+    assert "README.md is not written" in capfd.readouterr().err
+    (out / "README.md").unlink()
+    run(tmp_path)
+    run(tmp_path)
+    assert "fine-tuned with bertfast" in (out / "README.md").read_text()
+    assert "is not written" not in capfd.readouterr().err
+
+
+def test_folder_is_checked_before(tmp_path, capfd):
+    (tmp_path / "file").write_text("x")
+    for out in ("file", "file/below"):
+        assert main(["finetune", "classify", *arguments(tmp_path, out=str(tmp_path / out)),
+                     "--dry-run"]) == 1  # fmt: skip
+        assert f"{tmp_path / 'file'} is a file" in capfd.readouterr().err
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    refused(ConfigError, "the folder of the model", run, tmp_path, out=str(tmp_path / "model"))
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_full_disk_at_the_end(tmp_path, capfd):
+    """The weights stay in the checkpoint; the same command saves them without training."""
+    given = arguments(tmp_path)
+    assert main(["finetune", "classify", *given]) == 0
+    model = tmp_path / "out" / "model.safetensors"
+    expected = model.read_bytes()
+    model.unlink()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(expected) // 2, old[1]))
+    try:
+        assert main(["finetune", "classify", *given]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    err = capfd.readouterr().err
+    assert "File too large" in err and "the same command again saves it" in err
+    assert "Traceback" not in err and not list(model.parent.glob("*.tmp")) and not model.exists()
+    assert main(["finetune", "classify", *given]) == 0
+    assert model.read_bytes() == expected
+
+
+def test_base_model_is_part_of_the_settings(tmp_path):
+    from bertfast.train import TrainingError
+
+    run(tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refused(TrainingError, r"other settings \(model_sha256\)", run, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "predict"])
+def test_one_process_only(tmp_path, monkeypatch, capfd, command):
+    """Under torchrun each rank would do it all and write every file."""
+    given = {
+        "finetune": arguments(tmp_path),
+        "evaluate": ["--model", "m", "--data", "d"],
+        "predict": ["--model", "m", "--input", "d"],
+    }[command]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([command, "classify", *given]) == 2
+    err = capfd.readouterr().err
+    assert "WORLD_SIZE is 2" in err and "without torchrun" in err
+    assert not (tmp_path / "out").exists()
+    if command == "finetune":
+        refused(ConfigError, "without torchrun", run, tmp_path)
+
+
+def test_parallel_is_refused(tmp_path, capfd):
+    for kind in ("ddp", "fsdp"):
+        assert main(["finetune", "classify", *arguments(tmp_path), "--parallel", kind]) == 2
+        assert f"parallel is '{kind}', expected none" in capfd.readouterr().err
+    Path(tmp_path / "c.yaml").write_text("parallel: ddp\n")
+    assert main(["finetune", "classify", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_results_are_checked_first(tmp_path, monkeypatch, capfd):
+    import bertfast.train
+
+    ran = []
+    for name in ("evaluate", "predict"):
+        monkeypatch.setattr(bertfast.train, name, lambda *_, **__: ran.append(1) or {"f1": 1})
+    ev = ["evaluate", "classify", "--model", "m", "--data", "d", "--json"]
+    pr = ["predict", "classify", "--model", "m", "--input", "d", "--output"]
+    for command in (ev, pr):
+        for target, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "x", "not there")):
+            assert main([*command, str(target)]) == 1
+            assert message in capfd.readouterr().err
+    assert not ran
+    # A disk that fills up later loses no figures.
+    monkeypatch.setattr("bertfast.files.write_whole", lambda *_: (_ for _ in ()).throw(OSError(28)))
+    assert main([*ev, str(tmp_path / "r.json")]) == 1
+    assert json.loads(capfd.readouterr().out) == {"f1": 1}
