@@ -92,7 +92,7 @@ def test_two_ranks_are_one(alone, tmp_path, parallel):
     assert a.keys() == b.keys()
     for name in a:
         if "key.bias" not in name:
-            assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-5, name
+            assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm(), name
     # Their checkpoint at step 4 is one that a single process goes on from.
     shutil.rmtree(sorted((out / "checkpoints").glob("step-*"))[-1])
     pretrain(PretrainConfig(**(settings | {"out": str(out)})))

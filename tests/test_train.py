@@ -66,12 +66,14 @@ def test_accumulation_changes_nothing(tmp_path):
         run(tmp_path, model=str(no_dropout), out=str(tmp_path / f"o{i}"), accumulation=accumulation,
             batch_size=8 // accumulation, max_steps=4, lr=1e-3)  # fmt: skip
         results.append(load_file(tmp_path / f"o{i}" / "model.safetensors"))
+    start = load_file(no_dropout / "model.safetensors")
     for other in results[1:]:
         for name, expected in results[0].items():
             if "key.bias" in name:  # softmax ignores it: its gradient is rounding, nothing else
                 continue
             # Adam's first steps turn a gradient's rounding into a step where it is nearly zero.
-            assert (other[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
+            moved = expected - start.get(name.removeprefix("bert."), 0)
+            assert (other[name] - expected).norm() <= 1e-3 * moved.norm(), name
 
 
 def test_accumulated_gradient():
@@ -92,7 +94,6 @@ def test_accumulated_gradient():
     grads = []
     for size, dtype in ((16, torch.float64), (16, None), (8, None), (3, None), (1, None)):
         one = copy.deepcopy(model).to(dtype)
-        task.class_weights = task.class_weights.to(one.dtype)
         parts = [list(range(i, min(i + size, 16))) for i in range(0, 16, size)]
         total = sum(task.weight(b) for b in parts)
         for b in parts:
