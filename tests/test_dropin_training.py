@@ -14,6 +14,7 @@ from helpers import apart, close_to_truth
 import bertfast
 
 HEAD = "ForSequenceClassification"
+TRAINED = 1e-4  # relative error after steps that each start from the last one's rounding
 
 
 def labelled():
@@ -71,21 +72,21 @@ def test_lora(when):
     report = bertfast.accelerate(ours)
     assert report.fused == 1, report
     start = {n: p.clone() for n, p in ours.named_parameters() if p.requires_grad}
-    close_to_truth(*map(train, (ours, wide, theirs)))
+    close_to_truth(*map(train, (ours, wide, theirs)), floor=TRAINED)
     found, truth = dict(ours.named_parameters()), dict(wide.named_parameters())
     for name, expected in theirs.named_parameters():
-        close_to_truth(found[name], truth[name], expected, what=name)
+        close_to_truth(found[name], truth[name], expected, TRAINED, name)
     moved = [n for n, p in start.items() if not torch.equal(p, found[n])]
     assert len(moved) == len(start) and any("lora_A" in n for n in moved)
 
     exact, stock = logits(wide), logits(theirs)
-    close_to_truth(logits(ours), exact, stock)
+    close_to_truth(logits(ours), exact, stock, TRAINED)
     with ours.disable_adapter(), wide.disable_adapter(), theirs.disable_adapter():
         without = logits(wide)
-        close_to_truth(logits(ours), without, logits(theirs))
+        close_to_truth(logits(ours), without, logits(theirs), TRAINED)
     assert apart(exact, without) > 1e-3
     merged = ours.merge_and_unload()
-    close_to_truth(logits(merged), exact, stock)
+    close_to_truth(logits(merged), exact, stock, TRAINED)
     assert bertfast.accelerate(merged).fused == 2
 
 
@@ -132,8 +133,8 @@ def test_weights_are_fresh_after_the_optimizer(fused):
     for model in models:
         logits(model)
         model.train()
-    close_to_truth(*(train(model, fused=fused) for model in models))
-    close_to_truth(*map(logits, models))
+    close_to_truth(*(train(model, fused=fused) for model in models), floor=TRAINED)
+    close_to_truth(*map(logits, models), floor=TRAINED)
     assert not any(report.fallbacks.values())
 
 

@@ -50,10 +50,17 @@ TESTS = Path(__file__).parent
 # The quick suite's numeric part, in two halves that take about as long: files, and what is left of
 # them without Triton's interpreter, which knows no instruction set, and without whole runs.
 HALVES = [
-    ["dropin", "dropin_guards", "dropin_training", "pretrain", "train"],
+    [
+        "dropin",
+        "dropin_guards",
+        "dropin_training",
+        "dropin_sentences",
+        "model",
+        "pretrain",
+        "train",
+    ],
     ["linear_act", "attention", "cross_attention", "add_layer_norm", "embedding_layer_norm"]
-    + ["masked_cross_entropy", "pack", "dropout", "frozen", "live", "model", "graphs"]
-    + ["dropin_sentences"],
+    + ["masked_cross_entropy", "pack", "dropout", "frozen", "live", "graphs"],
 ]
 NUMERIC = "not triton and (not test_pretrain and not test_train or packed or accumul or lamb_)"
 # What torch's own kernels, the reference, may use beside each.
