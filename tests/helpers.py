@@ -1,5 +1,6 @@
-"""What the operator tests share: backends, comparisons, the fp64 truth's tolerance."""
+"""What tests share: backends, and comparisons with the fp64 truth by bounds that scale."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,43 @@ def relative(actual, expected) -> float:
         return float("inf")
     scale = expected.norm().item() or 1.0
     return (actual - expected).norm().item() / scale
+
+
+def apart(actual, truth) -> float:
+    """The worst row's ||actual - truth|| beside the rows' root mean square norm, so that no token's
+    error is lost among many; inf for a NaN. A vector is one row."""
+    assert actual.shape == truth.shape, f"{list(actual.shape)}, expected {list(truth.shape)}"
+    actual, truth = (t.detach().cpu().double() for t in (actual, truth))
+    if not torch.isfinite(actual).all():
+        return float("inf")
+    if truth.numel() == 0:
+        return 0.0
+    rows = -1, truth.shape[-1] if truth.dim() else 1
+    scale = truth.reshape(rows).norm(dim=1).square().mean().sqrt().item() or 1.0
+    return (actual - truth).reshape(rows).norm(dim=1).max().item() / scale
+
+
+def close_to_truth(actual, truth, like=None, floor=2e-5, what="result"):
+    """`actual` is within `floor` of the fp64 `truth`, relative, beyond twice the error of `like`:
+    what PyTorch's own kernels make of the same inputs in the same precision.
+
+    Nothing absolute, nothing of ours beside ours: the bound holds on every instruction set, BLAS
+    and thread count, for what is ill-conditioned is so for `like`, too.
+    """
+    error, limit = apart(actual, truth), floor + (0 if like is None else 2 * apart(like, truth))
+    assert error <= limit, f"{what}: relative error {error:.2e}, limit {limit:.2e}"
+
+
+def wide(given):
+    """A model's arguments, in fp64 what is floating point."""
+    floating = {k: v for k, v in given.items() if torch.is_tensor(v) and v.is_floating_point()}
+    return given | {k: v.double() for k, v in floating.items()}
+
+
+def exact(model, given):
+    """What a copy of the model (ours or not) says in fp64."""
+    with torch.no_grad(), ops.backend("reference"):
+        return copy.deepcopy(model).double()(**wide(given))
 
 
 def run(function, tensors, grad):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICES, FLOATS, backends, check, keep, offsets, refused
+from helpers import DEVICES, FLOATS, backends, check, close_to_truth, keep, offsets, refused
 
 from bertfast import ops
 
@@ -136,7 +136,9 @@ def test_is_attention_where_both_are_one(backend):
     with ops.backend(backend):
         own = ops.attention(qkv, cu, 30)
         cross = ops.cross_attention(qkv[:, 0], qkv[:, 1:], cu, cu, 30, 30)
-    assert torch.equal(own, cross)
+    close_to_truth(cross, own, floor=1e-5)
+    if backend != "reference":  # whose products are torch's
+        assert torch.equal(own, cross)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import refused
+from helpers import apart, close_to_truth, exact, refused
 from torch.nn.functional import cosine_similarity
 from transformers import BertConfig
 
@@ -20,7 +20,8 @@ SHAPES = {  # hidden, heads, inner: whole tiles, and sizes that fit no tile
     "inner": (64, 2, 1100),  # more inner activations than are held at a time
 }
 LENGTHS = [(40, 1, 17, 0, 33), (3,), (129, 130)]
-BOUND = {"fp32": 2e-5, "bf16": 0.05, "int8": 0.2}  # of states with a variance of 1
+# Beside the fp64 truth. Sums of 16 bits, on AVX2, take more of the inputs' 8.
+BOUND = {"fp32": 1e-5, "bf16": 0.025, "int8": 0.08}
 COSINE = {"fp32": 0.999999, "bf16": 0.9998, "int8": 0.995}
 
 
@@ -54,11 +55,6 @@ def batch(lengths, seed=1):
     return {"input_ids": torch.randint(100, mask.shape, generator=g), "attention_mask": mask}
 
 
-def reference(model, given):
-    with bertfast.backend("reference"):
-        return model(**given)
-
-
 def frozen(model, precision):
     return bertfast.freeze(copy.deepcopy(model), precision)
 
@@ -69,16 +65,17 @@ def frozen(model, precision):
 @pytest.mark.usefixtures("guarded")
 def test_same_states(precision, shape, lengths):
     model, given = build(shape), batch(lengths)
+    expected = exact(model, given)
     with torch.inference_mode():
-        expected = reference(model, given)
         actual = frozen(model, precision)(**given)
     real = given["attention_mask"] == 1
     a, e = actual.last_hidden_state, expected.last_hidden_state
     assert a.dtype == torch.float32 and (a[~real] == 0).all()
-    assert (a - e)[real].abs().max() < BOUND[precision]
-    assert cosine_similarity(a[real], e[real], dim=1).min() > COSINE[precision]
+    close_to_truth(a[real], e[real], floor=BOUND[precision])
+    assert cosine_similarity(a[real].double(), e[real], dim=1).min() > COSINE[precision]
     first = real[:, 0]
-    assert (actual.pooler_output - expected.pooler_output)[first].abs().max() < BOUND[precision]
+    pooled = (m.pooler_output[first] for m in (actual, expected))
+    close_to_truth(*pooled, floor=BOUND[precision])
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu_new"])
@@ -86,12 +83,10 @@ def test_same_states(precision, shape, lengths):
 def test_activations(precision, act):
     model, given = build(act=act), batch((40, 17))
     with torch.inference_mode():
-        a, e = (
-            frozen(model, precision)(**given).last_hidden_state,
-            reference(model, given).last_hidden_state,
-        )
+        a = frozen(model, precision)(**given).last_hidden_state
     real = given["attention_mask"] == 1
-    assert (a - e)[real].abs().max() < BOUND[precision]
+    e = exact(model, given).last_hidden_state
+    close_to_truth(a[real], e[real], floor=BOUND[precision])
 
 
 @pytest.mark.parametrize("cls", ["BertForSequenceClassification", "BertForMaskedLM"])
@@ -100,12 +95,9 @@ def test_heads(precision, cls):
     """A classifier's last layer runs for the first tokens alone; many sequences share out blocks."""
     model, given = build(cls=cls), batch([5, 9, 2] * 60)
     with torch.inference_mode():
-        a, e = (
-            frozen(model, precision)(**given).logits,
-            reference(model, given).logits,
-        )
-    limit = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.5}[precision] * e.std().clamp(min=1)
-    assert a.shape == e.shape and (a - e).abs().max() < limit
+        actual = frozen(model, precision)(**given).logits
+    # A row of three logits is what is left of larger terms.
+    close_to_truth(actual, exact(model, given).logits, floor=3 * BOUND[precision])
 
 
 @pytest.mark.parametrize("precision", BOUND)
@@ -114,10 +106,10 @@ def test_hidden_states(precision):
     small = frozen(model, precision)
     with torch.inference_mode():
         asked = small(**given, output_hidden_states=True)
-        expected = reference(model, given | {"output_hidden_states": True}).hidden_states
+    expected = exact(model, given | {"output_hidden_states": True}).hidden_states
     assert len(asked.hidden_states) == 4
     for a, e in zip(asked.hidden_states, expected, strict=True):
-        assert (a.float() - e).abs().max() < BOUND[precision]
+        close_to_truth(a, e, floor=BOUND[precision])
     refused(ValueError, "attention maps", small, **given, output_attentions=True)
 
 
@@ -139,7 +131,8 @@ def test_nan_stays_in_its_sequence(precision):
 @pytest.mark.parametrize("precision", BOUND)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_company_and_threads_change_nothing(precision, threads):
-    """A sequence's result is the same bit for bit alone, in a batch, and on any threads."""
+    """A sequence's result is the same alone, in a batch, and on any threads, in every precision:
+    rounding of fp32 is all that may differ."""
     model, before = frozen(build(), precision), torch.get_num_threads()
     given = batch((40, 1, 17, 33) * 20)
     try:
@@ -149,7 +142,7 @@ def test_company_and_threads_change_nothing(precision, threads):
             alone = model(**{k: v[2:3, :17] for k, v in given.items()}).last_hidden_state
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(alone[0], together[2, :17], rtol=0, atol=2e-6)
+    assert apart(alone[0], together[2, :17]) < 2e-6
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

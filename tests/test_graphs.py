@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers import GPU, refused
+from helpers import GPU, close_to_truth, exact, refused
 
 import bertfast
 from bertfast.model import graphs
@@ -44,13 +44,18 @@ def batch(lengths, seed=0, device="cpu"):
 
 @torch.no_grad()
 def assert_equal(fast, model, inputs):
-    a, b = fast(**inputs), model(**{k: v.to(GPU) for k, v in inputs.items()})
-    assert type(a) is type(b) and a.keys() == b.keys() and len(a) > 0
-    for key in a:
-        assert a[key].dtype == b[key].dtype
-        torch.testing.assert_close(
-            a[key], b[key], rtol=1e-5, atol=2e-5, msg=lambda m: f"{key}: {m}"
-        )
+    """A replay's outputs and a call's, each by the truth: they may go different ways."""
+    here = {k: v.to(GPU) for k, v in inputs.items()}
+    replayed, called, truth = fast(**inputs), model(**here), exact(model, here)
+    with bertfast.backend("reference"):
+        plain = model(**here)
+    # Of one token, two logits that nearly cancel have fewer digits, and `plain` may be lucky.
+    floor = 1e-4 if model.dtype == torch.float32 else 2e-3
+    for found in (replayed, called):
+        assert type(found) is type(truth) and found.keys() == truth.keys() and len(found) > 0
+        for key in found:
+            assert found[key].dtype == plain[key].dtype
+            close_to_truth(found[key], truth[key], plain[key], floor, key)
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", GPU}))
@@ -176,10 +181,7 @@ def test_changed_model(change):
     assert (list(fast.graphs.values()) == old) == (change is swap_in)  # in place needs no capture
     if change is not replace_module:
         assert not torch.equal(before.float(), after.float())
-    with torch.no_grad():
-        expected = model(**{k: v.to(GPU) for k, v in inputs.items()}).last_hidden_state
-    tolerance = 0.1 if change is to_bf16 else 2e-5
-    torch.testing.assert_close(after, expected, rtol=tolerance, atol=tolerance)
+    assert_equal(fast, model, inputs)
 
 
 def test_settings_are_part_of_the_key(monkeypatch):
@@ -224,10 +226,7 @@ def test_a_larger_table_takes_more_ids():
     larger = torch.nn.Embedding(len(old) + 10, old.shape[1]).to(old)
     model.embeddings.word_embeddings = larger.eval()
     inputs["input_ids"][0, 1] = len(old) + 3
-    with torch.no_grad():
-        expected = model(**{k: v.to(old.device) for k, v in inputs.items()}).last_hidden_state
-    found = fast(**inputs).last_hidden_state
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert_equal(fast, model, inputs)
 
 
 def test_weights_stay_until_the_next_call():

@@ -81,7 +81,7 @@ def test_two_ranks_are_one(alone, tmp_path, parallel):
     with open(log, "w") as f:
         process = start(settings | {"out": str(out), "parallel": parallel}, f)
         assert process.wait(timeout=180) == 0, log.read_text()[-3000:]
-    np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-6)
+    np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-5)
     one, two = (next(r for r in records(o) if "valid_loss" in r) for o in (folder / "one", out))
     for key in ("valid_loss", "valid_mlm_accuracy", "valid_nsp_accuracy"):
         assert two[key] == pytest.approx(one[key], rel=1e-5)
@@ -92,12 +92,12 @@ def test_two_ranks_are_one(alone, tmp_path, parallel):
     assert a.keys() == b.keys()
     for name in a:
         if "key.bias" not in name:
-            assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-5, name
+            assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm(), name
     # Their checkpoint at step 4 is one that a single process goes on from.
     shutil.rmtree(sorted((out / "checkpoints").glob("step-*"))[-1])
     pretrain(PretrainConfig(**(settings | {"out": str(out)})))
     assert len(losses(out)) == 8
-    np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-6)
+    np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import copy
 import errno
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from helpers import refused
+from helpers import close_to_truth, exact, refused
 from safetensors.torch import load_file
 
 from bertfast.data import DataError
@@ -48,11 +49,11 @@ def test_learns_and_writes(tmp_path):
         texts, padding=True, return_tensors="pt"
     )
     with torch.no_grad():
-        expected = theirs(**tokens).logits.softmax(-1)
+        expected = [f.logits.softmax(-1) for f in (exact(theirs, tokens), theirs(**tokens))]
     actual = torch.tensor(
         [[p["probabilities"][theirs.config.id2label[i]] for i in range(3)] for p in ours]
     )
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    close_to_truth(actual, *expected)
 
 
 def test_accumulation_changes_nothing(tmp_path):
@@ -65,12 +66,14 @@ def test_accumulation_changes_nothing(tmp_path):
         run(tmp_path, model=str(no_dropout), out=str(tmp_path / f"o{i}"), accumulation=accumulation,
             batch_size=8 // accumulation, max_steps=4, lr=1e-3)  # fmt: skip
         results.append(load_file(tmp_path / f"o{i}" / "model.safetensors"))
+    start = load_file(no_dropout / "model.safetensors")
     for other in results[1:]:
         for name, expected in results[0].items():
             if "key.bias" in name:  # softmax ignores it: its gradient is rounding, nothing else
                 continue
             # Adam's first steps turn a gradient's rounding into a step where it is nearly zero.
-            assert (other[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
+            moved = expected - start.get(name.removeprefix("bert."), 0)
+            assert (other[name] - expected).norm() <= 1e-3 * moved.norm(), name
 
 
 def test_accumulated_gradient():
@@ -89,15 +92,15 @@ def test_accumulated_gradient():
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
     task = ClassificationTask(config, labels, tokenizer, data, data, "cpu")
     grads = []
-    for size in (16, 8, 3, 1):
-        model.zero_grad()
+    for size, dtype in ((16, torch.float64), (16, None), (8, None), (3, None), (1, None)):
+        one = copy.deepcopy(model).to(dtype)
         parts = [list(range(i, min(i + size, 16))) for i in range(0, 16, size)]
         total = sum(task.weight(b) for b in parts)
         for b in parts:
-            (task.loss(model, b) / total).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            (task.loss(one, b) / total).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
     for g in grads[1:]:
-        assert (g - grads[0]).norm() <= 1e-6 * grads[0].norm()
+        close_to_truth(g, grads[0])
 
 
 def test_bf16(tmp_path):
