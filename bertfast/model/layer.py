@@ -1,8 +1,11 @@
 """The arithmetic of one BERT encoder layer, in the one place that every model family calls."""
 
+import functools
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from .. import ops
 from . import direct
@@ -15,6 +18,14 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+}
+
+
+# and what torch computes for them
+FUNCTIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
 }
 
 
@@ -39,6 +50,13 @@ class LayerWeights(NamedTuple):
     norm2_bias: torch.Tensor
 
 
+def weight_shapes(hidden: int, inner: int) -> list[tuple[int, ...]]:
+    """In the order of `LayerWeights`."""
+    shapes = {"w1": (inner, hidden), "b1": (inner,), "w2": (hidden, inner)}
+    shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), (hidden, hidden))
+    return [shapes.get(name, (hidden,)) for name in LayerWeights._fields]
+
+
 class LayerOptions(NamedTuple):
     heads: int
     activation: str
@@ -46,6 +64,12 @@ class LayerOptions(NamedTuple):
     attention_dropout: float = 0.0
     projection_dropout: float = 0.0  # of the attention's output projection
     output_dropout: float = 0.0  # of the feed-forward's output
+
+
+def rate(dropout: nn.Dropout, user: nn.Module | None = None) -> float:
+    """The probability that the module drops with now; `user` is the module that decides, where
+    its code reads the probability instead of calling the module."""
+    return dropout.p if (user or dropout).training else 0.0
 
 
 def encoder_layer(

@@ -6,14 +6,14 @@ from array import array
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
 from ..ops.extension import C
 from ..ops.library import CPU_DTYPES, is_bf16, unwatched
 from ..ops.linear_act import ACTIVATIONS
 from . import few_tokens
-from .layer import LayerOptions, LayerWeights
+from .layer import LayerOptions, LayerWeights, weight_shapes
+from .watch import global_hooks
 
 _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2")
 
@@ -27,7 +27,7 @@ def serves(hidden) -> bool:
         and type(hidden) is torch.Tensor
         and (_on_cpu(hidden) or few_tokens.serves(hidden))
         and unwatched()
-        and not _has_any_global_hook()
+        and not global_hooks()
     )
 
 
@@ -44,11 +44,9 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden) -> 
     if not layers:
         return False
     first, size, inner = options[0], hidden.shape[1], layers[0].w1.shape[0]
-    square, dtype, here = (size, size), layers[0].wq.dtype, _on_cpu(hidden)
+    dtype, here = layers[0].wq.dtype, _on_cpu(hidden)
     dtypes = CPU_DTYPES if here else (hidden.dtype,)
-    shapes = {"w1": (inner, size), "b1": (inner,), "w2": (size, inner)}
-    shapes |= dict.fromkeys(("wq", "wk", "wv", "wo"), square)
-    expected = [shapes.get(name, (size,)) for name in LayerWeights._fields]
+    expected = weight_shapes(size, inner)
     return (
         all(o == first for o in options)
         and not (first.attention_dropout or first.projection_dropout or first.output_dropout)
