@@ -152,7 +152,8 @@ def drop_layer(model):
 
 
 def change_eps(model):
-    model.encoder.layer[0].config.layer_norm_eps = 0.5
+    for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+        model.encoder.layer[0].get_submodule(name).eps = 0.5
 
 
 def replace_module(model):

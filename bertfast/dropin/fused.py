@@ -11,9 +11,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from .. import ops
 from ..model import live
 from ..model.encoder import Packing, PaddedPacking
-from ..model.layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer
+from ..model.layer import ACTIVATIONS, LayerOptions, LayerWeights, encoder_layer, rate
+from ..model.watch import call_limit, hooked, limit
 from . import readers
-from .guards import asked, call_limit, hooked, key_mask, plain, untouched
+from .guards import asked, key_mask
 
 _KERNELS = {type(ACT2FN[name]): kernel for name, kernel in ACTIVATIONS.items()}
 FOREIGN = "{} is not a layer that bertfast knows"
@@ -66,12 +67,6 @@ class Call(NamedTuple):
     packing: Packing
     padded: bool  # whether each layer must return [batch, seqlen, hidden]: somebody looks
     unfused: list[str]  # the reasons of the layers that did not run fused
-
-
-def rate(dropout: nn.Dropout, user: nn.Module | None = None) -> float:
-    """The probability that the module drops with now; `user` is the module that decides, where
-    its code reads the probability instead of calling the module."""
-    return dropout.p if (user or dropout).training else 0.0
 
 
 class FusedLayer:
@@ -128,14 +123,10 @@ class FusedLayer:
         activation = type(parts.activation)
         if activation not in _KERNELS:
             return f"no kernel has its activation, {parts.activation!r}"
-        for (name, expected), m in zip(_WEIGHTED.items(), parts.weighted, strict=True):
-            why = plain(m, expected)
-            if why:
-                return f"{name}: {why}"
-        for m, expected in (*parts.inside, (parts.activation, activation)):
-            why = untouched(m, expected)
-            if why:
-                return f"{expected.__name__}: {why}"
+        modules, types = zip(*parts.inside, (parts.activation, activation), strict=True)
+        why = limit(parts.weighted, tuple(_WEIGHTED.values()), _WEIGHTED) or limit(modules, types)
+        if why:
+            return why
         if parts.weighted[4].eps != parts.weighted[7].eps:
             return "its LayerNorms differ in eps"
         return None

@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import nn
 
-from .guards import hooked, untouched
+from ..model.watch import hooked, untouched
 
 # Modules whose functions hand a result on as it is.
 _PASSING = {

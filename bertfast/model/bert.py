@@ -19,6 +19,7 @@ from .encoder import (
     Packing,
     attention_probabilities,
     check_mask,
+    looked_into,
 )
 from .frozen import FrozenEncoder
 from .layer import ACTIVATIONS
@@ -230,7 +231,7 @@ class BertModel(BertPreTrainedModel):
         rows = None
         if first_only and wanted is None and (torch.compiler.is_compiling() or hidden.shape[0]):
             rows = packing.first_rows(hidden.shape[0])
-        hidden = self.encoder(hidden, packing, seeds[1:], wanted, rows)
+        hidden = self._encoded(hidden, packing, seeds[1:], rows, wanted, bool(output_attentions))
         if first_only:
             hidden = packing.first(hidden) if rows is None else packing.zero_padded(hidden)
         return packing, hidden, states and tuple(states), attentions and tuple(attentions)
@@ -275,7 +276,16 @@ class BertModel(BertPreTrainedModel):
         seeds = self._seeds(input_ids.device)
         hidden = self.embeddings(input_ids, position_ids, token_type_ids, seeds[0])
         packing = PackedSequences(cu_seqlens, max_seqlen)
-        return self.encoder(_autocast(hidden), packing, seeds[1:], rows=rows)
+        return self._encoded(_autocast(hidden), packing, seeds[1:], rows)
+
+    def _encoded(self, hidden, packing, seeds, rows, collect=None, keep_qkv=False):
+        """`rows` of the encoder's result, None for all. Whoever looks into it sees all tokens, with
+        the dropout that the rows draw by themselves."""
+        if rows is None or not looked_into(self.encoder):
+            return self.encoder(hidden, packing, seeds, collect, rows, keep_qkv)
+        own = torch.arange(len(rows) + len(hidden), device=hidden.device)
+        number = own[len(rows) :].index_copy(0, rows, own[: len(rows)])
+        return self.encoder(hidden, packing, seeds, collect, None, keep_qkv, number)[rows]
 
     def _seeds(self, device):
         """One of each dropout in training: int64 [1 + 3 * layers, 2]."""

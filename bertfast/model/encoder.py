@@ -1,4 +1,8 @@
-"""Embeddings, layers and pooler, with transformers' names, on packed tokens inside."""
+"""Embeddings, layers and pooler, with transformers' names, on packed tokens inside.
+
+Calling the modules one by one, in plain PyTorch, is the definition; kernels take their place where
+nobody could tell (watch.py). A hook or an adapter sees [tokens, hidden], without the padding.
+"""
 
 from typing import NamedTuple
 
@@ -7,10 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..ops.dropout import dropped
 from ..ops.library import call
 from ..ops.pack import gather
-from . import live
-from .layer import ACTIVATIONS, STATES, LayerOptions, LayerWeights, encoder_layer
+from . import live, watch
+from .layer import ACTIVATIONS, FUNCTIONS, STATES, LayerOptions, LayerWeights, encoder_layer, rate
 
 
 class PackedSequences(NamedTuple):
@@ -87,6 +92,19 @@ class PaddedPacking(Packing):
         self.indices, self.cu_seqlens = (rows + starts[:-1, None]).flatten(), starts.int()
 
 
+class Dropout(nn.Dropout):
+    """Its mask is the kernels', drawn by a seed."""
+
+    def forward(self, x, seed=None, number=None):
+        """x [n, hidden], seed int64 [2], number int64 [n]: see `BertLayer.forward`."""
+        return dropped(x, rate(self), seed, number)
+
+
+def _dropped(dropout, x, *seed):
+    """By a module that may be another in the place of ours."""
+    return dropout(x, *seed) if isinstance(dropout, Dropout) else dropout(x)
+
+
 class BertEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -97,42 +115,78 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def tables(self):
+        """The parameters of the tables and of the norm, where kernels may read them and do what
+        calling the modules would; or None."""
+        modules = tuple([self._modules[name] for name in _EMBEDDINGS])
+        if watch.limit(modules, tuple(_EMBEDDINGS.values())):
+            return None
+        *tables, norm, _ = modules
+        if any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables):
+            return None
+        weights = [t._parameters["weight"] for t in tables]
+        return *weights, norm._parameters["weight"], norm._parameters["bias"]
 
     def forward(self, input_ids, position_ids, token_type_ids, seed, inputs_embeds=None):
         """ids int64 [tokens] (inputs_embeds [tokens, hidden] for input_ids) -> [tokens, hidden]"""
-        p = self.dropout.p if self.training else 0.0
-        norm = self.LayerNorm
-        if inputs_embeds is not None:
-            x = inputs_embeds + self.position_embeddings(position_ids)
-            x = x + self.token_type_embeddings(token_type_ids)
-            weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-            return nn.functional.dropout(
-                nn.functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps), p
+        by_modules = inputs_embeds is not None or watch.global_hooks()
+        tables = None if by_modules else self.tables()
+        if tables is not None:
+            return ops.embedding_layer_norm(
+                *(input_ids, position_ids, token_type_ids, *tables, self.LayerNorm.eps),
+                dropout_p=rate(self.dropout),
+                seed=seed,
             )
-        return ops.embedding_layer_norm(
-            *(input_ids, position_ids, token_type_ids),
-            *(self.word_embeddings.weight, self.position_embeddings.weight),
-            *(self.token_type_embeddings.weight, norm.weight, norm.bias, norm.eps),
-            dropout_p=p,
-            seed=seed,
-        )
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        types = self.token_type_embeddings(token_type_ids)
+        x = words.to(types.dtype) + types + self.position_embeddings(position_ids)
+        return _dropped(self.dropout, self.LayerNorm(x), seed)
+
+
+_EMBEDDINGS = {
+    "word_embeddings": nn.Embedding,
+    "position_embeddings": nn.Embedding,
+    "token_type_embeddings": nn.Embedding,
+    "LayerNorm": nn.LayerNorm,
+    "dropout": Dropout,
+}
 
 
 class BertSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.config = config
         for name in ("query", "key", "value"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
+
+    @property
+    def attention_head_size(self) -> int:
+        return self.config.hidden_size // self.config.num_attention_heads
+
+    def forward(self, hidden, cu_seqlens, max_seqlen, seed):
+        """-> [tokens, heads * head_dim], and qkv [tokens, 3, heads, head_dim]"""
+        qkv = torch.stack([self.query(hidden), self.key(hidden), self.value(hidden)], 1)
+        qkv = qkv.unflatten(2, (-1, self.attention_head_size))
+        p = rate(self.dropout, self)
+        return ops.attention(qkv, cu_seqlens, max_seqlen, dropout_p=p, seed=seed).flatten(1), qkv
 
 
 class Projection(nn.Module):
-    """A linear layer and the LayerNorm behind its residual: parameters only."""
+    """A linear layer and the LayerNorm behind its residual."""
 
     def __init__(self, size_in, config):
         super().__init__()
         self.dense = nn.Linear(size_in, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x, residual, seed, number=None):
+        """[n, size_in], [n, hidden] -> [n, hidden]"""
+        x = _dropped(self.dropout, self.dense(x), seed, number)
+        return self.LayerNorm(x + residual).to(residual.dtype)  # autocast may give it in fp32
 
 
 class BertAttention(nn.Module):
@@ -141,11 +195,23 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = Projection(config.hidden_size, config)
 
+    def forward(self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, number=None):
+        """-> [tokens or rows, hidden], and qkv [tokens, 3, heads, head_dim]"""
+        context, qkv = self.self(hidden, cu_seqlens, max_seqlen, seeds[0])
+        if rows is not None:
+            context, hidden = context.index_select(0, rows), hidden.index_select(0, rows)
+        return self.output(context, hidden, seeds[1], number), qkv
+
 
 class BertIntermediate(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden):
+        """[n, hidden] -> [n, inner]"""
+        return FUNCTIONS[ACTIVATIONS[self.config.hidden_act]](self.dense(hidden))
 
 
 class BertLayer(nn.Module):
@@ -156,40 +222,59 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = Projection(config.intermediate_size, config)
 
-    def weights(self) -> LayerWeights:
-        inner, out = self.attention.self, self.attention.output
-        modules = (inner.query, inner.key, inner.value, out.dense, out.LayerNorm)
-        modules += (self.intermediate.dense, self.output.dense, self.output.LayerNorm)
-        return LayerWeights(*(p for m in modules for p in (m.weight, m.bias)))
-
-    def options(self) -> LayerOptions:
-        config, on = self.config, self.training
-        hidden_dropout = config.hidden_dropout_prob if on else 0.0
-        return LayerOptions(
-            config.num_attention_heads,
-            ACTIVATIONS[config.hidden_act],
-            config.layer_norm_eps,
-            config.attention_probs_dropout_prob if on else 0.0,
-            hidden_dropout,
-            hidden_dropout,
+    def arithmetic(self) -> tuple[LayerWeights, LayerOptions] | None:
+        """What kernels take to do all that calling the modules inside would; None where that may
+        be something else. Asked at every forward."""
+        try:
+            own = self._modules
+            attention, up, down = own["attention"], own["intermediate"], own["output"]
+            inner, out = attention._modules["self"], attention._modules["output"]
+            qkv, after, last = inner._modules, out._modules, down._modules
+            weighted = (qkv["query"], qkv["key"], qkv["value"], after["dense"], after["LayerNorm"])
+            weighted += (up._modules["dense"], last["dense"], last["LayerNorm"])
+            drops = qkv["dropout"], after["dropout"], last["dropout"]
+        except (AttributeError, KeyError):  # other modules in their places
+            return None
+        norm1, norm2 = weighted[4], weighted[7]
+        modules = (*weighted, attention, inner, out, up, down, *drops)
+        if watch.limit(modules, _LAYER) or norm1.eps != norm2.eps:
+            return None
+        found = [m._parameters[name] for m in weighted for name in ("weight", "bias")]
+        options = LayerOptions(
+            found[0].shape[0] // inner.attention_head_size,
+            ACTIVATIONS[self.config.hidden_act],
+            norm1.eps,
+            rate(drops[0], inner),
+            rate(drops[1]),
+            rate(drops[2]),
         )
+        return LayerWeights(*found), options
 
     def forward(
-        self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, keep_qkv=False, seqused_k=None
+        self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, keep_qkv=False, number=None
     ):
-        return encoder_layer(
-            *(hidden, self.weights(), self.options(), cu_seqlens, max_seqlen, seeds, rows),
-            keep_qkv=keep_qkv,
-            seqused_k=seqused_k,
-        )
+        """hidden [tokens, hidden], cu_seqlens, max_seqlen, seeds, rows: see `encoder_layer`.
+
+        number: int64 [tokens], by which tokens draw their dropout behind the attention; None for
+        their own order. Where it is given, the modules are called.
+
+        Returns: [tokens or rows, hidden]; with keep_qkv a tuple of this and qkv.
+        """
+        by_modules = number is not None or watch.global_hooks()
+        kernels = None if by_modules else self.arithmetic()
+        if kernels is not None:
+            out, qkv = encoder_layer(
+                hidden, *kernels, cu_seqlens, max_seqlen, seeds, rows, keep_qkv=keep_qkv
+            )
+        else:
+            hidden, qkv = self.attention(hidden, cu_seqlens, max_seqlen, seeds[:2], rows, number)
+            out = self.output(self.intermediate(hidden), hidden, seeds[2], number)
+        return (out, qkv) if keep_qkv else out
 
 
-def _plain(layer) -> bool:
-    """Whether calling the layer would run `BertLayer.forward` and nothing else."""
-    own = layer.__dict__
-    return type(layer).forward is BertLayer.forward and not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    )
+_LAYER = (nn.Linear,) * 4 + (nn.LayerNorm,) + (nn.Linear,) * 2 + (nn.LayerNorm,)
+_LAYER += (BertAttention, BertSelfAttention, Projection, BertIntermediate, Projection)
+_LAYER += (Dropout,) * 3
 
 
 class BertEncoder(nn.Module):
@@ -198,35 +283,63 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, hidden, packing: Packing | PackedSequences, seeds, collect=None, rows=None):
+    def forward(
+        self,
+        hidden,
+        packing: Packing | PackedSequences,
+        seeds,
+        collect=None,
+        rows=None,
+        keep_qkv=False,
+        number=None,
+    ):
         """hidden [tokens, hidden] -> the same; `collect(hidden, qkv)` sees each layer's result.
 
         seeds: int64 [3 * layers, 2]. rows: those of the result that are wanted, None for all.
+        keep_qkv: whether `collect` gets more than None for qkv. number: see `BertLayer.forward`,
+        for the last layer.
         """
-        if collect is None and live.serves(hidden) and all(map(_plain, self.layer)):
-            weights = [layer.weights() for layer in self.layer]
-            options = [layer.options() for layer in self.layer]
-            if live.can_run(weights, options, hidden, packing):
-                return live.run(weights, options[0], hidden, packing, rows)
+        if collect is None and live.serves(hidden):
+            found = self._arithmetic()
+            if found is not None:
+                weights, options = found
+                if live.can_run(weights, options, hidden, packing):
+                    return live.run(weights, options[0], hidden, packing, rows)
         if self.layer:
             size = self.layer[0].config.hidden_size
             given = hidden, size, packing.cu_seqlens, packing.seqlen, packing.seqused_k, rows
             STATES.check(given, values=False)
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
-            arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
             last = i == len(self.layer) - 1
-            arguments += (rows if last else None, collect is not None, packing.seqused_k)
+            arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
+            arguments += (rows if last else None, keep_qkv, number if last else None)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # The seeds are arguments: no RNG state needs keeping for equal dropout masks.
-                hidden, qkv = checkpoint(
-                    layer, *arguments, use_reentrant=False, preserve_rng_state=False
-                )
+                out = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, qkv = layer(*arguments)
+                out = layer(*arguments)
+            hidden, qkv = out if keep_qkv else (out, None)
             if collect is not None:
                 collect(hidden, qkv)
         return hidden
+
+    def _arithmetic(self):
+        """All layers' weights and options, where nobody could tell; or None."""
+        layers = tuple(self.layer._modules.values())
+        if not layers or watch.limit(layers, (BertLayer,) * len(layers)):
+            return None
+        found = [layer.arithmetic() for layer in layers]
+        return None if None in found else tuple(zip(*found, strict=True))
+
+
+ENCODER_TYPES = {BertEncoder, nn.ModuleList, BertLayer, *_LAYER}
+
+
+def looked_into(encoder) -> bool:
+    """Whether anyone could see which rows of an encoder's result aren't computed."""
+    inside = [*encoder.layer.children()][-1:] if isinstance(encoder, BertEncoder) else []
+    return watch.global_hooks() or watch.hooked(encoder) or any(map(watch.looked_into, inside))
 
 
 class BertPooler(nn.Module):

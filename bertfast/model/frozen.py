@@ -9,7 +9,9 @@ from ..ops import registry
 from ..ops.extension import C, error
 from ..ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit, is_bf16, plain
 from ..ops.linear_act import ACTIVATIONS as OPERATOR_ACTIVATIONS
-from .layer import ACTIVATIONS, LayerWeights
+from . import watch
+from .encoder import ENCODER_TYPES, BertEmbeddings, BertEncoder
+from .layer import ACTIVATIONS, LayerWeights, rate
 from .live import forward, serves
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -39,16 +41,10 @@ class Frozen(nn.Module):
         super().__init__()
         self.precision, self.hidden, self.layers = precision, config.hidden_size, len(encoder.layer)
         self.dtype = next(encoder.parameters()).dtype  # of the result
-        shapes = LayerWeights.shapes(config.hidden_size, config.intermediate_size)
-        for layer in encoder.layer:
-            for name, p, shape in zip(LayerWeights._fields, layer.weights(), shapes, strict=True):
-                if p.shape != shape:
-                    raise ValueError(
-                        f"a layer's {name} has shape {list(p.shape)}, expected {list(shape)} by "
-                        "the model's configuration"
-                    )
 
-    def forward(self, hidden, packing, seeds=None, collect=None, rows=None):
+    def forward(
+        self, hidden, packing, seeds=None, collect=None, rows=None, keep_qkv=False, number=None
+    ):
         """As BertEncoder's, but `collect` gets no queries, keys and values."""
         if self.training or (torch.is_grad_enabled() and hidden.requires_grad):
             raise RuntimeError(
@@ -133,24 +129,16 @@ class FrozenEncoder(Frozen):
 
         Raises: IndexError for ids out of range.
         """
-        norm = embeddings.LayerNorm
-        words, positions, kinds = (
-            m.weight
-            for m in (
-                embeddings.word_embeddings,
-                embeddings.position_embeddings,
-                embeddings.token_type_embeddings,
-            )
-        )
-        tables = (words, positions, kinds, norm.weight, norm.bias)
+        tables = embeddings.tables()
+        if tables is None:
+            return None
+        words, positions, kinds = tables[:3]
         given = [t for t in (ids, mask, types) if t is not None]
         if not (
             serves(words.detach())
             and not torch.is_autocast_enabled("cpu")
-            and not any(
-                m.training or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
-                for m in (self, embeddings)
-            )
+            and watch.limit((self, embeddings), (FrozenEncoder, BertEmbeddings)) is None
+            and not (self.training or rate(embeddings.dropout))
             and all(
                 type(t) is torch.Tensor
                 and plain(t)
@@ -177,11 +165,42 @@ class FrozenEncoder(Frozen):
         x = torch.empty(shape, dtype=words.dtype, device="cpu")
         packed, states = (torch.empty(shape, dtype=self.dtype, device="cpu") for _ in range(2))
         self._encoder.texts(
-            *([t.data_ptr() for t in tables], is_bf16(words), norm.eps, len(words), len(kinds)),
+            *(
+                [t.data_ptr() for t in tables],
+                is_bf16(words),
+                embeddings.LayerNorm.eps,
+                len(words),
+                len(kinds),
+            ),
             *(ids.data_ptr(), *(0 if t is None else t.data_ptr() for t in (mask, types))),
             *(*ids.shape, x.data_ptr(), packed.data_ptr(), states.data_ptr(), is_bf16(states)),
         )
         return states
+
+
+def _check_plain(encoder, model):
+    """ValueError for an encoder that packed weights can't stand for."""
+    name = next(name for name, m in model.named_modules() if m is encoder)
+    for path, m in encoder.named_modules(prefix=name):
+        known = type(m) in ENCODER_TYPES
+        why = watch.plain(m, type(m)) if known else f"it is a {watch.class_name(m)}"
+        if why:
+            raise ValueError(
+                f"{path} can't be frozen: {why}. Merge adapters (peft's merge_and_unload), remove "
+                "hooks and parametrizations, or put a plain module back before bertfast.freeze"
+            )
+    config = model.config
+    shapes = LayerWeights.shapes(config.hidden_size, config.intermediate_size)
+    for i, layer in enumerate(encoder.layer):
+        found = layer.arithmetic()
+        if (
+            found is None
+            or [tuple(p.shape) for p in found[0]] != shapes
+            or found[1].eps != config.layer_norm_eps
+        ):
+            raise ValueError(
+                f"{name}.layer.{i} can't be frozen: its sizes or eps are not the configuration's"
+            )
 
 
 def freeze(model, precision: str = "fp32"):
@@ -194,10 +213,9 @@ def freeze(model, precision: str = "fp32"):
             "fp16", see `FrozenCudaEncoder`. Below fp32 the embedding tables become bf16 (fp16) as
             well, unless a language model's head shares them.
 
-    Raises: ValueError for an unknown precision or a model that can't be frozen, RuntimeError
-    without the compiled extension.
+    Raises: ValueError for an unknown precision or a model that can't be frozen (one whose encoder
+    holds adapters, hooks or parametrizations), RuntimeError without the compiled extension.
     """
-    from .encoder import BertEncoder
     from .frozen_cuda import PRECISIONS as CUDA_PRECISIONS
     from .frozen_cuda import FrozenCudaEncoder
 
@@ -219,6 +237,7 @@ def freeze(model, precision: str = "fp32"):
             f"freeze takes a bertfast model that isn't frozen yet, not a {type(model).__name__} "
             f"with a {type(encoder).__name__}"
         )
+    _check_plain(encoder, model)
     device = CUDA_DEVICE if cuda else "cpu"
     if where != {device}:
         raise ValueError(

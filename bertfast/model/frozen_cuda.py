@@ -22,7 +22,7 @@ class FrozenCudaEncoder(Frozen):
         self._sizes = few_tokens.sizes(config)
         # In a tuple, so that they are nobody's parameters: their addresses must stay.
         self._layers = tuple(layer.to(self.low).eval() for layer in encoder.layer)
-        self._keep = [layer.weights() for layer in self._layers]
+        self._keep = [layer.arithmetic()[0] for layer in self._layers]
         self._keep = [type(w)(*(p.detach().contiguous() for p in w)) for w in self._keep]
         self._addresses = torch.tensor([[p.data_ptr() for p in w] for w in self._keep])
         self.whole = few_tokens.fits(self._keep, config.num_attention_heads)
@@ -40,7 +40,7 @@ class FrozenCudaEncoder(Frozen):
             return out.to(self.dtype)
         for i in range(first, last):
             wanted = rows if i == self.layers - 1 else None
-            hidden, _ = self._layers[i](
+            hidden = self._layers[i](
                 hidden, packing.cu_seqlens, packing.seqlen, (None,) * 3, wanted
             )
         return hidden.to(self.dtype)

@@ -23,7 +23,7 @@ import torch
 from .. import ops
 from ..ops.declare import check_range
 from ..ops.library import HAS_TRITON
-from . import few_tokens
+from . import few_tokens, watch
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
 from .encoder import Packing
 
@@ -245,7 +245,7 @@ class Static:
 
 _pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 _layout, _eps = attrgetter("dtype", "shape"), attrgetter("eps")
-_unfit = attrgetter("training", "_forward_hooks", "_forward_pre_hooks")
+_unfit = attrgetter("training", *watch.FORWARD_HOOKS)
 
 
 def _items(dicts):
@@ -273,6 +273,12 @@ class Baked:
 
     def take(self):
         self.modules = list(self.model.modules())
+        # What decides over an adapter (which one, its scale) is in attributes that nobody compares.
+        self.foreign = [
+            (name, m)
+            for name, m in self.model.named_modules()
+            if name and not type(m).__module__.startswith(("torch.nn.", "bertfast."))
+        ]
         self.norms = [m for m in self.modules if hasattr(m, "eps")]
         self.children = [m._modules for m in self.modules if m._modules]
         self.named = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
@@ -309,7 +315,7 @@ class Baked:
             list(map(id, _items(self.named))),  # == of tensors would compare their values
             list(map(_layout, self.tensors)),
             list(map(_stride, self.tensors)),
-            (config.num_attention_heads, config.hidden_act, config.layer_norm_eps),
+            (config.num_attention_heads, config.hidden_act),
             (ops.registry.forced(), torch.are_deterministic_algorithms_enabled()),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             matmul.fp32_precision,
@@ -376,6 +382,16 @@ class GraphedModel:
             raise RuntimeError(
                 f"a {type(module).__name__} has forward hooks, which a graph would not run: "
                 "remove them or call the model itself"
+            )
+        if watch.global_hooks():
+            raise RuntimeError(
+                "there are global module hooks, which a graph would not run: remove them or call "
+                "the model itself"
+            )
+        for name, module in self._baked.foreign:
+            raise RuntimeError(
+                f"{name} is a {watch.class_name(module)}, whose settings a graph would not follow: "
+                "merge the adapter first (peft's merge_and_unload) or call the model itself"
             )
         for name in ("output_attentions", "output_hidden_states"):
             if _default(None, self.model.config, name):

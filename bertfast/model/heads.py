@@ -1,6 +1,7 @@
 """BERT with a head: masked language model, pre-training, sequence classification."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -8,8 +9,10 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MaskedLMOutput, ModelOutput, SequenceClassifierOutput
 
 from .. import ops
+from . import watch
 from .bert import BertModel, BertPreTrainedModel, _default, finish
-from .layer import ACTIVATIONS
+from .encoder import Packing
+from .layer import ACTIVATIONS, FUNCTIONS
 
 
 @dataclass
@@ -32,8 +35,10 @@ class BertPredictionHeadTransform(nn.Module):
 
     def forward(self, hidden):
         """[tokens, hidden] -> the same"""
-        x = ops.linear_act(hidden, self.dense.weight, self.dense.bias, self.activation)
-        norm = self.LayerNorm
+        dense, norm = self.dense, self.LayerNorm
+        if watch.global_hooks() or watch.limit((dense, norm), (nn.Linear, nn.LayerNorm)):
+            return norm(FUNCTIONS[self.activation](dense(hidden)))
+        x = ops.linear_act(hidden, dense.weight, dense.bias, self.activation)
         return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
 
 
@@ -47,7 +52,21 @@ class BertLMPredictionHead(nn.Module):
 
     def forward(self, hidden):
         """[tokens, hidden] -> [tokens, vocabulary]"""
-        return ops.linear_act(self.transform(hidden), self.decoder.weight, self.decoder.bias)
+        hidden, decoder = self.transform(hidden), self.decoder
+        if watch.global_hooks() or watch.limit((decoder,), (nn.Linear,)):
+            return decoder(hidden)
+        return ops.linear_act(hidden, decoder.weight, decoder.bias)
+
+    def loss(self, hidden, labels):
+        """The mean cross entropy of hidden [tokens, hidden] and labels int64 [tokens], all of them
+        targets: without the logits in memory where nobody could tell."""
+        decoder, types = self.decoder, (BertLMPredictionHead, nn.Linear)
+        if watch.global_hooks() or watch.limit((self, decoder), types):
+            total = F.cross_entropy(self(hidden).float(), labels, reduction="sum")
+            return total / max(len(labels), 1)
+        return ops.masked_cross_entropy(
+            *(self.transform(hidden), decoder.weight, decoder.bias, labels), labelled_only=True
+        )
 
 
 class BertOnlyMLMHead(nn.Module):
@@ -55,11 +74,19 @@ class BertOnlyMLMHead(nn.Module):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
+    def forward(self, hidden):
+        """[tokens, hidden] -> [tokens, vocabulary]"""
+        return self.predictions(hidden)
+
 
 class BertPreTrainingHeads(BertOnlyMLMHead):
     def __init__(self, config):
         super().__init__(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, hidden, pooled):
+        """[tokens, hidden], [batch, hidden] -> [tokens, vocabulary], [batch, 2]"""
+        return self.predictions(hidden), self.seq_relationship(pooled)
 
 
 class _MaskedLMBase(BertPreTrainedModel):
@@ -77,25 +104,51 @@ class _MaskedLMBase(BertPreTrainedModel):
     def get_output_embeddings(self):
         return self.cls.predictions.decoder
 
-    def _run(self, labels, output_attentions, output_hidden_states, arguments):
-        """(packing, hidden, loss or None, logits [batch, seqlen, vocabulary], states, maps)."""
-        packing, hidden, states, attentions = self.bert.encode(
-            **arguments,
-            output_attentions=_default(output_attentions, self.config, "output_attentions"),
-            output_hidden_states=_default(
-                output_hidden_states, self.config, "output_hidden_states"
-            ),
+
+class _Encoded(NamedTuple):
+    """What a head takes of its `bert`."""
+
+    packing: Packing
+    hidden: torch.Tensor  # [tokens, hidden], or of column 0 alone [batch, hidden]
+    pooled: torch.Tensor | None  # [batch, hidden]
+    states: tuple[torch.Tensor, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
+
+
+def _encoded(model, output_attentions, output_hidden_states, inputs, first_only=False):
+    """Arguments as of `BertModel.encode`, the inputs in a dict."""
+    bert, config = model.bert, model.config
+    wanted = {
+        "output_attentions": _default(output_attentions, config, "output_attentions"),
+        "output_hidden_states": _default(output_hidden_states, config, "output_hidden_states"),
+    }
+    if watch.global_hooks() or watch.untouched(bert, BertModel):
+        last, pooled, states, attentions = _called(bert, inputs | wanted)
+        packing = Packing(*last.shape[:2], inputs["attention_mask"], last.device)
+        hidden = last[:, 0] if first_only else packing.pack(last)
+        return _Encoded(packing, hidden, pooled, states, attentions)
+    packing, hidden, states, attentions = bert.encode(**inputs, **wanted, first_only=first_only)
+    pooled = None
+    if bert.pooler is not None:
+        pooled = bert.pooler(hidden if first_only else packing.first(hidden))
+    return _Encoded(packing, hidden, pooled, states, attentions)
+
+
+def _called(bert, arguments):
+    """What `bert` gives to whoever calls it, for those who watch it."""
+    output = bert(**arguments, return_dict=True)
+    names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+    return [getattr(output, name, None) for name in names]
+
+
+def _masked_lm_loss(scores, labels, packing):
+    if labels is None:
+        return None
+    if labels.shape != (packing.batch, packing.seqlen):
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}, expected [{packing.batch}, {packing.seqlen}]"
         )
-        scores = self.cls.predictions(hidden)
-        loss = None
-        if labels is not None:
-            if labels.shape != (packing.batch, packing.seqlen):
-                raise ValueError(
-                    f"labels has shape {list(labels.shape)}, expected "
-                    f"[{packing.batch}, {packing.seqlen}]"
-                )
-            loss = F.cross_entropy(scores.float(), packing.pack(labels))
-        return packing, hidden, loss, packing.unpack(scores), states, attentions
+    return F.cross_entropy(scores.float(), packing.pack(labels))
 
 
 class BertForMaskedLM(_MaskedLMBase):
@@ -121,11 +174,13 @@ class BertForMaskedLM(_MaskedLMBase):
         return_dict=None,
     ):
         arguments = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        _, _, loss, logits, states, attentions = self._run(
-            labels, output_attentions, output_hidden_states, arguments
-        )
+        found = _encoded(self, output_attentions, output_hidden_states, arguments)
+        scores = self.cls(found.hidden)
         output = MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=states, attentions=attentions
+            loss=_masked_lm_loss(scores, labels, found.packing),
+            logits=found.packing.unpack(scores),
+            hidden_states=found.states,
+            attentions=found.attentions,
         )
         return finish(output, return_dict, self.config)
 
@@ -154,20 +209,19 @@ class BertForPreTraining(_MaskedLMBase):
         return_dict=None,
     ):
         arguments = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        packing, hidden, loss, logits, states, attentions = self._run(
-            labels, output_attentions, output_hidden_states, arguments
-        )
-        relation = self.cls.seq_relationship(self.bert.pooler(packing.first(hidden)))
+        found = _encoded(self, output_attentions, output_hidden_states, arguments)
+        scores, relation = self.cls(found.hidden, found.pooled)
+        loss = _masked_lm_loss(scores, labels, found.packing)
         if loss is not None and next_sentence_label is not None:
             loss = loss + F.cross_entropy(relation.float(), next_sentence_label.view(-1))
         elif next_sentence_label is None or labels is None:
             loss = None  # as in transformers: a total needs both
         output = BertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=logits,
+            prediction_logits=found.packing.unpack(scores),
             seq_relationship_logits=relation,
-            hidden_states=states,
-            attentions=attentions,
+            hidden_states=found.states,
+            attentions=found.attentions,
         )
         return finish(output, return_dict, self.config)
 
@@ -199,21 +253,14 @@ class BertForSequenceClassification(BertPreTrainedModel):
         output_hidden_states=None,
         return_dict=None,
     ):
-        _, first, states, attentions = self.bert.encode(
-            **_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
-            output_attentions=_default(output_attentions, self.config, "output_attentions"),
-            output_hidden_states=_default(
-                output_hidden_states, self.config, "output_hidden_states"
-            ),
-            first_only=True,
-        )
-        pooled = self.bert.pooler(first)
-        logits = self.classifier(self.dropout(pooled))
+        arguments = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        found = _encoded(self, output_attentions, output_hidden_states, arguments, first_only=True)
+        logits = self.classifier(self.dropout(found.pooled))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
-            hidden_states=states,
-            attentions=attentions,
+            hidden_states=found.states,
+            attentions=found.attentions,
         )
         return finish(output, return_dict, self.config)
 

@@ -1,8 +1,11 @@
 """The arithmetic of one BERT encoder layer, in the one place that every model family calls."""
 
+import functools
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from .. import ops
 from ..ops.declare import FLOATS, Below, Declaration, Number, Offsets, Tensor, UpToLengths
@@ -28,6 +31,14 @@ STATES = Declaration(  # what the encoder's layers take in one call
     seqused_k=Tensor("batch", torch.int32, UpToLengths("cu_seqlens")),
     rows=Tensor("n", torch.int64, Below("tokens")),
 )
+
+
+# and what torch computes for them
+FUNCTIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class LayerWeights(NamedTuple):
@@ -66,6 +77,12 @@ class LayerOptions(NamedTuple):
     attention_dropout: float = 0.0
     projection_dropout: float = 0.0  # of the attention's output projection
     output_dropout: float = 0.0  # of the feed-forward's output
+
+
+def rate(dropout: nn.Dropout, user: nn.Module | None = None) -> float:
+    """The probability that the module drops with now; `user` is the module that decides, where
+    its code reads the probability instead of calling the module."""
+    return dropout.p if (user or dropout).training else 0.0
 
 
 def encoder_layer(

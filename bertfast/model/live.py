@@ -6,7 +6,6 @@ from array import array
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import registry
 from ..ops.extension import C
@@ -14,6 +13,7 @@ from ..ops.library import CPU_DTYPES, is_bf16, lazy, plain, ptr, real, unwatched
 from ..ops.linear_act import ACTIVATIONS
 from . import few_tokens
 from .layer import STATES, LayerOptions, LayerWeights
+from .watch import global_hooks
 
 _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2")
 
@@ -27,7 +27,7 @@ def serves(hidden) -> bool:
         and plain(hidden)
         and (_on_cpu(hidden) or few_tokens.serves(hidden))
         and unwatched()
-        and not _has_any_global_hook()
+        and not global_hooks()
     )
 
 

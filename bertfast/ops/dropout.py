@@ -71,3 +71,15 @@ def keep_mask(seed, rows: torch.Tensor, columns: int, dropout_p: float) -> torch
     blocks = torch.arange((columns + 3) // 4, device=rows.device)
     bits = philox(seed, rows.unsqueeze(-1), blocks)
     return bits.flatten(-2)[..., :columns] >= threshold(dropout_p)
+
+
+def dropped(x, dropout_p: float, seed, rows=None):
+    """dropout(x) by plain PyTorch: the mask that a kernel draws for x [n, columns].
+
+    rows: int64 [n], the rows of the mask; None for 0 to n - 1.
+    """
+    seed = as_seed(seed, dropout_p, x.device)
+    if seed is None:
+        return x
+    rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
+    return torch.where(keep_mask(seed, rows, x.shape[1], dropout_p), x / (1 - dropout_p), 0)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .. import ops
 from ..data import masking
 from ..data.sequences import Sequences
 from ..data.shards import Shards, read_index, sha256
@@ -124,11 +123,7 @@ class PretrainTask(Task):
     def loss(self, model, batch):
         """fp32 [1 or 2]: summed losses of the masked tokens and of the pairs."""
         first, masked = self._hidden(model, batch)
-        head = model.cls.predictions
-        mean = ops.masked_cross_entropy(
-            *(head.transform(masked), head.decoder.weight, head.decoder.bias, batch.labels),
-            labelled_only=True,
-        )
+        mean = model.cls.predictions.loss(masked, batch.labels)
         losses = [mean.float() * len(batch.labels)]
         if self.config.nsp:
             relation = model.cls.seq_relationship(model.bert.pooler(first)).float()

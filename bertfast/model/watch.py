@@ -1,0 +1,119 @@
+"""Could anyone tell? When kernels may take modules' place: what would make calling them another
+result. Native models and the drop-in ask here, at every forward: a model can change between two.
+"""
+
+import functools
+from itertools import chain, repeat
+from operator import attrgetter, contains
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook as global_hooks
+
+from ..ops import registry
+from ..ops.library import PLAIN
+
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_hooks = attrgetter(*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+_parameters, _is_meta = attrgetter("_parameters"), attrgetter("is_meta")
+# What transformers uses to collect hidden states. Its hooks stay after the first call that asked
+# for them and do nothing without such a request; with one, the encoder gives padded tensors.
+_COLLECTOR = "transformers.utils.output_capturing"
+_FSDP = "torch.distributed.fsdp."  # whose hooks gather a layer's weights and look at no result
+_PARAMETERS = {nn.Linear: ("weight", "bias"), nn.LayerNorm: ("weight", "bias")}
+_PARAMETERS[nn.Embedding] = ("weight",)
+_OPERATORS = ("attention", "qkv_linear", "linear_act", "add_layer_norm", "gather_rows")
+
+
+def hooked(m: nn.Module, but=_COLLECTOR) -> bool:
+    """Whether anyone has a hook on this module, but hooks from such files."""
+    found = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return any(found) and any(
+        not (getattr(hook, "__module__", None) or "").startswith(but)
+        for hooks in found
+        for hook in hooks.values()
+    )
+
+
+def looked_into(m: nn.Module) -> bool:
+    """Whether anyone would see what goes through this module or one inside."""
+    found = [m]
+    for one in found:
+        found += [child for child in one._modules.values() if child is not None]
+    if not torch.compiler.is_compiling() and not any(chain.from_iterable(map(_hooks, found))):
+        return False
+    return any(hooked(one, (_COLLECTOR, _FSDP)) for one in found)
+
+
+def class_name(m) -> str:
+    return f"{type(m).__module__}.{type(m).__qualname__}"
+
+
+def untouched(m: nn.Module, expected: type) -> str | None:
+    """Why calling m would not run `expected`'s forward and nothing else, or None."""
+    if type(m) is not expected:
+        return f"it is a {class_name(m)}, not a plain {expected.__name__}"
+    if hooked(m) or "forward" in m.__dict__:
+        return "it has a hook or a forward of its own"
+    return None
+
+
+def plain(m: nn.Module, expected: type) -> str | None:
+    """Why m is not untouched with all its parameters where a kernel can read them, or None."""
+    why = untouched(m, expected)
+    if why:
+        return why
+    for name in _PARAMETERS.get(expected, ()):
+        p = m._parameters.get(name)
+        # A Parameter over a tensor subclass (DTensor, torchao's) has that subclass as its type.
+        if type(p) not in PLAIN:
+            return f"its {name} is {'missing' if p is None else f'a {type(p).__name__}'}"
+        if p.is_meta:
+            return f"its {name} is on the meta device"
+    return None
+
+
+@functools.cache
+def _count(types) -> int:
+    return sum(len(_PARAMETERS.get(t, ())) for t in types)
+
+
+def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -> str | None:
+    """Why not each of the modules is `plain`, of its type; None where all are, which is found out
+    by functions in C alone."""
+    if (
+        not torch.compiler.is_compiling()
+        and tuple(map(type, modules)) == types
+        and not any(chain.from_iterable(map(_hooks, modules)))
+        and not any(map(contains, map(vars, modules), repeat("forward")))
+    ):
+        found = [*chain.from_iterable(map(dict.values, map(_parameters, modules)))]
+        whole = len(found) == _count(types)
+        if whole and {*map(type, found)} <= PLAIN and not any(map(_is_meta, found)):
+            return None
+    for m, expected, name in zip(modules, types, names or repeat(None), strict=names is not None):
+        why = plain(m, expected)
+        if why:
+            return f"{name or expected.__name__}: {why}"
+    return None
+
+
+def call_limit(hidden_states) -> str | None:
+    """What in torch's state or in the input keeps an encoder's kernels from running."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "the model is being exported"
+    if torch.compiler.is_compiling():
+        return "torch.compile takes the stock layers"
+    if global_hooks():
+        return "there are global module hooks"
+    if type(hidden_states) not in PLAIN:
+        return f"the hidden states are a {type(hidden_states).__name__}"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a torch.func transform or forward-mode differentiation is active"
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if registry.forced() is None and not all(registry.fast(o, device, dtype) for o in _OPERATORS):
+        return f"no kernel serves {dtype} on {device}"
+    return None
