@@ -241,7 +241,8 @@ def test_functional_call_and_transforms():
     other = {n: 0.5 * p.detach() for n, p in theirs.named_parameters()}
 
     def loss(parameters, m):
-        return torch.func.functional_call(m, parameters, (), {**given})[0].square().mean()
+        found = torch.func.functional_call(m, parameters, (), {**given})[0]
+        return found.square().mean()
 
     other64 = {n: p.double() for n, p in other.items()}
     cases = (other, ours), (other64, copy.deepcopy(theirs).double()), (other, theirs)
