@@ -164,7 +164,8 @@ def test_gradients_at_large_scores(backend, dtype, mean):
     with ops.backend(backend):
         got = run(lambda t: ops.attention(t, starts(lengths, backend), 60), *there)
     peer = run(lambda t: flash(t, lengths), [qkv.to(dtype)], grad.to(dtype))
-    factor = 6 if backend == "triton" else 2  # numpy's sums, in Triton's interpreter, are coarser
+    # A GPU's kernels see keys in parts, so that the log-sum-exp's rounding remains in their exp2.
+    factor = 2 if backend in ("reference", "cpu") else 6
     for name, i, part in (("out", 0, slice(None)), ("dq and dk", 1, slice(0, 2)), ("dv", 1, 2)):
         error, its = (relative(r[i][:, part], truth[i][:, part]) for r in (got, peer))
         limit = 2**-8 if dtype == torch.bfloat16 else factor * its + 1e-5
