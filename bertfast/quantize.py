@@ -44,7 +44,8 @@ def report(
         say: called with a line of progress, now and then.
 
     Returns:
-        {"model", "data", "task", "texts", "tokens", "batches", "batch_size", "threads", "rows"};
+        {"model", "data", "task", "texts", "tokens", "batches", "batch_size", "threads", "warnings",
+        "rows"}; warnings are `freeze`'s, of layers that int8 suits ill;
         a row for the checkpoint as it is ("precision": "not frozen"), the reference of all others,
         then one for each precision. "milliseconds" a batch and "speedup". "cosine" (mean),
         "percentile_1" and "least_cosine" of mean-pooled last hidden states to the reference's, and
@@ -73,9 +74,12 @@ def report(
         examples = examples.select(np.linspace(0, len(examples) - 1, limit).astype(int).tolist())
     labelled = labels if examples.labels is not None else None
     rows = encoded_rows(tokenizer, examples, labelled, longest(network, max_length))
-    models = {"not frozen": network}
+    models, found_ill = {"not frozen": network}, []
     for precision in precisions:
-        models[precision] = freeze(copy.deepcopy(network), precision)
+        with warnings.catch_warnings(record=True) as caught:  # of layers that int8 suits ill
+            warnings.simplefilter("always")
+            models[precision] = freeze(copy.deepcopy(network), precision)
+        found_ill += [str(w.message) for w in caught]
     batches = data.batches([len(row["input_ids"]) for row in rows], batch_size)
     found = _run(models, rows, batches, tokenizer.pad_token_id, labels, say)
     return {
@@ -87,6 +91,7 @@ def report(
         "batches": len(batches),
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
+        "warnings": found_ill,
         "rows": _rows(found, rows, labels, len(batches)),
     }
 
@@ -213,4 +218,4 @@ def table(result: dict) -> str:
         "{texts} texts of {data}, {tokens} tokens, {batches} batches of up to {batch_size}, "
         "threads: {threads}; errors are to the model as it is stored"
     ).format(**result)
-    return "\n".join([about, *aligned(cells)])
+    return "\n".join([about, *aligned(cells), *result["warnings"]])

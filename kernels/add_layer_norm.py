@@ -15,6 +15,7 @@ from .jit import cdiv, jit
 from .philox import keep_mask
 from .rows import (
     as_int32,
+    centre,
     gradient,
     load_columns,
     load_once,
@@ -88,7 +89,7 @@ def _backward(
         s, keep = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
         m = tl.load(mean + rows, rows < tokens, other=0)
         r = tl.load(rstd + rows, rows < tokens, other=0)
-        normed = tl.where(mask, (s - m[:, None]) * r[:, None], 0)
+        normed = centre(s, m, mask, N) * r[:, None]
         dw += tl.sum(g * normed, 0)
         db += tl.sum(g, 0)
         d = gradient(g * w[None, :], normed, r, N)

@@ -15,6 +15,7 @@ from .jit import cdiv, jit
 from .philox import keep_mask
 from .rows import (
     as_int32,
+    centre,
     gradient,
     load_columns,
     load_once,
@@ -85,7 +86,7 @@ def _backward(
         s = _sum(ids, positions, types, word, position, token_type, rows, tokens, j, mask, N)
         m = tl.load(mean + rows, rows < tokens, other=0)
         r = tl.load(rstd + rows, rows < tokens, other=0)
-        normed = tl.where(mask, (s - m[:, None]) * r[:, None], 0)
+        normed = centre(s, m, mask, N) * r[:, None]
         dw += tl.sum(g * normed, 0)
         db += tl.sum(g, 0)
         tl.store(ds + at, gradient(g * w[None, :], normed, r, N), mask)

@@ -35,8 +35,8 @@ def _cross_entropy_rows(
         above = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - above) + tl.sum(tl.exp(z - above), 0)
         top = above
-    lse = top + tl.log(total)
-    value = tl.where(inside, lse - at_label, float("nan"))
+    # Never top + log(total): where the logits are large, its rounding is.
+    value = tl.where(inside, tl.log(total) + (top - at_label), float("nan"))
     tl.store(loss + row, tl.where(labelled, value, 0.0))
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
@@ -44,7 +44,8 @@ def _cross_entropy_rows(
             z = tl.load(logits + j, j < vocabulary, other=-float("inf")).to(tl.float32)
             if bias is not None:
                 z += tl.load(bias + j, j < vocabulary, other=0).to(tl.float32)
-            dz = tl.where(labelled, tl.exp(z - lse) - tl.where(j == label, 1.0, 0.0), 0.0)
+            p = tl.exp(z - top) / total
+            dz = tl.where(labelled, p - tl.where(j == label, 1.0, 0.0), 0.0)
             # Zeros in the padding too: products that read pairs of bf16 look one column further.
             tl.store(logits + j, dz.to(logits.dtype.element_ty), j < pitch)
 

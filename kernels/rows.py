@@ -53,19 +53,29 @@ def load_once(pointers, mask):
 
 
 @triton.jit
+def centre(s, mean, mask, N: tl.constexpr):
+    """s - mean [R, BLOCK], 0 outside mask; then less what the mean's rounding left."""
+    s = tl.where(mask, s - mean[:, None], 0)
+    return tl.where(mask, s - (tl.sum(s, 1) / N)[:, None], 0)
+
+
+@triton.jit
 def statistics(s, mask, eps, N: tl.constexpr):
     """mean [R], rstd [R] and s - mean [R, BLOCK] of rows of N values; s is 0 outside mask."""
     mean = tl.sum(s, 1) / N
-    centred = tl.where(mask, s - mean[:, None], 0)
+    centred = centre(s, mean, mask, N)
     return mean, tl.rsqrt(tl.sum(centred * centred, 1) / N + eps), centred
 
 
 @triton.jit
 def gradient(scaled, normed, rstd, N: tl.constexpr):
     """Of the sum that was normalised; scaled = grad * weight, 0 outside the rows, as normed."""
-    a = tl.sum(scaled, 1) / N
-    b = tl.sum(scaled * normed, 1) / N
-    return (scaled - a[:, None] - normed * b[:, None]) * rstd[:, None]
+    if N == 1:  # a fused product would leave the rounding of scaled's mean, times rstd
+        return tl.zeros_like(scaled)
+    else:
+        a = tl.sum(scaled, 1) / N
+        b = tl.sum(scaled * normed, 1) / N
+        return (scaled - a[:, None] - normed * b[:, None]) * rstd[:, None]
 
 
 @jit(do_not_specialize=["parts"])

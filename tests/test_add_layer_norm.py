@@ -71,11 +71,36 @@ def test_eps_matters(backend):
     close_to_truth(y[3], b, floor=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [7, 384, 1000])
+@pytest.mark.parametrize("mean", [1e3, 1e4, 1e6])
 @each_backend
-def test_large_mean(backend):
-    """Two passes: a mean far above the spread costs no digits."""
-    x, _, w, b, _ = inputs(20, 256)
-    check(backend, torch.float32, ours(), plain, [x + 1000, None, w, b, None], fp32=1e-4)
+def test_large_mean(backend, mean, hidden):
+    """A mean far above the spread costs no digits, forward or backward: its own rounding neither."""
+    x, r, w, b, k = inputs(20, hidden)
+    tensors = [x + mean, None, w, b, None]
+    check(backend, torch.float32, ours(), plain, tensors)
+    # Where the sum itself is rounded, no more than torch loses to that.
+    grad, tensors = x.flip(0), [x + mean, r, w, b, k]
+    truth = run(plain, [t.double() for t in tensors], grad)
+    peer = run(plain, tensors, grad)
+    with ops.backend(backend):
+        got = run(ours(), there(backend, tensors), grad.to(DEVICES[backend]))
+    for a, p, t in zip(got, peer, truth, strict=True):
+        assert relative(a, t) <= 2 * relative(p, t) + 1e-5
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 65, 768])
+@pytest.mark.parametrize("value", [1.1, 1e4, 1234567.8])
+@each_backend
+def test_constant_rows(backend, value, hidden):
+    """Without a spread rstd is 1e6, and multiplies whatever digits are lost before it."""
+    _, _, w, b, _ = inputs(5, hidden)
+    x = torch.full((5, hidden), value)
+
+    def flat(x, residual, weight, bias, x_bias):  # torch's own, in fp64 too, is noise here
+        return (x - x.mean(1, keepdim=True)) * 1e6 * weight + bias
+
+    check(backend, torch.float32, ours(1e-12), flat, [x, None, w + 0.1, b, None])
 
 
 @each_backend

@@ -2,7 +2,20 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, keep, offsets, refused
+from helpers import (
+    DEVICES,
+    FLOATS,
+    backends,
+    check,
+    close_to_truth,
+    keep,
+    offsets,
+    refused,
+    relative,
+    run,
+)
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bertfast import ops
 from bertfast.ops.dropout import keep_mask
@@ -165,6 +178,40 @@ def test_large_logits(backend):
         # A score of 1e5 has an ulp of 1e-2; numpy's sums, in Triton's interpreter, are coarser.
         fp32=3e-2 if backend == "triton" else 1e-3,
     )
+
+
+def flash(qkv, lengths):
+    """PyTorch's own kernel."""
+    out = []
+    for part in qkv.split(lengths):
+        q, k, v = (t.transpose(0, 1)[None] for t in part.unbind(1))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+LARGE = [(name, torch.float32) for name in backends("attention")]
+LARGE += [(name, torch.bfloat16) for name in ("reference", "cpu")]  # others need bf16's `out`
+
+
+@pytest.mark.parametrize("mean", [3, 10, 30])  # scores of 72, 800, 7200
+@pytest.mark.parametrize(("backend", "dtype"), LARGE)
+def test_gradients_at_large_scores(backend, dtype, mean):
+    """The log-sum-exp's rounding stays out: the gradients of a row's scores sum to 0."""
+    lengths = [60, 47]
+    qkv = (inputs(64, 2, lengths) + mean).bfloat16()
+    grad = torch.randn(107, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    truth = run(lambda t: plain(t, lengths), [qkv.double()], grad)
+    there = [qkv.to(DEVICES[backend], dtype)], grad.to(DEVICES[backend], dtype)
+    with ops.backend(backend):
+        got = run(lambda t: ops.attention(t, starts(lengths, backend), 60), *there)
+    peer = run(lambda t: flash(t, lengths), [qkv.to(dtype)], grad.to(dtype))
+    # A GPU's kernels see keys in parts, so that the log-sum-exp's rounding remains in their exp2.
+    factor = 2 if backend in ("reference", "cpu") else 6
+    for name, i, part in (("out", 0, slice(None)), ("dq and dk", 1, slice(0, 2)), ("dv", 1, 2)):
+        error, its = (relative(r[i][:, part], truth[i][:, part]) for r in (got, peer))
+        limit = 2**-8 if dtype == torch.bfloat16 else factor * its + 1e-5
+        assert error <= limit, f"{name}: {error:.2e}, PyTorch's {its:.2e}"
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter

@@ -41,6 +41,30 @@ def test_without_types(backend):
     check(backend, torch.float32, lambda *t: ops.embedding_layer_norm(*t, 1e-5), plain, tensors)
 
 
+@pytest.mark.parametrize("mean", [1e4, 1e6])
+@each_backend
+def test_large_mean(backend, mean):
+    """A mean far above the spread costs no digits, forward or backward: its own rounding neither."""
+    tensors = inputs(30, 384)
+    tensors[3] += mean
+    tensors[4].zero_(), tensors[5].zero_()  # their sum isn't rounded
+    check(backend, torch.float32, lambda *t: ops.embedding_layer_norm(*t, 1e-5), plain, tensors)
+
+
+@pytest.mark.parametrize("hidden", [1, 65])
+@each_backend
+def test_constant_rows(backend, hidden):
+    """Without a spread rstd multiplies whatever digits are lost before it by 300."""
+    tensors = inputs(30, hidden)
+    tensors[3:6] = (torch.full_like(t, 1e4) for t in tensors[3:6])
+
+    def flat(ids, positions, types, word, position, token_type, weight, bias):
+        s = word[ids] + position[positions] + token_type[types]
+        return (s - s.mean(1, keepdim=True)) * 1e-5**-0.5 * weight + bias
+
+    check(backend, torch.float32, lambda *t: ops.embedding_layer_norm(*t, 1e-5), flat, tensors)
+
+
 @each_backend
 def test_dropout(backend):
     p = 0.4

@@ -16,12 +16,13 @@ from helpers import build_extension
 from bertfast.ops.extension import C
 
 PROGRAM = """
-import copy, json
+import copy, json, warnings
 import torch
 from transformers import BertConfig
 import bertfast
 from helpers import apart, exact
 
+warnings.filterwarnings("error", "int8")  # or a fault's layer would stay in bf16
 torch.manual_seed(0)
 found = {"isa": bertfast.build_info()["cpu_isa"]}
 given = {"input_ids": torch.randint(100, (3, 40))}

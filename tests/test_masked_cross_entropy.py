@@ -199,6 +199,22 @@ def test_nan_and_large_values(backend):
     assert loss.isnan() and rows[3] and rows.sum() == 1
 
 
+@pytest.mark.parametrize("shift", [100, 1e4])
+@each_backend
+def test_large_logits(backend, shift):
+    """Loss and gradients lose no more than the logits' own rounding: as torch's."""
+    x, w, b, labels = inputs(20, 8, 33, labelled=1.0)
+    tensors = [x, w, b + shift, labels]
+    wide = [t.double() if i < 3 else t for i, t in enumerate(tensors)]
+    truth = run(plain, wide, torch.ones(()))
+    peer = run(plain, tensors, torch.ones(()))
+    with ops.backend(backend):
+        there = [t.to(DEVICES[backend]) for t in tensors]
+        got = run(ours, there, torch.ones((), device=there[0].device))
+    for a, p, t in zip(got, peer, truth, strict=True):
+        assert relative(a, t) <= 1e-6 + 2 * relative(p, t)
+
+
 @each_backend
 def test_minus_infinity_masks_a_word(backend):
     x, w, b, labels = inputs(12, 8, 33, labelled=1.0)

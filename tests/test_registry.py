@@ -170,6 +170,27 @@ def test_nesting_and_names():
     assert registry.forced() == (os.environ.get("BERTFAST_BACKEND") or None)
 
 
+@pytest.mark.parametrize("name", sorted(set(public()) - {"masked_cross_entropy"}))
+def test_backward_keeps_the_backend(name, monkeypatch):
+    """What the forward was forced to serves the backward too, behind the block; others as ever.
+    (masked_cross_entropy's gradients are its forward's.)"""
+    function, tensors = public()[name]
+    with ops.backend("reference"):
+        y = function(*tensors)
+    used, find = [], registry.find
+
+    def spy(operator, *rest):
+        used.append((operator, registry.forced()))
+        return find(operator, *rest)
+
+    monkeypatch.setattr(registry, "find", spy)
+    y.sum().backward()
+    assert used and {forced for _, forced in used} == {"reference"}
+    used.clear()
+    function(*tensors).sum().backward()
+    assert used and {f for _, f in used} == {os.environ.get("BERTFAST_BACKEND") or None}
+
+
 def test_default_is_cpu_and_serves_all():
     assert all(names[0] == "cpu" for names in registry.served().values())
 

@@ -1,6 +1,9 @@
 """Inference at the best speed: the encoder's layers run by one call into C++, on a CPU with the
 weights packed once, in fp32, bf16 or int8; frozen_cuda.py is a GPU's."""
 
+import warnings
+from itertools import groupby
+
 import torch
 from torch import nn
 
@@ -13,6 +16,7 @@ from . import watch
 from .encoder import ENCODER_TYPES, BertEmbeddings, BertEncoder
 from .layer import ACTIVATIONS, LayerWeights, rate
 from .live import forward, serves
+from .noise import NOISE_LIMIT, Sample, complaints
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -31,6 +35,40 @@ class _Packed:
         self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.pointer = -(-self.storage.data_ptr() // 64) * 64
         C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, self.pointer)
+
+
+class _LayerWeights:
+    """A layer's, packed; `center` is the bias of the LayerNorm before it."""
+
+    def __init__(self, layer, precision: str, center):
+        self.center, self.precision = center, PRECISIONS.index(precision)
+        inner, out = layer.attention.self, layer.attention.output
+        qkv, qkv_precision = (inner.query, inner.key, inner.value), C.qkv_precision(self.precision)
+        self.packed = [
+            _Packed(qkv, qkv_precision, center),
+            _Packed((out.dense,), self.precision),
+            _Packed((layer.intermediate.dense,), self.precision, out.LayerNorm.bias),
+            _Packed((layer.output.dense,), self.precision),
+        ]
+        self.norms = [
+            p.detach().float().clone()
+            for norm in (out.LayerNorm, layer.output.LayerNorm)
+            for p in (norm.weight, norm.bias)
+        ]
+
+    def encoder(self, config, others=()):
+        """Of this layer and those behind it; whoever holds it must hold them."""
+        return C.Encoder(
+            [[*(p.pointer for p in w.packed), *(n.data_ptr() for n in w.norms)]
+             for w in (self, *others)],
+            self.center.data_ptr(),
+            config.num_attention_heads,
+            config.hidden_size,
+            config.intermediate_size,
+            OPERATOR_ACTIVATIONS.index(ACTIVATIONS[config.hidden_act]),
+            config.layer_norm_eps,
+            self.precision,
+        )  # fmt: skip
 
 
 class Frozen(nn.Module):
@@ -76,45 +114,56 @@ class FrozenEncoder(Frozen):
     AVX2), after a layer norm before its bias is added, attention and its queries, keys and values
     in bf16. Where the processor has no bf16 dot product, bf16 weights are widened as they are read
     and attention is in fp32; int8 with AVX2 then projects queries, keys and values in int8 too.
-    Without VNNI int8 weights are scaled so that no sum in 16 bits overflows.
+    Without VNNI int8 weights are scaled so that no sum in 16 bits overflows. A layer that int8 puts
+    too much noise into, for its outliers, stays in bf16: `noise` has each layer's in int8 and
+    `least_cosine` the whole's, see noise.py.
     """
 
     def __init__(self, encoder, config, precision: str, embeddings):
         super().__init__(encoder, config, precision)
-        activation, precision = ACTIVATIONS[config.hidden_act], PRECISIONS.index(precision)
+        self.noise: list[float] = []
         center = embeddings.LayerNorm.bias.detach().float().clone()
-        self._keep, rows, first = [center], [], center.data_ptr()
+        chosen = []  # of each layer: its precision, its weights, the bias of the norm before it
+        sample = Sample.of(embeddings, config) if precision == "int8" else None
         for layer in encoder.layer:
-            inner, out = layer.attention.self, layer.attention.output
-            qkv, qkv_precision = (inner.query, inner.key, inner.value), C.qkv_precision(precision)
-            packed = [
-                _Packed(qkv, qkv_precision, center),
-                _Packed((out.dense,), precision),
-                _Packed((layer.intermediate.dense,), precision, out.LayerNorm.bias),
-                _Packed((layer.output.dense,), precision),
-            ]
-            norms = [
-                p.detach().float().clone()
-                for norm in (out.LayerNorm, layer.output.LayerNorm)
-                for p in (norm.weight, norm.bias)
-            ]
-            center = norms[-1]
-            self._keep += packed + norms
-            rows.append([p.pointer for p in packed] + [n.data_ptr() for n in norms])
+            found, weights = precision, _LayerWeights(layer, precision, center)
+            if sample is not None:
+                sample, noise = sample.through(layer, weights.encoder(config))
+                self.noise.append(noise)
+                if not noise <= NOISE_LIMIT:  # or NaN
+                    found, weights = "bf16", _LayerWeights(layer, "bf16", center)
+            chosen.append((found, weights))
+            center = weights.norms[-1]
             layer.to("meta")  # frees the originals, layer by layer
-        self._encoder = C.Encoder(
-            rows,
-            first,
-            config.num_attention_heads,
-            config.hidden_size,
-            config.intermediate_size,
-            OPERATOR_ACTIVATIONS.index(activation),
-            config.layer_norm_eps,
-            precision,
-        )
+        self._keep, self._runs, first = [w for _, w in chosen], [], 0
+        for _, group in groupby(chosen, key=lambda c: c[0]):
+            weights = [w for _, w in group]
+            last = first + len(weights)
+            self._runs.append((first, last, weights[0].encoder(config, weights[1:])))
+            first = last
+        if sample is not None:
+            self.least_cosine = sample.least_cosine(self)
+            for text in complaints(self.noise, self.kept, self.least_cosine):
+                warnings.warn(text, stacklevel=3)
+
+    @property
+    def kept(self) -> list[int]:
+        """The layers that stayed in bf16 where int8 was asked for."""
+        return [i for i, noise in enumerate(self.noise) if not noise <= NOISE_LIMIT]
+
+    def extra_repr(self):
+        kept = f", {len(self.kept)} in bf16" if self.kept else ""
+        return super().extra_repr() + kept
 
     def _run(self, first, last, hidden, packing, rows):
-        return forward(self._encoder, self.hidden, first, last, hidden, self.dtype, packing, rows)
+        for start, end, encoder in self._runs:
+            a, b = max(first, start), min(last, end)
+            if a < b:
+                done = b == last  # between runs the residual stream stays in fp32
+                dtype, wanted = (self.dtype, rows) if done else (torch.float32, None)
+                layers = a - start, b - start
+                hidden = forward(encoder, self.hidden, *layers, hidden, dtype, packing, wanted)
+        return hidden
 
     def texts(self, embeddings, ids, mask, types):
         """A padded batch from its ids to its states by one call, for which Python's own time for
@@ -135,7 +184,8 @@ class FrozenEncoder(Frozen):
         words, positions, kinds = tables[:3]
         given = [t for t in (ids, mask, types) if t is not None]
         if not (
-            serves(words.detach())
+            len(self._runs) == 1
+            and serves(words.detach())
             and not torch.is_autocast_enabled("cpu")
             and watch.limit((self, embeddings), (FrozenEncoder, BertEmbeddings)) is None
             and not (self.training or rate(embeddings.dropout))
@@ -164,7 +214,7 @@ class FrozenEncoder(Frozen):
         shape = (*ids.shape, self.hidden)
         x = torch.empty(shape, dtype=words.dtype, device="cpu")
         packed, states = (torch.empty(shape, dtype=self.dtype, device="cpu") for _ in range(2))
-        self._encoder.texts(
+        self._runs[0][2].texts(
             *(
                 [t.data_ptr() for t in tables],
                 is_bf16(words),
@@ -209,7 +259,8 @@ def freeze(model, precision: str = "fp32"):
     Args:
         model: a bertfast BERT model with any head.
         precision: of the encoder's weights and products. On a CPU "fp32", "bf16" or "int8", see
-            `FrozenEncoder`; on a GPU (or where `bertfast.backend("cuda")` is forced) "bf16" or
+            `FrozenEncoder`, where layers that int8 suits ill stay in bf16, with a warning that
+            names them; on a GPU (or where `bertfast.backend("cuda")` is forced) "bf16" or
             "fp16", see `FrozenCudaEncoder`. Below fp32 the embedding tables become bf16 (fp16) as
             well, unless a language model's head shares them.
 
@@ -250,7 +301,7 @@ def freeze(model, precision: str = "fp32"):
             f"the model is in {', '.join(sorted(map(str, dtypes)))}, expected torch.float32 or "
             "torch.bfloat16 on a CPU: model.float() before bertfast.freeze"
         )
-    config = model.config
+    config, model = model.config, model.eval()
     head_dim = config.hidden_size // config.num_attention_heads
     if not cuda and precision != "fp32" and head_dim % 2:
         raise ValueError(
@@ -263,5 +314,4 @@ def freeze(model, precision: str = "fp32"):
     if precision != "fp32" and not hasattr(model, "get_output_embeddings"):
         base.embeddings.to(CUDA_PRECISIONS.get(precision, torch.bfloat16))
     heap.release_freed()
-    model.requires_grad_(False)
-    return model.eval()
+    return model.requires_grad_(False).eval()

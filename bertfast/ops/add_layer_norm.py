@@ -100,11 +100,17 @@ def _sum(x, residual, x_bias, dropout_p, seed):
     return s if residual is None else s + residual
 
 
+def centre(s, mean):
+    """s - mean [tokens]; then less what the mean's rounding left, which the mean's size decides."""
+    s = s - mean[:, None]
+    return s - s.mean(1, keepdim=True)
+
+
 @register("add_layer_norm", "reference")
 def _reference(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     s = _sum(x, residual, x_bias, dropout_p, seed)
     mean = s.mean(1)
-    centred = s - mean[:, None]
+    centred = centre(s, mean)
     rstd = torch.rsqrt(centred.square().mean(1) + eps)
     y = centred * rstd[:, None] * weight + bias
     return y.to(x.dtype), mean, rstd
@@ -114,7 +120,7 @@ def _reference(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
 def _reference_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
     s = _sum(x, residual, x_bias, dropout_p, seed)
     grad = grad.to(s.dtype)
-    normed = (s - mean[:, None]) * rstd[:, None]
+    normed = centre(s, mean) * rstd[:, None]
     scaled = grad * weight
     ds = scaled - scaled.mean(1, keepdim=True) - normed * (scaled * normed).mean(1, keepdim=True)
     ds = ds * rstd[:, None]

@@ -123,6 +123,13 @@ def _keep(seed, rows, heads, keys, dropout_p):
     return keep_mask(seed, rows, keys, dropout_p)
 
 
+def _softmax(s, lse):
+    """Zeros where lse is +inf. The sum is 1 but for lse's rounding, which grows with the scores."""
+    p = torch.exp(s - lse[..., None])
+    total = p.sum(-1, keepdim=True)
+    return p / total.masked_fill(total == 0, 1)
+
+
 def _sequences(cu_q, cu_k, seqused_k):
     """(b, (first query, end), (first key, end)) of each sequence."""
     starts, ends = cu_k[:-1], cu_k[1:] if seqused_k is None else cu_k[:-1] + seqused_k
@@ -141,7 +148,7 @@ def reference(q, kv, cu_q, cu_k, scale, dropout_p, seed, causal, bias, seqused_k
         s = scores(q[i:j].to(dtype), k, b, scale, causal, bias)
         row = torch.logsumexp(s, -1)
         lse[:, i:j] = row.masked_fill(row == -math.inf, math.inf)  # so exp(s - lse) is 0
-        p = torch.exp(s - lse[:, i:j, None])
+        p = _softmax(s, lse[:, i:j])
         if seed is not None:
             p = torch.where(_keep(seed, (i, j), heads, n - m, dropout_p), p / (1 - dropout_p), 0)
         out[i:j] = torch.einsum("hqk,khd->qhd", p, v).to(q.dtype)
@@ -164,7 +171,7 @@ def reference_backward(
     for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k, seqused_k):
         query, do = q[i:j].to(dtype), grad[i:j].to(dtype)
         k, v = kv[m:n].to(dtype).unbind(1)
-        p = torch.exp(scores(query, k, b, scale, causal, bias) - lse[:, i:j, None])
+        p = _softmax(scores(query, k, b, scale, causal, bias), lse[:, i:j])
         dp = torch.einsum("qhd,khd->hqk", do, v)
         dropped = p
         if seed is not None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .add_layer_norm import centre
 from .declare import FLOATS, PROBABILITY, SEED, Below, Tensor
 from .dropout import as_seed, keep_mask, threshold
 from .extension import C
@@ -127,7 +128,7 @@ def _keep(ids, hidden, dropout_p, seed):
 def _reference(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
     s = _sum(ids, positions, types, word, position, token_type)
     mean = s.mean(1)
-    centred = s - mean[:, None]
+    centred = centre(s, mean)
     rstd = torch.rsqrt(centred.square().mean(1) + eps)
     y = centred * rstd[:, None] * weight + bias
     if seed is not None:
@@ -143,7 +144,7 @@ def _reference_backward(
     grad = grad.to(s.dtype)
     if seed is not None:
         grad = torch.where(_keep(ids, s.shape[1], p, seed), grad / (1 - p), 0)
-    normed = (s - mean[:, None]) * rstd[:, None]
+    normed = centre(s, mean) * rstd[:, None]
     scaled = grad * weight
     ds = scaled - scaled.mean(1, keepdim=True) - normed * (scaled * normed).mean(1, keepdim=True)
     ds = ds * rstd[:, None]

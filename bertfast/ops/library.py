@@ -98,9 +98,18 @@ def call(name: str, *args):
 
 
 def autograd(name: str, backward, setup_context):
-    """Backward of an operator."""
+    """Backward of an operator, on the backend that its forward was forced to, if on any."""
+
+    def setup(ctx, inputs, output):
+        ctx.forced = registry.forced()
+        setup_context(ctx, inputs, output)
+
+    def run(ctx, *grads):
+        with registry.remembered(ctx.forced):
+            return backward(ctx, *grads)
+
     torch.library.register_autograd(
-        f"bertfast::{name}", once(name, backward), setup_context=setup_context, lib=LIBRARY
+        f"bertfast::{name}", once(name, run), setup_context=setup, lib=LIBRARY
     )
 
 

@@ -125,7 +125,7 @@ def _reference(hidden, weight, bias, labels, ignore_index, need):
     z = _product(x, w.T) if bias is None else _product(x, w.T) + bias
     labelled = labels != ignore_index
     target = torch.where(labelled, labels, 0).unsqueeze(1)
-    losses = torch.logsumexp(z, 1) - z.gather(1, target).squeeze(1)
+    losses = -torch.log_softmax(z, 1).gather(1, target).squeeze(1)
     dz = torch.softmax(z, 1).scatter_add(1, target, -torch.ones_like(z[:, :1]))
     dz = torch.where(labelled.unsqueeze(1), dz, 0)
     scale = _inverse_count(labels, ignore_index, dtype)

@@ -6,6 +6,7 @@ Each operator file registers one function per backend; all have the operator's o
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -22,7 +23,8 @@ class Entry(NamedTuple):
 
 
 _table: dict[str, dict[str, Entry]] = {}
-_forced: list[str] = []  # process-wide, since autograd runs backward in threads of its own
+_forced: list[str] = []  # process-wide: a block's operators may run in any thread
+_remembered = threading.local()  # .name: what the forward was forced to, while its backward runs
 
 
 def _check_name(name: str) -> str:
@@ -45,7 +47,20 @@ def backend(name: str):
         _forced.pop()
 
 
+@contextmanager
+def remembered(name: str | None):
+    """For a backward: what its forward was forced to (None: nothing) stays forced."""
+    before, _remembered.name = getattr(_remembered, "name", None), name
+    try:
+        yield
+    finally:
+        _remembered.name = before
+
+
 def forced() -> str | None:
+    name = getattr(_remembered, "name", None)
+    if name:
+        return name
     if _forced:
         return _forced[-1]
     name = os.environ.get("BERTFAST_BACKEND")

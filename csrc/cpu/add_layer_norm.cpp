@@ -34,14 +34,15 @@ void forward(const AddLayerNormArgs& g) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < g.tokens; ++t) {
       sum_row<T>(g, t, s, bits);
-      float mean, rstd;
-      row_statistics(s, g.hidden, g.eps, mean, rstd);
+      float mean, low, rstd;
+      row_statistics(s, g.hidden, g.eps, mean, low, rstd);
       g.mean[t] = mean, g.rstd[t] = rstd;
       T* y = static_cast<T*>(g.y) + t * g.hidden;
       for (int64_t j = 0; j < g.hidden; j += W)
-        store_upto(y + j,
-                   (load(s + j) - mean) * rstd * weight.at(j, g.hidden) + bias.at(j, g.hidden),
-                   g.hidden - j);
+        store_upto(
+            y + j,
+            (load(s + j) - mean - low) * rstd * weight.at(j, g.hidden) + bias.at(j, g.hidden),
+            g.hidden - j);
     }
   }
 }

@@ -210,7 +210,7 @@ void backward(const AttentionArgs& g) {
           const float lse = g.lse[task.h * g.tokens + task.start + query];
           if (g.dropout.seed)
             philox_row(g.dropout.seed, (task.start + query) * g.heads + task.h, n, bits);
-          vf delta = {};
+          vf total = {}, delta = {};
           for (int64_t j = 0; j < row; j += W) {
             const vf prob = exp(load(pi + j) - lse);
             vf dp = load(dsi + j), kept = prob;
@@ -218,14 +218,18 @@ void backward(const AttentionArgs& g) {
               dp = drop(dp, bits + j, g.dropout);
               kept = drop(prob, bits + j, g.dropout);
             }
+            total += prob;
             delta += prob * dp;
             store(probability + j, prob);
             store(pi + j, kept);
             store(dsi + j, dp);
           }
-          const float total = sum(delta);
-          for (int64_t j = 0; j < row; j += W)
-            store(dsi + j, load(probability + j) * (load(dsi + j) - total));
+          // lse is rounded, so that these sum to 1 + eps, where eps grows with the scores.
+          const float z = sum(total), inverse = z == 0 ? 0 : 1 / z, mean = sum(delta) * inverse;
+          for (int64_t j = 0; j < row; j += W) {
+            store(dsi + j, load(probability + j) * inverse * (load(dsi + j) - mean));
+            store(pi + j, load(pi + j) * inverse);
+          }
           if (g.dbias)
             std::memcpy(
                 g.dbias + ((task.b * g.heads + task.h) * g.dbias_rows + query) * g.dbias_cols, dsi,

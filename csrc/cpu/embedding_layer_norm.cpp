@@ -33,13 +33,13 @@ void forward(const EmbeddingArgs& g) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < g.tokens; ++t) {
       sum_row<T>(g, t, s);
-      float mean, rstd;
-      row_statistics(s, g.hidden, g.eps, mean, rstd);
+      float mean, low, rstd;
+      row_statistics(s, g.hidden, g.eps, mean, low, rstd);
       g.mean[t] = mean, g.rstd[t] = rstd;
       if (g.dropout.seed) philox_row(g.dropout.seed, t, g.hidden, bits);
       T* y = static_cast<T*>(g.y) + t * g.hidden;
       for (int64_t j = 0; j < g.hidden; j += W) {
-        vf v = (load(s + j) - mean) * rstd * weight.at(j, g.hidden) + bias.at(j, g.hidden);
+        vf v = (load(s + j) - mean - low) * rstd * weight.at(j, g.hidden) + bias.at(j, g.hidden);
         if (g.dropout.seed) v = drop(v, bits + j, g.dropout);
         store_upto(y + j, v, g.hidden - j);
       }

@@ -125,11 +125,11 @@ struct Encoder {
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
       float* from = s.sum + m * hidden_row;
       float* to = hidden + (m0 + m) * hidden_row;
-      float mean, rstd;
-      row_statistics(from, g.hidden, g.eps, mean, rstd);
+      float mean, low, rstd;
+      row_statistics(from, g.hidden, g.eps, mean, low, rstd);
       for (int64_t j = 0; j < g.hidden; j += W) {
         const int64_t left = g.hidden - j;
-        const vf v = (load(from + j) - mean) * rstd * load_upto(weight + j, left);
+        const vf v = (load(from + j) - mean - low) * rstd * load_upto(weight + j, left);
         if (p == 2) store(from + j, v);
         store(to + j, v + load_upto(bias + j, left));
       }

@@ -26,7 +26,7 @@ void one_row(float* z, int64_t n, int64_t label, bool gradient, float* loss) {
     if (gradient) store_upto(z + j, e, n - j);
   }
   const float s = sum(total);
-  *loss = __builtin_logf(s) + m - at_label;
+  *loss = __builtin_logf(s) + (m - at_label);  // m may be large
   if (!gradient) return;
   const float p = z[label] / s;
   scale_row<T>(z, n, 1 / s);

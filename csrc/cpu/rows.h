@@ -15,38 +15,45 @@ struct Vector {
   }
 };
 
-// Mean and 1 / sqrt(var + eps) of s, in two passes; s is padded to whole registers.
-inline void row_statistics(const float* s, int64_t n, float eps, float& mean, float& rstd) {
+// The mean of s as mean + low, for one float rounds off digits of a spread far below it, and
+// 1 / sqrt(var + eps), in two passes; s is padded to whole registers.
+inline void row_statistics(const float* s, int64_t n, float eps, float& mean, float& low,
+                           float& rstd) {
+  const float first = s[0];  // taken off, that the sum stays small
   vf total = {};
-  for (int64_t j = 0; j < n; j += W) total += only(load(s + j), n - j);
-  mean = sum(total) / float(n);
-  vf squares = {};
+  for (int64_t j = 0; j < n; j += W) total += only(load(s + j) - first, n - j);
+  mean = first + sum(total) / float(n);
+  vf rest = {}, squares = {};
   for (int64_t j = 0; j < n; j += W) {
     const vf c = only(load(s + j) - mean, n - j);
+    rest += c;
     squares += c * c;
   }
-  rstd = 1.f / __builtin_sqrtf(sum(squares) / float(n) + eps);
+  low = sum(rest) / float(n);
+  const float variance = sum(squares) / float(n) - low * low;
+  rstd = 1.f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
 }
 
-// For one row: grad and the normalised s in, in place: s becomes the gradient of the sum that was
-// normalised; dweight and dbias gain this row's share. All padded to whole registers.
-inline void row_backward(const float* grad, float* s, const Vector& weight, int64_t n, float mean,
+// For one row: grad and the sum that was normalised in s, in place: s becomes that sum's gradient,
+// grad is scratch; dweight and dbias gain this row's share. All padded to whole registers.
+inline void row_backward(float* grad, float* s, const Vector& weight, int64_t n, float mean,
                          float rstd, float* dweight, float* dbias) {
-  vf a = {}, b = {};
+  vf rest = {}, a = {}, b = {};
+  for (int64_t j = 0; j < n; j += W) rest += only(load(s + j) - mean, n - j);
+  const float low = sum(rest) / float(n);
   for (int64_t j = 0; j < n; j += W) {
-    const vf normed = only((load(s + j) - mean) * rstd, n - j), g = load(grad + j);
+    const vf normed = only((load(s + j) - mean - low) * rstd, n - j), g = load(grad + j);
     const vf scaled = g * weight.at(j, n);
     a += scaled;
     b += scaled * normed;
     store(s + j, normed);
+    store(grad + j, scaled);  // as it was summed up: a fused product would differ by its rounding
     store(dweight + j, load(dweight + j) + g * normed);
     store(dbias + j, load(dbias + j) + g);
   }
   const float mean_a = sum(a) / float(n), mean_b = sum(b) / float(n);
-  for (int64_t j = 0; j < n; j += W) {
-    const vf scaled = load(grad + j) * weight.at(j, n);
-    store(s + j, (scaled - mean_a - load(s + j) * mean_b) * rstd);
-  }
+  for (int64_t j = 0; j < n; j += W)
+    store(s + j, (load(grad + j) - mean_a - load(s + j) * mean_b) * rstd);
 }
 
 inline int64_t padded(int64_t n) { return ceil_div(n, 64) * 64; }

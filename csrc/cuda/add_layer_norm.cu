@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(S::kThreads)
     weight.load(w, j, left, in.whole);
     bias.load(b, j, left, in.whole);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) s[c][i] = (s[c][i] - mean) * rstd * w[i] + b[i];
+    for (int i = 0; i < kVector; ++i) s[c][i] = s[c][i] * rstd * w[i] + b[i];
     store8(y + t * in.hidden + j, s[c], left, in.whole);
   }
 }

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(S::kThreads)
     load8(w, weight + j, left, in.whole);
     load8(b, bias + j, left, in.whole);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) s[c][i] = (s[c][i] - mean) * rstd * w[i] + b[i];
+    for (int i = 0; i < kVector; ++i) s[c][i] = s[c][i] * rstd * w[i] + b[i];
     drop8(in, t, j, s[c]);
     store8(y + t * in.hidden + j, s[c], left, in.whole);
   }

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool labelled = label != ignore_index;
   const bool inside = label >= 0 && label < logits.vocabulary;
   const float at_label = inside ? logits.at(label) : NAN;
-  float lse = 0;
+  float shift = 0, total = 1;
   if (labelled) {  // the same in all threads
     float max = -INFINITY, sum = 0, z[kVector];
     for (int64_t j = first; j < logits.vocabulary; j += kThreads * kVector) {
@@ -55,23 +55,26 @@ __global__ void __launch_bounds__(kThreads)
       float top = max;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) top = fmaxf(top, z[i]);
-      const float shift = top == -INFINITY ? 0 : top;  // nothing but -inf so far
+      shift = top == -INFINITY ? 0 : top;  // nothing but -inf so far
       sum *= expf(max - shift);
       max = top;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum += expf(z[i] - shift);
     }
-    const float top = block_max<kThreads>(max), shift = top == -INFINITY ? 0 : top;
-    lse = shift + logf(block_sum<kThreads>(sum * expf(max - shift)));
+    const float top = block_max<kThreads>(max);
+    shift = top == -INFINITY ? 0 : top;
+    total = block_sum<kThreads>(sum * expf(max - shift));
   }
-  if (threadIdx.x == 0) loss[blockIdx.x] = labelled ? lse - at_label : 0;
+  // Never shift + log(total): where the logits are large, its rounding is.
+  if (threadIdx.x == 0) loss[blockIdx.x] = labelled ? logf(total) + (shift - at_label) : 0;
   // Zeros in the padding too: products that read pairs of values look one column further.
   for (int64_t j = first; gradient && j < pitch; j += kThreads * kVector) {
     float dz[kVector] = {};
     if (labelled) {
       logits.load(dz, j);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) dz[i] = expf(dz[i] - lse) - (j + i == label ? 1.f : 0.f);
+      for (int i = 0; i < kVector; ++i)
+        dz[i] = expf(dz[i] - shift) / total - (j + i == label ? 1.f : 0.f);
     }
     if (logits.vocabulary - j < kVector)
 #pragma unroll

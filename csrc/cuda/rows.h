@@ -32,28 +32,46 @@ __device__ __forceinline__ int64_t column(int chunk) {
   return (int64_t(chunk) * S::kThreads + threadIdx.x) * kVector;
 }
 
-// Mean and 1 / sqrt(var + eps) of s, in two passes; what lies past `hidden` is zero.
+// s less its mean, in place; after the mean what its rounding left is taken off too. What lies past
+// `hidden` is zero.
 template <class S>
-__device__ __forceinline__ void row_statistics(const Row<S>& s, int64_t hidden, float eps,
-                                               float& mean, float& rstd) {
+__device__ __forceinline__ void centre(Row<S>& s, int64_t hidden, float mean) {
+  float rest = 0;
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      s[c][i] = column<S>(c) + i < hidden ? s[c][i] - mean : 0.f;
+      rest += s[c][i];
+    }
+  rest = block_sum<S::kThreads>(rest) / float(hidden);
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (column<S>(c) + i < hidden) s[c][i] -= rest;
+}
+
+// Mean and 1 / sqrt(var + eps) of s, which is centred; what lies past `hidden` is zero.
+template <class S>
+__device__ __forceinline__ void row_statistics(Row<S>& s, int64_t hidden, float eps, float& mean,
+                                               float& rstd) {
   float total = 0, squares = 0;
 #pragma unroll
   for (int c = 0; c < S::kChunks; ++c)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) total += s[c][i];
   mean = block_sum<S::kThreads>(total) / float(hidden);
+  centre<S>(s, hidden, mean);
 #pragma unroll
   for (int c = 0; c < S::kChunks; ++c)
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const float centred = column<S>(c) + i < hidden ? s[c][i] - mean : 0.f;
-      squares += centred * centred;
-    }
+    for (int i = 0; i < kVector; ++i) squares += s[c][i] * s[c][i];
   rstd = 1 / sqrtf(block_sum<S::kThreads>(squares) / float(hidden) + eps);
 }
 
-// For one row: grad and the normalised s in, in place: s becomes the gradient of the sum that was
-// normalised; dweight and dbias gain this row's share.
+// For one row: grad and the sum that was normalised in s, in place: s becomes that sum's gradient;
+// dweight and dbias gain this row's share.
 template <class S, class T>
 __device__ __forceinline__ void row_backward(const Row<S>& grad, Row<S>& s,
                                              const Parameter<T>& weight, int64_t hidden, float mean,
@@ -61,14 +79,15 @@ __device__ __forceinline__ void row_backward(const Row<S>& grad, Row<S>& s,
                                              Row<S>& dbias) {
   Row<S> scaled;
   float a = 0, b = 0;
+  centre<S>(s, hidden, mean);
 #pragma unroll
   for (int c = 0; c < S::kChunks; ++c) {
     const int64_t j = column<S>(c);
     weight.load(scaled[c], j, hidden - j, whole);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      s[c][i] = j + i < hidden ? (s[c][i] - mean) * rstd : 0.f;
-      scaled[c][i] *= grad[c][i];
+      s[c][i] *= rstd;
+      scaled[c][i] = __fmul_rn(scaled[c][i], grad[c][i]);  // not fused below: a is of its rounding
       a += scaled[c][i];
       b += scaled[c][i] * s[c][i];
       dweight[c][i] += grad[c][i] * s[c][i];
