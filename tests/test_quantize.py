@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,22 @@ def test_other_tasks(tmp_path, task):
     assert row["agreement"] > 0.5 if task == "multi_label" else 0 < row["max_difference"] < 0.1
     unlabelled = quantize.report(model, data, precisions=["int8"], label_column="")
     assert not {"micro_f1", "mse"} & set(by_precision(unlabelled)["int8"])
+
+
+def test_says_which_layers_int8_suits_ill(folder, tmp_path):
+    model = bertfast.BertModel.from_pretrained(str(folder / "model"))
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            if p.dim() == 2:
+                p[5] *= 50
+                p[9:12] *= 20
+    model.save_pretrained(tmp_path)
+    for file in (folder / "model").iterdir():  # the tokenizer's
+        if not (tmp_path / file.name).exists():
+            shutil.copy(file, tmp_path)
+    result = quantize.report(str(tmp_path), str(folder / "valid.jsonl"), limit=4)
+    assert any("int8" in text and "encoder.layer." in text for text in result["warnings"])
+    assert quantize.table(result).endswith(result["warnings"][-1])
 
 
 def test_limit_spreads_over_the_table(folder):

@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops.extension import C
 from .encoder import PackedSequences
 from .live import forward
 
 # Of int8's noise in a layer's states, see `_noise`; above it the layer stays in bf16. A healthy
-# MiniLM's layers have 1.5 to 2.3%, bf16 has 0.3 to 0.4%.
-NOISE_LIMIT = 0.06
+# MiniLM's layers have 1.5 to 2.3%, bf16 has 0.3 to 0.4%. AVX2 projects queries, keys and values in
+# int8 too, with weights of fewer bits: twice the noise, and twice the limit.
+NOISE_LIMIT = 0.06 if C is None or C.qkv_precision(2) != 2 else 0.12
 COSINE_LIMIT = 0.97  # of a token's last states to those in fp32; MiniLM's least is 0.995
 
 
