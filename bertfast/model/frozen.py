@@ -242,15 +242,17 @@ def _check_plain(encoder, model):
     config = model.config
     shapes = LayerWeights.shapes(config.hidden_size, config.intermediate_size)
     for i, layer in enumerate(encoder.layer):
-        found = layer.arithmetic()
-        if (
-            found is None
-            or [tuple(p.shape) for p in found[0]] != shapes
-            or found[1].eps != config.layer_norm_eps
-        ):
+        found, where = layer.arithmetic(), f"{name}.layer.{i} can't be frozen"
+        if found is None or found[1].eps != config.layer_norm_eps:
             raise ValueError(
-                f"{name}.layer.{i} can't be frozen: its sizes or eps are not the configuration's"
+                f"{where}: its LayerNorms' eps are not the configuration's {config.layer_norm_eps}"
             )
+        for role, p, shape in zip(LayerWeights._fields, found[0], shapes, strict=True):
+            if p.shape != shape:
+                raise ValueError(
+                    f"{where}: {role} has shape {list(p.shape)}, expected {list(shape)} by the "
+                    "configuration"
+                )
 
 
 def freeze(model, precision: str = "fp32"):
