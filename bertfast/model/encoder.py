@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..ops.library import call
+from ..ops.library import call, unwatched
 from ..ops.pack import gather
 from . import live
 from .layer import ACTIVATIONS, STATES, LayerOptions, LayerWeights, encoder_layer
@@ -189,7 +189,7 @@ class BertEncoder(nn.Module):
         if self.layer:
             size = self.layer[0].config.hidden_size
             given = hidden, size, packing.cu_seqlens, packing.seqlen, rows
-            STATES.check(given, values=False)
+            STATES.check(given, values=unwatched())
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
             arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
