@@ -148,7 +148,7 @@ class Maker:
 
     def noise(self):
         some = [torch.ones(2), torch.ones(2, 2), torch.arange(3), torch.tensor([0, 1]).int()]
-        plain = [None, -1, 0, 1.5, 2**31, float("nan"), float("inf"), "x", [1.0], True]
+        plain = [None, -1, 0, 1.5, 2**45, float("nan"), float("inf"), "x", [1.0], True]
         return self.random.choice([*plain, *some])
 
     def broken(self, t):

@@ -24,9 +24,9 @@ def serves(hidden) -> bool:
     return (
         C is not None
         and not torch.is_grad_enabled()
+        and unwatched()
         and plain(hidden)
         and (_on_cpu(hidden) or few_tokens.serves(hidden))
-        and unwatched()
         and not _has_any_global_hook()
     )
 
