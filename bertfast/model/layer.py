@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
-from ..ops.declare import FLOATS, Below, Declaration, Number, Offsets, Tensor
+from ..ops.declare import FLOATS, LENGTH, Below, Declaration, Number, Offsets, Tensor
 from . import direct
 
 # transformers' names for what the kernels compute
@@ -23,7 +23,7 @@ STATES = Declaration(  # what the encoder's layers take in one call
     hidden=Tensor("tokens, size", FLOATS),
     size=Number(1),
     cu_seqlens=Tensor("batch + 1", torch.int32, Offsets("tokens", "seqlen")),
-    seqlen=Number(0),
+    seqlen=LENGTH,
     rows=Tensor("n", torch.int64, Below("tokens")),
 )
 

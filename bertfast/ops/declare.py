@@ -85,6 +85,7 @@ class Offsets(NamedTuple):
 
 
 PROBABILITY = Number(0, 1)
+LENGTH = Number(0, 2**31)  # of a sequence, whose offsets are int32
 SEED = Tensor("2", torch.int64)
 
 
