@@ -31,7 +31,8 @@ test-sanitize: build ## the operators' tests with ASan and UBSan, the CUDA kerne
 	cmake --build build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	BERTFAST_EXTENSION=$(CURDIR)/build/sanitize/_C.so $(BIN)/pytest -k "not triton" $(OPERATOR_TESTS)
+	BERTFAST_FUZZ=5000 BERTFAST_EXTENSION=$(CURDIR)/build/sanitize/_C.so \
+	$(BIN)/pytest -k "not triton" $(OPERATOR_TESTS)
 
 test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	cmake -S . -B build/cuda_host -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA_HOST=ON \

@@ -145,12 +145,12 @@ class Maker:
     def damage(self, made):
         name = self.random.choice(list(made))
         t = made[name]
-        whole = isinstance(t, torch.Tensor) and t.layout is torch.strided
+        whole = isinstance(t, torch.Tensor) and t.is_cpu and t.layout is torch.strided
         made[name] = self.broken(t) if whole else self.noise()
 
     def noise(self):
         some = [torch.ones(2), torch.ones(2, 2), torch.arange(3), torch.tensor([0, 1]).int()]
-        plain = [None, -1, 0, 1.5, 2**31, float("nan"), float("inf"), "x", [1.0], True]
+        plain = [None, -1, 0, 1.5, 2**45, float("nan"), float("inf"), "x", [1.0], True]
         return self.random.choice([*plain, *some])
 
     def broken(self, t):
@@ -184,6 +184,6 @@ class Maker:
             return t[tuple(slice(0, 1) for _ in shape)].expand(shape) if t.numel() else t
         if kind == 11 and (t.is_floating_point() or t.is_complex()):
             return t.detach().requires_grad_()
-        if kind == 12:
+        if kind == 12 and t.dtype != torch.bool:
             return t.to(torch.complex64).conj() if random.random() < 0.5 else torch._neg_view(t)
         return self.noise()

@@ -309,3 +309,14 @@ def test_real_weights(precision):
         )
     cosine = cosine_similarity(a, e, dim=1)
     assert cosine.mean() > {"fp32": 0.999999, "bf16": 0.9999, "int8": 0.998}[precision], cosine
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_weight_that_is_no_number(precision, bad):
+    """A damaged model gives no finite result, int8 included."""
+    model = build()
+    model.encoder.layer[0].output.dense.weight.data[0, 0] = bad
+    bertfast.freeze(model, precision)
+    with torch.no_grad():
+        assert not model(**batch((4,))).last_hidden_state.isfinite().any()

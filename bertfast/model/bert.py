@@ -9,7 +9,7 @@ from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from .. import ops
-from ..ops.declare import Below, Declaration, Number, Offsets, Tensor
+from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
 from . import checkpoint
 from .encoder import (
     BertEmbeddings,
@@ -116,7 +116,7 @@ _PACKED = Declaration(
     "Tensor? token_type_ids, Tensor? rows) -> Tensor",
     input_ids=Tensor("tokens", torch.int64),
     cu_seqlens=Tensor("batch + 1", torch.int32, Offsets("tokens", "max_seqlen")),
-    max_seqlen=Number(0),
+    max_seqlen=LENGTH,
     position_ids=Tensor("tokens", torch.int64),
     token_type_ids=Tensor("tokens", torch.int64),
     rows=Tensor("n", torch.int64, Below("tokens")),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..ops.dropout import dropped
-from ..ops.library import call
+from ..ops.library import call, unwatched
 from ..ops.pack import gather
 from . import live, watch
 from .layer import ACTIVATIONS, FUNCTIONS, STATES, LayerOptions, LayerWeights, encoder_layer, rate
@@ -308,7 +308,7 @@ class BertEncoder(nn.Module):
         if self.layer:
             size = self.layer[0].config.hidden_size
             given = hidden, size, packing.cu_seqlens, packing.seqlen, packing.seqused_k, rows
-            STATES.check(given, values=False)
+            STATES.check(given, values=unwatched())
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
             last = i == len(self.layer) - 1

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..ops.declare import FLOATS, Below, Declaration, Number, Offsets, Tensor, UpToLengths
+from ..ops.declare import FLOATS, LENGTH, Below, Declaration, Number, Offsets, Tensor, UpToLengths
 from . import direct
 
 # transformers' names for what the kernels compute
@@ -27,7 +27,7 @@ STATES = Declaration(  # what the encoder's layers take in one call
     hidden=Tensor("tokens, size", FLOATS),
     size=Number(1),
     cu_seqlens=Tensor("batch + 1", torch.int32, Offsets("tokens", "seqlen")),
-    seqlen=Number(0),
+    seqlen=LENGTH,
     seqused_k=Tensor("batch", torch.int32, UpToLengths("cu_seqlens")),
     rows=Tensor("n", torch.int64, Below("tokens")),
 )

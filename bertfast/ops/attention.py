@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from .declare import FLOATS, PROBABILITY, SEED, Number, Offsets, Tensor, UpToLengths
+from .declare import FLOATS, LENGTH, PROBABILITY, SEED, Number, Offsets, Tensor, UpToLengths
 from .dropout import as_seed, keep_mask, threshold
 from .extension import C
 from .library import (
@@ -85,7 +85,7 @@ _OPTIONS = (
 _ARGUMENTS = {
     "qkv": Tensor("tokens, 3, heads, head_dim", FLOATS),
     "cu_seqlens": Tensor("batch + 1", torch.int32, Offsets("tokens", "max_seqlen")),
-    "max_seqlen": Number(0),
+    "max_seqlen": LENGTH,
     "dropout_p": PROBABILITY,
     "seed": SEED,
     "bias": Tensor("batch or 1, heads or 1, >= max_seqlen, >= max_seqlen", "as qkv or float32"),

@@ -11,7 +11,7 @@ from .attention import (
     reference_backward,
     triton_attention_limit,
 )
-from .declare import FLOATS, PROBABILITY, SEED, Number, Offsets, Tensor
+from .declare import FLOATS, LENGTH, PROBABILITY, SEED, Number, Offsets, Tensor
 from .dropout import as_seed
 from .library import autograd, cpu_limit, define, register_triton, wide
 from .registry import register
@@ -78,8 +78,8 @@ _ARGUMENTS = {
     "kv": Tensor("tokens_k, 2, heads, head_dim", "as q"),
     "cu_seqlens_q": Tensor("batch + 1", torch.int32, Offsets("tokens_q", "max_seqlen_q")),
     "cu_seqlens_k": Tensor("batch + 1", torch.int32, Offsets("tokens_k", "max_seqlen_k")),
-    "max_seqlen_q": Number(0),
-    "max_seqlen_k": Number(0),
+    "max_seqlen_q": LENGTH,
+    "max_seqlen_k": LENGTH,
     "dropout_p": PROBABILITY,
     "seed": SEED,
     "bias": Tensor("batch or 1, heads or 1, >= max_seqlen_q, >= max_seqlen_k", "as q or float32"),

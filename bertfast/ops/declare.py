@@ -100,6 +100,7 @@ class UpToLengths(NamedTuple):
 
 
 PROBABILITY = Number(0, 1)
+LENGTH = Number(0, 2**31)  # of a sequence, whose offsets are int32
 SEED = Tensor("2", torch.int64)
 
 

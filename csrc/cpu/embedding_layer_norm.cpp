@@ -96,6 +96,7 @@ void embedding_layer_norm_backward(const EmbeddingArgs& g) {
 
 void scatter_add(const float* x, const int64_t* rows, float* out, int64_t tokens, int64_t hidden,
                  int64_t table) {
+  if (hidden == 0) return;
 #pragma omp parallel if (table * hidden > (1 << 15))
   {
 #pragma omp for schedule(static)

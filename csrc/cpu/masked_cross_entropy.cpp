@@ -43,7 +43,7 @@ void rows_of(const CrossEntropyArgs& g) {
       continue;
     }
     g.loss[r] = 0;
-    if (g.gradient) std::memset(z, 0, g.vocabulary * sizeof(T));
+    if (g.gradient && g.vocabulary) std::memset(z, 0, g.vocabulary * sizeof(T));
   }
 }
 

@@ -6,6 +6,7 @@
 namespace bertfast::BERTFAST_ISA {
 
 void gather_rows(const char* x, const int64_t* rows, char* out, int64_t tokens, int64_t row_bytes) {
+  if (row_bytes == 0) return;
 #pragma omp parallel for schedule(static) if (tokens * row_bytes > (1 << 17))
   for (int64_t t = 0; t < tokens; ++t)
     std::memcpy(out + t * row_bytes, x + rows[t] * row_bytes, row_bytes);
