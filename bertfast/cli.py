@@ -305,7 +305,6 @@ def _say(text):
 def _bench(args):
     from .bench.command import run
 
-    _check_file(args.json)
     run(args)
 
 

@@ -147,6 +147,7 @@ def test_called_by_the_dispatcher():
     """Who calls `torch.ops.bertfast` is checked too, backward operators included."""
     qkv, out = torch.ones(5, 3, 2, 4), torch.ones(5, 2, 4)
     args = [out, qkv, out, torch.ones(2, 5), offsets([2, 3]), 3, 0.5, 0.0, None, False, None]
+    args.append(None)
     raw.attention_backward(*args, False)
     refused(ValueError, "need_dbias is True, yet bias is None", raw.attention_backward, *args, True)
     refused(

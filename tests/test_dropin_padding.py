@@ -90,7 +90,7 @@ def test_padding_zeros(family, kind):
         pytest.skip("MPNet with holes runs unfused")
     seen = []
     for model in (ours, theirs, exact):
-        seen.append(observe(model, given, lambda output: output[0][real].tanh().sum()))
+        seen.append(observe(model, given, lambda output: output[0][real].square().mean()))
         seen[-1].pop("pooler_output", None)  # of column 0
     assert not seen[0]["last_hidden_state"][~real].any()
     for s in seen:

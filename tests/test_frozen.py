@@ -1,5 +1,6 @@
 """`bertfast.freeze`: the same answers from packed weights, in every precision."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -317,6 +318,7 @@ def test_weight_that_is_no_number(precision, bad):
     """A damaged model gives no finite result, int8 included."""
     model = build()
     model.encoder.layer[0].output.dense.weight.data[0, 0] = bad
-    bertfast.freeze(model, precision)
+    with pytest.warns(UserWarning) if precision == "int8" else contextlib.nullcontext():
+        bertfast.freeze(model, precision)
     with torch.no_grad():
         assert not model(**batch((4,))).last_hidden_state.isfinite().any()

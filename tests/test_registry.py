@@ -23,7 +23,8 @@ def samples():
     qkv, ids = leaf(8, 3, 2, 4), torch.arange(8)
     bias = leaf(1, 2, 5, 5)
     out, lse = (
-        t.detach() for t in torch.ops.bertfast.attention(qkv, cu, 5, 0.5, 0.0, None, False, None)
+        t.detach()
+        for t in torch.ops.bertfast.attention(qkv, cu, 5, 0.5, 0.0, None, False, None, None)
     )
     kv, cross_bias = leaf(9, 2, 2, 4), leaf(1, 2, 5, 6)
     cross = (cu, torch.tensor([0, 3, 9], dtype=torch.int32), 5, 6, 0.5)
@@ -31,12 +32,12 @@ def samples():
     stats = torch.zeros(8), torch.ones(8)
     return {
         "attention": [
-            (qkv, cu, 5, 0.5, 0.0, None, False, None),
-            (qkv, cu, 5, 0.5, 0.1, seed, True, bias),
+            (qkv, cu, 5, 0.5, 0.0, None, False, None, None),
+            (qkv, cu, 5, 0.5, 0.1, seed, True, bias, torch.tensor([2, 1], dtype=torch.int32)),
         ],
         "attention_backward": [
-            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.1, seed, False, None, False),
-            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.0, None, False, bias.detach(), True),
+            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.1, seed, False, None, None, False),
+            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.0, None, False, bias.detach(), None, True),
         ],
         "cross_attention": [
             (leaf(8, 2, 4), kv, *cross, 0.0, None, False, None),

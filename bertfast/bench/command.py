@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import check_file
 from ..model.presets import PRESETS, bert_config
 from ..ops.registry import BACKENDS
 from ..train.config import ConfigError
@@ -90,6 +91,8 @@ def check(args) -> None:
         raise ConfigError("torch sees no GPU here: --device cpu")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ConfigError(f"--json {args.json}: no such folder")
+    if args.json:
+        check_file(args.json)
     config = bert_config(args.model)
     if max(args.seq) > config.max_position_embeddings:
         raise ConfigError(
