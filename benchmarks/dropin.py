@@ -4,8 +4,10 @@
 
 SentenceTransformer.encode of 256 sentences, CrossEncoder.predict of 128 pairs, and a step of
 transformers' Trainer (batches of 32 texts of natural lengths, padded by its collator; dropout as
-in the checkpoint). The text is the standard library's docstrings. The rival is the untouched
-model with SDPA. Outputs, and the gradients of every parameter, are compared first.
+in the checkpoint). A step of question answering on such a batch, whose softmax reads the padding:
+as the stock model computes it, and with padding="zeros", which is another loss. The text is the
+standard library's docstrings. The rival is the untouched model with SDPA. Outputs, and the
+gradients of every parameter, are compared first.
 """
 
 import argparse
@@ -125,6 +127,37 @@ def fine_tuning(rounds, steps) -> dict:
     return {name: median(s) for name, s in seconds.items()} | {"max_error": error}
 
 
+def question_answering(rounds) -> dict:
+    """Forward and backward of one padded batch: {padding: its seconds beside the stock model's}."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+    batch = dict(real_batch(tokenizer, natural_lengths(BATCH)))
+    batch |= {
+        "start_positions": torch.zeros(BATCH).long(),
+        "end_positions": torch.ones(BATCH).long(),
+    }
+    stock = transformers.AutoModelForQuestionAnswering.from_pretrained(
+        minilm(), attn_implementation="sdpa"
+    ).eval()
+    models = {"rival": stock}
+    for padding in ("auto", "zeros"):
+        models[padding] = copy.deepcopy(stock)
+        bertfast.accelerate(models[padding], strict=True, padding=padding)
+
+    def step(model):
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    error = close("losses", step(models["auto"]), step(stock))
+    runs = {name: lambda model=model: step(model) for name, model in models.items()}
+    seconds = {name: median(s) for name, s in interleave(runs, rounds, 0).items()}
+    return {
+        padding: {"bertfast": seconds[padding], "rival": seconds["rival"], "max_error": e}
+        for padding, e in (("auto", error), ("zeros", None))
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -149,6 +182,8 @@ def main():
         ),
         f"transformers Trainer, a step of {BATCH} texts": fine_tuning(args.rounds, args.steps),
     }
+    for padding, row in question_answering(args.rounds).items():
+        rows[f"question answering, a step of {BATCH} texts, padding={padding!r}"] = row
     summary = []
     for task, row in rows.items():
         ours, theirs = (1e3 * row[name] for name in ("bertfast", "rival"))
