@@ -111,9 +111,13 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_text(path, text: str) -> None:
-    """UTF-8, whole or not at all; straight into what is no file (a pipe, a terminal)."""
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
+    """UTF-8, whole or not at all; straight into what is no file (a pipe, a terminal), or is in a
+    folder that takes no other."""
+    path = Path(path)
+    whole = path.is_file() and os.access(path.resolve().parent, os.W_OK)
+    if path.exists() and not whole:
         path.write_text(text, encoding="utf-8")
     else:
-        write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_whole(
+            path.resolve(), lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
+        )

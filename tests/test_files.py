@@ -95,3 +95,10 @@ def test_write_text_into_a_pipe(tmp_path):
     write_text(tmp_path / "pipe", "text")
     reader.join(10)
     assert found == ["text"] and not (tmp_path / "pipe").is_file()
+
+
+def test_text_into_what_can_not_be_replaced(tmp_path):
+    """A pipe, by a path whose real name is none, takes the text as it comes."""
+    code = "from bertfast.files import write_text; write_text('/dev/stdout', 'text')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "text"), done.stderr

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -117,6 +118,25 @@ def test_outliers_stay_in_bf16():
     close_to_truth(whole.last_hidden_state, got.last_hidden_state)
     a, e = got.last_hidden_state[real], expected.last_hidden_state[real]
     close_to_truth(a, e, floor=BOUND["int8"])
+
+
+def test_warnings_that_are_errors():
+    """They come when the model is frozen, and leave it so."""
+    model = with_outliers()
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="stay in bf16"):
+        warnings.simplefilter("error")
+        bertfast.freeze(model, "int8")
+    with torch.inference_mode():
+        assert model(**batch((5,))).last_hidden_state.isfinite().all()
+
+
+def test_pruned_channels_are_no_noise():
+    model = build()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
+                norm.weight[:70] = norm.bias[:70] = 0
+    assert frozen(model, "int8").encoder.kept == []
 
 
 def test_a_nan_weight_stays_one():

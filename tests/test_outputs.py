@@ -176,7 +176,7 @@ def test_full_disk_at_the_end(tmp_path, capfd):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     err = capfd.readouterr().err
-    assert "File too large" in err and "the same command again saves it" in err
+    assert "File too large" in err and "--resume auto saves it" in err
     assert "Traceback" not in err and not list(model.parent.glob("*.tmp")) and not model.exists()
     assert main(["finetune", "classify", *given]) == 0
     assert model.read_bytes() == expected

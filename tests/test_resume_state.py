@@ -1,6 +1,7 @@
 """What a run keeps and what it goes on from: checkpoints, the best weights, the log, the folder."""
 
 import json
+import os
 import resource
 import shutil
 
@@ -105,7 +106,45 @@ def test_what_stays(tmp_path):
     assert state.read_best(tmp_path, weights)["x"].tolist() == [2, 2, 2]
     flip(tmp_path / "step-00000002" / "model.safetensors")
     refused(ValueError, "does not match its checksum", state.read_best, tmp_path, weights)
-    refused(ValueError, "step-00000002/model", state.read_state, tmp_path / "step-00000006")
+    newest = tmp_path / "step-00000006"
+    refused(ValueError, "step-00000002/model", state.check_best, newest, state.read_state(newest))
+    refused(ValueError, f"--resume {newest}", state.latest, tmp_path, lambda text: None)
+    assert newest.exists()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_step_saved_again(tmp_path, monkeypatch, failing):
+    """One of the two is there, whatever is interrupted."""
+    values = {"best": None, "best_weights": None}
+    tensors = ({"x": torch.ones(3)}, {"x|step": torch.ones(1)})
+    state.save(tmp_path, 1, tensors, values, 2, set())
+    rename, calls = os.rename, []
+
+    def interrupted(*names):
+        calls.append(names)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        state.save(tmp_path, 1, tensors, values, 2, set())
+    monkeypatch.undo()
+    found, _ = state.latest(tmp_path, pytest.fail)
+    assert found.name == "step-00000001" and [*tmp_path.iterdir()] == [found]
+
+
+def test_best_weights_lost_before_the_end(fresh, monkeypatch, capfd):
+    """Newer whole checkpoints stay; who says so goes on from them."""
+    scores(monkeypatch, [0.9, 0.2, 0.1])
+    fresh.run(keep=3)
+    flip(fresh.folder / "step-00000008" / "model.safetensors")
+    names = fresh.names()
+    with pytest.raises(ValueError, match="goes on without them"):
+        fresh.run(keep=3)
+    assert fresh.names() == names
+    fresh.run(keep=3, resume=str(fresh.folder / "step-00000024"))
+    assert "best weights so far are lost" in capfd.readouterr().err and fresh.weights()
 
 
 def test_anew_beside_an_older_run(done, capfd):
@@ -195,7 +234,12 @@ def test_resumed_from_another_folder(fresh, base, tmp_path, monkeypatch):
     scores(monkeypatch, [0.1])
     other = tuning(base, tmp_path / "other")
     other.run(resume=str(fresh.folder / "step-00000016"))
-    assert other.weights() == fresh.weights() and other.names() == ["step-00000024"]
+    assert other.weights() == fresh.weights() and other.names() == [
+        "step-00000008",
+        "step-00000024",
+    ]
+    shutil.rmtree(fresh.out)  # which the other one no longer needs
+    assert other.run() and other.weights()
 
 
 def test_resumed_at_the_end(done, whole):

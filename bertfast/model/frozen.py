@@ -143,13 +143,15 @@ class FrozenEncoder(Frozen):
             first = last
         if sample is not None:
             self.least_cosine = sample.least_cosine(self)
-            for text in complaints(self.noise, self.kept, self.least_cosine):
-                warnings.warn(text, stacklevel=3)
 
     @property
     def kept(self) -> list[int]:
         """The layers that stayed in bf16 where int8 was asked for."""
         return [i for i, noise in enumerate(self.noise) if not noise <= NOISE_LIMIT]
+
+    def complaints(self) -> list[str]:
+        """What int8 does to this model that its user should know."""
+        return [*complaints(self.noise, self.kept, self.least_cosine)]
 
     def extra_repr(self):
         kept = f", {len(self.kept)} in bf16" if self.kept else ""
@@ -316,4 +318,8 @@ def freeze(model, precision: str = "fp32"):
     if precision != "fp32" and not hasattr(model, "get_output_embeddings"):
         base.embeddings.to(CUDA_PRECISIONS.get(precision, torch.bfloat16))
     heap.release_freed()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    # Last, for a warning may be made an error.
+    for text in base.encoder.complaints() if precision == "int8" else ():
+        warnings.warn(text, stacklevel=2)
+    return model

@@ -1,5 +1,6 @@
 """What int8 does to a layer, tried without data when a model is frozen."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,14 @@ COSINE_LIMIT = 0.97  # of a token's last states to those in fp32; MiniLM's least
 def _noise(states, expected) -> float:
     """The root mean square of the error [tokens, hidden] with each channel's spread over the
     tokens as its unit: a cosine would see an outlier's channel alone."""
+    if not (states.isfinite().all() and expected.isfinite().all()):
+        return math.nan
     spread = expected.std(0)
-    spread = spread.clamp(min=spread.median() / 100)
-    return ((states - expected) / spread).square().mean().sqrt().item()
+    moving = spread > 0  # a pruned channel tells nothing apart
+    if not moving.any():
+        return 0.0
+    spread = spread[moving].clamp(min=spread[moving].median() / 100)
+    return ((states - expected)[:, moving] / spread).square().mean().sqrt().item()
 
 
 class Sample(NamedTuple):

@@ -16,6 +16,7 @@ from ..files import os_errors
 from .ranks import full, like
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_ASIDE = ".old"  # ends the name of a checkpoint that a new one replaces
 
 
 def _sync(path):
@@ -109,21 +110,43 @@ def save(
         _sync(temporary)
         mine.add(final.name)
         _drop(folder, mine)  # first, lest a kill leave two runs' side by side
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # a step saved again: one of the two is there at any moment
+            os.rename(final, folder / f".{final.name}{_ASIDE}")
         os.rename(temporary, final)
         _sync(folder)
     except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(folder)
         if isinstance(e, OSError):
             left = [c.name for c in checkpoints(folder)] or ["nothing"]
             raise OSError(
                 f"checkpoint {final} is not written ({e}); kept: {', '.join(left)}. The same "
-                "command goes on from the last one"
+                "command with --resume auto goes on from the last one"
             ) from e
         raise
+    _put_back(folder)
     newest = checkpoints(folder)[-keep:]
     _drop(folder, {c.name for c in newest} | {_best(c) for c in newest})
     return state
+
+
+def bring(source: Path, folder: Path) -> None:
+    """A copy of another run's checkpoint in `folder`, whole or not at all."""
+    final, temporary = folder / source.name, folder / f".{source.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+
+
+def _put_back(folder):
+    """What `save` moved aside, unless the new one has its place."""
+    for aside in folder.glob(f".step-*{_ASIDE}"):
+        final = folder / aside.name.removeprefix(".").removesuffix(_ASIDE)
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(aside, final)
 
 
 def _drop(folder, kept):
@@ -163,18 +186,23 @@ def _check(path, expected):
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The JSON state of a checkpoint whose every checksum holds, that of the best weights too;
-    ValueError names what doesn't."""
+    """The JSON state of a checkpoint whose every checksum holds; ValueError names what doesn't."""
     try:
         body = _body(checkpoint)
     except OSError as e:
         raise ValueError(f"{checkpoint} is no whole checkpoint: {e}") from None
     for file, expected in body["sha256"].items():
         _check(checkpoint / file, expected)
-    best = body["state"]["best_weights"]
+    if "best_weights" not in body["state"]:
+        raise ValueError(f"{checkpoint} is of an older version of bertfast: give --resume no")
+    return body["state"]
+
+
+def check_best(checkpoint: Path, state: dict) -> None:
+    """ValueError where the best weights so far, which another checkpoint holds, are lost."""
+    best = state["best_weights"]
     if best and best["checkpoint"] != checkpoint.name:
         _check(checkpoint.parent / best["checkpoint"] / MODEL, best["sha256"])
-    return body["state"]
 
 
 def read_best(folder: Path, best_weights: dict) -> dict:
@@ -185,12 +213,29 @@ def read_best(folder: Path, best_weights: dict) -> dict:
 
 
 def latest(folder: Path, warn) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and its state; `warn` hears of each damaged one passed over."""
+    """The newest whole checkpoint and its state; `warn` hears of each damaged one passed over.
+
+    Raises ValueError where some are whole, yet of none the best weights so far.
+    """
+    _put_back(folder)
+    lost = None
     for checkpoint in reversed(checkpoints(folder)):
         try:
-            return checkpoint, read_state(checkpoint)
+            state = read_state(checkpoint)
         except ValueError as e:
             warn(f"{e}; trying the checkpoint before it")
+            continue
+        try:
+            check_best(checkpoint, state)
+            return checkpoint, state
+        except ValueError as e:
+            lost = lost or (checkpoint, e)
+            warn(f"the best weights at {checkpoint.name}: {e}; trying the checkpoint before it")
+    if lost:
+        raise ValueError(
+            f"the best weights so far are lost ({lost[1]}), those of all checkpoints in {folder}: "
+            f"--resume {lost[0]} goes on without them, --resume no starts anew"
+        )
     return None
 
 

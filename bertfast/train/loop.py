@@ -327,8 +327,7 @@ class _Run:
         except ValueError as e:
             raise TrainingError(
                 f"the weights of the best evaluation are lost: {e}. The last step's are in "
-                f"{self.folder}; the same command again trains from the newest checkpoint whose "
-                "best weights are whole"
+                f"{self.folder}: --resume CHECKPOINT goes on from there without them"
             ) from None
         with torch.no_grad():
             for name, value in tensors.items():
@@ -343,7 +342,13 @@ class _Run:
             if not found and checkpoint.checkpoints(self.folder):
                 self.say(f"warning: no checkpoint in {self.folder} is whole: training starts anew")
         elif self.config.resume != "no":
-            found = Path(self.config.resume), checkpoint.read_state(Path(self.config.resume))
+            path = Path(self.config.resume)
+            found = path, checkpoint.read_state(path)
+            try:
+                checkpoint.check_best(*found)
+            except ValueError as e:
+                self.say(f"warning: the best weights so far are lost ({e}); going on without them")
+                found[1].update(best=None, best_weights=None)
         if not found:
             return
         path, saved = found
@@ -362,8 +367,10 @@ class _Run:
         if path.parent.resolve() == self.folder.resolve():
             names = (c.name for c in checkpoint.checkpoints(self.folder))
             self.mine = {name for name in names if name <= path.name}
-        elif best:
-            best["checkpoint"] = str(path.parent.resolve() / best["checkpoint"])
+        elif best:  # into this folder: the other run may drop them, or be deleted
+            if self.main:
+                checkpoint.bring(path.parent / best["checkpoint"], self.folder)
+            self.mine.add(best["checkpoint"])
         self.say(f"resumed from {path}")
 
 

@@ -31,7 +31,7 @@ def save(model, tokenizer, out: Path) -> None:
     except OSError as e:
         raise OSError(
             f"the trained model can't be saved in {out} ({e}); its weights are kept in "
-            f"{out / 'checkpoints'}: the same command again saves it without training"
+            f"{out / 'checkpoints'}: the same command with --resume auto saves it without training"
         ) from e
 
 
