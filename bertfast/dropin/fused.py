@@ -180,13 +180,13 @@ class FusedEncoder:
             if not why:
                 watched = asked(self.settings(), kwargs, "output_hidden_states")
                 watched = watched or any(map(hooked, self.layer))
-                why, packing = self._packing(hidden_states, keys, watched)
+                why, packing = self._packing(hidden_states, attention_mask, keys, watched)
             if why:
                 self.bertfast_fallback, self.bertfast_padded = why, None
                 return super().forward(hidden_states, attention_mask, *args, **kwargs)
             return self._fused(hidden_states, attention_mask, packing, watched, kwargs)
 
-    def _packing(self, hidden_states, keys, watched):
+    def _packing(self, hidden_states, attention_mask, keys, watched):
         """(None, the call's packing: of real tokens, or with padded rows where somebody may read
         them), or (why not, None)."""
         batch, seqlen = hidden_states.shape[:2]
@@ -201,11 +201,17 @@ class FusedEncoder:
             who = "whoever asked for it"
         else:
             who = "hidden states or a hook on a layer" if watched else readers.reader(packing)
+            # A layer's own modules may be looked into, or mix rows.
+            own = (type(m).__name__ for m in self.layer if m.reason())
+            who = who or next(own, None)
         if who is None:
             self.bertfast_padded = "skipped: nobody reads them"
             return None, packing
         self.bertfast_padded = f"as in the stock model, for {who}"
-        return self.padding_limit(keys), PaddedPacking(packing)
+        why = self.padding_limit(keys)
+        if attention_mask.is_floating_point() and not bool(packing.cu_seqlens.diff().all()):
+            why = "eager attention gives a sequence without a token the mean of its padding"
+        return why, PaddedPacking(packing)
 
     def _fused(self, hidden_states, attention_mask, packing, watched, kwargs):
         device, dtype, count = hidden_states.device, hidden_states.dtype, len(self.layer)

@@ -6,6 +6,7 @@ every call with padding: each frame above the encoder hands its result on, or is
 at padding, or reads it. Whatever is not known here reads it.
 """
 
+import inspect
 import sys
 
 import torch
@@ -16,6 +17,7 @@ from ..model.watch import hooked, untouched
 # Modules whose functions hand a result on as it is.
 _PASSING = {
     "bertfast.dropin.fused",
+    "bertfast.dropin.readers",
     "torch.nn.modules.module",
     "torch.nn.parallel.distributed",
     "torch.utils._contextlib",
@@ -30,6 +32,9 @@ _SENTENCES, _POOLED = "sentence_transformers.", "sentence_embedding"
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
 _POOLINGS = ("Pooling", "SpladePooling")
 _AFTER_POOLING = ("Normalize", "Dense", "Dropout", "LayerNorm")
+# Functions of sentence-transformers that keep what its model returns to themselves.
+_OWNERS = ("_inference", "encode", "compute_loss")
+_ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.CrossEntropyLoss, nn.ModuleList}
 _BASE, _FIRST, _TOKENS = range(3)
 _FORWARDS = {}  # code of a forward -> what becomes of the states there, and by which module
 
@@ -59,35 +64,42 @@ def reader(packing) -> str | None:
 
     packing: the call's `Packing`, which drops some rows.
     """
-    masked_loss = pooled = trusted = False
+    try:
+        return _reader(packing)
+    except (AttributeError, KeyError, ValueError) as e:  # not built as the classes here are
+        return f"a caller that is not known here ({e!r})"
+
+
+def _reader(packing):
+    masked_loss = pooled = False
     for frame in _callers():
         if isinstance(frame, nn.Module):
             return f"a hook on {type(frame).__name__}"
-        code, own, module = frame.f_code, frame.f_locals, frame.f_globals.get("__name__", "")
+        code, module = frame.f_code, frame.f_globals.get("__name__", "")
         if code in _FORWARDS:
-            kind, taker = _FORWARDS[code]
+            own, (kind, taker) = _variables(frame), _FORWARDS[code]
             if kind == _FIRST:
                 return _column_0(own["self"], taker, packing)
+            changed = _changed(own["self"], kind)
+            if changed is not None:
+                return f"{type(changed).__name__} in {type(own['self']).__name__}"
             if kind == _TOKENS:
-                if any(map(hooked, _behind_encoder(own["self"]))):
-                    return f"a hook in {type(own['self']).__name__}"
                 masked_loss = _leaves_padding_out(own.get("labels"), packing)
         elif module.startswith(_SENTENCES):
-            if own.get("output_value", _POOLED) != _POOLED:
-                return f"output_value={own['output_value']!r}"
-            if pooled:
-                trusted = True
-            elif isinstance(own.get("self"), nn.Sequential):
+            own = _variables(frame)
+            if pooled and code.co_name in _OWNERS:
+                value = own.get("output_value", _POOLED)
+                return None if value == _POOLED else f"output_value={value!r}"
+            if not pooled and isinstance(own.get("self"), nn.Sequential):
                 why = _modules_after(own, packing)
                 if why:
                     return why
                 pooled = True
-            elif type(own.get("self")).__name__ not in _TRANSFORMERS:
+            elif not pooled and type(own.get("self")).__name__ not in _TRANSFORMERS:
                 return _name(frame)
-        elif trusted:
-            return None
         elif masked_loss and (module, code.co_name) == ("transformers.trainer", "compute_loss"):
-            return "compute_loss(return_outputs=True)" if own["return_outputs"] else None
+            returned = _variables(frame)["return_outputs"]
+            return "compute_loss(return_outputs=True)" if returned else None
         else:
             return _name(frame)
     return "an unknown caller"
@@ -99,34 +111,56 @@ def _name(frame):
 
 def _callers():
     """Frames above the encoder that do more than hand on, and modules there with hooks."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module not in _PASSING:
             yield frame
         elif module == "torch.nn.modules.module":
-            called = frame.f_locals.get("self")
+            called = _variables(frame).get("self")
             if called is not None and hooked(called):
                 yield called
         frame = frame.f_back
 
 
+def _variables(frame) -> dict:
+    """The frame's variables. Python before 3.13 keeps those that it shows alive on the frame."""
+    shown = frame.f_locals
+    found = dict(shown)
+    if sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        shown.clear()
+    return found
+
+
+def _as_made(m: nn.Module, cls: type) -> bool:
+    """Whether m is a plain `cls` whose forward is the one in its class's own file."""
+    return not untouched(m, cls) and _code(cls).co_filename == sys.modules[cls.__module__].__file__
+
+
+def _changed(model, kind):
+    """A module behind the encoder that may do more than one row at a time, or None; of a base
+    model its pooler, which sees all rows."""
+    if kind == _BASE:
+        pooler = getattr(model, "pooler", None)
+        behind = () if pooler is None else (pooler,)
+    else:
+        children = model.named_children()
+        behind = (m for n, c in children if n != model.base_model_prefix for m in c.modules())
+    own = type(model).__module__, "transformers.activations"
+    for m in behind:
+        known = type(m) in _ROW_BY_ROW or type(m).__module__ in own
+        if not (known and _as_made(m, type(m))):
+            return m
+    return None
+
+
 def _column_0(head, taker, packing) -> str | None:
     """What keeps a head from reading only real rows."""
-    if taker is not None and untouched(head.get_submodule(taker[0]), taker[1]):
+    if taker is not None and not _as_made(head.get_submodule(taker[0]), taker[1]):
         return f"{type(head).__name__}.{taker[0]}, which is not as its class made it"
     if bool((packing.mask[:, 0] == 0).any()):
         return f"{type(head).__name__}, which takes column 0: padding in some row"
     return None
-
-
-def _behind_encoder(head):
-    return (
-        module
-        for name, child in head.named_children()
-        if name != head.base_model_prefix
-        for module in child.modules()
-    )
 
 
 def _leaves_padding_out(labels, packing) -> bool:
@@ -151,7 +185,7 @@ def _modules_after(frame, packing) -> str | None:
         known = _POOLINGS if m is pooling else _AFTER_POOLING
         if type(m).__name__ not in known or not type(m).__module__.startswith(_SENTENCES):
             break
-        if untouched(m, type(m)) or getattr(m, "module_input_name", _POOLED) != _POOLED:
+        if not _as_made(m, type(m)) or getattr(m, "module_input_name", _POOLED) != _POOLED:
             break
     else:
         m = pooling

@@ -280,6 +280,7 @@ _LAYER += (Dropout,) * 3
 class BertEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.hidden_size = config.hidden_size
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
@@ -306,8 +307,14 @@ class BertEncoder(nn.Module):
                 if live.can_run(weights, options, hidden, packing):
                     return live.run(weights, options[0], hidden, packing, rows)
         if self.layer:
-            size = self.layer[0].config.hidden_size
-            given = hidden, size, packing.cu_seqlens, packing.seqlen, packing.seqused_k, rows
+            given = (
+                hidden,
+                self.hidden_size,
+                packing.cu_seqlens,
+                packing.seqlen,
+                packing.seqused_k,
+                rows,
+            )
             STATES.check(given, values=unwatched())
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):

@@ -82,7 +82,7 @@ class LayerOptions(NamedTuple):
 def rate(dropout: nn.Dropout, user: nn.Module | None = None) -> float:
     """The probability that the module drops with now; `user` is the module that decides, where
     its code reads the probability instead of calling the module."""
-    return dropout.p if (user or dropout).training else 0.0
+    return getattr(dropout, "p", 0.0) if (user or dropout).training else 0.0  # nn.Identity's
 
 
 def encoder_layer(
