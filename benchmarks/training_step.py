@@ -112,7 +112,8 @@ def measure(workload: str, precision: str, tokenizer, rounds: int) -> dict:
         "padded_tokens": batch["input_ids"].numel(),
         "losses": losses,
         "milliseconds": {side: round(1e3 * s, 2) for side, s in seconds.items()},
-        "useful_gflops": {side: round(flop / s / 1e9, 1) for side, s in seconds.items()},
+        # Three digits: a small model on a slow, busy machine has less than 0.05.
+        "useful_gflops": {side: float(f"{flop / s / 1e9:.3g}") for side, s in seconds.items()},
         "ratio": round(seconds["transformers"] / seconds["bertfast"], 3),
     }
     print(
