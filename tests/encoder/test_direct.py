@@ -43,6 +43,7 @@ def results(hidden, w, options, batch, seeds, rows, keep_qkv, used=None):
     return [y.detach(), *(t.grad for t in leaves)]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "rows, used", [(None, None), ((0, 6, 21, 22), None), (None, (2, 0, 17, 0))]
 )
