@@ -1,19 +1,16 @@
 // bertfast._C: the C++ kernels on raw pointers (integers); bertfast/ops checks what it passes.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #ifdef BERTFAST_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
 #include "dispatch.h"
 
-namespace py = pybind11;
 using namespace bertfast;
 using ptr = std::uintptr_t;
 
@@ -213,46 +210,26 @@ static py::dict build_info() {
   return info;
 }
 
-// An encoder's weights for inference. Holds pointers alone: Python keeps the tensors.
+// An encoder's weights for inference. Of packed weights it holds pointers alone: Python keeps them.
 class Encoder {
  public:
-  // Each layer: the packed qkv, out, up and down, then both LayerNorms' weights and biases.
-  // first_center: the bias of the LayerNorm before the first, see EncoderArgs.
-  Encoder(const std::vector<std::array<ptr, 8>>& layers, ptr first_center, int64_t heads,
-          int64_t hidden, int64_t inner, int activation, float eps, int precision)
-      : first_center_(at<const float>(first_center)) {
-    for (const auto& p : layers)
-      layers_.push_back({at(p[0]), at(p[1]), at(p[2]), at(p[3]), at<const float>(p[4]),
-                         at<const float>(p[5]), at<const float>(p[6]), at<const float>(p[7])});
-    args_.heads = heads, args_.hidden = hidden, args_.inner = inner;
-    args_.activation = activation, args_.eps = eps, args_.precision = precision;
+  // center: the bias of the LayerNorm before the first layer, see EncoderArgs.
+  Encoder(const LayerSpec& spec, std::vector<PackedLayer> layers, int precision, ptr center)
+      : packed_(std::move(layers)), center_(at<const float>(center)) {
+    args_.spec = spec, args_.precision = precision;
   }
-  // Each layer: weights as torch has them, in the order of LayerWeights in bertfast/model/layer.py.
-  Encoder(const std::vector<std::array<ptr, 16>>& layers, bool bf16, int64_t heads, int64_t hidden,
-          int64_t inner, int activation, float eps, int precision)
-      : Encoder(std::vector<std::array<ptr, 8>>{}, 0, heads, hidden, inner, activation, eps,
-                precision) {
-    for (const auto& p : layers) {
-      const auto norm = [&](int i) { return at<const float>(p[i]); };
-      const auto linear = [&](int i) {
-        return LinearWeights{{at(p[i])}, {at<const float>(p[i + 1])}, 1, bf16};
-      };
-      LiveWeights live{linear(0), linear(6), linear(10), linear(12)};
-      live.qkv.parts = 3;
-      for (int i = 1; i < 3; ++i)
-        live.qkv.weight[i] = at(p[2 * i]), live.qkv.bias[i] = at<const float>(p[2 * i + 1]);
-      live_.push_back(live);
-      layers_.push_back({{}, {}, {}, {}, norm(8), norm(9), norm(14), norm(15)});
-    }
+  // Of `layers` LayerWeights, which are copied, with the matrices in bf16 or fp32 and the rest in
+  // fp32.
+  Encoder(const LayerSpec& spec, ptr weights, int64_t layers, bool bf16, int precision)
+      : live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + layers) {
+    args_.spec = spec, args_.precision = precision, args_.live_bf16 = bf16;
   }
-  // Layers [first, last) on packed tokens; seqused_k and rows may be null.
-  void forward(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16, ptr cu_seqlens,
-               ptr seqused_k, int64_t batch, int64_t tokens, ptr rows, int64_t n_rows) const {
-    if (first < 0 || last > int64_t(layers_.size()) || first >= last)
+  // Layers [first, last).
+  void forward(int64_t first, int64_t last, const Batch& batch) const {
+    if (first < 0 || last > layers() || first >= last)
       throw std::invalid_argument("encoder: no such layers");
     py::gil_scoped_release release;
-    run(first, last, x, x_bf16, y, y_bf16, at<const int32_t>(cu_seqlens),
-        at<const int32_t>(seqused_k), batch, tokens, at<const int64_t>(rows), n_rows);
+    run(first, last, batch);
   }
   // All layers on a padded batch of ids, int64 [batch, seqlen] as mask and types, which may be
   // null; y [batch, seqlen, hidden], zeros where the mask is. tables: the words', positions' and
@@ -276,7 +253,7 @@ class Encoder {
     }
     check_ids("input_ids", words, vocabulary);
     check_ids("token_type_ids", kinds, type_count);
-    const int64_t tokens = int64_t(rows.size()), hidden = args_.hidden;
+    const int64_t tokens = int64_t(rows.size()), hidden = args_.spec.hidden;
     std::vector<float> statistics(2 * tokens);
     EmbeddingArgs e{};
     e.ids = words.data(), e.positions = positions.data(), e.types = kinds.data();
@@ -285,24 +262,27 @@ class Encoder {
     e.tokens = tokens, e.hidden = hidden, e.y = at<void>(x);
     e.mean = statistics.data(), e.rstd = e.mean + tokens;
     kernels().embedding_layer_norm(e);
-    run(0, int64_t(layers_.size()), x, bf16, tokens < batch * seqlen ? packed : y, y_bf16,
-        starts.data(), nullptr, batch, tokens, nullptr, 0);
+    Batch all{};
+    all.hidden = at(x), all.dtype = bf16, all.out_dtype = y_bf16;
+    all.out = at<void>(tokens < batch * seqlen ? packed : y);
+    all.cu_seqlens = starts.data(), all.batch = batch, all.tokens = tokens, all.longest = seqlen;
+    run(0, layers(), all);
     if (tokens < batch * seqlen)
       kernels().scatter_rows(at<const char>(packed), rows.data(), at<char>(y), tokens,
                              batch * seqlen, hidden * (y_bf16 ? 2 : 4));
   }
 
  private:
-  void run(int64_t first, int64_t last, ptr x, bool x_bf16, ptr y, bool y_bf16,
-           const int32_t* cu_seqlens, const int32_t* seqused_k, int64_t batch, int64_t tokens,
-           const int64_t* rows, int64_t n_rows) const {
+  int64_t layers() const { return int64_t(packed_.size() + live_.size()); }
+  void run(int64_t first, int64_t last, const Batch& batch) const {
     EncoderArgs g = args_;
-    g.layers = layers_.data() + first, g.count = last - first;
-    g.center = first ? layers_[first - 1].norm2_bias : first_center_;
-    g.live = live_.empty() ? nullptr : live_.data() + first;
-    g.x = at(x), g.y = at<void>(y), g.x_bf16 = x_bf16, g.y_bf16 = y_bf16;
-    g.cu_seqlens = cu_seqlens, g.seqused_k = seqused_k, g.batch = batch, g.tokens = tokens;
-    g.rows = rows, g.n_rows = n_rows;
+    g.layers = last - first, g.batch = batch;
+    if (live_.empty())
+      g.packed = packed_.data() + first;
+    else
+      g.live = live_.data() + first;
+    g.center =
+        first && g.packed ? static_cast<const float*>(packed_[first - 1].norm2.bias) : center_;
     kernels().encoder(g);
   }
   static void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t size) {
@@ -313,14 +293,14 @@ class Encoder {
                             std::to_string(*high) + ", expected 0 to " + std::to_string(size - 1));
   }
 
-  std::vector<EncoderLayer> layers_;
-  std::vector<LiveWeights> live_;
-  const float* first_center_;
+  std::vector<PackedLayer> packed_;
+  std::vector<LayerWeights> live_;
+  const float* center_ = nullptr;
   EncoderArgs args_{};
 };
 
 static void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, ptr out) {
-  const LinearWeights from{{at(weight)}, {at<const float>(bias)}, 1, false};
+  const LinearWeights from{{{at(weight), at(bias)}}, 1, false};
   const PackArgs g{from, n, k, precision, at<void>(out)};
   py::gil_scoped_release release;
   kernels().pack_weights(g);
@@ -346,11 +326,26 @@ PYBIND11_MODULE(_C, m) {
     return kernels().packed_bytes(n, k, precision);
   });
   m.def("pack_weights", &pack_weights);
+  m.attr("ROLES") =
+      py::tuple(py::cast(std::vector<const char*>(std::begin(kRoles), std::end(kRoles))));
+  m.attr("LAYER_BYTES") = sizeof(LayerWeights);
+  bind_struct(m, "LayerSpec", field("hidden", &LayerSpec::hidden),
+              field("heads", &LayerSpec::heads), field("inner", &LayerSpec::inner),
+              field("activation", &LayerSpec::activation), field("eps", &LayerSpec::eps));
+  bind_struct(m, "Batch", field("hidden", &Batch::hidden), field("dtype", &Batch::dtype),
+              field("out", &Batch::out), field("out_dtype", &Batch::out_dtype),
+              field("cu_seqlens", &Batch::cu_seqlens), optional("seqused_k", &Batch::seqused_k),
+              field("batch", &Batch::batch), field("tokens", &Batch::tokens),
+              field("longest", &Batch::longest), optional("rows", &Batch::rows),
+              optional("count", &Batch::count), optional("bias", &Batch::bias));
+  bind_struct(m, "PackedLayer", field("qkv", &PackedLayer::qkv), field("out", &PackedLayer::out),
+              field("up", &PackedLayer::up), field("down", &PackedLayer::down),
+              field("norm1", &PackedLayer::norm1), field("norm2", &PackedLayer::norm2));
   py::class_<Encoder>(m, "Encoder")
-      .def(py::init<const std::vector<std::array<ptr, 8>>&, ptr, int64_t, int64_t, int64_t, int,
-                    float, int>())
-      .def(py::init<const std::vector<std::array<ptr, 16>>&, bool, int64_t, int64_t, int64_t, int,
-                    float, int>())
+      .def(py::init<const LayerSpec&, std::vector<PackedLayer>, int, ptr>(), py::arg("spec"),
+           py::arg("packed"), py::arg("precision"), py::arg("center"))
+      .def(py::init<const LayerSpec&, ptr, int64_t, bool, int>(), py::arg("spec"),
+           py::arg("weights"), py::arg("layers"), py::arg("bf16"), py::arg("precision"))
       .def("forward", &Encoder::forward)
       .def("texts", &Encoder::texts);
 #ifdef BERTFAST_WITH_CUDA

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "layer.h"
+
 namespace bertfast {
 
 // c[m, n] = activation(sum_k a[m, k] b[n, k] + bias[n]); all strides in elements.
@@ -96,8 +98,7 @@ struct EmbeddingArgs {
 
 // Linear layers of equal size side by side, to be packed for inference.
 struct LinearWeights {
-  const void* weight[3];  // of each part [n / parts, k]
-  const float* bias[3];   // [n / parts], or null
+  Parameter part[3];  // weight [n / parts, k]; bias fp32 [n / parts] or null
   int parts;
   bool bf16;  // the weights
 };
@@ -109,31 +110,22 @@ struct PackArgs {
   void* out;      // packed_bytes(n, k, precision), 64-byte aligned
 };
 
-struct EncoderLayer {
+struct PackedLayer {
   const void *qkv, *out, *up, *down;  // packed; qkv in qkv_precision
-  const float *norm1, *norm1_bias, *norm2, *norm2_bias;
-};
-struct LiveWeights {  // of a layer whose weights may change: they are packed at every call
-  LinearWeights qkv, out, up, down;
+  Parameter norm1, norm2;             // fp32
 };
 
 struct EncoderArgs {
-  const EncoderLayer* layers;
-  const LiveWeights* live;  // null, or what to pack in the layers' place; no int8
-  int64_t count, heads, hidden, inner;
-  int activation, precision;
-  float eps;
-  const void* x;  // [tokens, hidden]
-  void* y;        // [tokens or n_rows, hidden]
+  LayerSpec spec;
+  int64_t layers;
+  const PackedLayer* packed;  // null where weights are live
+  const LayerWeights* live;   // null, or weights that may change, packed at every call; no int8
+  bool live_bf16;             // the live matrices; biases and norms are fp32
+  int precision;
   // int8 weights after a LayerNorm take its result less its bias, which their own bias has taken
   // in: most of an outlier's size is there. center: that of the norm before the first layer.
   const float* center;
-  bool x_bf16, y_bf16;
-  const int32_t* cu_seqlens;
-  const int32_t* seqused_k;  // null, or how many of each sequence's keys are used
-  int64_t batch, tokens;
-  const int64_t* rows;  // null, or those of the last layer's result that are wanted
-  int64_t n_rows;
+  Batch batch;
 };
 
 // loss[r] = log sum exp(logits[r]) - logits[r][label], 0 where the label is ignore_index.

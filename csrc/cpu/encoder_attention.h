@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 
+#include "../layer.h"
 #include "packed_linear.h"
 
 namespace bertfast::BERTFAST_ISA {
@@ -15,15 +16,24 @@ struct Heads {
   int64_t row, hidden, dim;
   T* out;  // [tokens, out_row]
   int64_t out_row;
+  Bias bias;
 
   // Of memory that a sequence of n takes, at most.
   int64_t floats(int64_t n) const {
     const int64_t keys = round_up(n, NR), panels = ceil_div(dim, NR);
     return keys * round_up(dim, 64) + keys * panels * NR + kMaxTileRows * (2 * keys + NR);
   }
-  // One head of one sequence, whose first n tokens are keys; of several parts of its queries, one.
-  void attend(int64_t start, int64_t queries, int64_t n, int64_t head, int64_t part, int64_t parts,
-              float* memory) const {
+  // Scores of a query over n keys become scaled and biased.
+  void add_bias(float* s, int64_t n, float scale, int64_t at) const {
+    for (int64_t j = 0; j < n; j += W)
+      store(s + j, load(s + j) * scale +
+                       (bias.dtype == kBf16
+                            ? load_upto(static_cast<const bf16*>(bias.data) + at + j, n - j)
+                            : load_upto(static_cast<const float*>(bias.data) + at + j, n - j)));
+  }
+  // One head of sequence b, whose first n tokens are keys; of several parts of its queries, one.
+  void attend(int64_t b, int64_t start, int64_t queries, int64_t n, int64_t head, int64_t part,
+              int64_t parts, float* memory) const {
     constexpr int per = kPer<T>;
     const int64_t tiles = tile_count<Key>(queries);
     const int64_t tile0 = tiles * part / parts, tile1 = tiles * (part + 1) / parts;
@@ -64,7 +74,7 @@ struct Heads {
       values = reinterpret_cast<const Key*>(value_panels);
       value_row = NR;
     }
-    const float scale = 1 / std::sqrt(float(dim));
+    const float unbiased = 1 / std::sqrt(float(dim)), scale = bias.data ? 1 : unbiased;
     [[maybe_unused]] const std::conditional_t<kMatrixUnit<Key>, AmxScope, int> scope{};
     for (int64_t t = tile0; t < tile1; ++t) {
       const int64_t m0 = tile_begin<Key>(queries, t), rows = tile_begin<Key>(queries, t + 1) - m0;
@@ -75,12 +85,14 @@ struct Heads {
       float inverse[kMaxTileRows];
       for (int64_t i = 0; i < rows; ++i) {
         float* s = scores + i * keys;
+        if (bias.data)
+          add_bias(s, n, unbiased, b * bias.batch + head * bias.head + (m0 + i) * bias.query);
         vf top = splat(-kInf), total = {};
         for (int64_t j = 0; j < keys; j += W) {
           if (n - j < W) store(s + j, only(load(s + j), n - j, splat(-kInf)));
           top = max(load(s + j), top);
         }
-        const float shift = max_of(top) * scale;
+        const float peak = max_of(top), shift = peak == -kInf ? 0 : peak * scale;
         for (int64_t j = 0; j < keys; j += W) {
           const vf p = exp(load(s + j) * scale - shift);
           total += p;
@@ -89,7 +101,8 @@ struct Heads {
           else
             store(s + j, p);
         }
-        inverse[i] = 1 / sum(total);
+        const float z = sum(total);
+        inverse[i] = z == 0 ? 0 : 1 / z;  // a row without a key
       }
       const float* a = per == 2 ? probabilities : scores;
       T* to = out + (start + m0) * out_row + head * dim;

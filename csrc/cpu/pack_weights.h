@@ -61,7 +61,7 @@ template <int precision, class T>
 void pack_from(const LinearWeights& from, const Linear<precision>& to, int64_t p, float* scratch) {
   const int64_t n0 = p * NR, valid = min(NR, to.n - n0), part_n = to.n / from.parts;
   const auto row = [&](int64_t n) {
-    return static_cast<const T*>(from.weight[n / part_n]) + n % part_n * to.k;
+    return static_cast<const T*>(from.part[n / part_n].weight) + n % part_n * to.k;
   };
   if (n0 / part_n == (n0 + valid - 1) / part_n) return pack_rows(to, p, row(n0), valid);
   T* rows = reinterpret_cast<T*>(scratch);
@@ -80,8 +80,8 @@ void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t
   auto* bias = const_cast<float*>(to.bias);
   const int64_t part_n = to.n / from.parts;
   for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {
-    const float* given = n < to.n ? from.bias[n / part_n] : nullptr;
-    bias[n] = given ? given[n % part_n] : 0;
+    const void* given = n < to.n ? from.part[n / part_n].bias : nullptr;
+    bias[n] = given ? static_cast<const float*>(given)[n % part_n] : 0;
   }
 }
 
