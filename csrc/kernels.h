@@ -6,18 +6,24 @@
 
 namespace bertfast {
 
+// Up to three tensors of equal size.
+struct Parts {
+  const void* data[3];
+  int count;
+  const void* operator[](int64_t i) const { return data[i]; }
+};
+
 // c[m, n] = activation(sum_k a[m, k] b[n, k] + bias[n]); all strides in elements.
 struct GemmArgs {
   int64_t m, n, k;
   const void* a;
   int64_t a_row, a_k;
   bool a_bf16;
-  const void* b[3];  // parts of equal size, stacked along n, or along k if split_k
-  int parts;
+  Parts b;  // stacked along n, or along k if split_k
   int64_t b_row, b_k;
   bool b_bf16;
   bool split_k;
-  const void* bias[3];  // null, or one per part
+  Parts bias;  // none, or one for each of b
   bool bias_bf16;
   void* c;
   int64_t c_row;
@@ -52,9 +58,7 @@ struct AttentionArgs {
   const int32_t* seqused_k;           // null, or how many of each sequence's keys are used
   int64_t batch, tokens, heads, dim;  // tokens of q
   float scale;
-  const void* bias;  // null, or additive, by batch, head and query strides
-  int64_t bias_batch, bias_head, bias_query;
-  bool bias_bf16;
+  Bias bias;
   Dropout dropout;
   bool causal, bf16;
   // forward: out [tokens, heads, dim]; lse [heads, tokens] is +inf where a row is fully masked

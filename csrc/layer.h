@@ -31,6 +31,8 @@ struct Bias {
   const void* data;  // null for none
   int64_t batch, head, query;
   int dtype;
+
+  int64_t row(int64_t b, int64_t h, int64_t q) const { return b * batch + h * head + q * query; }
 };
 
 // One call: sequences side by side, without padding.

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from .declare import FLOATS, LENGTH, PROBABILITY, SEED, Number, Offsets, Tensor, UpToLengths
-from .dropout import as_seed, keep_mask, threshold
+from .dropout import as_seed, dropout_arguments, keep_mask
 from .extension import C
 from .library import (
     GPU_DTYPES,
@@ -221,8 +221,8 @@ def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bi
         *(ptr(q), ptr(kv[:, 0]), ptr(kv[:, 1])),
         *(*q.stride()[:2], kv.stride(0), kv.stride(2), ptr(starts_q), ptr(starts_k)),
         ptr(seqused_k),
-        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, *bias_arguments(bias)),
-        *(ptr(seed), 1 / (1 - dropout_p), threshold(dropout_p), causal, is_bf16(q)),
+        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, bias_arguments(bias)),
+        *(dropout_arguments(dropout_p, seed), causal, is_bf16(q)),
     )
 
 

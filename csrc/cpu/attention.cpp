@@ -2,6 +2,7 @@
 // once; a tile of query rows sees all keys at once, so the softmax is a single pass.
 #include "operators.h"
 #include "philox.h"
+#include "rows.h"
 #include "tile.h"
 
 namespace bertfast::BERTFAST_ISA {
@@ -40,12 +41,11 @@ struct Task {
   // Scores of one query row become bias- and mask-adjusted; keys past the row's end get -inf.
   void adjust(float* s, int64_t query) const {
     const int64_t visible = g.causal ? min(query + 1, keys) : keys;
-    const int64_t offset = b * g.bias_batch + h * g.bias_head + query * g.bias_query;
+    const Vector bias{g.bias.data, g.bias.dtype == kBf16};
+    const int64_t offset = g.bias.row(b, h, query);
     for (int64_t j = 0; j < row; j += W) {
       vf v = load(s + j) * g.scale;
-      if (g.bias && keys > j)
-        v += g.bias_bf16 ? load_upto(static_cast<const bf16*>(g.bias) + offset + j, keys - j)
-                         : load_upto(static_cast<const float*>(g.bias) + offset + j, keys - j);
+      if (g.bias.data && keys > j) v += bias.at(offset + j, offset + keys);
       store(s + j, visible - j < W ? only(v, visible - j, splat(-kInf)) : v);
     }
   }

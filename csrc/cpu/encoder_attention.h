@@ -4,6 +4,7 @@
 
 #include "../layer.h"
 #include "packed_linear.h"
+#include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -24,12 +25,10 @@ struct Heads {
     return keys * round_up(dim, 64) + keys * panels * NR + kMaxTileRows * (2 * keys + NR);
   }
   // Scores of a query over n keys become scaled and biased.
-  void add_bias(float* s, int64_t n, float scale, int64_t at) const {
+  void add_bias(float* s, int64_t n, float scale, int64_t row) const {
+    const Vector values{bias.data, bias.dtype == kBf16};
     for (int64_t j = 0; j < n; j += W)
-      store(s + j, load(s + j) * scale +
-                       (bias.dtype == kBf16
-                            ? load_upto(static_cast<const bf16*>(bias.data) + at + j, n - j)
-                            : load_upto(static_cast<const float*>(bias.data) + at + j, n - j)));
+      store(s + j, load(s + j) * scale + values.at(row + j, row + n));
   }
   // One head of sequence b, whose first n tokens are keys; of several parts of its queries, one.
   void attend(int64_t b, int64_t start, int64_t queries, int64_t n, int64_t head, int64_t part,
@@ -85,8 +84,7 @@ struct Heads {
       float inverse[kMaxTileRows];
       for (int64_t i = 0; i < rows; ++i) {
         float* s = scores + i * keys;
-        if (bias.data)
-          add_bias(s, n, unbiased, b * bias.batch + head * bias.head + (m0 + i) * bias.query);
+        if (bias.data) add_bias(s, n, unbiased, bias.row(b, head, m0 + i));
         vf top = splat(-kInf), total = {};
         for (int64_t j = 0; j < keys; j += W) {
           if (n - j < W) store(s + j, only(load(s + j), n - j, splat(-kInf)));

@@ -1,6 +1,7 @@
 // Matrix product with bias and activation in the epilogue, and the activation's backward.
 #include <omp.h>
 
+#include <stdexcept>
 #include <type_traits>
 
 #include "operators.h"
@@ -31,8 +32,8 @@ int64_t row_units(int64_t k) {
 template <Math math>
 void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
   if (block.k == 0) return;
-  const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.parts : g.k;
-  const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
+  const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.b.count : g.k;
+  const int64_t part_n = g.split_k ? g.n : g.n / g.b.count;
   float* dst = block.data + p * block.units * NR;
   const auto pack = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -83,12 +84,12 @@ void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
 
 // The parts' biases side by side in fp32, zeros to the end of the last panel.
 void gather_bias(const GemmArgs& g, float* bias, int64_t padded_n) {
-  const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
+  const int64_t part_n = g.split_k ? g.n : g.n / g.b.count;
   for (int64_t n = 0; n < padded_n; ++n) {
     const int64_t part = n / part_n, j = n % part_n;
-    bias[n] = !g.bias[0] || n >= g.n ? 0.f
-              : g.bias_bf16          ? to_float(static_cast<const bf16*>(g.bias[part])[j])
-                                     : static_cast<const float*>(g.bias[part])[j];
+    bias[n] = g.bias.count == 0 || n >= g.n ? 0.f
+              : g.bias_bf16                 ? to_float(static_cast<const bf16*>(g.bias[part])[j])
+                                            : static_cast<const float*>(g.bias[part])[j];
   }
 }
 
@@ -162,7 +163,7 @@ void gemm_in(const GemmArgs& g) {
   const Epilogue finish =
       g.c_bf16 ? choose_epilogue<bf16>(g.activation) : choose_epilogue<float>(g.activation);
   constexpr int R = kRows<math>;
-  const int64_t panels = ceil_div(g.n, NR), part_k = g.split_k ? g.k / g.parts : g.k;
+  const int64_t panels = ceil_div(g.n, NR), part_k = g.split_k ? g.k / g.b.count : g.k;
   // Blocks of k alike in size, whole units in each; of one part where they can be.
   const int64_t whole = 2 * kUnitStep<math>;
   const int64_t kc =
@@ -271,6 +272,9 @@ void activation_backward_of(const ActivationBackwardArgs& g) {
 }  // namespace
 
 void gemm(const GemmArgs& g) {
+  if (g.b.count == 0 || (g.split_k ? g.k : g.n) % g.b.count ||
+      (g.bias.count && g.bias.count != g.b.count))
+    throw std::invalid_argument("gemm: parts do not divide the product");
   // In bf16 where an operand has no more precision than that; else fp32, on the matrix unit too.
   if ((kHasBf16 || kHasAmx) && g.a_bf16) return gemm_in<Math::bf16>(g);
   // Whatever the rows: a text's result must not depend on the batch.
