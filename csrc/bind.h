@@ -25,6 +25,11 @@ struct Cross<T*> {
   static T* arrived(std::uintptr_t value) { return reinterpret_cast<T*>(value); }
 };
 template <>
+struct Cross<Precision> {
+  using Type = int;
+  static Precision arrived(int value) { return Precision(value); }
+};
+template <>
 struct Cross<Parts> {
   using Type = std::vector<std::uintptr_t>;
   static Parts arrived(const Type& values) {

@@ -25,13 +25,13 @@ class Encoder {
   // center: the bias of the LayerNorm before the first layer, see EncoderArgs.
   Encoder(const LayerSpec& spec, std::vector<PackedLayer> layers, int precision, ptr center)
       : packed_(std::move(layers)), center_(at<const float>(center)) {
-    args_.spec = spec, args_.precision = precision;
+    args_.spec = spec, args_.precision = Precision(precision);
   }
   // Of `layers` LayerWeights, which are copied, with the matrices in bf16 or fp32 and the rest in
   // fp32.
   Encoder(const LayerSpec& spec, ptr weights, int64_t layers, bool bf16, int precision)
       : live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + layers) {
-    args_.spec = spec, args_.precision = precision, args_.live_bf16 = bf16;
+    args_.spec = spec, args_.precision = Precision(precision), args_.live_bf16 = bf16;
   }
   // Layers [first, last).
   void forward(int64_t first, int64_t last, const Batch& batch) const {
@@ -110,7 +110,7 @@ class Encoder {
 
 void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, ptr out) {
   const LinearWeights from{{{at(weight), at(bias)}}, 1, false};
-  const PackArgs g{from, n, k, precision, at<void>(out)};
+  const PackArgs g{from, n, k, Precision(precision), at<void>(out)};
   py::gil_scoped_release release;
   kernels().pack_weights(g);
 }
@@ -140,9 +140,10 @@ void bind_encoder(py::module_& m) {
            py::arg("weights"), py::arg("layers"), py::arg("bf16"), py::arg("precision"))
       .def("forward", &Encoder::forward)
       .def("texts", &Encoder::texts);
-  m.def("qkv_precision", [](int precision) { return kernels().qkv_precision(precision); });
+  m.def("qkv_precision",
+        [](int precision) { return int(kernels().qkv_precision(Precision(precision))); });
   m.def("packed_bytes", [](int64_t n, int64_t k, int precision) {
-    return kernels().packed_bytes(n, k, precision);
+    return kernels().packed_bytes(n, k, Precision(precision));
   });
   m.def("pack_weights", &pack_weights);
 }

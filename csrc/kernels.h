@@ -107,11 +107,13 @@ struct LinearWeights {
   bool bf16;  // the weights
 };
 
+enum class Precision : int { fp32, bf16, int8 };  // of weights packed; as Python's PRECISIONS
+
 struct PackArgs {
   LinearWeights from;
   int64_t n, k;
-  int precision;  // 0 fp32, 1 bf16, 2 int8
-  void* out;      // packed_bytes(n, k, precision), 64-byte aligned
+  Precision precision;
+  void* out;  // packed_bytes(n, k, precision), 64-byte aligned
 };
 
 struct PackedLayer {
@@ -125,7 +127,7 @@ struct EncoderArgs {
   const PackedLayer* packed;  // null where weights are live
   const LayerWeights* live;   // null, or weights that may change, packed at every call; no int8
   bool live_bf16;             // the live matrices; biases and norms are fp32
-  int precision;
+  Precision precision;
   // int8 weights after a LayerNorm take its result less its bias, which their own bias has taken
   // in: most of an outlier's size is there. center: that of the norm before the first layer.
   const float* center;
@@ -159,8 +161,8 @@ struct Kernels {
                       int64_t row_bytes);
   void (*scatter_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                        int64_t out_rows, int64_t row_bytes);
-  int64_t (*packed_bytes)(int64_t n, int64_t k, int precision);
-  int (*qkv_precision)(int precision);  // of the weights for queries, keys and values
+  int64_t (*packed_bytes)(int64_t n, int64_t k, Precision precision);
+  Precision (*qkv_precision)(Precision precision);  // of the weights for queries, keys and values
   void (*pack_weights)(const PackArgs&);
   void (*encoder)(const EncoderArgs&);
 };

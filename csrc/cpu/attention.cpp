@@ -71,13 +71,13 @@ void widen(float* to, const T* x, int64_t stride, int64_t n, int64_t dim, int64_
 template <class T>
 void pack_keys(float* to, const T* x, int64_t stride, int64_t n, int64_t dim) {
   for (int64_t p = 0; p * NR < n; ++p)
-    pack_panel<Math::fp32, NR>(to + p * dim * NR, x + p * NR * stride, stride, 1,
+    pack_panel<Unit::fp32, NR>(to + p * dim * NR, x + p * NR * stride, stride, 1,
                                min(NR, n - p * NR), dim);
 }
 template <class T>
 void pack_values(float* to, const T* x, int64_t stride, int64_t n, int64_t dim) {
   for (int64_t p = 0; p * NR < dim; ++p)
-    pack_panel<Math::fp32, NR>(to + p * n * NR, x + p * NR, 1, stride, min(NR, dim - p * NR), n);
+    pack_panel<Unit::fp32, NR>(to + p * n * NR, x + p * NR, 1, stride, min(NR, dim - p * NR), n);
 }
 
 // out[valid, panels * NR] (+)= a b, tile by tile.

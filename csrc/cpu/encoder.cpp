@@ -11,12 +11,13 @@ namespace {
 
 // --- the encoder ---
 
-template <int precision>
+template <Precision precision>
 struct Encoder {
-  static constexpr int kQkv = kQkvPrecision<precision>;
-  using F = Format<precision>;
-  using A = typename F::A;
-  using T = std::conditional_t<kQkv == 0, float, typename Format<1>::A>;  // of attention
+  static constexpr Unit u = unit_of(precision), kQkv = unit_of(qkv_precision_of(precision));
+  // Of attention.
+  static constexpr Unit kHeads = is_fp32(kQkv) || kBf16Unit != Unit::bf16 ? Unit::fp32 : Unit::bf16;
+  using A = Element<u>;
+  using T = Element<kHeads>;
   // So few rows are worked on together: each thread reads its part of the weights, not all.
   static constexpr int64_t kTogether = 128;
 
@@ -26,7 +27,7 @@ struct Encoder {
   // Row lengths in elements: whole panels, and whole units of a matrix tile.
   const int64_t hidden_row = round_up(spec.hidden, 64), inner_row = round_up(spec.inner, 64);
   const int64_t qkv_row = round_up(3 * spec.hidden, 64) + 64;
-  const int64_t block_columns = kSplit<typename F::Weight> ? min(inner_row, 512) : inner_row;
+  const int64_t block_columns = u == Unit::split ? min(inner_row, 512) : inner_row;
   float* hidden;           // [tokens, hidden_row], the residual stream
   T* qkv;                  // [tokens, qkv_row]
   T* context;              // [tokens, hidden_row]
@@ -39,12 +40,12 @@ struct Encoder {
   struct Scratch {
     float* sum;         // [rows, hidden_row]
     Operand<kQkv> qkv;  // the projection's
-    Operand<precision> operand, inner;
+    Operand<u> operand, inner;
     T* wide;  // [rows, inner_row]: int8's inner activations before they are quantised
 
     // With `inner_columns` of the inner activations at a time, a multiple of 64.
     static int64_t floats(const Encoder& e, int64_t rows, int64_t inner_columns) {
-      const int64_t padded = rows + kMaxTileRows, most = Operand<precision>::kParts + 2;
+      const int64_t padded = rows + kMaxTileRows, most = kParts<u> + 2;
       return rows * e.hidden_row + 6 * padded + padded * most * (e.hidden_row + inner_columns);
     }
     Scratch(const Encoder& e, float* memory, int64_t rows, int64_t inner_columns) : sum(memory) {
@@ -55,7 +56,7 @@ struct Encoder {
       inner.low = inner.scale + padded;
       qkv.scale = inner.low + padded;
       qkv.low = qkv.scale + padded;
-      qkv.data = reinterpret_cast<typename Operand<kQkv>::A*>(qkv.low + padded);
+      qkv.data = reinterpret_cast<Element<kQkv>*>(qkv.low + padded);
       qkv.row = e.hidden_row;
       operand.data = reinterpret_cast<A*>(qkv.data + qkv.elements(padded, e.hidden_row));
       operand.row = e.hidden_row;
@@ -75,7 +76,7 @@ struct Encoder {
   }
 
   // The thread's share; whoever reads the panels must meet the others first.
-  template <int p>
+  template <Unit p>
   void pack(const LinearWeights& from, const Linear<p>& to, const Team& team) const {
     for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i)
       pack_linear(from, to, i, panel_memory.mine());
@@ -89,17 +90,19 @@ struct Encoder {
   void pack_rest(int64_t i, const Team& team) const {
     if (!g.live) return;
     const LayerWeights& w = g.live[i];
-    pack({{w.out}, 1, g.live_bf16}, Linear<precision>(repacked.out, spec.hidden, spec.hidden),
-         team);
-    pack({{w.up}, 1, g.live_bf16}, Linear<precision>(repacked.up, spec.inner, spec.hidden), team);
-    pack({{w.down}, 1, g.live_bf16}, Linear<precision>(repacked.down, spec.hidden, spec.inner),
-         team);
+    pack({{w.out}, 1, g.live_bf16}, Linear<u>(repacked.out, spec.hidden, spec.hidden), team);
+    pack({{w.up}, 1, g.live_bf16}, Linear<u>(repacked.up, spec.inner, spec.hidden), team);
+    pack({{w.down}, 1, g.live_bf16}, Linear<u>(repacked.down, spec.hidden, spec.inner), team);
+  }
+  template <Unit p>
+  static int64_t bytes(int64_t n, int64_t k) {
+    return Linear<p>(nullptr, n, k).bytes();
   }
   void make_room(Buffer& buffer) {
-    const int64_t qkv_bytes = packed_bytes(3 * spec.hidden, spec.hidden, kQkv),
-                  out_bytes = packed_bytes(spec.hidden, spec.hidden, precision),
-                  up_bytes = packed_bytes(spec.inner, spec.hidden, precision),
-                  down_bytes = packed_bytes(spec.hidden, spec.inner, precision);
+    const int64_t qkv_bytes = bytes<kQkv>(3 * spec.hidden, spec.hidden),
+                  out_bytes = bytes<u>(spec.hidden, spec.hidden),
+                  up_bytes = bytes<u>(spec.inner, spec.hidden),
+                  down_bytes = bytes<u>(spec.hidden, spec.inner);
     char* at = buffer.get<char>(qkv_bytes + out_bytes + up_bytes + down_bytes + 3 * 64);
     repacked.qkv = at;
     repacked.out = at += round_up(qkv_bytes, 64);
@@ -108,7 +111,7 @@ struct Encoder {
   }
 
   // A product, or the team's part of its panels.
-  template <int p, class Put>
+  template <Unit p, class Put>
   void product(const Linear<p>& w, Part part, const Operand<p>& a, int64_t rows, const Team& team,
                const Put& put) const {
     const int64_t p0 = part.p0, panels = part.p1 - p0;
@@ -126,7 +129,7 @@ struct Encoder {
   }
 
   // hidden = LN(sum), and the next product's operand of it, for int8 weights less the bias.
-  template <int p>
+  template <Unit p>
   void normalise(const Parameter& norm, int64_t m0, int64_t rows, const Scratch& s,
                  const Operand<p>& operand, const Team& team) const {
     const float *weight = static_cast<const float*>(norm.weight),
@@ -139,10 +142,10 @@ struct Encoder {
       for (int64_t j = 0; j < spec.hidden; j += W) {
         const int64_t left = spec.hidden - j;
         const vf v = (load(from + j) - mean - low) * rstd * load_upto(weight + j, left);
-        if (p == 2) store(from + j, v);
+        if (is_int8(p)) store(from + j, v);
         store(to + j, v + load_upto(bias + j, left));
       }
-      put_row(operand, m, p == 2 ? from : to, spec.hidden);
+      put_row(operand, m, is_int8(p) ? from : to, spec.hidden);
     }
     team.meet();
   }
@@ -151,14 +154,14 @@ struct Encoder {
   template <int activation>
   void feed_forward(const PackedLayer& layer, const float* x, int64_t rows, const Scratch& s,
                     const Team& team) const {
-    constexpr bool quantised = std::is_integral_v<A>;
-    const Linear<precision> up(layer.up, spec.inner, spec.hidden),
+    constexpr bool quantised = u == Unit::int8;
+    const Linear<u> up(layer.up, spec.inner, spec.hidden),
         down(layer.down, spec.hidden, spec.inner);
     for (int64_t c = 0; c < spec.inner; c += s.inner.row) {
       const int64_t columns = min(s.inner.row, spec.inner - c), put_to = round_up(columns, NR);
       product(up, {c / NR, ceil_div(c + columns, NR), 0, spec.hidden}, s.operand, rows, team,
               [&](int64_t m, int64_t n, vf v) {
-                if constexpr (activation == 1 && precision > 0)
+                if constexpr (activation == 1 && !is_fp32(u))
                   v = gelu_coarse(v);
                 else
                   v = activate<activation>(v);
@@ -194,9 +197,9 @@ struct Encoder {
       for (int64_t j = 0; j < spec.hidden; j += W)
         store(to + j, given.at(at + j, at + spec.hidden));
       float* centred = s.sum + m * hidden_row;
-      for (int64_t j = 0; kQkv == 2 && j < spec.hidden; j += W)
+      for (int64_t j = 0; is_int8(kQkv) && j < spec.hidden; j += W)
         store(centred + j, load(to + j) - load_upto(g.center + j, spec.hidden - j));
-      put_row(s.qkv, m, kQkv == 2 ? centred : to, spec.hidden);
+      put_row(s.qkv, m, is_int8(kQkv) ? centred : to, spec.hidden);
     }
     team.meet();
     project_qkv(layer_at(0), m0, rows, s, team);
@@ -207,15 +210,15 @@ struct Encoder {
     const PackedLayer layer = layer_at(index);
     T* from = context + m0 * hidden_row;
     const float* residual = hidden + m0 * hidden_row;
-    Operand<precision> operand = s.operand;
-    if constexpr (std::is_same_v<A, T> && !kMatrixUnit<typename F::Weight>) {
+    Operand<u> operand = s.operand;
+    if constexpr (std::is_same_v<A, T> && !kMatrix<u>) {
       operand = {from, hidden_row, nullptr, nullptr};
     } else {
       for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
         put_row(operand, m, from + m * hidden_row, spec.hidden);
       team.meet();
     }
-    const Linear<precision> out(layer.out, spec.hidden, spec.hidden);
+    const Linear<u> out(layer.out, spec.hidden, spec.hidden);
     product(out, out.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
       const int64_t at = m * hidden_row + n;
       store(s.sum + at, v + load(residual + at));
@@ -263,11 +266,9 @@ struct Encoder {
 
   // Rows of the largest block: it stays in L2.
   int64_t block_most() const {
-    using Weight = typename F::Weight;
     const int64_t bytes =
-        kSplit<Weight> ? hidden_row * 10 + block_columns * 6 : block_columns * sizeof(T);
-    const int64_t fitting = ((kHasAmx ? 1600 : precision == 2 ? 384 : 768) << 10) / bytes;
-    return max(fitting, 2 * kTileRows<Weight>);
+        u == Unit::split ? hidden_row * 10 + block_columns * 6 : block_columns * sizeof(T);
+    return max(Isa::block_bytes(u) / bytes, 2 * kTileRows<u>);
   }
   // work(first row, rows, scratch, team) for all rows: shared out in blocks, or, where they are
   // too few for that, each block by all threads together.
@@ -276,7 +277,7 @@ struct Encoder {
     if (tokens <= kTogether && team.size > 1)
       return work(0, tokens, Scratch(*this, shared, kTogether, inner_row), team);
     const int64_t blocks = round_up(ceil_div(tokens, block_most()), team.size);
-    const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<typename F::Weight>);
+    const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<u>);
     team.crew->share(ceil_div(tokens, rows), [&](int64_t block) {
       const int64_t m0 = block * rows;
       const Scratch own(*this, block_memory.mine(), rows, block_columns);
@@ -295,17 +296,16 @@ struct Encoder {
     qkv = context_kept + kept * hidden_row;
     const int threads = omp_get_max_threads();
     float* together = shared.get<float>(Scratch::floats(*this, kTogether, inner_row));
-    const int64_t rows =
-        round_up(min(block_most(), max(tokens, batch.count)), kTileRows<typename F::Weight>);
+    const int64_t rows = round_up(min(block_most(), max(tokens, batch.count)), kTileRows<u>);
     block_memory = {blocks, Scratch::floats(*this, rows, block_columns)};
     int64_t longest = 0;
     for (int64_t b = 0; b < batch.batch; ++b)
       longest = max(longest, batch.cu_seqlens[b + 1] - batch.cu_seqlens[b]);
-    const Heads<T> attention{qkv,     qkv_row,    spec.hidden, spec.hidden / spec.heads,
-                             context, hidden_row, batch.bias};
+    const Heads<kHeads> attention{qkv,     qkv_row,    spec.hidden, spec.hidden / spec.heads,
+                                  context, hidden_row, batch.bias};
     const PerThread<float> head_memory(heads, attention.floats(longest));
     const int64_t widest = max(spec.hidden, spec.inner);
-    const int64_t split = 2 * max(split_panel<precision>(widest), split_panel<kQkv>(widest));
+    const int64_t split = 2 * max(split_panel<u>(widest), split_panel<kQkv>(widest));
     panel_memory = {panels, max(split, g.live ? NR * spec.hidden : 0)};
     const int64_t tasks = batch.batch * spec.heads;
     const int64_t parts = tasks < 2 * threads ? ceil_div(2 * threads, tasks) : 1;
@@ -344,9 +344,14 @@ struct Encoder {
 
 void encoder(const EncoderArgs& g) {
   if (g.batch.tokens == 0) return;
-  if (g.precision == 0) return Encoder<0>(g).run();
-  if (g.precision == 1) return Encoder<1>(g).run();
-  Encoder<2>(g).run();
+  switch (g.precision) {
+    case Precision::fp32:
+      return Encoder<Precision::fp32>(g).run();
+    case Precision::bf16:
+      return Encoder<Precision::bf16>(g).run();
+    case Precision::int8:
+      return Encoder<Precision::int8>(g).run();
+  }
 }
 
 }  // namespace bertfast::BERTFAST_ISA
