@@ -1,20 +1,16 @@
 // The encoder for inference in one call: weights packed once or layer by layer, a block of rows
 // taken through all of a layer but its attention while it is in cache, one parallel region for all
 // layers.
-#include "crew.h"
 #include "encoder_attention.h"
-#include "pack_weights.h"
+#include "encoder_layers.h"
 #include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-// --- the encoder ---
-
-template <Precision precision>
+template <Unit u>  // of the weights
 struct Encoder {
-  static constexpr Unit u = unit_of(precision), kQkv = unit_of(qkv_precision_of(precision));
-  // Of attention.
+  static constexpr Unit kQkv = qkv_unit(u);
   static constexpr Unit kHeads = is_fp32(kQkv) || kBf16Unit != Unit::bf16 ? Unit::fp32 : Unit::bf16;
   using A = Element<u>;
   using T = Element<kHeads>;
@@ -28,11 +24,11 @@ struct Encoder {
   const int64_t hidden_row = round_up(spec.hidden, 64), inner_row = round_up(spec.inner, 64);
   const int64_t qkv_row = round_up(3 * spec.hidden, 64) + 64;
   const int64_t block_columns = u == Unit::split ? min(inner_row, 512) : inner_row;
-  float* hidden;           // [tokens, hidden_row], the residual stream
-  T* qkv;                  // [tokens, qkv_row]
-  T* context;              // [tokens, hidden_row]
-  int64_t tokens;          // of hidden and context, fewer once only some rows are wanted
-  PackedLayer repacked{};  // where live weights are packed
+  float* hidden;   // [tokens, hidden_row], the residual stream
+  T* qkv;          // [tokens, qkv_row]
+  T* context;      // [tokens, hidden_row]
+  int64_t tokens;  // of hidden and context, fewer once only some rows are wanted
+  Layers<u, kQkv> layers;
   // Each thread's: for a block of rows, and for split panels or for rows to pack.
   PerThread<float> block_memory, panel_memory;
 
@@ -66,49 +62,7 @@ struct Encoder {
     }
   };
 
-  explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.batch.tokens) {}
-
-  PackedLayer layer_at(int64_t i) const {
-    if (!g.live) return g.packed[i];
-    PackedLayer layer = repacked;
-    layer.norm1 = g.live[i].norm1, layer.norm2 = g.live[i].norm2;
-    return layer;
-  }
-
-  // The thread's share; whoever reads the panels must meet the others first.
-  template <Unit p>
-  void pack(const LinearWeights& from, const Linear<p>& to, const Team& team) const {
-    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i)
-      pack_linear(from, to, i, panel_memory.mine());
-  }
-  void pack_qkv(int64_t i, const Team& team) const {
-    if (!g.live || i == g.layers) return;
-    const LayerWeights& w = g.live[i];
-    pack({{w.query, w.key, w.value}, 3, g.live_bf16},
-         Linear<kQkv>(repacked.qkv, 3 * spec.hidden, spec.hidden), team);
-  }
-  void pack_rest(int64_t i, const Team& team) const {
-    if (!g.live) return;
-    const LayerWeights& w = g.live[i];
-    pack({{w.out}, 1, g.live_bf16}, Linear<u>(repacked.out, spec.hidden, spec.hidden), team);
-    pack({{w.up}, 1, g.live_bf16}, Linear<u>(repacked.up, spec.inner, spec.hidden), team);
-    pack({{w.down}, 1, g.live_bf16}, Linear<u>(repacked.down, spec.hidden, spec.inner), team);
-  }
-  template <Unit p>
-  static int64_t bytes(int64_t n, int64_t k) {
-    return Linear<p>(nullptr, n, k).bytes();
-  }
-  void make_room(Buffer& buffer) {
-    const int64_t qkv_bytes = bytes<kQkv>(3 * spec.hidden, spec.hidden),
-                  out_bytes = bytes<u>(spec.hidden, spec.hidden),
-                  up_bytes = bytes<u>(spec.inner, spec.hidden),
-                  down_bytes = bytes<u>(spec.hidden, spec.inner);
-    char* at = buffer.get<char>(qkv_bytes + out_bytes + up_bytes + down_bytes + 3 * 64);
-    repacked.qkv = at;
-    repacked.out = at += round_up(qkv_bytes, 64);
-    repacked.up = at += round_up(out_bytes, 64);
-    repacked.down = at += round_up(up_bytes, 64);
-  }
+  explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.batch.tokens), layers(args) {}
 
   // A product, or the team's part of its panels.
   template <Unit p, class Put>
@@ -123,7 +77,7 @@ struct Encoder {
   void project_qkv(const PackedLayer& layer, int64_t m0, int64_t rows, const Scratch& s,
                    const Team& team) const {
     T* to = qkv + m0 * qkv_row;
-    const Linear<kQkv> w(layer.qkv, 3 * spec.hidden, spec.hidden);
+    const Linear<kQkv> w = layers.qkv(layer);
     product(w, w.whole(), s.qkv, rows, team,
             [&](int64_t m, int64_t n, vf v) { store(to + m * qkv_row + n, v); });
   }
@@ -155,8 +109,7 @@ struct Encoder {
   void feed_forward(const PackedLayer& layer, const float* x, int64_t rows, const Scratch& s,
                     const Team& team) const {
     constexpr bool quantised = u == Unit::int8;
-    const Linear<u> up(layer.up, spec.inner, spec.hidden),
-        down(layer.down, spec.hidden, spec.inner);
+    const Linear<u> up = layers.up(layer), down = layers.down(layer);
     for (int64_t c = 0; c < spec.inner; c += s.inner.row) {
       const int64_t columns = min(s.inner.row, spec.inner - c), put_to = round_up(columns, NR);
       product(up, {c / NR, ceil_div(c + columns, NR), 0, spec.hidden}, s.operand, rows, team,
@@ -202,12 +155,12 @@ struct Encoder {
       put_row(s.qkv, m, is_int8(kQkv) ? centred : to, spec.hidden);
     }
     team.meet();
-    project_qkv(layer_at(0), m0, rows, s, team);
+    project_qkv(layers[0], m0, rows, s, team);
   }
 
   // What follows the attention of a layer, and the next one's projection.
   void finish(int64_t index, int64_t m0, int64_t rows, const Scratch& s, const Team& team) const {
-    const PackedLayer layer = layer_at(index);
+    const PackedLayer layer = layers[index];
     T* from = context + m0 * hidden_row;
     const float* residual = hidden + m0 * hidden_row;
     Operand<u> operand = s.operand;
@@ -218,7 +171,7 @@ struct Encoder {
         put_row(operand, m, from + m * hidden_row, spec.hidden);
       team.meet();
     }
-    const Linear<u> out(layer.out, spec.hidden, spec.hidden);
+    const Linear<u> out = layers.out(layer);
     product(out, out.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
       const int64_t at = m * hidden_row + n;
       store(s.sum + at, v + load(residual + at));
@@ -235,7 +188,7 @@ struct Encoder {
         feed_forward<3>(layer, residual, rows, s, team);
     }
     normalise(layer.norm2, m0, rows, s, s.qkv, team);
-    if (index + 1 < g.layers) return project_qkv(layer_at(index + 1), m0, rows, s, team);
+    if (index + 1 < g.layers) return project_qkv(layers[index + 1], m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
       for (int64_t j = 0; j < spec.hidden; j += W) {
         const vf v = load(hidden + (m0 + m) * hidden_row + j);
@@ -257,8 +210,7 @@ struct Encoder {
     }
     team.meet();
     if (team.index == 0) {
-      hidden = hidden_kept;
-      context = context_kept;
+      hidden = hidden_kept, context = context_kept;
       tokens = batch.count;
     }
     team.meet();
@@ -286,7 +238,7 @@ struct Encoder {
   }
   void run() {
     static thread_local Buffer buffer, shared, weights, blocks, heads, panels;
-    if (g.live) make_room(weights);
+    layers.make_room(weights);
     const int64_t padded = tokens + kMaxTileRows,
                   kept = batch.rows ? batch.count + kMaxTileRows : 0;
     hidden = buffer.get<float>((padded + kept) * hidden_row * 2 + padded * qkv_row);
@@ -296,14 +248,14 @@ struct Encoder {
     qkv = context_kept + kept * hidden_row;
     const int threads = omp_get_max_threads();
     float* together = shared.get<float>(Scratch::floats(*this, kTogether, inner_row));
-    const int64_t rows = round_up(min(block_most(), max(tokens, batch.count)), kTileRows<u>);
+    const int64_t rows = round_up(min(block_most(), max(tokens, batch.results())), kTileRows<u>);
     block_memory = {blocks, Scratch::floats(*this, rows, block_columns)};
     int64_t longest = 0;
     for (int64_t b = 0; b < batch.batch; ++b)
       longest = max(longest, batch.cu_seqlens[b + 1] - batch.cu_seqlens[b]);
     const Heads<kHeads> attention{qkv,     qkv_row,    spec.hidden, spec.hidden / spec.heads,
                                   context, hidden_row, batch.bias};
-    const PerThread<float> head_memory(heads, attention.floats(longest));
+    const PerThread<float> head_memory(heads, Head<kHeads>::floats(longest, attention.dim));
     const int64_t widest = max(spec.hidden, spec.inner);
     const int64_t split = 2 * max(split_panel<u>(widest), split_panel<kQkv>(widest));
     panel_memory = {panels, max(split, g.live ? NR * spec.hidden : 0)};
@@ -316,14 +268,14 @@ struct Encoder {
       for (int64_t t = team.begin(tokens); hidden_row > spec.hidden && t < team.end(tokens); ++t)
         std::memset(context + t * hidden_row + spec.hidden, 0,
                     (hidden_row - spec.hidden) * sizeof(T));
-      pack_qkv(0, team);
+      layers.pack_qkv(0, team, panel_memory.mine());
       team.meet();
       each_block(together, team, [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
         begin(m0, rows, s, team);
       });
       for (int64_t i = 0; i < g.layers; ++i) {
-        pack_rest(i, team);
-        pack_qkv(i + 1, team);
+        layers.pack_rest(i, team, panel_memory.mine());
+        layers.pack_qkv(i + 1, team, panel_memory.mine());
         crew.share(tasks * parts, [&](int64_t task) {
           const int64_t b = task / parts / spec.heads, start = batch.cu_seqlens[b];
           const int64_t queries = batch.cu_seqlens[b + 1] - start;
@@ -344,14 +296,7 @@ struct Encoder {
 
 void encoder(const EncoderArgs& g) {
   if (g.batch.tokens == 0) return;
-  switch (g.precision) {
-    case Precision::fp32:
-      return Encoder<Precision::fp32>(g).run();
-    case Precision::bf16:
-      return Encoder<Precision::bf16>(g).run();
-    case Precision::int8:
-      return Encoder<Precision::int8>(g).run();
-  }
+  by_precision(g.precision, [&](auto unit) { Encoder<decltype(unit)::value>(g).run(); });
 }
 
 }  // namespace bertfast::BERTFAST_ISA

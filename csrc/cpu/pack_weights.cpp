@@ -8,7 +8,10 @@ int64_t packed_bytes(int64_t n, int64_t k, Precision precision) {
       precision, [&](auto unit) { return Linear<decltype(unit)::value>(nullptr, n, k).bytes(); });
 }
 
-Precision qkv_precision(Precision precision) { return qkv_precision_of(precision); }
+Precision qkv_precision(Precision precision) {
+  const Unit u = unit_of(precision);
+  return qkv_unit(u) == u ? precision : Precision::bf16;
+}
 
 void pack_weights(const PackArgs& g) {
   by_precision(g.precision, [&](auto unit) {

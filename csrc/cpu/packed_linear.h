@@ -6,14 +6,11 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
-
-// The projection to queries, keys and values: there int8
+// Of the projection to queries, keys and values where the other weights are in u: there int8
 // activations cost most, for layer norm's outliers, so that it is in bf16 where that is quick.
 constexpr Unit kBf16Unit = unit_of(Precision::bf16);
-constexpr Precision qkv_precision_of(Precision p) {
-  const bool quick = kBf16Unit == Unit::bf16 || unit_of(p) != Unit::int8;
-  return p == Precision::int8 && quick ? Precision::bf16 : p;
+constexpr Unit qkv_unit(Unit u) {
+  return u == Unit::wide_int8 || (u == Unit::int8 && kBf16Unit == Unit::bf16) ? kBf16Unit : u;
 }
 
 // f(a constant: the unit of the weights)
