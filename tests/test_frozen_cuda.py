@@ -10,10 +10,12 @@ import pytest
 import torch
 from helpers import DEVICES, close_to_truth, exact, refused
 from test_frozen import batch, build
+from test_live import agrees_with_operators, some_bias
 from torch.nn.functional import cosine_similarity
 
 import bertfast
-from bertfast.model import few_tokens
+from bertfast.model import few_tokens, live
+from bertfast.model.encoder import Packing, PaddedPacking
 from bertfast.ops.extension import C
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="the extension has no CUDA kernels")
@@ -32,11 +34,12 @@ def calls(monkeypatch):
     """The tokens of each call of the whole encoder."""
     seen = []
 
-    def encoder(*arguments):
-        seen.append(arguments[11])
-        C.cuda_encoder(*arguments)
+    def batch(**fields):
+        seen.append(fields["tokens"])
+        return C.Batch(**fields)
 
-    fake = SimpleNamespace(cuda_encoder=encoder, cuda_encoder_workspace=C.cuda_encoder_workspace)
+    names = "LayerSpec", "cuda_encoder", "cuda_encoder_workspace"
+    fake = SimpleNamespace(Batch=batch, **{name: getattr(C, name) for name in names})
     monkeypatch.setattr(few_tokens, "C", fake)
     return seen
 
@@ -134,6 +137,23 @@ def test_weights_that_change(calls):
         ours.float()(**there(given))  # not in fp32
     assert calls == [27, 27]
     close_states(other, expected, given, "bf16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("low", [True, False])
+def test_bias_and_padded_rows(dtype, low, calls):
+    """A bias on the scores, in either precision, and padding that is queries alone."""
+    model, mask = build(), batch((40, 17, 0))["attention_mask"]
+    model = model.to(DEVICES["cuda"], dtype)
+    packing = PaddedPacking(Packing(3, 40, mask.to(DEVICES["cuda"]), DEVICES["cuda"]))
+    hidden = torch.randn(120, model.config.hidden_size).to(DEVICES["cuda"], dtype)
+    shape = 3, model.config.num_attention_heads, 40, 40
+    bias = some_bias(*shape, dtype=dtype if low else torch.float32).to(DEVICES["cuda"])
+    with torch.no_grad():
+        weights, options = zip(*(m.arithmetic() for m in model.encoder.layer), strict=True)
+        found = live.run(weights, options[0], hidden, packing, bias=bias)
+        agrees_with_operators(found, model, hidden, packing, bias)
+    assert calls == [120]
 
 
 def test_more_rows_than_tokens(calls):

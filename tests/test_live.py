@@ -199,19 +199,53 @@ def test_padded_rows(dtype, shape):
     g = torch.Generator().manual_seed(3)
     hidden = packing.pack(torch.randn(*mask.shape, size, generator=g).to(dtype))
 
-    def by_operators(model, x):
-        for layer in model.encoder.layer:
-            sequences = packing.cu_seqlens, packing.seqlen
-            given = *layer.arithmetic(), *sequences, [None] * 3
-            x, _ = encoder_layer(x, *given, seqused_k=packing.seqused_k)
-        return x
-
     with torch.no_grad():
         weights, options = zip(*(m.arithmetic() for m in model.encoder.layer), strict=True)
         found = live.run(weights, options[0], hidden, packing)
-        with bertfast.backend("reference"):
-            truth = by_operators(copy.deepcopy(model).double(), hidden.double())
-            close_to_truth(found, truth, by_operators(model, hidden))
+        agrees_with_operators(found, model, hidden, packing)
+
+
+def agrees_with_operators(found, model, hidden, packing, bias=None):
+    """As the reference's operators in fp64, layer by layer."""
+
+    def by_operators(model, x, bias):
+        for layer in model.encoder.layer:
+            sequences = packing.cu_seqlens, packing.seqlen
+            given = *layer.arithmetic(), *sequences, [None] * 3
+            x, _ = encoder_layer(x, *given, bias=bias, seqused_k=packing.seqused_k)
+        return x
+
+    with bertfast.backend("reference"):
+        wide = None if bias is None else bias.double()
+        truth = by_operators(copy.deepcopy(model).double(), hidden.double(), wide)
+        close_to_truth(found, truth, by_operators(model, hidden, bias))
+
+
+def some_bias(*shape, dtype):
+    """[batch, heads, seqlen, seqlen] with a row that sees nothing, neither dense nor aligned."""
+    g = torch.Generator().manual_seed(4)
+    bias = torch.randn(*shape[:-1], shape[-1] + 3, generator=g).to(dtype)[..., 1:-2]
+    bias[0, :, 2] = -torch.inf
+    bias[..., 5, 1::2] = -torch.inf
+    return bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.usefixtures("guarded")
+def test_bias(dtype, shape, shared):
+    """On the scores, for all sequences and heads or for each."""
+    model, mask = build(shape).to(dtype), batch((130, 40, 17, 1, 0))["attention_mask"]
+    heads, size = model.config.num_attention_heads, model.config.hidden_size
+    bias_shape = (1, 1, 130, 130) if shared else (5, heads, 130, 130)
+    bias = some_bias(*bias_shape, dtype=torch.float32 if shared else dtype)
+    for packing in (Packing(*mask.shape, mask, "cpu"), PaddedPacking(Packing(5, 130, mask, "cpu"))):
+        hidden = packing.pack(torch.randn(5, 130, size).to(dtype))
+        with torch.no_grad():
+            weights, options = zip(*(m.arithmetic() for m in model.encoder.layer), strict=True)
+            found = live.run(weights, options[0], hidden, packing, bias=bias)
+            agrees_with_operators(found, model, hidden, packing, bias)
 
 
 def test_no_layers():

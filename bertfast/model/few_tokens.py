@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 
 from ..ops import registry
+from ..ops.attention import bias_arguments, dense_last
 from ..ops.cuda.arguments import HALVES, MAX_HIDDEN, dtype_code
 from ..ops.cuda.attention import HEAD_DIMS
 from ..ops.cuda.linear_act import FEW_TOKENS
@@ -73,25 +74,37 @@ def sizes(config) -> tuple[int, int, int, int, float]:
     )
 
 
-def run(addresses: int, layers: int, sizes, hidden, packing, rows=None):
+def run(addresses: int, layers: int, sizes, hidden, packing, rows=None, bias=None):
     """The layers' result [tokens or rows, hidden], in hidden's dtype.
 
     addresses: of int64 [layers, 16], the weights' addresses in the order of `LayerWeights`.
     sizes: heads, hidden, inner size, the activation's number in ops.linear_act, eps.
     """
-    STATES.check((hidden, sizes[1], packing.cu_seqlens, int(packing.seqlen), None, rows))
-    hidden, offsets, rows = map(real, (hidden, packing.cu_seqlens, rows))
+    used = packing.seqused_k
+    STATES.check((hidden, sizes[1], packing.cu_seqlens, int(packing.seqlen), used, rows))
+    hidden, offsets, used, rows = map(real, (hidden, packing.cu_seqlens, used, rows))
     if hidden.data_ptr() % 16:
         hidden = hidden.clone()
     tokens = len(hidden)
     count = tokens if rows is None else len(rows)
     out = torch.empty((count, sizes[1]), dtype=hidden.dtype, device=hidden.device)
-    size = C.cuda_encoder_workspace(tokens, count, *sizes[:3])
-    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
-    C.cuda_encoder(
-        *(dtype_code(hidden), addresses, layers, *sizes, ptr(hidden), ptr(offsets)),
-        *(len(offsets) - 1, tokens, int(packing.seqlen), ptr(rows), count),
-        *(ptr(out), ptr(workspace)),
-        *cuda_queue(hidden),
+    heads, size, inner, activation, eps = sizes
+    spec = C.LayerSpec(hidden=size, heads=heads, inner=inner, activation=activation, eps=eps)
+    batch = C.Batch(
+        hidden=hidden.data_ptr(),
+        dtype=dtype_code(hidden),
+        out=out.data_ptr(),
+        out_dtype=dtype_code(out),
+        cu_seqlens=offsets.data_ptr(),
+        seqused_k=ptr(used),
+        batch=len(offsets) - 1,
+        tokens=tokens,
+        longest=int(packing.seqlen),
+        rows=ptr(rows),
+        count=count,
+        bias=bias_arguments(bias if bias is None else dense_last(bias)),
     )
+    size = C.cuda_encoder_workspace(spec, batch)
+    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+    C.cuda_encoder(spec, addresses, layers, batch, ptr(workspace), *cuda_queue(hidden))
     return out

@@ -44,31 +44,32 @@ class _LayerWeights:
         self.center, self.precision = center, PRECISIONS.index(precision)
         inner, out = layer.attention.self, layer.attention.output
         qkv, qkv_precision = (inner.query, inner.key, inner.value), C.qkv_precision(self.precision)
-        self.packed = [
-            _Packed(qkv, qkv_precision, center),
-            _Packed((out.dense,), self.precision),
-            _Packed((layer.intermediate.dense,), self.precision, out.LayerNorm.bias),
-            _Packed((layer.output.dense,), self.precision),
-        ]
+        self.packed = {
+            "qkv": _Packed(qkv, qkv_precision, center),
+            "out": _Packed((out.dense,), self.precision),
+            "up": _Packed((layer.intermediate.dense,), self.precision, out.LayerNorm.bias),
+            "down": _Packed((layer.output.dense,), self.precision),
+        }
         self.norms = [
-            p.detach().float().clone()
+            tuple(p.detach().float().clone() for p in (norm.weight, norm.bias))
             for norm in (out.LayerNorm, layer.output.LayerNorm)
-            for p in (norm.weight, norm.bias)
         ]
 
     def encoder(self, config, others=()):
         """Of this layer and those behind it; whoever holds it must hold them."""
-        return C.Encoder(
-            [[*(p.pointer for p in w.packed), *(n.data_ptr() for n in w.norms)]
-             for w in (self, *others)],
-            self.center.data_ptr(),
-            config.num_attention_heads,
-            config.hidden_size,
-            config.intermediate_size,
-            OPERATOR_ACTIVATIONS.index(ACTIVATIONS[config.hidden_act]),
-            config.layer_norm_eps,
-            self.precision,
-        )  # fmt: skip
+        spec = C.LayerSpec(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            inner=config.intermediate_size,
+            activation=OPERATOR_ACTIVATIONS.index(ACTIVATIONS[config.hidden_act]),
+            eps=config.layer_norm_eps,
+        )
+        layers = []
+        for w in (self, *others):
+            norm1, norm2 = (tuple(p.data_ptr() for p in norm) for norm in w.norms)
+            matrices = {name: p.pointer for name, p in w.packed.items()}
+            layers.append(C.PackedLayer(**matrices, norm1=norm1, norm2=norm2))
+        return C.Encoder(spec, layers, self.precision, self.center.data_ptr())
 
 
 class Frozen(nn.Module):
@@ -133,7 +134,7 @@ class FrozenEncoder(Frozen):
                 if not noise <= NOISE_LIMIT:  # or NaN
                     found, weights = "bf16", _LayerWeights(layer, "bf16", center)
             chosen.append((found, weights))
-            center = weights.norms[-1]
+            center = weights.norms[-1][1]
             layer.to("meta")  # frees the originals, layer by layer
         self._keep, self._runs, first = [w for _, w in chosen], [], 0
         for _, group in groupby(chosen, key=lambda c: c[0]):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..ops import registry
+from ..ops.attention import bias_arguments, dense_last
 from ..ops.extension import C
 from ..ops.library import CPU_DTYPES, is_bf16, lazy, plain, ptr, real, unwatched
 from ..ops.linear_act import ACTIVATIONS
@@ -66,14 +67,16 @@ def can_run(layers: list[LayerWeights], options: list[LayerOptions], hidden, pac
     )
 
 
-def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows=None):
+def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows=None, bias=None):
     """Arguments and result as of `encoder_layer`, one after the other; in bf16 the residual stream
     stays in fp32 between layers on a CPU."""
     if not _on_cpu(hidden):
         addresses = array("q", [p.data_ptr() for w in layers for p in w])
         sizes = options.heads, hidden.shape[1], layers[0].w1.shape[0]
         sizes += ACTIVATIONS.index(options.activation), options.eps
-        return few_tokens.run(addresses.buffer_info()[0], len(layers), sizes, hidden, packing, rows)
+        return few_tokens.run(
+            addresses.buffer_info()[0], len(layers), sizes, hidden, packing, rows, bias
+        )
     keep = [
         tuple(
             (p if name in _MATRICES else p.float()).contiguous()
@@ -81,20 +84,24 @@ def run(layers: list[LayerWeights], options: LayerOptions, hidden, packing, rows
         )
         for w in layers
     ]
-    encoder = C.Encoder(
-        [[p.data_ptr() for p in w] for w in keep],
-        is_bf16(layers[0].wq),
-        options.heads,
-        hidden.shape[1],
-        layers[0].w1.shape[0],
-        ACTIVATIONS.index(options.activation),
-        options.eps,
-        int(is_bf16(hidden)),
+    spec = C.LayerSpec(
+        hidden=hidden.shape[1],
+        heads=options.heads,
+        inner=layers[0].w1.shape[0],
+        activation=ACTIVATIONS.index(options.activation),
+        eps=options.eps,
     )
-    return forward(encoder, hidden.shape[1], 0, len(layers), hidden, hidden.dtype, packing, rows)
+    addresses = array("q", [p.data_ptr() for w in keep for p in w])
+    address = addresses.buffer_info()[0]
+    encoder = C.Encoder(spec, address, len(keep), is_bf16(layers[0].wq), int(is_bf16(hidden)))
+    return forward(
+        encoder, hidden.shape[1], 0, len(layers), hidden, hidden.dtype, packing, rows, bias
+    )
 
 
-def forward(encoder, size: int, first: int, last: int, hidden, dtype, packing, rows=None):
+def forward(
+    encoder, size: int, first: int, last: int, hidden, dtype, packing, rows=None, bias=None
+):
     """Layers [first, last) of a `C.Encoder` of this hidden size: [tokens or rows, hidden] in
     `dtype`."""
     used = packing.seqused_k
@@ -106,9 +113,19 @@ def forward(encoder, size: int, first: int, last: int, hidden, dtype, packing, r
     count = len(hidden) if rows is None else len(rows)
     out = torch.empty((count, hidden.shape[1]), dtype=dtype, device="cpu")
     if count:
-        encoder.forward(
-            *(first, last, hidden.data_ptr(), is_bf16(hidden), out.data_ptr(), is_bf16(out)),
-            *(offsets.data_ptr(), ptr(used), len(offsets) - 1, len(hidden)),
-            *((0, 0) if rows is None else (rows.data_ptr(), len(rows))),
+        batch = C.Batch(
+            hidden=hidden.data_ptr(),
+            dtype=is_bf16(hidden),
+            out=out.data_ptr(),
+            out_dtype=is_bf16(out),
+            cu_seqlens=offsets.data_ptr(),
+            seqused_k=ptr(used),
+            batch=len(offsets) - 1,
+            tokens=len(hidden),
+            longest=int(packing.seqlen),
+            rows=ptr(rows),
+            count=count,
+            bias=bias_arguments(bias if bias is None else dense_last(bias)),
         )
+        encoder.forward(first, last, batch)
     return out
