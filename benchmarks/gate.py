@@ -1,6 +1,6 @@
 """The regression gate: ratios of times on this CPU, held against benchmarks/baseline.json.
 
-    python benchmarks/gate.py            (exit 1 where a ratio fell; tests/test_gate.py runs it)
+    python benchmarks/gate.py            (exit 1 where a ratio fell: tests/bench/test_gate.py)
     python benchmarks/gate.py --write    (records this machine's ratios, by instruction set)
 
 A ratio is of two medians in one interleaved run, so that another machine, or a busy one, changes it

@@ -26,7 +26,7 @@ TAIL = {"tests": 40, "memcheck": 8, "racecheck": 8}  # lines of a log to show
 
 
 def tests(names):
-    return [f"tests/test_{name}.py" for name in names.split()]
+    return [str(next(ROOT.glob(f"tests/**/test_{name}.py"))) for name in names.split()]
 
 
 def commands(out: Path) -> dict[str, list[str]]:

@@ -26,6 +26,12 @@ if hasattr(C, "cuda_gather_rows"):
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def file_of(stem) -> str:
+    """tests/<folder>/test_<stem>.py."""
+    (found,) = ROOT.glob(f"tests/**/test_{stem}.py")
+    return str(found)
+
+
 def build_extension(folder, *options, source=ROOT) -> Path:
     """The extension of a source tree, built in `folder` with CMake's `options`."""
     configure = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]

@@ -1,5 +1,5 @@
 """What an operator takes, said once: it is checked before a kernel gets a pointer, and
-tests/test_fuzz.py makes arguments of it and damages them."""
+tests/ops/test_fuzz.py makes arguments of it and damages them."""
 
 import re
 from numbers import Real

@@ -17,7 +17,7 @@ from bertfast.data import (
     split,
 )
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "debian"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "debian"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def faults(tmp_path_factory):
     """run(name, order) of the faulty kernels in cuda_host/faults.cpp -> (exit status, output)."""
     binary = tmp_path_factory.mktemp("faults") / "faults"
     host = ROOT / "csrc" / "cuda" / "host"
-    sources = [ROOT / "tests/cuda_host/faults.cpp", host / "runtime.cpp", host / "mma.cpp"]
+    sources = [ROOT / "tests/csrc/cuda_host/faults.cpp", host / "runtime.cpp", host / "mma.cpp"]
     command = ["c++", "-std=c++17", "-O1", "-g", "-fsanitize=address", "-Wno-unknown-pragmas"]
     command += [f"-I{host}", f"-I{host.parent}", *map(str, sources), "-o", str(binary)]
     subprocess.run(command, check=True)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, build_extension
+from helpers import ROOT, build_extension, file_of
 
 from bertfast.ops.extension import C
 
@@ -119,7 +119,7 @@ def build(tree):
 
 
 def run_tests(tree, stem, cuda):
-    command = [str(Path(sys.executable).parent / "pytest"), "-x", "-q", f"tests/test_{stem}.py"]
+    command = [str(Path(sys.executable).parent / "pytest"), "-x", "-q", file_of(stem)]
     command += ["-k", "cuda" if cuda else "not cuda and not triton"]
     env = os.environ | {"BERTFAST_EXTENSION": str(tree / "build" / "_C.so")}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from helpers import refused
+from native import batch, config
 from safetensors.torch import load_file, save_file
-from test_model import MINILM, batch, config
+from test_model import MINILM
 
 import bertfast
 from bertfast.model import CheckpointError

@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import rivals  # noqa: E402

@@ -19,7 +19,7 @@ SOURCES = {
     "5.17.0": "a153be279169b55b92d8000bf4af294aed684503d091cca7804da2dd8a9de000",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
 }
-HERE = Path(__file__).parent
+SUITE = Path(__file__).parents[1] / "generic_suite.py"
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def run(suite, accelerate, seed, names=()):
     """(names of the tests that failed, how many passed)"""
     folder = suite.parents[2] / "run"
     folder.mkdir(exist_ok=True)
-    shutil.copy(HERE / "generic_suite.py", folder / "test_suite.py")
+    shutil.copy(SUITE, folder / "test_suite.py")
     (folder / "pytest.ini").write_text("[pytest]\n")
     environment = {"SUITE": str(suite), "ACCELERATE": str(int(accelerate)), "SEED": str(seed)}
     done = subprocess.run(

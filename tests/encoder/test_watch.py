@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from helpers import relative
-from test_model import batch, pair
+from native import batch, pair
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import breakdown
 import harness

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import build_extension
+from helpers import ROOT, build_extension, file_of
 
 from bertfast.ops.extension import C
 
@@ -47,7 +47,6 @@ print(json.dumps(found))
 EMULATED = ("avx512", "avx512_bf16", "avx512_amx")
 BOUND = {"operators": 1e-5, "live": 1e-5, "fp32": 1e-5, "bf16": 0.02, "int8": 0.07}
 ISAS = C.build_info()["isas_built"] if C else []
-TESTS = Path(__file__).parent
 # The quick suite's numeric part, in two halves that take about as long: files, and what is left of
 # them without Triton's interpreter, which knows no instruction set, and without whole runs.
 HALVES = [
@@ -73,7 +72,7 @@ TORCH = {
 
 
 def run(command, isa, **other):
-    environment = os.environ | other | {"BERTFAST_CPU_ISA": isa, "PYTHONPATH": str(TESTS)}
+    environment = os.environ | other | {"BERTFAST_CPU_ISA": isa, "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if (
         "BERTFAST_EXTENSION" not in other
@@ -94,7 +93,7 @@ def check_models(isa, **environment):
 
 def check_operators(isa, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "test_forward_backward and cpu"]
-    command += [str(TESTS / f"test_{n}.py") for n in ("linear_act", "attention")]
+    command += [file_of(stem) for stem in ("linear_act", "attention")]
     done = run(command, isa, **environment)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
@@ -105,7 +104,7 @@ def test_instruction_set(isa):
 
 
 def numeric(half, isa, threads):
-    files = [str(TESTS / f"test_{name}.py") for name in HALVES[half]]
+    files = [file_of(stem) for stem in HALVES[half]]
     return run(
         [str(Path(sys.executable).parent / "pytest"), "-q", "-k", NUMERIC, *files],
         isa,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bertfast.train import PretrainConfig, pretrain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def command(settings, ranks=2, restarts=0):
