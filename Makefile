@@ -12,13 +12,19 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-sanitize test-cuda-host bench report lint format build clean
+.PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report lint format build clean
 
 demo: build ## fine-tune MiniLM on docstrings and compare with transformers
 	$(BIN)/python examples/docstrings.py --out build/demo
 
 test: build ## the quick tests
 	$(BIN)/pytest
+
+# K: the quick tests of the files that have it in their names.
+FAST = $(if $(K),$(or $(wildcard tests/test_*$(K)*.py tests/*/test_*$(K)*.py),$(error no test file has '$(K)' in its name)),--fast)
+
+test-fast: build ## in two minutes: a few cases of every test; K=attention: all of attention's
+	$(BIN)/pytest $(FAST)
 
 test-slow: build
 	$(BIN)/pytest -m slow

@@ -1,12 +1,39 @@
 import os
+from collections import defaultdict
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# OpenMP's threads sleep where they wait: spinning, on a machine that does something else as well,
+# each small operation takes a turn of the scheduler.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="of every test few cases: CONTRIBUTING.md")
+
+
+@pytest.hookimpl(trylast=True)  # of what -m leaves
+def pytest_collection_modifyitems(config, items):
+    """With --fast: no case that takes seconds, and of the others each that has a value of a parameter
+    which no case of that test before it had."""
+    if not config.getoption("--fast"):
+        return
+    kept, left, seen = [], [], defaultdict(set)
+    for item in items:
+        case = item.callspec.params if hasattr(item, "callspec") else {}
+        marker = item.get_closest_marker("seconds")
+        long = marker and (not marker.args or {*marker.args} & {*map(str, case.values())})
+        values = set() if long else {repr(value) for value in [(), *case.items()]}
+        (kept if values - seen[item.function] else left).append(item)
+        seen[item.function] |= values
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
 
 GUARD = 64  # bytes before and after each tensor that an operator allocates
 

@@ -9,6 +9,7 @@ import numpy as np
 import pybind11
 import pytest
 import torch
+import triton_interpreter  # noqa: F401
 
 from bertfast import ops
 from bertfast.ops.extension import C

@@ -92,6 +92,7 @@ def test_mask(demo, text, masked):
     assert demo.mask(masked) == masked
 
 
+@pytest.mark.seconds
 def test_library_roots_cover_the_standard_library_and_torch(demo):
     roots = demo.library_roots()
     assert (roots["python"] / "json" / "decoder.py").is_file()

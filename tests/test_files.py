@@ -28,6 +28,7 @@ def enter(folder):
         pass
 
 
+@pytest.mark.seconds
 def test_lock_ends_with_its_process(tmp_path):
     folder = tmp_path / "new" / "out"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=-1, text=True)
@@ -97,6 +98,7 @@ def test_write_text_into_a_pipe(tmp_path):
     assert found == ["text"] and not (tmp_path / "pipe").is_file()
 
 
+@pytest.mark.seconds
 def test_text_into_what_can_not_be_replaced(tmp_path):
     """A pipe, by a path whose real name is none, takes the text as it comes."""
     code = "from bertfast.files import write_text; write_text('/dev/stdout', 'text')"

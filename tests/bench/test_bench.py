@@ -7,20 +7,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from untimed import untimed
 
 from bertfast.bench import command, encoder, measure, memory, ops, rivals, train
 from bertfast.cli import main
 
 
 @pytest.fixture(autouse=True)
-def small_product(monkeypatch):
-    """The yardsticks are large, so that they reach the peak."""
-    for module in (encoder, train, ops):
-        monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 1))
-    monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 1))
-    monkeypatch.setattr(measure, "rate", lambda _: 1)
-    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
-    monkeypatch.setattr(measure, "SETTLE", 0)
+def quick(monkeypatch):
+    untimed(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +183,7 @@ def test_operators_find_a_wrong_kernel(folder, capsys, monkeypatch):
         ops.cell("linear_act", "forward", "fp32", ["cpu"], shape, 1)
 
 
+@pytest.mark.seconds
 def test_burst_and_turns(monkeypatch):
     monkeypatch.undo()
     calls = []

@@ -1,24 +1,29 @@
 """The scripts for GPU machines, as far as a CPU takes them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from untimed import untimed
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import gpu_encoder
+import gpu_ops
+import gpu_run
 
 
-def script(name, *arguments):
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+def script(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    return module.main()
 
 
-def test_encoder(tmp_path):
+def test_encoder(tmp_path, monkeypatch):
+    untimed(monkeypatch, gpu_encoder)
     options = ("--config", "tiny", "--device", "cpu", "--rounds", 2)
-    done = script("gpu_encoder.py", "--out", tmp_path, *options)
-    assert done.returncode == 0, done.stderr
+    assert script(monkeypatch, gpu_encoder, "--out", tmp_path, *options) == 0
     result = json.loads((tmp_path / "gpu_encoder_tiny.json").read_text())
     tasks = [cell["task"] for cell in result["cells"]]
     kinds = ("inference", "training (mlm)", "training (classify)")
@@ -33,10 +38,13 @@ def test_encoder(tmp_path):
         assert line["rival_name"] == "transformers sdpa" and line["task"].split(" (b")[0] in tasks
 
 
-def test_refusals(tmp_path):
-    bad = script("gpu_run.py", "--out", tmp_path, "--parts", "speed")
-    assert bad.returncode == 2 and "'speed'" in bad.stderr
+def test_refusals(tmp_path, monkeypatch, capsys):
+    def message(*arguments):
+        with pytest.raises(SystemExit, match="2"):
+            script(monkeypatch, *arguments)
+        return capsys.readouterr().err
+
+    assert "'speed'" in message(gpu_run, "--out", tmp_path, "--parts", "speed")
     if not torch.cuda.is_available():
-        for name in ("gpu_run.py", "gpu_ops.py"):
-            none = script(name, "--out", tmp_path)
-            assert none.returncode == 2 and "no GPU" in none.stderr
+        for module in (gpu_run, gpu_ops):
+            assert "no GPU" in message(module, "--out", tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import transformers
+from untimed import untimed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -16,8 +17,6 @@ import plots
 import report
 import rivals_memory
 import sweep
-
-from bertfast.bench import encoder, measure, ops
 
 ORIGIN = {
     "device": {"name": "D", "threads": 2},
@@ -88,17 +87,12 @@ def test_pictures(found, tmp_path):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A tiny model and yardsticks, for all scripts."""
+    """A tiny model, for all scripts."""
     folder = str(tiny.checkpoint(tmp_path / "model"))
     monkeypatch.setattr(sweep, "minilm", lambda: folder)
     monkeypatch.setattr(rivals_memory, "checkpoint", lambda _: folder)
     monkeypatch.setattr(rivals_memory, "LENGTHS", [8, 8])
-    for module in (encoder, ops):
-        monkeypatch.setattr(module, "product", lambda *_: (lambda: None, 10**9))
-    monkeypatch.setattr(ops, "copy", lambda *_: (lambda: None, 10**9))
-    monkeypatch.setattr(measure, "rate", lambda _: 1)
-    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
-    monkeypatch.setattr(measure, "SETTLE", 0)
+    untimed(monkeypatch)
     return folder
 
 

@@ -9,13 +9,12 @@ import pytest
 import tiny
 import torch
 import transformers
+from untimed import untimed
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import rivals  # noqa: E402
-
-from bertfast.bench import encoder, measure  # noqa: E402
 
 PLUGINS = [(cls, p) for cls in (*rivals.OURS, *rivals.RIVALS) for p in cls.precisions]
 SLOW = (
@@ -84,6 +83,7 @@ def script():
     return module
 
 
+@pytest.mark.seconds
 def test_cells_and_their_file(script, folder, tmp_path, monkeypatch, capsys):
     """Rows for a wrong and for an absent rival have no time; cells of one commit are merged."""
 
@@ -101,9 +101,7 @@ def test_cells_and_their_file(script, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         script, "WORKLOADS", {"a": ("tiny", "A", [5, 9, 3]), "b": ("tiny", "B", [4])}
     )
-    monkeypatch.setattr(encoder, "product", lambda *_: (lambda: None, 1))
-    monkeypatch.setattr(measure, "burst", lambda run, *_: (run, 1, 0))
-    monkeypatch.setattr(measure, "SETTLE", 0)
+    untimed(monkeypatch)
     before = torch.get_num_threads()
     for workload in ("b", "a"):
         script.main(f"--workloads {workload} --precisions fp32 --rounds 1 --out {tmp_path}".split())

@@ -21,6 +21,7 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.seconds
 def test_runs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training_step, "emulated", lambda _: None)  # tiny steps are quick
     threads = str(torch.get_num_threads())

@@ -98,6 +98,7 @@ def check_operators(isa, **environment):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set(isa):
     check_models(isa)

@@ -160,6 +160,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     _refused(_write(tmp_path, "t.parquet", b"x"), "pip install 'bertfast[train]'")
 
 
+@pytest.mark.seconds
 def test_import_loads_no_heavy_library():
     code = (
         "import sys, bertfast.data; "

@@ -269,6 +269,7 @@ def test_second_derivatives_raise():
         first.square().sum().backward()
 
 
+@pytest.mark.seconds
 def test_compile():
     theirs, ours, report = pair()
     given = inputs_for()
@@ -283,6 +284,7 @@ def test_compile():
     assert not any(report.fallbacks.values())
 
 
+@pytest.mark.seconds
 def test_export():
     theirs, ours, _ = pair()
     given = inputs_for()

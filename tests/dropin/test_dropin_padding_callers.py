@@ -123,6 +123,7 @@ def test_trainer_predicts_at_every_position(tmp_path):
     assert_same(*found.values())
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification"])
 def test_trainer_trains_alike(head, tmp_path):
     """Masked labels, of which the trainer takes the loss alone."""

@@ -108,6 +108,7 @@ def test_no_second_derivative(backend):
             g.float().sum().backward()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batched_gradients(backend):
     hidden, w, batch, seeds = case(backend, parameters=torch.bfloat16)

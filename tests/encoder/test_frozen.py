@@ -307,6 +307,7 @@ def test_refusals():
     refused(RuntimeError, "eval mode", small, **batch((4,)))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("precision", BOUND)
 def test_real_weights(precision):
     """MiniLM on the docstrings of the standard library: cosine of mean-pooled sentences."""

@@ -218,6 +218,7 @@ attachments = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.seconds
 @attachments
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_attached_to_every_module(attach, paths):

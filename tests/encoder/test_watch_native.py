@@ -167,6 +167,7 @@ def test_gradient_checkpointing_with_hooks():
     assert all(torch.equal(t, found[1][key]) for key, t in found[0].items())
 
 
+@pytest.mark.seconds
 def test_compiled_with_hooks_and_adapters():
     theirs, ours = small("BertModel")
     inputs = given()

@@ -49,6 +49,7 @@ def compare(theirs, ours, inputs):
     close_gradients(*(gradients(m, inputs, grad, pooled) for m in models))
 
 
+@pytest.mark.seconds
 def test_minilm():
     theirs = transformers.BertModel.from_pretrained(MINILM).eval()
     ours = bertfast.BertModel.from_pretrained(MINILM)
@@ -221,6 +222,7 @@ def test_dropout_only_in_training():
     assert torch.equal(model.eval()(**inputs)[0], model(**inputs)[0])
 
 
+@pytest.mark.seconds
 def test_compile_full_graph():
     _, ours = pair()
     inputs = batch()

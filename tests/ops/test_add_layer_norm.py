@@ -133,6 +133,7 @@ def test_empty_and_nan(backend):
     assert y[2].isnan().all() and torch.isfinite(y[[0, 1, 3, 4]]).all()
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("hidden", [128, 768, 1000, 2048, 4096])
 @each_backend
 def test_hidden_sizes(backend, hidden):
@@ -152,6 +153,7 @@ def test_hidden_sizes(backend, hidden):
         assert relative(a, t) < (1e-5 if i > 3 else 3e-5 if i == 3 else 4e-3), i
 
 
+@pytest.mark.seconds("triton")
 @each_backend
 def test_repeats_are_bitwise_equal(backend):
     tensors = there(backend, inputs(300, 96))

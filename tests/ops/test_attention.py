@@ -69,6 +69,7 @@ def test_forward_backward(backend, dtype, dim):
     )
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("lengths", [[300], [1], [97, 15, 14, 28, 29], [2] * 40])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lengths_and_scale(backend, lengths):
@@ -81,6 +82,7 @@ def test_lengths_and_scale(backend, lengths):
     )
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (1, 3), (7, 1)])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,6 +98,7 @@ def test_causal_and_bias(backend, dtype, shape):
     )
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,6 +145,7 @@ def test_masked_rows_are_zero(backend, dtype):
     assert (qkv.grad[25:55, 1:] == 0).all() and (qkv.grad[20:25, 2] != 0).any()
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout(backend):
     """The numbers' own mask, in forward and backward; scaled by 1 / (1 - p)."""
@@ -165,6 +169,7 @@ def test_dropout(backend):
     )
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits(backend):
     """Scores of +-1e4 and more stay finite and right."""
@@ -270,6 +275,7 @@ def test_tiles_that_hold_a_sequence(backend, dtype, longest):
     )
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_bit_for_bit(backend, dtype):
@@ -294,6 +300,7 @@ def test_dropout_bit_for_bit(backend, dtype):
         start += n
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_sequences_than_the_search_holds(backend):
     lengths = [1] * 290 + [70, 3]
@@ -304,6 +311,7 @@ def test_more_sequences_than_the_search_holds(backend):
     close_to_truth(out, plain(qkv.double(), lengths), floor=1e-5)
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("lengths", [[20, 90, 3], [140, 5]])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_repeat(backend, lengths):

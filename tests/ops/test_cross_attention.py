@@ -51,6 +51,7 @@ def test_forward_backward(backend, dtype, dim):
     )
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize(
     "dtype, dim", [(torch.float16, d) for d in (32, 64, 128)] + [(torch.float32, 128)]
 )
@@ -93,6 +94,7 @@ def test_bias_and_causal(backend, dtype, causal, shape):
     )
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout(backend, dtype):
@@ -141,6 +143,7 @@ def test_is_attention_where_both_are_one(backend):
         assert torch.equal(own, cross)
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_strides_and_alignment(backend, dtype):

@@ -122,6 +122,7 @@ def test_gradient_at_infinity(activation):
     assert math.isnan(dx[7]) if activation != 3 else dx[7] == 0
 
 
+@pytest.mark.seconds
 def test_gelu_in_16_bits():
     """Computed without erf: its error beside fp16's rounding, its limits, NaN."""
     ends = [-math.inf, -6e4, -40, 40, 6e4, math.inf, math.nan]

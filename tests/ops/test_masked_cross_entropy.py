@@ -110,6 +110,7 @@ def test_mixed_precision(backend):
             assert relative(a.detach(), t) < 1e-2
 
 
+@pytest.mark.seconds("triton")
 @pytest.mark.parametrize("backend", [b for b in backends("masked_cross_entropy") if b != "cpu"])
 def test_fp16_with_a_loss_scale(backend):
     """Probabilities of 1e-5 over 300 rows would vanish in fp16, were the mean taken first."""

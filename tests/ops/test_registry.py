@@ -202,6 +202,7 @@ def run_python(code, **env):
     )
 
 
+@pytest.mark.seconds
 def test_environment():
     code = (
         "import torch; from bertfast import ops; ops.linear_act(torch.ones(1, 1), torch.ones(1, 1))"

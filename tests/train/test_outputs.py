@@ -110,6 +110,7 @@ def test_names_of_classes(tmp_path, capfd, names):
         assert next(csv.reader(f))[1:] == list(results["valid"]["per_class"])
 
 
+@pytest.mark.seconds
 def test_many_classes(tmp_path):
     """A picture of bounded size that says what it leaves out: not the class with the errors."""
     n = 1000
@@ -137,6 +138,7 @@ def test_many_classes(tmp_path):
     assert not list(other.iterdir())
 
 
+@pytest.mark.seconds
 def test_a_readme_of_someone_else(tmp_path, capfd):
     out = tmp_path / "out"
     out.mkdir()
@@ -162,6 +164,7 @@ def test_folder_is_checked_before(tmp_path, capfd):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.seconds
 def test_full_disk_at_the_end(tmp_path, capfd):
     """The weights stay in the checkpoint; the same command saves them without training."""
     given = arguments(tmp_path)

@@ -179,6 +179,7 @@ def test_packed_encoder_is_the_padded_one(prepared):
     refused(ValueError, "max_seqlen is 65", model.bert.encode_packed, ids, cu, 65)
 
 
+@pytest.mark.seconds
 def test_accumulation_changes_nothing(prepared, tmp_path):
     """The same steps, cut into 1, 2 or 4 micro-batches: the same losses but for rounding."""
     curves = []
@@ -239,6 +240,7 @@ def test_kinds_of_masking(prepared, tmp_path, kind):
     assert (tmp_path / "o" / "config.json").exists()
 
 
+@pytest.mark.seconds
 def test_bf16_and_lamb(prepared, tmp_path):
     results = run(
         prepared, tmp_path / "b", precision="bf16", max_steps=100, eval_steps=100, schedule="cosine"
@@ -284,6 +286,7 @@ def test_masked_cross_entropy():
     close_to_truth(found, truth, floor=1e-5)
 
 
+@pytest.mark.seconds
 def test_resume_goes_on(prepared, tmp_path):
     """Stopped by max_steps' sibling, the checkpoint; a longer schedule is another run."""
     whole = run(prepared, tmp_path / "a")
@@ -300,6 +303,7 @@ def test_resume_goes_on(prepared, tmp_path):
     assert len(losses(tmp_path / "a")) == 30
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_flipped_bit_falls_back(prepared, tmp_path, file, capfd):
     """Found by its checksum; the checkpoint before it leads to the same end."""
@@ -316,6 +320,7 @@ def test_flipped_bit_falls_back(prepared, tmp_path, file, capfd):
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("where", ["score", "loss"])
 def test_sigterm_at_once(prepared, tmp_path, monkeypatch, where):
     """Within an evaluation, or between micro-batches: left at once, nothing lost."""
@@ -345,6 +350,7 @@ def test_sigterm_at_once(prepared, tmp_path, monkeypatch, where):
     assert losses(tmp_path / "o") == losses(tmp_path / "whole")
 
 
+@pytest.mark.seconds
 def test_goes_on_from_a_checkpoint_and_finetunes(prepared, tmp_path):
     run(prepared, tmp_path / "a", max_steps=100, eval_steps=100)
     first = json.loads((tmp_path / "a" / "eval_results.json").read_text())["valid"]

@@ -109,20 +109,26 @@ def steps(folder, out):
     return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
 
-def kills(tmp_path, runner, count, settings):
-    settings(tmp_path, "unbroken")
+@pytest.fixture(scope="module", params=[finetuning, pretraining])
+def unbroken(request, tmp_path_factory, runner):
+    """A run's settings, their folder, in which it ended once, and the seconds that it took."""
+    folder, settings = tmp_path_factory.mktemp("resume"), request.param
+    given = settings(folder, "unbroken")
     start = time.monotonic()
-    assert runner.run(settings(tmp_path, "unbroken")) == 0, runner.path.read_text()
-    length = time.monotonic() - start
+    assert runner.run(given) == 0, runner.path.read_text()
+    return settings, folder, time.monotonic() - start
+
+
+def kills(runner, count, settings, folder, length):
     moments = random.Random(1)
     killed, run = 0, 0
     while killed < count:
         run += 1
-        out = f"killed{run}"
+        out = f"killed{run}of{count}"
         for attempt in range(12):
             # Later kills come later in the run, or a slow start would never let it end.
             code = runner.run(
-                settings(tmp_path, out), moments.uniform(0.05, 0.7) * length * (1 + attempt / 4)
+                settings(folder, out), moments.uniform(0.05, 0.7) * length * (1 + attempt / 4)
             )
             if code == 0:
                 break
@@ -130,37 +136,30 @@ def kills(tmp_path, runner, count, settings):
             killed += 1
             if killed >= count:
                 break
-        assert runner.run(settings(tmp_path, out)) == 0, runner.path.read_text()
-        assert same(tmp_path, out) and steps(tmp_path, out) == steps(tmp_path, "unbroken")
+        assert runner.run(settings(folder, out)) == 0, runner.path.read_text()
+        assert same(folder, out) and steps(folder, out) == steps(folder, "unbroken")
     return killed
 
 
-BOTH = pytest.mark.parametrize("settings", [finetuning, pretraining])
-
-
-@BOTH
-def test_a_few_kills(tmp_path, runner, settings):
-    assert kills(tmp_path, runner, 3, settings) >= 3
+@pytest.mark.seconds
+def test_a_few_kills(runner, unbroken):
+    assert kills(runner, 3, *unbroken) >= 3
 
 
 @pytest.mark.slow
-@BOTH
-def test_fifty_kills(tmp_path, runner, settings):
-    assert kills(tmp_path, runner, 50, settings) >= 50
+def test_fifty_kills(runner, unbroken):
+    assert kills(runner, 50, *unbroken) >= 50
 
 
-@BOTH
-def test_sigterm_saves(tmp_path, runner, settings):
+@pytest.mark.seconds
+def test_sigterm_saves(runner, unbroken):
     """Within 10 seconds, at the step under way; the run goes on from there."""
-    settings(tmp_path, "unbroken")
+    settings, folder, length = unbroken
     start = time.monotonic()
-    runner.run(settings(tmp_path, "unbroken"))
-    length = time.monotonic() - start
-    start = time.monotonic()
-    code = runner.run(settings(tmp_path, "stopped"), 0.6 * length, signal.SIGTERM)
+    code = runner.run(settings(folder, "stopped"), 0.6 * length, signal.SIGTERM)
     assert time.monotonic() - start < 0.6 * length + 10
     assert code in (0, 1, -signal.SIGTERM)  # ended before, saved, or not yet training
-    assert runner.run(settings(tmp_path, "stopped")) == 0
-    assert same(tmp_path, "stopped")
+    assert runner.run(settings(folder, "stopped")) == 0
+    assert same(folder, "stopped")
     if code == 1:
         assert "stopped at step" in runner.path.read_text()

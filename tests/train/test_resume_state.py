@@ -134,6 +134,7 @@ def test_a_step_saved_again(tmp_path, monkeypatch, failing):
     assert found.name == "step-00000001" and [*tmp_path.iterdir()] == [found]
 
 
+@pytest.mark.seconds
 def test_best_weights_lost_before_the_end(fresh, monkeypatch, capfd):
     """Newer whole checkpoints stay; who says so goes on from them."""
     scores(monkeypatch, [0.9, 0.2, 0.1])
@@ -147,6 +148,7 @@ def test_best_weights_lost_before_the_end(fresh, monkeypatch, capfd):
     assert "best weights so far are lost" in capfd.readouterr().err and fresh.weights()
 
 
+@pytest.mark.seconds
 def test_anew_beside_an_older_run(done, capfd):
     """`--resume no`: the new run's checkpoints stay, the old one's go with the first of them."""
     assert done.names() == ["step-00000016", "step-00000024"]
@@ -165,6 +167,7 @@ def test_anew_that_fails_at_once_keeps_the_old(done, monkeypatch):
     assert done.names() == ["step-00000016", "step-00000024"]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("damage", ["cut", "gone", "binary", "grown"])
 def test_metrics_that_were_touched(done, whole, capfd, damage):
     """metrics.jsonl is lines of JSON whatever was done to it, and no later resume minds."""
@@ -186,6 +189,7 @@ def test_metrics_that_were_touched(done, whole, capfd, damage):
         assert "records are missing" not in capfd.readouterr().err
 
 
+@pytest.mark.seconds
 def test_best_weights_are_checked(fresh, monkeypatch, capfd):
     """The best evaluation's are the model; damaged, they are trained again."""
     scores(monkeypatch, [0.5, 0.9, 0.1])
@@ -227,6 +231,7 @@ def test_folder_deleted_in_the_run(fresh, monkeypatch):
     assert fresh.weights() and fresh.names()[-1] == "step-00000024"
 
 
+@pytest.mark.seconds
 def test_resumed_from_another_folder(fresh, base, tmp_path, monkeypatch):
     """The best weights so far come from there too."""
     scores(monkeypatch, [0.9, 0.2, 0.1])
@@ -249,6 +254,7 @@ def test_resumed_at_the_end(done, whole):
     assert (done.out / "metrics.jsonl").read_bytes() == log
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("options", [{"max_steps": 12}, {"patience": 1}], ids=str)
 def test_resumed_where_it_stopped_early(fresh, monkeypatch, options):
     scores(monkeypatch, [0.5, 0.4])

@@ -56,6 +56,7 @@ def test_learns_and_writes(tmp_path):
     close_to_truth(actual, *expected)
 
 
+@pytest.mark.seconds
 def test_accumulation_changes_nothing(tmp_path):
     """The same examples in a step give the same weights, however they are cut up."""
     no_dropout = tiny.checkpoint(
@@ -103,11 +104,13 @@ def test_accumulated_gradient():
         close_to_truth(g, grads[0])
 
 
+@pytest.mark.seconds
 def test_bf16(tmp_path):
     assert run(tmp_path, precision="bf16", epochs=8)["valid"]["accuracy"] > 0.9
     assert all(t.dtype == torch.float32 for t in weights(tmp_path).values())
 
 
+@pytest.mark.seconds
 def test_multi_label(tmp_path):
     base = tiny.settings(tmp_path)
     for name, n, seed in (("train", 90, 0), ("valid", 30, 1)):
@@ -127,6 +130,7 @@ def test_multi_label(tmp_path):
     }
 
 
+@pytest.mark.seconds
 def test_regression(tmp_path):
     base = tiny.settings(tmp_path)
     for name, n, seed in (("train", 120, 0), ("valid", 30, 1)):
@@ -146,6 +150,7 @@ def test_pairs_and_split(tmp_path):
     assert results["valid"]["examples"] == 8 and results["test"]["examples"] == 8
 
 
+@pytest.mark.seconds
 def test_early_stopping_keeps_the_best(tmp_path):
     results = run(tmp_path, epochs=30, patience=2, metric="accuracy", lr=5e-3)
     outcome = results["train"]
@@ -166,6 +171,7 @@ def test_freezing(tmp_path):
     refused(ConfigError, "freeze_layers is 3, the model has 2", run, tmp_path, freeze_layers=3)
 
 
+@pytest.mark.seconds
 def test_class_weights(tmp_path):
     """A weight makes its class more likely; an unknown class is named."""
     mean = lambda: np.mean(
@@ -178,6 +184,7 @@ def test_class_weights(tmp_path):
     refused(ConfigError, "class_weights names pink", run, tmp_path, class_weights={"pink": 2.0})
 
 
+@pytest.mark.seconds
 def test_gradient_checkpointing_is_equal(tmp_path):
     run(tmp_path, epochs=1)
     first = weights(tmp_path)
@@ -208,6 +215,7 @@ def test_nan_stops(tmp_path, monkeypatch):
     refused(TrainingError, "the loss is nan at step 1", run, tmp_path)
 
 
+@pytest.mark.seconds
 def test_settings_clash_on_resume(tmp_path):
     run(tmp_path, epochs=1)
     refused(TrainingError, r"other settings \(lr\)", run, tmp_path, epochs=1, lr=1e-4)
@@ -231,6 +239,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert state.latest(folder, print)[1]["step"] == 6 and not list(folder.glob(".*"))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_flipped_bit_is_found(tmp_path, file):
     run(tmp_path, epochs=2)
