@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from .. import ops
+from ..encoder import watch
+from ..encoder.batch import Packing
 from ..ops.declare import check_range
 from ..ops.library import HAS_TRITON
-from . import few_tokens, watch
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
-from .encoder import Packing
 
 OUTPUTS = 4 * 2**30  # bytes of results that graphs may keep; those unused for longest make room
 
@@ -86,6 +86,8 @@ def bucket(tokens: int, sequences: int, longest: int) -> Bucket:
 
 class StaticPacking(Packing):
     """A bucket's tokens, which stay packed in the model's results; `kept` are those results."""
+
+    captured = True
 
     def __init__(self, cu_seqlens, longest: int, first):
         self.cu_seqlens, self.seqlen, self.batch = cu_seqlens, longest, first.shape[0]
@@ -191,13 +193,12 @@ class Static:
     def forward(self, model):
         ids, positions, types, offsets, first, _ = self.views(self.buffer)
         packing = StaticPacking(offsets.int(), self.size.longest, first)
-        with few_tokens.off():
-            output = model(
-                PackedInputs(packing, ids, positions, types),
-                output_attentions=False,
-                output_hidden_states=False,
-                return_dict=True,
-            )
+        output = model(
+            PackedInputs(packing, ids, positions, types),
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+        )
         by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
         return output, by_token
 
@@ -243,6 +244,7 @@ class Static:
         return type(self.output)(**{k: own(k, v) for k, v in self.output.items()})
 
 
+_KNOWN = "torch.nn.", "bertfast.", "transformers.activations"
 _pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 _layout, _eps = attrgetter("dtype", "shape"), attrgetter("eps")
 _unfit = attrgetter("training", *watch.FORWARD_HOOKS)
@@ -277,7 +279,7 @@ class Baked:
         self.foreign = [
             (name, m)
             for name, m in self.model.named_modules()
-            if name and not type(m).__module__.startswith(("torch.nn.", "bertfast."))
+            if name and not type(m).__module__.startswith(_KNOWN)
         ]
         self.norms = [m for m in self.modules if hasattr(m, "eps")]
         self.children = [m._modules for m in self.modules if m._modules]

@@ -4,19 +4,18 @@ Without a GPU it runs on the CPU, in an extension built with BERTFAST_CUDA_HOST.
 """
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import DEVICES, close_to_truth, exact, refused
 from test_frozen import batch, build
-from test_live import agrees_with_operators, some_bias
+from test_whole_cpu import agrees_with_operators, some_bias
 from torch.nn.functional import cosine_similarity
 
 import bertfast
-from bertfast.model import few_tokens, live
-from bertfast.model.encoder import Packing, PaddedPacking
-from bertfast.ops.extension import C
+from bertfast.encoder import Batch, run
+from bertfast.encoder.batch import PackedSequences, Packing, PaddedPacking
+from bertfast.encoder.executors import whole_cuda
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="the extension has no CUDA kernels")
 BOUND = {"bf16": 0.025, "fp16": 0.005}  # beside the fp64 truth
@@ -32,15 +31,13 @@ def forced():
 @pytest.fixture
 def calls(monkeypatch):
     """The tokens of each call of the whole encoder."""
-    seen = []
+    seen, run = [], whole_cuda.run
 
-    def batch(**fields):
-        seen.append(fields["tokens"])
-        return C.Batch(**fields)
+    def counting(layers, batch):
+        seen.append(len(batch.hidden))
+        return run(layers, batch)
 
-    names = "LayerSpec", "cuda_encoder", "cuda_encoder_workspace"
-    fake = SimpleNamespace(Batch=batch, **{name: getattr(C, name) for name in names})
-    monkeypatch.setattr(few_tokens, "C", fake)
+    monkeypatch.setattr(whole_cuda, "run", counting)
     return seen
 
 
@@ -98,7 +95,7 @@ def test_hidden_states(calls):
 @pytest.mark.parametrize("shape, few", [("even", 20), ("odd", 512)])
 def test_beyond_its_limits(shape, few, calls, monkeypatch):
     """Too many tokens, or sizes that it doesn't take: the operators one by one."""
-    monkeypatch.setattr(few_tokens, "FEW_TOKENS", few)
+    monkeypatch.setattr(whole_cuda, "FEW_TOKENS", few)
     model, given = build(shape), batch((20, 7))
     expected = exact(model, given).last_hidden_state
     with torch.inference_mode():
@@ -131,7 +128,7 @@ def test_weights_that_change(calls):
             actual = ours(**there(given)).last_hidden_state
         close_states(actual, expected, given, "bf16")
     assert calls == [27, 27]
-    with torch.no_grad(), few_tokens.off():
+    with torch.no_grad(), bertfast.executor("node"):
         other = ours(**there(given)).last_hidden_state
     with torch.no_grad():
         ours.float()(**there(given))  # not in fp32
@@ -150,8 +147,7 @@ def test_bias_and_padded_rows(dtype, low, calls):
     shape = 3, model.config.num_attention_heads, 40, 40
     bias = some_bias(*shape, dtype=dtype if low else torch.float32).to(DEVICES["cuda"])
     with torch.no_grad():
-        weights, options = zip(*(m.arithmetic() for m in model.encoder.layer), strict=True)
-        found = live.run(weights, options[0], hidden, packing, bias=bias)
+        found, _ = run(model.encoder.describe(), Batch.of(hidden, packing, bias=bias))
         agrees_with_operators(found, model, hidden, packing, bias)
     assert calls == [120]
 
@@ -177,7 +173,10 @@ def test_refusals():
     small = frozen(build(), "bf16")
     refused(ValueError, "isn't frozen", bertfast.freeze, small, "bf16")
     refused(TypeError, "copied or pickled", copy.deepcopy, small)
+    starts = PackedSequences(torch.tensor([0, 2], dtype=torch.int32, device="meta"), 2)
     elsewhere = torch.zeros(2, 128, device="meta")
-    refused(RuntimeError, "on meta, a frozen encoder stays on", small.encoder, elsewhere, None)
+    refused(
+        RuntimeError, "on meta, a frozen encoder stays on", small.encoder, elsewhere, starts, None
+    )
     small.train()
     refused(RuntimeError, "eval mode", small, **there(batch((4,))))
