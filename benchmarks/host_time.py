@@ -8,6 +8,7 @@ checkout's environment, which takes turns with this one.
 
 import argparse
 import contextlib
+import copy
 import json
 import statistics
 import subprocess
@@ -41,26 +42,27 @@ def calls() -> dict:
     bertfast.accelerate(faster, strict=True)
     native = bertfast.BertModel(config).eval()
     frozen = bertfast.freeze(bertfast.BertModel(config))
-    graph = contextlib.nullcontext
+    trained = [copy.deepcopy(m).train() for m in (stock, faster, native)]
 
-    def call(model, given, mode=torch.no_grad, train=False):
+    def call(model, given):
+        mode = contextlib.nullcontext if model.training else torch.no_grad
+
         def run():
-            model.train(train)
             with mode():
                 model(**given)
 
         return run
 
+    names = ("stock", "accelerated", "native")
     return {
+        f"{n}, training's forward": call(m, batch) for n, m in zip(names, trained, strict=True)
+    } | {
         "stock, inference": call(stock, batch),
         "accelerated, inference": call(faster, batch),
         "accelerated, inference, padded": call(faster, short),
         "native, inference": call(native, batch),
         "native, inference, padded": call(native, short),
         "frozen": call(frozen, batch),
-        "stock, training's forward": call(stock, batch, graph, True),
-        "accelerated, training's forward": call(faster, batch, graph, True),
-        "native, training's forward": call(native, batch, graph, True),
     }
 
 

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import nn
@@ -22,6 +23,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+_ROLES, _parameters = len(LayerWeights._fields), attrgetter("_parameters")
 KERNELS = {type(ACT2FN[name]): kernel for name, kernel in ACTIVATIONS.items()}
 
 
@@ -99,11 +101,16 @@ class Family:
         why = watch.limit(modules, (*plan.types, activation), plan.names)
         if why:
             return why
-        if any([m.__dict__.get("chunk_size_feed_forward") for m in (layer, *modules)]):
+        weighted, bypassed = modules[:_ROLES], modules[_ROLES:]
+        if any(
+            [
+                "chunk_size_feed_forward" in d and d["chunk_size_feed_forward"]
+                for d in (own, *map(vars, bypassed))
+            ]
+        ):
             return Unfit("", "chunk_size_feed_forward is set")
-        weighted = modules[: len(LayerWeights._fields)]
         weights = LayerWeights._make(
-            [Parameters(m._parameters["weight"], m._parameters["bias"]) for m in weighted]
+            [Parameters(p["weight"], p["bias"]) for p in map(_parameters, weighted)]
         )
         if modules[plan.norm1].eps != modules[plan.norm2].eps:
             return Unfit("", "its LayerNorms differ in eps")
@@ -113,13 +120,10 @@ class Family:
             0.0 if second is None else rate(found[second]),
             rate(found[third]),
         )
+        hidden, inner = weights.norm1.bias.shape[0], weights.up.bias.shape[0]
+        heads = weights.query.bias.shape[0] // head_dim
         spec = LayerSpec(
-            hidden=weights.norm1.weight.shape[0],
-            heads=weights.query.weight.shape[0] // head_dim,
-            head_dim=head_dim,
-            inner=weights.up.weight.shape[0],
-            activation=KERNELS[activation],
-            eps=modules[plan.norm1].eps,
+            hidden, heads, head_dim, inner, KERNELS[activation], modules[plan.norm1].eps
         )
         return Layer(spec, weights, rates)
 
