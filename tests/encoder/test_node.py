@@ -90,6 +90,7 @@ def test_bias_on_the_scores(bias_gradient):
         assert f is None or torch.equal(f, e)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_gradients_that_are_wanted(backend):
     spec = SPEC._replace(activation="relu")

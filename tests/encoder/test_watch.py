@@ -227,6 +227,7 @@ def test_attached_to_every_module(attach, paths):
         assert_same(results(ours, inputs), results(theirs, inputs), what)
 
 
+@pytest.mark.seconds
 @attachments
 @torch.no_grad()
 def test_inference_by_kernels(attach, paths):

@@ -82,6 +82,7 @@ def samples():
     }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", sorted(registry._table))
 def test_opcheck(name):
     for arguments in samples()[name]:

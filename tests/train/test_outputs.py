@@ -54,6 +54,7 @@ AFTER = [
 ]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("module, function, file, error", AFTER, ids=[a[2] for a in AFTER])
 def test_the_model_comes_first(tmp_path, monkeypatch, capfd, module, function, file, error):
     out, real, called = tmp_path / "out", getattr(module, function), []
@@ -96,6 +97,7 @@ def test_without_matplotlib(tmp_path, monkeypatch, capfd):
 HOSTILE = ["Ca$$h", "$\\frac{", "a_{^$b$", "猫", "\U0001f600", "a\nb", "x" * 300, "{0} %s", "<&>"]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("names", [HOSTILE[i : i + 3] for i in (0, 3, 6)], ids=str)
 def test_names_of_classes(tmp_path, capfd, names):
     """No name is a formula, none needs a font: all files are there, nothing warns."""

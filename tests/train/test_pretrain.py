@@ -66,6 +66,7 @@ def task_of(prepared, **options):
     return PretrainTask(config, model.config, train, None, tokenizer), model.train()
 
 
+@pytest.mark.seconds
 def test_learns_and_writes(prepared, tmp_path, capfd):
     results = run(prepared, tmp_path / "o", max_steps=150, eval_steps=50, log_steps=50)
     valid = results["valid"]
