@@ -42,6 +42,7 @@ def results(executor, layer, batch):
     return [y.detach(), *(t.grad for t in leaves)]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "rows, used", [(None, None), ((0, 6, 21, 22), None), (None, (2, 0, 17, 0))]
 )
@@ -90,7 +91,6 @@ def test_bias_on_the_scores(bias_gradient):
         assert f is None or torch.equal(f, e)
 
 
-@pytest.mark.seconds
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_gradients_that_are_wanted(backend):
     spec = SPEC._replace(activation="relu")
