@@ -3,12 +3,10 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from operator import attrgetter
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..encoder import DropoutRates, Layer, LayerSpec, LayerWeights, Parameters, Unfit, watch
@@ -23,8 +21,24 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-_ROLES, _parameters = len(LayerWeights._fields), attrgetter("_parameters")
-KERNELS = {type(ACT2FN[name]): kernel for name, kernel in ACTIVATIONS.items()}
+_ROLES = len(LayerWeights._fields)
+
+
+@cache
+def _theirs(cls: type) -> str | None:
+    if cls.__module__ != "transformers.activations":
+        return None
+    from transformers.activations import ACT2FN  # brings torch's compiler: 200 MB, seconds
+
+    return {type(ACT2FN[name]): kernel for name, kernel in ACTIVATIONS.items()}.get(cls)
+
+
+def kernel_of(activation: nn.Module) -> str | None:
+    """What `ops.linear_act` calls a module's function; None where it has none for it."""
+    cls = type(activation)
+    if cls is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    return "relu" if cls is nn.ReLU else _theirs(cls)
 
 
 def rate(dropout: nn.Module | None, user: nn.Module | None = None) -> float:
@@ -94,11 +108,11 @@ class Family:
         own = layer.__dict__
         if own.get("is_decoder") or own.get("add_cross_attention"):
             return Unfit("", "it is a decoder layer")
-        activation = type(found[plan.activation])
-        if activation not in KERNELS:
+        kernel = kernel_of(found[plan.activation])
+        if kernel is None:
             return Unfit(self.activation, f"no kernel has {found[plan.activation]!r}")
         modules = tuple([found[i] for i in plan.checked])
-        why = watch.limit(modules, (*plan.types, activation), plan.names)
+        why = watch.limit(modules, (*plan.types, type(found[plan.activation])), plan.names)
         if why:
             return why
         weighted, bypassed = modules[:_ROLES], modules[_ROLES:]
@@ -110,7 +124,7 @@ class Family:
         ):
             return Unfit("", "chunk_size_feed_forward is set")
         weights = LayerWeights._make(
-            [Parameters(p["weight"], p["bias"]) for p in map(_parameters, weighted)]
+            [Parameters(m._parameters["weight"], m._parameters["bias"]) for m in weighted]
         )
         if modules[plan.norm1].eps != modules[plan.norm2].eps:
             return Unfit("", "its LayerNorms differ in eps")
@@ -122,9 +136,7 @@ class Family:
         )
         hidden, inner = weights.norm1.bias.shape[0], weights.up.bias.shape[0]
         heads = weights.query.bias.shape[0] // head_dim
-        spec = LayerSpec(
-            hidden, heads, head_dim, inner, KERNELS[activation], modules[plan.norm1].eps
-        )
+        spec = LayerSpec(hidden, heads, head_dim, inner, kernel, modules[plan.norm1].eps)
         return Layer(spec, weights, rates)
 
 

@@ -7,7 +7,6 @@ nobody could tell (watch.py). A hook or an adapter sees [tokens, hidden], withou
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from .. import ops
 from ..encoder import Batch, Layer, Unfit, run, watch
@@ -16,9 +15,14 @@ from ..encoder.batch import PackedSequences, Packing
 from ..encoder.executors import operators
 from ..encoder.packed import Freezable
 from ..families.bert import bert_like
-from ..families.family import rate
+from ..families.family import ACTIVATIONS, rate
 from ..ops.dropout import dropped
 from ..ops.library import unwatched
+
+
+def activation(config) -> nn.Module:
+    kernel = ACTIVATIONS[config.hidden_act]
+    return nn.ReLU() if kernel == "relu" else nn.GELU("tanh" if kernel == "gelu_tanh" else "none")
 
 
 class Dropout(nn.Dropout):
@@ -143,7 +147,7 @@ class BertIntermediate(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+        self.intermediate_act_fn = activation(config)
 
     def forward(self, hidden):
         """[n, hidden] -> [n, inner]"""

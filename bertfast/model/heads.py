@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MaskedLMOutput, ModelOutput, SequenceClassifierOutput
 
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import Packing
-from ..families.family import KERNELS
+from ..families.family import kernel_of
 from .bert import BertModel, BertPreTrainedModel, _default, finish
+from .encoder import activation
 
 
 @dataclass
@@ -32,12 +32,12 @@ class BertPredictionHeadTransform(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.transform_act_fn = ACT2FN[config.hidden_act]
+        self.transform_act_fn = activation(config)
 
     def forward(self, hidden):
         """[tokens, hidden] -> the same"""
         dense, act, norm = self.dense, self.transform_act_fn, self.LayerNorm
-        types, kernel = (nn.Linear, type(act), nn.LayerNorm), KERNELS.get(type(act))
+        types, kernel = (nn.Linear, type(act), nn.LayerNorm), kernel_of(act)
         if watch.global_hooks() or watch.limit((dense, act, norm), types) or kernel is None:
             return norm(act(dense(hidden)))
         x = ops.linear_act(hidden, dense.weight, dense.bias, kernel)
