@@ -98,10 +98,9 @@ class Head {
   float softmax(int64_t i, float factor, const Done& done) const {
     float* s = scores_ + i * row_;
     vf top = splat(-kInf), total = {};
-    for (int64_t j = 0; j < row_; j += W) {
-      if (n_ - j < W) store(s + j, only(load(s + j), n_ - j, splat(-kInf)));
-      top = max(load(s + j), top);
-    }
+    for (int64_t j = n_ / W * W; j < row_; j += W)  // past the last key
+      store(s + j, only(load(s + j), n_ - j, splat(-kInf)));
+    for (int64_t j = 0; j < row_; j += W) top = max(load(s + j), top);
     const float peak = max_of(top), shift = peak == -kInf ? 0 : peak * factor;
     for (int64_t j = 0; j < row_; j += W) {
       const vf p = exp(load(s + j) * factor - shift);
