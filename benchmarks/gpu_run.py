@@ -20,8 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]  # before bertfast is built there is no harness
 LIMIT = 480  # seconds that a part may take
 OPERATORS = "add_layer_norm attention cross_attention dropout embedding_layer_norm linear_act"
-OPERATORS += " linear_act_triton masked_cross_entropy pack graphs direct"
-CUDA = "attention_cuda cuda_linear frozen_cuda"
+OPERATORS += " linear_act_triton masked_cross_entropy pack graphs node families"
+CUDA = "attention_cuda cuda_linear whole_cuda"
 TAIL = {"tests": 40, "memcheck": 8, "racecheck": 8}  # lines of a log to show
 
 

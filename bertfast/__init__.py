@@ -1,5 +1,7 @@
 """bertfast: the fastest way to run and train BERT-family encoders."""
 
+from .encoder import executor
+from .freeze import freeze
 from .ops import backend
 
 __version__ = "0.1.0"
@@ -11,10 +13,9 @@ _MODELS = (
     "BertForPreTraining",
     "BertForSequenceClassification",
     "cuda_graphs",
-    "freeze",
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")
-__all__ = ["backend", "build_info", *_DROPIN, *_MODELS]
+__all__ = ["backend", "build_info", "executor", "freeze", *_DROPIN, *_MODELS]
 
 
 def __getattr__(name):

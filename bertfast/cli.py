@@ -310,9 +310,11 @@ def _bench(args):
 
 def _info(args):
     from . import build_info
+    from .encoder.run import served
     from .ops import registry
 
-    print(json.dumps(build_info() | {"backends": registry.served()}, indent=2))
+    found = {"backends": registry.served(), "executors": served()}
+    print(json.dumps(build_info() | found, indent=2))
 
 
 def main(argv=None) -> int:

@@ -11,8 +11,9 @@ import torch
 
 from . import data
 from .bench.measure import aligned
-from .model import BertForSequenceClassification, checkpoint, freeze
-from .model.frozen import PRECISIONS
+from .encoder.packed import PRECISIONS
+from .freeze import freeze
+from .model import BertForSequenceClassification, checkpoint
 from .train import metrics
 from .train.config import METRICS, ConfigError
 from .train.inference import encoded_rows, label_set, load_tokenizer, longest, mean_loss

@@ -2,7 +2,16 @@
 #pragma once
 #include <cstdint>
 
+#include "layer.h"
+
 namespace bertfast {
+
+// Up to three tensors of equal size.
+struct Parts {
+  const void* data[3];
+  int count;
+  const void* operator[](int64_t i) const { return data[i]; }
+};
 
 // c[m, n] = activation(sum_k a[m, k] b[n, k] + bias[n]); all strides in elements.
 struct GemmArgs {
@@ -10,12 +19,11 @@ struct GemmArgs {
   const void* a;
   int64_t a_row, a_k;
   bool a_bf16;
-  const void* b[3];  // parts of equal size, stacked along n, or along k if split_k
-  int parts;
+  Parts b;  // stacked along n, or along k if split_k
   int64_t b_row, b_k;
   bool b_bf16;
   bool split_k;
-  const void* bias[3];  // null, or one per part
+  Parts bias;  // none, or one for each of b
   bool bias_bf16;
   void* c;
   int64_t c_row;
@@ -50,9 +58,7 @@ struct AttentionArgs {
   const int32_t* seqused_k;           // null, or how many of each sequence's keys are used
   int64_t batch, tokens, heads, dim;  // tokens of q
   float scale;
-  const void* bias;  // null, or additive, by batch, head and query strides
-  int64_t bias_batch, bias_head, bias_query;
-  bool bias_bf16;
+  Bias bias;
   Dropout dropout;
   bool causal, bf16;
   // forward: out [tokens, heads, dim]; lse [heads, tokens] is +inf where a row is fully masked
@@ -96,44 +102,36 @@ struct EmbeddingArgs {
 
 // Linear layers of equal size side by side, to be packed for inference.
 struct LinearWeights {
-  const void* weight[3];  // of each part [n / parts, k]
-  const float* bias[3];   // [n / parts], or null
+  Parameter part[3];  // weight [n / parts, k]; bias fp32 [n / parts] or null
   int parts;
   bool bf16;  // the weights
 };
 
+enum class Precision : int { fp32, bf16, int8 };  // of weights packed; as Python's PRECISIONS
+
 struct PackArgs {
   LinearWeights from;
   int64_t n, k;
-  int precision;  // 0 fp32, 1 bf16, 2 int8
-  void* out;      // packed_bytes(n, k, precision), 64-byte aligned
+  Precision precision;
+  void* out;  // packed_bytes(n, k, precision), 64-byte aligned
 };
 
-struct EncoderLayer {
+struct PackedLayer {
   const void *qkv, *out, *up, *down;  // packed; qkv in qkv_precision
-  const float *norm1, *norm1_bias, *norm2, *norm2_bias;
-};
-struct LiveWeights {  // of a layer whose weights may change: they are packed at every call
-  LinearWeights qkv, out, up, down;
+  Parameter norm1, norm2;             // fp32
 };
 
 struct EncoderArgs {
-  const EncoderLayer* layers;
-  const LiveWeights* live;  // null, or what to pack in the layers' place; no int8
-  int64_t count, heads, hidden, inner;
-  int activation, precision;
-  float eps;
-  const void* x;  // [tokens, hidden]
-  void* y;        // [tokens or n_rows, hidden]
+  LayerSpec spec;
+  int64_t layers;
+  const PackedLayer* packed;  // null where weights are live
+  const LayerWeights* live;   // null, or weights that may change, packed at every call; no int8
+  bool live_bf16;             // the live matrices; biases and norms are fp32
+  Precision precision;
   // int8 weights after a LayerNorm take its result less its bias, which their own bias has taken
   // in: most of an outlier's size is there. center: that of the norm before the first layer.
   const float* center;
-  bool x_bf16, y_bf16;
-  const int32_t* cu_seqlens;
-  const int32_t* seqused_k;  // null, or how many of each sequence's keys are used
-  int64_t batch, tokens;
-  const int64_t* rows;  // null, or those of the last layer's result that are wanted
-  int64_t n_rows;
+  Batch batch;
 };
 
 // loss[r] = log sum exp(logits[r]) - logits[r][label], 0 where the label is ignore_index.
@@ -163,8 +161,8 @@ struct Kernels {
                       int64_t row_bytes);
   void (*scatter_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                        int64_t out_rows, int64_t row_bytes);
-  int64_t (*packed_bytes)(int64_t n, int64_t k, int precision);
-  int (*qkv_precision)(int precision);  // of the weights for queries, keys and values
+  int64_t (*packed_bytes)(int64_t n, int64_t k, Precision precision);
+  Precision (*qkv_precision)(Precision precision);  // of the weights for queries, keys and values
   void (*pack_weights)(const PackArgs&);
   void (*encoder)(const EncoderArgs&);
 };

@@ -1,4 +1,4 @@
-"""A padded batch on a GPU into the static buffer of a CUDA graph (bertfast/model/graphs.py)."""
+"""A padded batch on a GPU into the static buffer of a CUDA graph (bertfast/model/bucket.py)."""
 
 import triton.language as tl
 

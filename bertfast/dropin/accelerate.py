@@ -5,18 +5,13 @@ name, so checkpoints, deepcopy, pickle, Trainer and gradient checkpointing see t
 """
 
 from contextlib import contextmanager
-from importlib import import_module
 
 from torch import nn
 
+from ..encoder import Unfit
 from ..ops import registry
+from .classes import fused
 from .fused import FOREIGN, FusedEncoder, FusedLayer
-
-# transformers' module of a family -> ours, imported when a model of the family comes
-_FAMILIES = {
-    f"transformers.models.{name}.modeling_{name}": f"{__package__}.{name}"
-    for name in ("bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert", "mpnet")
-}
 
 
 class AccelerationError(RuntimeError):
@@ -33,24 +28,33 @@ class Report:
     @property
     def layers(self) -> dict[str, str | None]:
         """Each encoder layer's name: None where it can run fused, else the reason."""
-        return {
-            f"{name}.layer.{i}".lstrip("."): layer.reason()
-            if isinstance(layer, FusedLayer)
-            else FOREIGN.format(type(layer).__name__)
-            for name, encoder in self._encoders.items()
-            for i, layer in enumerate(encoder.layer)
-        }
+        found = {}
+        for name, encoder in self._encoders.items():
+            for i, layer in enumerate(encoder.layer):
+                if isinstance(layer, FusedLayer):
+                    fit = layer.describe()
+                    why = str(fit) if isinstance(fit, Unfit) else None
+                else:
+                    why = FOREIGN.format(type(layer).__name__)
+                found[f"{name}.layer.{i}".lstrip(".")] = why
+        return found
 
     @property
     def fallbacks(self) -> dict[str, str | None]:
         """Each encoder's name: why its last forward ran unfused in all or some layers, or None."""
-        return {name: encoder.bertfast_fallback for name, encoder in self._encoders.items()}
+        return {name: encoder.bertfast_last.fallback for name, encoder in self._encoders.items()}
+
+    @property
+    def executors(self) -> dict[str, str | None]:
+        """Each encoder's name: who ran the fused layers of its last forward (`bertfast.executor`
+        has the names), and why nobody faster could."""
+        return {name: encoder.bertfast_last.executor for name, encoder in self._encoders.items()}
 
     @property
     def padding(self) -> dict[str, str | None]:
         """Each encoder's name: what became of the padded rows in its last forward and why, or None
         where that had no padding or ran unfused."""
-        return {name: encoder.bertfast_padded for name, encoder in self._encoders.items()}
+        return {name: encoder.bertfast_last.padded for name, encoder in self._encoders.items()}
 
     @property
     def fused(self) -> int:
@@ -63,8 +67,14 @@ class Report:
         layers = self.layers
         lines = [f"bertfast: {self.fused} of {len(layers)} layers fused"]
         lines += [f"  {name}: {reason or 'fused'}" for name, reason in layers.items()]
-        lines += [f"  {n or 'encoder'}, last call: {r}" for n, r in self.fallbacks.items() if r]
-        lines += [f"  {n or 'encoder'}, padded rows: {p}" for n, p in self.padding.items() if p]
+        for name, encoder in self._encoders.items():
+            name = name or "encoder"
+            if encoder.packed is not None:
+                lines.append(f"  {name}: frozen, {encoder.packed}")
+            last = encoder.bertfast_last
+            lines += [f"  {name}, last call: {last.fallback}"] * bool(last.fallback)
+            lines += [f"  {name}, run by: {last.executor}"] * bool(last.executor)
+            lines += [f"  {name}, padded rows: {last.padded}"] * bool(last.padded)
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -106,10 +116,9 @@ def accelerate(
         raise ValueError(f"unknown padding {padding!r}; expected {', '.join(PADDING)}")
     swapped = []
     for module in model.modules():
-        family = _FAMILIES.get(type(module).__module__)
-        fused = family and import_module(family).CLASSES.get(type(module))
-        if fused:
-            module.__class__ = fused
+        cls = fused(type(module))
+        if cls is not None:
+            module.__class__ = cls
             swapped.append(module)
     encoders = {n: m for n, m in model.named_modules() if isinstance(m, FusedEncoder)}
     report = Report(encoders)
@@ -125,7 +134,8 @@ def accelerate(
 def restore(model: nn.Module) -> None:
     """The exact inverse of `accelerate`; harmless on a model that isn't accelerated.
 
-    Raises: ValueError where another class has been laid over ours since (FSDP2's `fully_shard`).
+    Raises: ValueError where another class has been laid over ours since (FSDP2's `fully_shard`), or
+    for a frozen encoder.
     """
     _restore(model.modules())
 
@@ -137,6 +147,10 @@ def _restore(modules):
             raise ValueError(
                 f"a {type(module).__name__} has been made of an accelerated layer since: restore "
                 "the model before it is sharded"
+            )
+        if isinstance(module, FusedEncoder) and module.packed is not None:
+            raise ValueError(
+                f"a {type(module).__name__} is frozen, its layers are gone: load the model anew"
             )
     for module in modules:
         for name in FusedEncoder.SETTINGS:

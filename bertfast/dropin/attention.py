@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .. import ops
-from ..model.watch import call_limit
+from ..encoder.watch import call_limit
 
 NAME = "bertfast"
 

@@ -1,5 +1,5 @@
 """What of a call to a transformers encoder keeps kernels from running; what of its modules does is
-in ../model/watch.py."""
+in ../encoder/watch.py."""
 
 import torch
 

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import nn
 
-from ..model.watch import hooked, untouched
+from ..encoder.watch import hooked, untouched
 
 # Modules whose functions hand a result on as it is.
 _PASSING = {
@@ -39,17 +39,14 @@ _BASE, _FIRST, _TOKENS = range(3)
 _FORWARDS = {}  # code of a forward -> what becomes of the states there, and by which module
 
 
-def register(base: type, first: dict[type, tuple[str, type] | None], tokens: tuple[type, ...]):
-    """A family's classes.
-
-    base: its model, which hands on the states, and what a pooler makes of column 0.
-    first: heads that give away column 0 alone -> the module that takes it from the states, by name
-        and class; None where their own forward does.
-    tokens: heads that give away a row for each token.
-    """
-    _FORWARDS[_code(base)] = _BASE, None
-    _FORWARDS.update({_code(head): (_FIRST, taker) for head, taker in first.items()})
-    _FORWARDS.update({_code(head): (_TOKENS, None) for head in tokens})
+def register(family) -> None:
+    """A `Family`'s `Readers`."""
+    base, first, tokens = family.readers
+    _FORWARDS[_code(family.named(base))] = _BASE, None
+    for head, taker in first.items():
+        taker = taker and (taker[0], family.named(taker[1]))
+        _FORWARDS[_code(family.named(head))] = _FIRST, taker
+    _FORWARDS.update({_code(family.named(head)): (_TOKENS, None) for head in tokens})
 
 
 def _code(cls: type):

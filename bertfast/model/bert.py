@@ -9,20 +9,20 @@ from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from .. import ops
+from ..encoder import watch
+from ..encoder.batch import PackedSequences, Packing, check_mask
+from ..encoder.packed import PackedCpu
+from ..families import ACTIVATIONS
+from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
 from . import checkpoint
 from .encoder import (
     BertEmbeddings,
     BertEncoder,
     BertPooler,
-    PackedSequences,
-    Packing,
     attention_probabilities,
-    check_mask,
     looked_into,
 )
-from .frozen import FrozenEncoder
-from .layer import ACTIVATIONS
 
 
 class BertPreTrainedModel(nn.Module):
@@ -162,8 +162,7 @@ class BertModel(BertPreTrainedModel):
         output_hidden_states = _default(output_hidden_states, self.config, "output_hidden_states")
         last = states = attentions = None
         if (
-            type(self.encoder) is FrozenEncoder
-            and type(self.embeddings) is BertEmbeddings
+            isinstance(getattr(self.encoder, "packed", None), PackedCpu)
             and type(self).encode is BertModel.encode
             and type(input_ids) is torch.Tensor
             and input_ids.shape[-1] <= self.config.max_position_embeddings
@@ -171,7 +170,7 @@ class BertModel(BertPreTrainedModel):
             and inputs_embeds is None
             and not (output_attentions or output_hidden_states)
         ):
-            last = self.encoder.texts(self.embeddings, input_ids, attention_mask, token_type_ids)
+            last = self._texts(input_ids, attention_mask, token_type_ids)
         if last is not None:
             first = last[:, 0].contiguous()
         else:
@@ -192,6 +191,18 @@ class BertModel(BertPreTrainedModel):
             attentions=attentions,
         )
         return finish(output, return_dict, self.config)
+
+    def _texts(self, ids, mask, types):
+        """A frozen model's states by one call, or None; see `PackedCpu.texts`."""
+        tables = self.embeddings.tables() if type(self.embeddings) is BertEmbeddings else None
+        modules = self.encoder, self.embeddings
+        if tables is None or watch.global_hooks():
+            return None
+        if watch.limit(modules, (BertEncoder, BertEmbeddings)) or rate(self.embeddings.dropout):
+            return None
+        if self.encoder.training:
+            return None
+        return self.encoder.packed.texts(tables, self.embeddings.LayerNorm.eps, ids, mask, types)
 
     def encode(
         self,
@@ -225,7 +236,7 @@ class BertModel(BertPreTrainedModel):
             if output_attentions:
                 attentions.append(attention_probabilities(qkv, packing))
 
-        if output_attentions and not isinstance(self.encoder, BertEncoder):
+        if output_attentions and getattr(self.encoder, "packed", None) is not None:
             raise ValueError("a frozen model has no attention maps; ask before bertfast.freeze")
         wanted = collect if output_hidden_states or output_attentions else None
         rows = None

@@ -4,92 +4,25 @@ Calling the modules one by one, in plain PyTorch, is the definition; kernels tak
 nobody could tell (watch.py). A hook or an adapter sees [tokens, hidden], without the padding.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..encoder import Batch, Layer, Unfit, run, watch
+from ..encoder import layer as arithmetic
+from ..encoder.batch import PackedSequences, Packing
+from ..encoder.executors import operators
+from ..encoder.packed import Freezable
+from ..families.bert import bert_like
+from ..families.family import ACTIVATIONS, rate
 from ..ops.dropout import dropped
-from ..ops.library import call, unwatched
-from ..ops.pack import gather
-from . import live, watch
-from .layer import ACTIVATIONS, FUNCTIONS, STATES, LayerOptions, LayerWeights, encoder_layer, rate
+from ..ops.library import unwatched
 
 
-class PackedSequences(NamedTuple):
-    """All that the layers need of a `Packing`, for sequences that come packed."""
-
-    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
-    seqlen: int  # the longest
-    seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
-
-
-def check_mask(attention_mask, batch: int, seqlen: int):
-    if attention_mask is not None and attention_mask.shape != (batch, seqlen):
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}, expected "
-            f"[{batch}, {seqlen}] as the input: one 0 or 1 for each token"
-        )
-
-
-class Packing:
-    """Where the real tokens of a padded batch are; made once for a forward.
-
-    attention_mask [batch, seqlen], 0 at padding, None for none.
-    """
-
-    seqused_k = None
-
-    def __init__(self, batch: int, seqlen: int, attention_mask, device):
-        if attention_mask is None:
-            attention_mask = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
-        check_mask(attention_mask, batch, seqlen)
-        if attention_mask.device.type != torch.device(device).type:
-            raise ValueError(
-                f"attention_mask is on {attention_mask.device}, expected {device} as the input"
-            )
-        self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
-        self.indices, self.cu_seqlens = call("pack_indices", attention_mask, None)
-
-    def pack(self, x):
-        """[batch, seqlen, ...] -> [tokens, ...]"""
-        return gather(x, self.indices)
-
-    def unpack(self, x):
-        """[tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
-        return ops.unpack(x, self.indices, self.batch, self.seqlen)
-
-    def first_rows(self, tokens: int):
-        """int64 [batch]: where column 0 is among the tokens; any row where it is padding."""
-        return self.cu_seqlens[:-1].long().clamp(max=tokens - 1)
-
-    def zero_padded(self, first):
-        """[batch, hidden], rows of `first_rows` -> the same, zeros where column 0 is padding."""
-        return torch.where((self.mask[:, 0] != 0).unsqueeze(1), first, 0)
-
-    def first(self, x):
-        """[tokens, hidden] -> [batch, hidden]: column 0 of `unpack`, without making the rest."""
-        if not torch.compiler.is_compiling() and x.shape[0] == 0:
-            return x.new_zeros((self.batch, x.shape[1]))
-        return self.zero_padded(x[self.first_rows(x.shape[0])])
-
-
-class PaddedPacking(Packing):
-    """All rows of a padded batch: a sequence's real tokens, then its padding, whose rows are
-    queries alone. For who reads what the layers make of them.
-
-    packing: that of the real tokens.
-    """
-
-    def __init__(self, packing: Packing):
-        self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
-        self.seqused_k = packing.cu_seqlens.diff()
-        padding = (self.mask == 0).to(torch.uint8)
-        rows = padding.argsort(dim=1, stable=True)
-        starts = torch.arange(self.batch + 1, device=rows.device) * self.seqlen
-        self.indices, self.cu_seqlens = (rows + starts[:-1, None]).flatten(), starts.int()
+def activation(config) -> nn.Module:
+    kernel = ACTIVATIONS[config.hidden_act]
+    return nn.ReLU() if kernel == "relu" else nn.GELU("tanh" if kernel == "gelu_tanh" else "none")
 
 
 class Dropout(nn.Dropout):
@@ -166,15 +99,17 @@ class BertSelfAttention(nn.Module):
     def attention_head_size(self) -> int:
         return self.config.hidden_size // self.config.num_attention_heads
 
-    def forward(self, hidden, cu_seqlens, max_seqlen, seed):
+    def forward(self, hidden, cu_seqlens, max_seqlen, seed, seqused_k=None):
         """-> [tokens, heads * head_dim], and qkv [tokens, 3, heads, head_dim]"""
         qkv = torch.stack([self.query(hidden), self.key(hidden), self.value(hidden)], 1)
         qkv = qkv.unflatten(2, (-1, self.attention_head_size))
         p = rate(self.dropout, self)
-        return ops.attention(qkv, cu_seqlens, max_seqlen, dropout_p=p, seed=seed).flatten(1), qkv
+        sequences = qkv, cu_seqlens, max_seqlen
+        context = ops.attention(*sequences, dropout_p=p, seed=seed, seqused_k=seqused_k)
+        return context.flatten(1), qkv
 
 
-class Projection(nn.Module):
+class BertOutput(nn.Module):
     """A linear layer and the LayerNorm behind its residual."""
 
     def __init__(self, size_in, config):
@@ -189,71 +124,55 @@ class Projection(nn.Module):
         return self.LayerNorm(x + residual).to(residual.dtype)  # autocast may give it in fp32
 
 
+class BertSelfOutput(BertOutput):
+    pass
+
+
 class BertAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.self = BertSelfAttention(config)
-        self.output = Projection(config.hidden_size, config)
+        self.output = BertSelfOutput(config.hidden_size, config)
 
-    def forward(self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, number=None):
+    def forward(
+        self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, number=None, seqused_k=None
+    ):
         """-> [tokens or rows, hidden], and qkv [tokens, 3, heads, head_dim]"""
-        context, qkv = self.self(hidden, cu_seqlens, max_seqlen, seeds[0])
-        if rows is not None:
-            context, hidden = context.index_select(0, rows), hidden.index_select(0, rows)
+        context, qkv = self.self(hidden, cu_seqlens, max_seqlen, seeds[0], seqused_k)
+        context, hidden = arithmetic.picked(rows, context, hidden)
         return self.output(context, hidden, seeds[1], number), qkv
 
 
 class BertIntermediate(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = activation(config)
 
     def forward(self, hidden):
         """[n, hidden] -> [n, inner]"""
-        return FUNCTIONS[ACTIVATIONS[self.config.hidden_act]](self.dense(hidden))
+        return self.intermediate_act_fn(self.dense(hidden))
 
 
 class BertLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
-        self.output = Projection(config.intermediate_size, config)
-
-    def arithmetic(self) -> tuple[LayerWeights, LayerOptions] | None:
-        """What kernels take to do all that calling the modules inside would; None where that may
-        be something else. Asked at every forward."""
-        try:
-            own = self._modules
-            attention, up, down = own["attention"], own["intermediate"], own["output"]
-            inner, out = attention._modules["self"], attention._modules["output"]
-            qkv, after, last = inner._modules, out._modules, down._modules
-            weighted = (qkv["query"], qkv["key"], qkv["value"], after["dense"], after["LayerNorm"])
-            weighted += (up._modules["dense"], last["dense"], last["LayerNorm"])
-            drops = qkv["dropout"], after["dropout"], last["dropout"]
-        except (AttributeError, KeyError):  # other modules in their places
-            return None
-        norm1, norm2 = weighted[4], weighted[7]
-        modules = (*weighted, attention, inner, out, up, down, *drops)
-        if watch.limit(modules, _LAYER) or norm1.eps != norm2.eps:
-            return None
-        found = [m._parameters[name] for m in weighted for name in ("weight", "bias")]
-        options = LayerOptions(
-            found[0].shape[0] // inner.attention_head_size,
-            ACTIVATIONS[self.config.hidden_act],
-            norm1.eps,
-            rate(drops[0], inner),
-            rate(drops[1]),
-            rate(drops[2]),
-        )
-        return LayerWeights(*found), options
+        self.output = BertOutput(config.intermediate_size, config)
 
     def forward(
-        self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, keep_qkv=False, number=None
+        self,
+        hidden,
+        cu_seqlens,
+        max_seqlen,
+        seeds,
+        rows=None,
+        keep_qkv=False,
+        number=None,
+        seqused_k=None,
     ):
-        """hidden [tokens, hidden], cu_seqlens, max_seqlen, seeds, rows: see `encoder_layer`.
+        """hidden, cu_seqlens, max_seqlen, rows, seqused_k: see `Batch`; seeds: int64 [3, 2].
 
         number: int64 [tokens], by which tokens draw their dropout behind the attention; None for
         their own order. Where it is given, the modules are called.
@@ -261,26 +180,27 @@ class BertLayer(nn.Module):
         Returns: [tokens or rows, hidden]; with keep_qkv a tuple of this and qkv.
         """
         by_modules = number is not None or watch.global_hooks()
-        kernels = None if by_modules else self.arithmetic()
-        if kernels is not None:
-            out, qkv = encoder_layer(
-                hidden, *kernels, cu_seqlens, max_seqlen, seeds, rows, keep_qkv=keep_qkv
-            )
-        else:
-            hidden, qkv = self.attention(hidden, cu_seqlens, max_seqlen, seeds[:2], rows, number)
-            out = self.output(self.intermediate(hidden), hidden, seeds[2], number)
+        layer = None if by_modules else FAMILY.read(self)
+        if isinstance(layer, Layer):
+            batch = Batch(hidden, cu_seqlens, max_seqlen, seqused_k, rows, seeds=seeds)
+            if keep_qkv:
+                return operators.one(layer, batch, hidden, seeds, rows)
+            return run([layer], batch)[0]
+        hidden, qkv = self.attention(
+            hidden, cu_seqlens, max_seqlen, seeds[:2], rows, number, seqused_k
+        )
+        out = self.output(self.intermediate(hidden), hidden, seeds[2], number)
         return (out, qkv) if keep_qkv else out
 
 
-_LAYER = (nn.Linear,) * 4 + (nn.LayerNorm,) + (nn.Linear,) * 2 + (nn.LayerNorm,)
-_LAYER += (BertAttention, BertSelfAttention, Projection, BertIntermediate, Projection)
-_LAYER += (Dropout,) * 3
+# The same names as transformers', so that the same table reads them.
+FAMILY = bert_like(__name__, "Bert", dropout=Dropout)
 
 
-class BertEncoder(nn.Module):
+class BertEncoder(Freezable, nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.hidden_size = config.hidden_size
+        self.config = config
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
@@ -300,28 +220,23 @@ class BertEncoder(nn.Module):
         keep_qkv: whether `collect` gets more than None for qkv. number: see `BertLayer.forward`,
         for the last layer.
         """
-        if collect is None and live.serves(hidden):
-            found = self._arithmetic()
-            if found is not None:
-                weights, options = found
-                if live.can_run(weights, options, hidden, packing):
-                    return live.run(weights, options[0], hidden, packing, rows)
+        batch = Batch.of(hidden, packing, rows=rows, seeds=seeds)
+        if self.packed is not None:
+            by_layer = collect and (lambda states: collect(states, None))
+            return self.packed.run(batch, self.training, by_layer)
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if collect is None and number is None and not checkpointing and not watch.global_hooks():
+            layers = self.describe()
+            if layers and not any([isinstance(layer, Unfit) for layer in layers]):
+                return run(layers, batch)[0]
         if self.layer:
-            given = (
-                hidden,
-                self.hidden_size,
-                packing.cu_seqlens,
-                packing.seqlen,
-                packing.seqused_k,
-                rows,
-            )
-            STATES.check(given, values=unwatched())
+            batch.check(self.config.hidden_size, values=unwatched())
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
             last = i == len(self.layer) - 1
-            arguments = (hidden, packing.cu_seqlens, packing.seqlen, seeds[3 * i : 3 * i + 3])
-            arguments += (rows if last else None, keep_qkv, number if last else None)
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            arguments = (hidden, *batch[1:3], seeds[3 * i : 3 * i + 3], rows if last else None)
+            arguments += (keep_qkv, number if last else None, batch.seqused_k)
+            if checkpointing:
                 # The seeds are arguments: no RNG state needs keeping for equal dropout masks.
                 out = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -331,16 +246,17 @@ class BertEncoder(nn.Module):
                 collect(hidden, qkv)
         return hidden
 
-    def _arithmetic(self):
-        """All layers' weights and options, where nobody could tell; or None."""
+    def describe(self) -> list[Layer | Unfit]:
+        """What kernels take in the layers' places, or why they can't; asked at every forward."""
         layers = tuple(self.layer._modules.values())
-        if not layers or watch.limit(layers, (BertLayer,) * len(layers)):
-            return None
-        found = [layer.arithmetic() for layer in layers]
-        return None if None in found else tuple(zip(*found, strict=True))
+        why = watch.limit(layers, (BertLayer,) * len(layers))
+        return [why or FAMILY.read(layer) for layer in layers]
 
+    def settings(self):
+        return self.config
 
-ENCODER_TYPES = {BertEncoder, nn.ModuleList, BertLayer, *_LAYER}
+    def extra_repr(self):
+        return "" if self.packed is None else f"frozen: {self.packed}"
 
 
 def looked_into(encoder) -> bool:
@@ -353,10 +269,11 @@ class BertPooler(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
 
     def forward(self, first):
         """first [batch, hidden], the hidden state of column 0 -> [batch, hidden]"""
-        return torch.tanh(self.dense(first))
+        return self.activation(self.dense(first))
 
 
 def attention_probabilities(qkv, packing: Packing):

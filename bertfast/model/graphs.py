@@ -9,23 +9,20 @@ is given out. A difference drops the result and captures anew.
 """
 
 import copy
-import importlib
 import operator
 import threading
 from collections import OrderedDict
 from itertools import chain, pairwise
 from operator import attrgetter
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from .. import ops
-from ..ops.declare import check_range
+from ..encoder import watch
+from ..encoder.batch import Packing
 from ..ops.library import HAS_TRITON
-from . import few_tokens, watch
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
-from .encoder import Packing
+from .bucket import Bucket, OnCPU, OnGPU, bucket
 
 OUTPUTS = 4 * 2**30  # bytes of results that graphs may keep; those unused for longest make room
 
@@ -64,28 +61,10 @@ def _require_gpu(model):
         raise ValueError(f"the model is on {model.device}, CUDA graphs need it on a GPU: .cuda()")
 
 
-class Bucket(NamedTuple):
-    """Sizes that a graph bakes in."""
-
-    tokens: int
-    sequences: int
-    longest: int
-
-
-def bucket(tokens: int, sequences: int, longest: int) -> Bucket:
-    """The sizes that a batch of these runs with: at most an eighth more tokens (and 15).
-
-    Padding tokens form sequences of their own, of at most `longest`, so that every token is in one.
-    """
-    step = max(16, 1 << max(tokens.bit_length() - 4, 0))
-    padded = -(-tokens // step) * step
-    longest = next((n for n in (16, 32) if longest <= n), -(-longest // 64) * 64)
-    sequences += -(-(padded - tokens) // longest)
-    return Bucket(padded, 1 << (sequences - 1).bit_length(), longest)
-
-
 class StaticPacking(Packing):
     """A bucket's tokens, which stay packed in the model's results; `kept` are those results."""
+
+    captured = True
 
     def __init__(self, cu_seqlens, longest: int, first):
         self.cu_seqlens, self.seqlen, self.batch = cu_seqlens, longest, first.shape[0]
@@ -94,78 +73,6 @@ class StaticPacking(Packing):
     def unpack(self, x):
         self.kept.append(x)
         return x
-
-
-class OnCPU:
-    """A batch whose inputs are there: packed by numpy, whose calls cost less than torch's, so that
-    one copy takes it to the GPU."""
-
-    def __init__(self, inner, shape, ids, mask, types, positions):
-        self.sequences, self.seqlen = shape
-        kept = np.ones(shape, bool) if mask is None else (mask.detach() != 0).numpy()
-        self.lengths, self.first = kept.sum(1), kept[:, :1]
-        self.tokens, self.longest = int(self.lengths.sum()), int(self.lengths.max(initial=0))
-        self.padded = self.tokens < kept.size
-        self.kept = kept.reshape(-1).nonzero()[0] if self.padded else slice(None)
-        self.indices, embeddings = None, inner.embeddings
-
-        def packed(name, ids, table):
-            values = ids.expand(shape).numpy().reshape(-1)[self.kept]
-            if self.tokens:
-                check_range(name, values.min(), values.max(), table.weight.shape[0])
-            return values
-
-        ids = packed("input_ids", ids, embeddings.word_embeddings)
-        if positions is None:
-            positions = np.arange(kept.size)[self.kept] % max(self.seqlen, 1)
-        else:
-            positions = packed("position_ids", positions, embeddings.position_embeddings)
-        if types is None:
-            types = 0
-        else:
-            types = packed("token_type_ids", types, embeddings.token_type_embeddings)
-        self.rows = ids, positions, types
-
-    def fill(self, static):
-        size, count, buffer = static.size, self.sequences, static.buffer
-        # From pinned memory, which torch gives out again once it is copied, the host goes on.
-        pinned = buffer.device.type == "cuda"
-        here = torch.empty(buffer.shape, dtype=torch.int64, pin_memory=pinned)
-        *rows, offsets, first, indices = static.views(here.numpy())
-        for view, values in zip(rows, self.rows, strict=True):
-            view[: self.tokens] = values
-            view[self.tokens :] = 0  # valid everywhere
-        offsets[0] = 0
-        np.cumsum(self.lengths, out=offsets[1 : count + 1])
-        padding = np.arange(1, size.sequences - count + 1) * size.longest + self.tokens
-        np.minimum(padding, size.tokens, out=offsets[count + 1 :])
-        first[:count] = self.first[:, 0]
-        first[count:] = 0
-        if self.padded:
-            indices[: self.tokens] = self.kept
-            self.indices = static.views(buffer)[-1][: self.tokens]
-        buffer.copy_(here, non_blocking=True)
-
-
-class OnGPU:
-    """A batch whose inputs are there: packed by one kernel. Only how many tokens a mask keeps has
-    to be waited for."""
-
-    def __init__(self, inner, shape, ids, mask, types, positions):
-        self.sequences, self.seqlen = shape
-        self.tokens, self.longest, self.indices = shape[0] * shape[1], shape[1], None
-        if mask is not None:
-            indices = mask.reshape(-1).nonzero().view(-1)
-            if indices.shape[0] < self.tokens:
-                self.tokens, self.indices = indices.shape[0], indices
-        self.rows = [
-            None if t is None else t.expand(shape).long().contiguous()
-            for t in (ids, positions, types)
-        ]
-
-    def fill(self, static):
-        kernel = importlib.import_module("bertfast.kernels.bucket")
-        kernel.fill(static.buffer, self.indices, *self.rows, self.tokens, static.size)
 
 
 class Static:
@@ -191,13 +98,12 @@ class Static:
     def forward(self, model):
         ids, positions, types, offsets, first, _ = self.views(self.buffer)
         packing = StaticPacking(offsets.int(), self.size.longest, first)
-        with few_tokens.off():
-            output = model(
-                PackedInputs(packing, ids, positions, types),
-                output_attentions=False,
-                output_hidden_states=False,
-                return_dict=True,
-            )
+        output = model(
+            PackedInputs(packing, ids, positions, types),
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+        )
         by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
         return output, by_token
 
@@ -243,6 +149,7 @@ class Static:
         return type(self.output)(**{k: own(k, v) for k, v in self.output.items()})
 
 
+_KNOWN = "torch.nn.", "bertfast.", "transformers.activations"
 _pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 _layout, _eps = attrgetter("dtype", "shape"), attrgetter("eps")
 _unfit = attrgetter("training", *watch.FORWARD_HOOKS)
@@ -277,7 +184,7 @@ class Baked:
         self.foreign = [
             (name, m)
             for name, m in self.model.named_modules()
-            if name and not type(m).__module__.startswith(("torch.nn.", "bertfast."))
+            if name and not type(m).__module__.startswith(_KNOWN)
         ]
         self.norms = [m for m in self.modules if hasattr(m, "eps")]
         self.children = [m._modules for m in self.modules if m._modules]

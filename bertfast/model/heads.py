@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MaskedLMOutput, ModelOutput, SequenceClassifierOutput
 
 from .. import ops
-from . import watch
+from ..encoder import watch
+from ..encoder.batch import Packing
+from ..families.family import kernel_of
 from .bert import BertModel, BertPreTrainedModel, _default, finish
-from .encoder import Packing
-from .layer import ACTIVATIONS, FUNCTIONS
+from .encoder import activation
 
 
 @dataclass
@@ -31,14 +32,15 @@ class BertPredictionHeadTransform(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.transform_act_fn = activation(config)
 
     def forward(self, hidden):
         """[tokens, hidden] -> the same"""
-        dense, norm = self.dense, self.LayerNorm
-        if watch.global_hooks() or watch.limit((dense, norm), (nn.Linear, nn.LayerNorm)):
-            return norm(FUNCTIONS[self.activation](dense(hidden)))
-        x = ops.linear_act(hidden, dense.weight, dense.bias, self.activation)
+        dense, act, norm = self.dense, self.transform_act_fn, self.LayerNorm
+        types, kernel = (nn.Linear, type(act), nn.LayerNorm), kernel_of(act)
+        if watch.global_hooks() or watch.limit((dense, act, norm), types) or kernel is None:
+            return norm(act(dense(hidden)))
+        x = ops.linear_act(hidden, dense.weight, dense.bias, kernel)
         return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from .declare import FLOATS, PROBABILITY, SEED, Tensor
-from .dropout import as_seed, keep_mask, threshold
+from .dropout import as_seed, dropout_arguments, keep_mask
 from .extension import C
 from .library import (
     autograd,
@@ -131,6 +131,13 @@ def _reference_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p
     return dx.to(x.dtype), ds, dw.to(weight.dtype), db.to(weight.dtype), dx_bias
 
 
+def _arguments(x, residual, weight, x_bias, dropout_p, seed, mean, rstd):
+    return (
+        *(ptr(x), ptr(residual), ptr(weight), ptr(x_bias), dropout_arguments(dropout_p, seed)),
+        *(ptr(mean), ptr(rstd), *x.shape, is_bf16(x), is_bf16(weight), is_bf16(x_bias)),
+    )
+
+
 @register("add_layer_norm", "cpu", limit=cpu_limit)
 def _cpu(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     tokens, hidden = x.shape
@@ -139,10 +146,8 @@ def _cpu(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     y = torch.empty((tokens, hidden), dtype=x.dtype)
     mean, rstd = torch.empty(tokens), torch.empty(tokens)
     C.add_layer_norm(
-        *(ptr(x), ptr(residual), ptr(weight), ptr(bias), ptr(x_bias), ptr(seed)),
-        *(ptr(y), ptr(mean), ptr(rstd), tokens, hidden, eps, 1 / (1 - dropout_p)),
-        threshold(dropout_p),
-        *(is_bf16(x), is_bf16(weight), is_bf16(bias), is_bf16(x_bias)),
+        *_arguments(x, residual, weight, x_bias, dropout_p, seed, mean, rstd),
+        *(ptr(bias), is_bf16(bias), eps, ptr(y)),
     )
     return y, mean, rstd
 
@@ -156,18 +161,8 @@ def _cpu_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed
     ds = torch.empty((tokens, hidden) if two_gradients(residual, seed) else 0, dtype=x.dtype)
     columns = torch.empty((3, hidden))  # dweight, dbias, dx_bias
     C.add_layer_norm_backward(
-        *(ptr(grad), ptr(x), ptr(residual), ptr(weight), ptr(x_bias), ptr(seed)),
-        *(
-            ptr(mean),
-            ptr(rstd),
-            ptr(dx),
-            ptr(ds) if ds.numel() else 0,
-            ptr(columns),
-            tokens,
-            hidden,
-        ),
-        *(1 / (1 - dropout_p), threshold(dropout_p)),
-        *(is_bf16(x), is_bf16(weight), is_bf16(x_bias)),
+        *_arguments(x, residual, weight, x_bias, dropout_p, seed, mean, rstd),
+        *(ptr(grad), ptr(dx), ptr(ds) if ds.numel() else 0, ptr(columns)),
     )
     dw, db, dx_bias = (c.clone() for c in columns)
     dx_bias = torch.empty(0, dtype=x.dtype) if x_bias is None else dx_bias.to(x_bias.dtype)

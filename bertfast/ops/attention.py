@@ -10,9 +10,10 @@ from itertools import pairwise
 import torch
 
 from .declare import FLOATS, LENGTH, PROBABILITY, SEED, Number, Offsets, Tensor, UpToLengths
-from .dropout import as_seed, keep_mask, threshold
+from .dropout import as_seed, dropout_arguments, keep_mask
 from .extension import C
 from .library import (
+    GPU_DTYPES,
     autograd,
     cpu_limit,
     define,
@@ -206,11 +207,12 @@ def dense_last(t):
 
 
 def bias_arguments(bias):
-    """Pointer, the batch, head and query strides (0 where broadcast), and dtype."""
+    """What C++'s Bias takes: pointer, the batch, head and query strides (0 where broadcast), and
+    dtype."""
     if bias is None:
-        return 0, 0, 0, 0, False
+        return 0, 0, 0, 0, 0
     steps = [0 if n == 1 else s for n, s in zip(bias.shape[:2], bias.stride(), strict=False)]
-    return ptr(bias), *steps, bias.stride(2), is_bf16(bias)
+    return ptr(bias), *steps, bias.stride(2), GPU_DTYPES.index(bias.dtype)
 
 
 def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k):
@@ -219,8 +221,8 @@ def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bi
         *(ptr(q), ptr(kv[:, 0]), ptr(kv[:, 1])),
         *(*q.stride()[:2], kv.stride(0), kv.stride(2), ptr(starts_q), ptr(starts_k)),
         ptr(seqused_k),
-        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, *bias_arguments(bias)),
-        *(ptr(seed), 1 / (1 - dropout_p), threshold(dropout_p), causal, is_bf16(q)),
+        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, bias_arguments(bias)),
+        *(dropout_arguments(dropout_p, seed), causal, is_bf16(q)),
     )
 
 

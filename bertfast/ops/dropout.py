@@ -3,7 +3,7 @@
 
 import torch
 
-from .library import check
+from .library import check, ptr
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -38,6 +38,13 @@ def as_seed(seed, dropout_p: float, device) -> torch.Tensor | None:
 def threshold(dropout_p: float) -> int:
     """A value is kept where its 32 random bits are >= this."""
     return min(int(dropout_p * 2**32 + 0.5), _MASK)
+
+
+def dropout_arguments(dropout_p: float, seed) -> tuple[int, float, int]:
+    """What C++'s Dropout takes: the seed's pointer, the scale of what is kept, the threshold."""
+    if seed is None:
+        return 0, 1.0, 0
+    return ptr(seed), 1 / (1 - dropout_p), threshold(dropout_p)
 
 
 def philox(seed: torch.Tensor, rows: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

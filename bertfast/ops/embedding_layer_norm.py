@@ -4,7 +4,7 @@ import torch
 
 from .add_layer_norm import centre
 from .declare import FLOATS, PROBABILITY, SEED, Below, Tensor
-from .dropout import as_seed, keep_mask, threshold
+from .dropout import as_seed, dropout_arguments, keep_mask
 from .extension import C
 from .library import (
     autograd,
@@ -164,6 +164,14 @@ def _reference_backward(
     )
 
 
+def _arguments(ids, positions, types, word, position, token_type, weight, mean, rstd, p, seed):
+    return (
+        *(ptr(ids), ptr(positions), ptr(types), ptr(word), ptr(position), ptr(token_type)),
+        *(ptr(weight), dropout_arguments(p, seed), ptr(mean), ptr(rstd)),
+        *(ids.shape[0], word.shape[1], is_bf16(word)),
+    )
+
+
 @register("embedding_layer_norm", "cpu", limit=cpu_limit)
 def _cpu(word, ids, positions, types, position, token_type, weight, bias, eps, p, seed):
     word, ids, positions, types = dense(word), dense(ids), dense(positions), dense(types)
@@ -172,10 +180,9 @@ def _cpu(word, ids, positions, types, position, token_type, weight, bias, eps, p
     tokens, hidden = ids.shape[0], word.shape[1]
     y = torch.empty((tokens, hidden), dtype=word.dtype)
     mean, rstd = torch.empty(tokens), torch.empty(tokens)
+    tables = word, position, token_type, weight
     C.embedding_layer_norm(
-        *(ptr(ids), ptr(positions), ptr(types), ptr(word), ptr(position), ptr(token_type)),
-        *(ptr(weight), ptr(bias), ptr(seed), ptr(y), ptr(mean), ptr(rstd), tokens, hidden),
-        *(eps, 1 / (1 - p), threshold(p), is_bf16(word)),
+        *_arguments(ids, positions, types, *tables, mean, rstd, p, seed), ptr(bias), eps, ptr(y)
     )
     return y, mean, rstd
 
@@ -189,10 +196,10 @@ def _cpu_backward(
     weight, seed, mean, rstd = dense(weight), dense(seed), dense(mean), dense(rstd)
     tokens, hidden = grad.shape
     ds, columns = torch.empty((tokens, hidden)), torch.empty((2, hidden))
+    tables = word, position, token_type, weight
     C.embedding_layer_norm_backward(
-        *(ptr(grad), ptr(ids), ptr(positions), ptr(types), ptr(word), ptr(position)),
-        *(ptr(token_type), ptr(weight), ptr(seed), ptr(mean), ptr(rstd), ptr(ds), ptr(columns)),
-        *(tokens, hidden, 1 / (1 - p), threshold(p), is_bf16(word)),
+        *_arguments(ids, positions, types, *tables, mean, rstd, p, seed),
+        *(ptr(grad), ptr(ds), ptr(columns)),
     )
 
     def scatter(table, rows):

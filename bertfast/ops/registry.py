@@ -22,29 +22,48 @@ class Entry(NamedTuple):
     limit: Callable  # (device, dtype, all arguments) -> why it can't serve, or None
 
 
+class Forcing:
+    """A choice that blocks, or else an environment variable, force process-wide: what a block runs
+    may run in any thread."""
+
+    def __init__(self, kind: str, names: tuple[str, ...]):
+        self.kind, self.names, self.variable = kind, names, f"BERTFAST_{kind.upper()}"
+        self._blocks: list[str] = []
+
+    def _check(self, name: str) -> str:
+        if name not in self.names:
+            raise ValueError(
+                f"unknown {self.kind} {name!r}; expected one of {', '.join(self.names)}"
+            )
+        return name
+
+    @contextmanager
+    def __call__(self, name: str):
+        self._blocks.append(self._check(name))
+        try:
+            yield
+        finally:
+            self._blocks.pop()
+
+    def name(self) -> str | None:
+        if self._blocks:
+            return self._blocks[-1]
+        name = os.environ.get(self.variable)
+        return self._check(name) if name else None
+
+
 _table: dict[str, dict[str, Entry]] = {}
-_forced: list[str] = []  # process-wide: a block's operators may run in any thread
+_forcing = Forcing("backend", BACKENDS)
 _remembered = threading.local()  # .name: what the forward was forced to, while its backward runs
 
 
-def _check_name(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    return name
-
-
-@contextmanager
 def backend(name: str):
     """Force every operator inside the block, in all threads, to one backend.
 
     A backend that can't serve a call raises `RuntimeError` naming the limit: there is no fallback.
     The environment variable `BERTFAST_BACKEND` does the same for a whole process.
     """
-    _forced.append(_check_name(name))
-    try:
-        yield
-    finally:
-        _forced.pop()
+    return _forcing(name)
 
 
 @contextmanager
@@ -58,13 +77,7 @@ def remembered(name: str | None):
 
 
 def forced() -> str | None:
-    name = getattr(_remembered, "name", None)
-    if name:
-        return name
-    if _forced:
-        return _forced[-1]
-    name = os.environ.get("BERTFAST_BACKEND")
-    return _check_name(name) if name else None
+    return getattr(_remembered, "name", None) or _forcing.name()
 
 
 def register(operator: str, name: str, limit: Callable | None = None):

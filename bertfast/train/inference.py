@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from .. import data
-from ..model import BertForSequenceClassification, checkpoint, freeze
+from ..freeze import freeze
+from ..model import BertForSequenceClassification, checkpoint
 from . import metrics
 from .config import ConfigError
 

@@ -1,8 +1,8 @@
-// Attention over packed sequences: a task is one head of one sequence, its keys and values packed
-// once; a tile of query rows sees all keys at once, so the softmax is a single pass.
+// Attention over packed sequences: a task is one head of one sequence, see attention_head.h.
+#include "attention_head.h"
 #include "operators.h"
 #include "philox.h"
-#include "tile.h"
+#include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -40,12 +40,11 @@ struct Task {
   // Scores of one query row become bias- and mask-adjusted; keys past the row's end get -inf.
   void adjust(float* s, int64_t query) const {
     const int64_t visible = g.causal ? min(query + 1, keys) : keys;
-    const int64_t offset = b * g.bias_batch + h * g.bias_head + query * g.bias_query;
+    const Vector bias{g.bias.data, g.bias.dtype == kBf16};
+    const int64_t offset = g.bias.row(b, h, query);
     for (int64_t j = 0; j < row; j += W) {
       vf v = load(s + j) * g.scale;
-      if (g.bias && keys > j)
-        v += g.bias_bf16 ? load_upto(static_cast<const bf16*>(g.bias) + offset + j, keys - j)
-                         : load_upto(static_cast<const float*>(g.bias) + offset + j, keys - j);
+      if (g.bias.data && keys > j) v += bias.at(offset + j, offset + keys);
       store(s + j, visible - j < W ? only(v, visible - j, splat(-kInf)) : v);
     }
   }
@@ -67,19 +66,6 @@ void widen(float* to, const T* x, int64_t stride, int64_t n, int64_t dim, int64_
       store(to + i * dim_row + j, j < dim ? load_upto(x + i * stride + j, dim - j) : vf{});
 }
 
-// Panels of b with rows n and k = dim (for x y^T), and with rows dim and k = n (for p y).
-template <class T>
-void pack_keys(float* to, const T* x, int64_t stride, int64_t n, int64_t dim) {
-  for (int64_t p = 0; p * NR < n; ++p)
-    pack_panel<Math::fp32, NR>(to + p * dim * NR, x + p * NR * stride, stride, 1,
-                               min(NR, n - p * NR), dim);
-}
-template <class T>
-void pack_values(float* to, const T* x, int64_t stride, int64_t n, int64_t dim) {
-  for (int64_t p = 0; p * NR < dim; ++p)
-    pack_panel<Math::fp32, NR>(to + p * n * NR, x + p * NR, 1, stride, min(NR, dim - p * NR), n);
-}
-
 // out[valid, panels * NR] (+)= a b, tile by tile.
 inline void product(const float* a, int64_t a_row, int64_t a_k, int64_t valid, const float* b,
                     int64_t k, int64_t columns, float* out, int64_t out_row,
@@ -94,55 +80,31 @@ void forward(const AttentionArgs& g) {
   if (tasks == 0) return;
   static thread_local Buffer buffer;
   const PerThread<float> scratch(buffer, most(g, [&](const Task& t) {
-                                   return (t.queries + t.keys + 2 * MR) * t.dim_row() +
-                                          t.row * g.dim + MR * (2 * t.row + 64);
+                                   return t.queries * t.dim_row() + t.row + 64 +
+                                          Head<Unit::fp32>::floats(t.keys, g.dim);
                                  }));
 #pragma omp parallel for schedule(dynamic) if (g.tokens * g.heads > 64)
   for (int64_t index = 0; index < tasks; ++index) {
     const Task task(g, index);
-    const int64_t m = task.queries, n = task.keys, row = task.row, dim_row = task.dim_row();
+    const int64_t m = task.queries, n = task.keys, dim_row = task.dim_row();
     if (m == 0) continue;
     float* q = scratch.mine();
-    float* keys = q + m * dim_row;       // [row / NR][dim][NR]
-    float* values = keys + row * g.dim;  // [dim_row / NR][n][NR]
-    float* out = values + n * dim_row;   // [MR, dim_row]
-    float* scores = out + MR * dim_row;  // [MR, row]
-    uint32_t* bits = reinterpret_cast<uint32_t*>(scores + MR * row);
+    float* memory = q + m * dim_row;
+    uint32_t* bits = reinterpret_cast<uint32_t*>(memory + Head<Unit::fp32>::floats(n, g.dim));
     widen(q, task.query<T>(), g.q_token, m, g.dim, dim_row);
-    pack_keys(keys, task.of_key<T>(g.k), g.k_token, n, g.dim);
-    pack_values(values, task.of_key<T>(g.v), g.k_token, n, g.dim);
-    for (int64_t i0 = 0; i0 < m; i0 += MR) {
-      const int64_t valid = min(MR, m - i0);
-      product(q + i0 * dim_row, dim_row, 1, valid, keys, g.dim, row, scores, row);
-      float inverse[MR];
-      for (int64_t i = 0; i < valid; ++i) {
-        float* s = scores + i * row;
-        task.adjust(s, i0 + i);
-        vf top = splat(-kInf);
-        for (int64_t j = 0; j < row; j += W) top = max(load(s + j), top);
-        const float peak = max_of(top), shift = peak == -kInf ? 0 : peak;
-        vf total = {};
-        for (int64_t j = 0; j < row; j += W) {
-          const vf p = exp(load(s + j) - shift);
-          total += p;
-          store(s + j, p);
-        }
-        const float z = sum(total);
-        // A row without a key sums to 0; +inf makes its probabilities 0 in backward too.
-        inverse[i] = z == 0 ? 0 : 1 / z;
-        g.lse[task.h * g.tokens + task.start + i0 + i] = z == 0 ? kInf : shift + __builtin_logf(z);
-        if (g.dropout.seed) {
-          philox_row(g.dropout.seed, (task.start + i0 + i) * g.heads + task.h, n, bits);
-          for (int64_t j = 0; j < n; j += W) store(s + j, drop(load(s + j), bits + j, g.dropout));
-        }
-      }
-      product(scores, row, 1, valid, values, n, dim_row, out, dim_row);
-      T* to = static_cast<T*>(g.out) + ((task.start + i0) * g.heads + task.h) * g.dim;
-      for (int64_t i = 0; i < valid; ++i)
-        for (int64_t j = 0; j < g.dim; j += W)
-          store_upto(to + i * g.heads * g.dim + j, load(out + i * dim_row + j) * inverse[i],
-                     g.dim - j);
-    }
+    const Head<Unit::fp32> head(task.of_key<T>(g.k), task.of_key<T>(g.v), g.k_token, n, g.dim,
+                                false, memory);
+    const auto done = [&](float* p, int64_t query, float shift, float z) {
+      const int64_t token = task.start + query;
+      // A row without a key sums to 0; +inf makes its probabilities 0 in backward too.
+      g.lse[task.h * g.tokens + token] = z == 0 ? kInf : shift + __builtin_logf(z);
+      if (!g.dropout.seed) return;
+      philox_row(g.dropout.seed, token * g.heads + task.h, n, bits);
+      for (int64_t j = 0; j < n; j += W) store(p + j, drop(load(p + j), bits + j, g.dropout));
+    };
+    head.attend(
+        q, dim_row, m, 0, 1, [&](float* s, int64_t query) { return task.adjust(s, query), 1.f; },
+        done, static_cast<T*>(g.out) + (task.start * g.heads + task.h) * g.dim, g.heads * g.dim);
   }
 }
 

@@ -1,35 +1,34 @@
 // The encoder for inference in one call: weights packed once or layer by layer, a block of rows
 // taken through all of a layer but its attention while it is in cache, one parallel region for all
 // layers.
-#include "crew.h"
 #include "encoder_attention.h"
-#include "pack_weights.h"
+#include "encoder_layers.h"
 #include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-// --- the encoder ---
-
-template <int precision>
+template <Unit u>  // of the weights
 struct Encoder {
-  static constexpr int kQkv = kQkvPrecision<precision>;
-  using F = Format<precision>;
-  using A = typename F::A;
-  using T = std::conditional_t<kQkv == 0, float, typename Format<1>::A>;  // of attention
+  static constexpr Unit kQkv = qkv_unit(u);
+  static constexpr Unit kHeads = is_fp32(kQkv) || kBf16Unit != Unit::bf16 ? Unit::fp32 : Unit::bf16;
+  using A = Element<u>;
+  using T = Element<kHeads>;
   // So few rows are worked on together: each thread reads its part of the weights, not all.
   static constexpr int64_t kTogether = 128;
 
   const EncoderArgs& g;
+  const LayerSpec& spec = g.spec;
+  const Batch& batch = g.batch;
   // Row lengths in elements: whole panels, and whole units of a matrix tile.
-  const int64_t hidden_row = round_up(g.hidden, 64), inner_row = round_up(g.inner, 64);
-  const int64_t qkv_row = round_up(3 * g.hidden, 64) + 64;
-  const int64_t block_columns = kSplit<typename F::Weight> ? min(inner_row, 512) : inner_row;
-  float* hidden;          // [tokens, hidden_row], the residual stream
-  T* qkv;                 // [tokens, qkv_row]
-  T* context;             // [tokens, hidden_row]
-  int64_t tokens;         // of hidden and context, fewer once only some rows are wanted
-  EncoderLayer packed{};  // where live weights are packed
+  const int64_t hidden_row = round_up(spec.hidden, 64), inner_row = round_up(spec.inner, 64);
+  const int64_t qkv_row = round_up(3 * spec.hidden, 64) + 64;
+  const int64_t block_columns = u == Unit::split ? min(inner_row, 512) : inner_row;
+  float* hidden;   // [tokens, hidden_row], the residual stream
+  T* qkv;          // [tokens, qkv_row]
+  T* context;      // [tokens, hidden_row]
+  int64_t tokens;  // of hidden and context, fewer once only some rows are wanted
+  Layers<u, kQkv> layers;
   // Each thread's: for a block of rows, and for split panels or for rows to pack.
   PerThread<float> block_memory, panel_memory;
 
@@ -37,12 +36,12 @@ struct Encoder {
   struct Scratch {
     float* sum;         // [rows, hidden_row]
     Operand<kQkv> qkv;  // the projection's
-    Operand<precision> operand, inner;
+    Operand<u> operand, inner;
     T* wide;  // [rows, inner_row]: int8's inner activations before they are quantised
 
     // With `inner_columns` of the inner activations at a time, a multiple of 64.
     static int64_t floats(const Encoder& e, int64_t rows, int64_t inner_columns) {
-      const int64_t padded = rows + kMaxTileRows, most = Operand<precision>::kParts + 2;
+      const int64_t padded = rows + kMaxTileRows, most = kParts<u> + 2;
       return rows * e.hidden_row + 6 * padded + padded * most * (e.hidden_row + inner_columns);
     }
     Scratch(const Encoder& e, float* memory, int64_t rows, int64_t inner_columns) : sum(memory) {
@@ -53,7 +52,7 @@ struct Encoder {
       inner.low = inner.scale + padded;
       qkv.scale = inner.low + padded;
       qkv.low = qkv.scale + padded;
-      qkv.data = reinterpret_cast<typename Operand<kQkv>::A*>(qkv.low + padded);
+      qkv.data = reinterpret_cast<Element<kQkv>*>(qkv.low + padded);
       qkv.row = e.hidden_row;
       operand.data = reinterpret_cast<A*>(qkv.data + qkv.elements(padded, e.hidden_row));
       operand.row = e.hidden_row;
@@ -63,45 +62,10 @@ struct Encoder {
     }
   };
 
-  explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.tokens) {}
-
-  EncoderLayer layer_at(int64_t i) const {
-    if (!g.live) return g.layers[i];
-    const EncoderLayer& l = g.layers[i];
-    return {packed.qkv, packed.out,   packed.up, packed.down,
-            l.norm1,    l.norm1_bias, l.norm2,   l.norm2_bias};
-  }
-
-  // The thread's share; whoever reads the panels must meet the others first.
-  template <int p>
-  void pack(const LinearWeights& from, const Linear<p>& to, const Team& team) const {
-    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i)
-      pack_linear(from, to, i, panel_memory.mine());
-  }
-  void pack_qkv(int64_t i, const Team& team) const {
-    if (g.live && i < g.count)
-      pack(g.live[i].qkv, Linear<kQkv>(packed.qkv, 3 * g.hidden, g.hidden), team);
-  }
-  void pack_rest(int64_t i, const Team& team) const {
-    if (!g.live) return;
-    pack(g.live[i].out, Linear<precision>(packed.out, g.hidden, g.hidden), team);
-    pack(g.live[i].up, Linear<precision>(packed.up, g.inner, g.hidden), team);
-    pack(g.live[i].down, Linear<precision>(packed.down, g.hidden, g.inner), team);
-  }
-  void make_room(Buffer& buffer) {
-    const int64_t qkv_bytes = packed_bytes(3 * g.hidden, g.hidden, kQkv),
-                  out_bytes = packed_bytes(g.hidden, g.hidden, precision),
-                  up_bytes = packed_bytes(g.inner, g.hidden, precision),
-                  down_bytes = packed_bytes(g.hidden, g.inner, precision);
-    char* at = buffer.get<char>(qkv_bytes + out_bytes + up_bytes + down_bytes + 3 * 64);
-    packed.qkv = at;
-    packed.out = at += round_up(qkv_bytes, 64);
-    packed.up = at += round_up(out_bytes, 64);
-    packed.down = at += round_up(up_bytes, 64);
-  }
+  explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.batch.tokens), layers(args) {}
 
   // A product, or the team's part of its panels.
-  template <int p, class Put>
+  template <Unit p, class Put>
   void product(const Linear<p>& w, Part part, const Operand<p>& a, int64_t rows, const Team& team,
                const Put& put) const {
     const int64_t p0 = part.p0, panels = part.p1 - p0;
@@ -110,45 +74,47 @@ struct Encoder {
     team.meet();
   }
 
-  void project_qkv(const EncoderLayer& layer, int64_t m0, int64_t rows, const Scratch& s,
+  void project_qkv(const PackedLayer& layer, int64_t m0, int64_t rows, const Scratch& s,
                    const Team& team) const {
     T* to = qkv + m0 * qkv_row;
-    const Linear<kQkv> w(layer.qkv, 3 * g.hidden, g.hidden);
+    const Linear<kQkv> w = layers.qkv(layer);
     product(w, w.whole(), s.qkv, rows, team,
             [&](int64_t m, int64_t n, vf v) { store(to + m * qkv_row + n, v); });
   }
 
   // hidden = LN(sum), and the next product's operand of it, for int8 weights less the bias.
-  template <int p>
-  void normalise(const float* weight, const float* bias, int64_t m0, int64_t rows, const Scratch& s,
+  template <Unit p>
+  void normalise(const Parameter& norm, int64_t m0, int64_t rows, const Scratch& s,
                  const Operand<p>& operand, const Team& team) const {
+    const float *weight = static_cast<const float*>(norm.weight),
+                *bias = static_cast<const float*>(norm.bias);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
       float* from = s.sum + m * hidden_row;
       float* to = hidden + (m0 + m) * hidden_row;
       float mean, low, rstd;
-      row_statistics(from, g.hidden, g.eps, mean, low, rstd);
-      for (int64_t j = 0; j < g.hidden; j += W) {
-        const int64_t left = g.hidden - j;
+      row_statistics(from, spec.hidden, spec.eps, mean, low, rstd);
+      for (int64_t j = 0; j < spec.hidden; j += W) {
+        const int64_t left = spec.hidden - j;
         const vf v = (load(from + j) - mean - low) * rstd * load_upto(weight + j, left);
-        if (p == 2) store(from + j, v);
+        if (is_int8(p)) store(from + j, v);
         store(to + j, v + load_upto(bias + j, left));
       }
-      put_row(operand, m, p == 2 ? from : to, g.hidden);
+      put_row(operand, m, is_int8(p) ? from : to, spec.hidden);
     }
     team.meet();
   }
 
   // Up and down, some of the inner activations after the other: sum becomes x + the result.
   template <int activation>
-  void feed_forward(const EncoderLayer& layer, const float* x, int64_t rows, const Scratch& s,
+  void feed_forward(const PackedLayer& layer, const float* x, int64_t rows, const Scratch& s,
                     const Team& team) const {
-    constexpr bool quantised = std::is_integral_v<A>;
-    const Linear<precision> up(layer.up, g.inner, g.hidden), down(layer.down, g.hidden, g.inner);
-    for (int64_t c = 0; c < g.inner; c += s.inner.row) {
-      const int64_t columns = min(s.inner.row, g.inner - c), put_to = round_up(columns, NR);
-      product(up, {c / NR, ceil_div(c + columns, NR), 0, g.hidden}, s.operand, rows, team,
+    constexpr bool quantised = u == Unit::int8;
+    const Linear<u> up = layers.up(layer), down = layers.down(layer);
+    for (int64_t c = 0; c < spec.inner; c += s.inner.row) {
+      const int64_t columns = min(s.inner.row, spec.inner - c), put_to = round_up(columns, NR);
+      product(up, {c / NR, ceil_div(c + columns, NR), 0, spec.hidden}, s.operand, rows, team,
               [&](int64_t m, int64_t n, vf v) {
-                if constexpr (activation == 1 && precision > 0)
+                if constexpr (activation == 1 && !is_fp32(u))
                   v = gelu_coarse(v);
                 else
                   v = activate<activation>(v);
@@ -159,7 +125,7 @@ struct Encoder {
               });
       if constexpr (quantised) {
         for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-          put_row(s.inner, m, s.wide + m * inner_row, g.inner);
+          put_row(s.inner, m, s.wide + m * inner_row, spec.inner);
         team.meet();
       } else if (put_to % 64) {
         for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
@@ -177,41 +143,41 @@ struct Encoder {
 
   // The operand of the first layer's projection, from x.
   void begin(int64_t m0, int64_t rows, const Scratch& s, const Team& team) const {
+    const Vector given{batch.hidden, batch.dtype == kBf16};
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
       float* to = hidden + (m0 + m) * hidden_row;
-      const int64_t at = (m0 + m) * g.hidden;
-      for (int64_t j = 0; j < g.hidden; j += W)
-        store(to + j, g.x_bf16 ? load_upto(static_cast<const bf16*>(g.x) + at + j, g.hidden - j)
-                               : load_upto(static_cast<const float*>(g.x) + at + j, g.hidden - j));
+      const int64_t at = (m0 + m) * spec.hidden;
+      for (int64_t j = 0; j < spec.hidden; j += W)
+        store(to + j, given.at(at + j, at + spec.hidden));
       float* centred = s.sum + m * hidden_row;
-      for (int64_t j = 0; kQkv == 2 && j < g.hidden; j += W)
-        store(centred + j, load(to + j) - load_upto(g.center + j, g.hidden - j));
-      put_row(s.qkv, m, kQkv == 2 ? centred : to, g.hidden);
+      for (int64_t j = 0; is_int8(kQkv) && j < spec.hidden; j += W)
+        store(centred + j, load(to + j) - load_upto(g.center + j, spec.hidden - j));
+      put_row(s.qkv, m, is_int8(kQkv) ? centred : to, spec.hidden);
     }
     team.meet();
-    project_qkv(layer_at(0), m0, rows, s, team);
+    project_qkv(layers[0], m0, rows, s, team);
   }
 
   // What follows the attention of a layer, and the next one's projection.
   void finish(int64_t index, int64_t m0, int64_t rows, const Scratch& s, const Team& team) const {
-    const EncoderLayer layer = layer_at(index);
+    const PackedLayer layer = layers[index];
     T* from = context + m0 * hidden_row;
     const float* residual = hidden + m0 * hidden_row;
-    Operand<precision> operand = s.operand;
-    if constexpr (std::is_same_v<A, T> && !kMatrixUnit<typename F::Weight>) {
+    Operand<u> operand = s.operand;
+    if constexpr (std::is_same_v<A, T> && !kMatrix<u>) {
       operand = {from, hidden_row, nullptr, nullptr};
     } else {
       for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-        put_row(operand, m, from + m * hidden_row, g.hidden);
+        put_row(operand, m, from + m * hidden_row, spec.hidden);
       team.meet();
     }
-    const Linear<precision> out(layer.out, g.hidden, g.hidden);
+    const Linear<u> out = layers.out(layer);
     product(out, out.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
       const int64_t at = m * hidden_row + n;
       store(s.sum + at, v + load(residual + at));
     });
-    normalise(layer.norm1, layer.norm1_bias, m0, rows, s, s.operand, team);
-    switch (g.activation) {
+    normalise(layer.norm1, m0, rows, s, s.operand, team);
+    switch (spec.activation) {
       case 1:
         feed_forward<1>(layer, residual, rows, s, team);
         break;
@@ -221,43 +187,40 @@ struct Encoder {
       default:
         feed_forward<3>(layer, residual, rows, s, team);
     }
-    normalise(layer.norm2, layer.norm2_bias, m0, rows, s, s.qkv, team);
-    if (index + 1 < g.count) return project_qkv(layer_at(index + 1), m0, rows, s, team);
+    normalise(layer.norm2, m0, rows, s, s.qkv, team);
+    if (index + 1 < g.layers) return project_qkv(layers[index + 1], m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-      for (int64_t j = 0; j < g.hidden; j += W) {
+      for (int64_t j = 0; j < spec.hidden; j += W) {
         const vf v = load(hidden + (m0 + m) * hidden_row + j);
-        const int64_t at = (m0 + m) * g.hidden + j;
-        if (g.y_bf16)
-          store_upto(static_cast<bf16*>(g.y) + at, v, g.hidden - j);
+        const int64_t at = (m0 + m) * spec.hidden + j;
+        if (batch.out_dtype == kBf16)
+          store_upto(static_cast<bf16*>(batch.out) + at, v, spec.hidden - j);
         else
-          store_upto(static_cast<float*>(g.y) + at, v, g.hidden - j);
+          store_upto(static_cast<float*>(batch.out) + at, v, spec.hidden - j);
       }
   }
 
   // Keeps only the wanted rows of hidden and context.
   void keep(float* hidden_kept, T* context_kept, const Team& team) {
-    for (int64_t i = team.begin(g.n_rows); i < team.end(g.n_rows); ++i) {
-      std::memcpy(hidden_kept + i * hidden_row, hidden + g.rows[i] * hidden_row,
+    for (int64_t i = team.begin(batch.count); i < team.end(batch.count); ++i) {
+      std::memcpy(hidden_kept + i * hidden_row, hidden + batch.rows[i] * hidden_row,
                   hidden_row * sizeof(float));
-      std::memcpy(context_kept + i * hidden_row, context + g.rows[i] * hidden_row,
+      std::memcpy(context_kept + i * hidden_row, context + batch.rows[i] * hidden_row,
                   hidden_row * sizeof(T));
     }
     team.meet();
     if (team.index == 0) {
-      hidden = hidden_kept;
-      context = context_kept;
-      tokens = g.n_rows;
+      hidden = hidden_kept, context = context_kept;
+      tokens = batch.count;
     }
     team.meet();
   }
 
   // Rows of the largest block: it stays in L2.
   int64_t block_most() const {
-    using Weight = typename F::Weight;
     const int64_t bytes =
-        kSplit<Weight> ? hidden_row * 10 + block_columns * 6 : block_columns * sizeof(T);
-    const int64_t fitting = ((kHasAmx ? 1600 : precision == 2 ? 384 : 768) << 10) / bytes;
-    return max(fitting, 2 * kTileRows<Weight>);
+        u == Unit::split ? hidden_row * 10 + block_columns * 6 : block_columns * sizeof(T);
+    return max(Isa::block_bytes(u) / bytes, 2 * kTileRows<u>);
   }
   // work(first row, rows, scratch, team) for all rows: shared out in blocks, or, where they are
   // too few for that, each block by all threads together.
@@ -266,7 +229,7 @@ struct Encoder {
     if (tokens <= kTogether && team.size > 1)
       return work(0, tokens, Scratch(*this, shared, kTogether, inner_row), team);
     const int64_t blocks = round_up(ceil_div(tokens, block_most()), team.size);
-    const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<typename F::Weight>);
+    const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<u>);
     team.crew->share(ceil_div(tokens, rows), [&](int64_t block) {
       const int64_t m0 = block * rows;
       const Scratch own(*this, block_memory.mine(), rows, block_columns);
@@ -275,8 +238,9 @@ struct Encoder {
   }
   void run() {
     static thread_local Buffer buffer, shared, weights, blocks, heads, panels;
-    if (g.live) make_room(weights);
-    const int64_t padded = tokens + kMaxTileRows, kept = g.rows ? g.n_rows + kMaxTileRows : 0;
+    layers.make_room(weights);
+    const int64_t padded = tokens + kMaxTileRows,
+                  kept = batch.rows ? batch.count + kMaxTileRows : 0;
     hidden = buffer.get<float>((padded + kept) * hidden_row * 2 + padded * qkv_row);
     float* hidden_kept = hidden + padded * hidden_row;
     context = reinterpret_cast<T*>(hidden_kept + kept * hidden_row);
@@ -284,40 +248,41 @@ struct Encoder {
     qkv = context_kept + kept * hidden_row;
     const int threads = omp_get_max_threads();
     float* together = shared.get<float>(Scratch::floats(*this, kTogether, inner_row));
-    const int64_t rows =
-        round_up(min(block_most(), max(tokens, g.n_rows)), kTileRows<typename F::Weight>);
+    const int64_t rows = round_up(min(block_most(), max(tokens, batch.results())), kTileRows<u>);
     block_memory = {blocks, Scratch::floats(*this, rows, block_columns)};
     int64_t longest = 0;
-    for (int64_t b = 0; b < g.batch; ++b)
-      longest = max(longest, g.cu_seqlens[b + 1] - g.cu_seqlens[b]);
-    const Heads<T> attention{qkv, qkv_row, g.hidden, g.hidden / g.heads, context, hidden_row};
-    const PerThread<float> head_memory(heads, attention.floats(longest));
-    const int64_t widest = max(g.hidden, g.inner);
-    const int64_t split = 2 * max(split_panel<precision>(widest), split_panel<kQkv>(widest));
-    panel_memory = {panels, max(split, g.live ? NR * g.hidden : 0)};
-    const int64_t tasks = g.batch * g.heads;
+    for (int64_t b = 0; b < batch.batch; ++b)
+      longest = max(longest, batch.cu_seqlens[b + 1] - batch.cu_seqlens[b]);
+    const Heads<kHeads> attention{qkv,     qkv_row,    spec.hidden, spec.hidden / spec.heads,
+                                  context, hidden_row, batch.bias};
+    const PerThread<float> head_memory(heads, Head<kHeads>::floats(longest, attention.dim));
+    const int64_t widest = max(spec.hidden, spec.inner);
+    const int64_t split = 2 * max(split_panel<u>(widest), split_panel<kQkv>(widest));
+    panel_memory = {panels, max(split, g.live ? NR * spec.hidden : 0)};
+    const int64_t tasks = batch.batch * spec.heads;
     const int64_t parts = tasks < 2 * threads ? ceil_div(2 * threads, tasks) : 1;
     Crew crew;
 #pragma omp parallel num_threads(threads)
     {
       const Team team = Team::all(crew);
-      for (int64_t t = team.begin(tokens); hidden_row > g.hidden && t < team.end(tokens); ++t)
-        std::memset(context + t * hidden_row + g.hidden, 0, (hidden_row - g.hidden) * sizeof(T));
-      pack_qkv(0, team);
+      for (int64_t t = team.begin(tokens); hidden_row > spec.hidden && t < team.end(tokens); ++t)
+        std::memset(context + t * hidden_row + spec.hidden, 0,
+                    (hidden_row - spec.hidden) * sizeof(T));
+      layers.pack_qkv(0, team, panel_memory.mine());
       team.meet();
       each_block(together, team, [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
         begin(m0, rows, s, team);
       });
-      for (int64_t i = 0; i < g.count; ++i) {
-        pack_rest(i, team);
-        pack_qkv(i + 1, team);
+      for (int64_t i = 0; i < g.layers; ++i) {
+        layers.pack_rest(i, team, panel_memory.mine());
+        layers.pack_qkv(i + 1, team, panel_memory.mine());
         crew.share(tasks * parts, [&](int64_t task) {
-          const int64_t b = task / parts / g.heads, start = g.cu_seqlens[b];
-          const int64_t queries = g.cu_seqlens[b + 1] - start;
-          attention.attend(start, queries, g.seqused_k ? g.seqused_k[b] : queries,
-                           task / parts % g.heads, task % parts, parts, head_memory.mine());
+          const int64_t b = task / parts / spec.heads, start = batch.cu_seqlens[b];
+          const int64_t queries = batch.cu_seqlens[b + 1] - start;
+          attention.attend(b, start, queries, batch.seqused_k ? batch.seqused_k[b] : queries,
+                           task / parts % spec.heads, task % parts, parts, head_memory.mine());
         });
-        if (g.rows && i + 1 == g.count) keep(hidden_kept, context_kept, team);
+        if (batch.rows && i + 1 == g.layers) keep(hidden_kept, context_kept, team);
         each_block(together, team,
                    [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
                      finish(i, m0, rows, s, team);
@@ -330,10 +295,8 @@ struct Encoder {
 }  // namespace
 
 void encoder(const EncoderArgs& g) {
-  if (g.tokens == 0) return;
-  if (g.precision == 0) return Encoder<0>(g).run();
-  if (g.precision == 1) return Encoder<1>(g).run();
-  Encoder<2>(g).run();
+  if (g.batch.tokens == 0) return;
+  by_precision(g.precision, [&](auto unit) { Encoder<decltype(unit)::value>(g).run(); });
 }
 
 }  // namespace bertfast::BERTFAST_ISA

@@ -2,106 +2,40 @@
 #pragma once
 #include <cmath>
 
-#include "packed_linear.h"
+#include "../layer.h"
+#include "attention_head.h"
+#include "rows.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-template <class T>
+template <Unit u>  // fp32 or bf16
 struct Heads {
-  using Key = std::conditional_t<std::is_same_v<T, float>, float, pair>;
+  using T = Element<u>;
 
   const T* qkv;  // [tokens, row]: queries, keys and values, `hidden` each
   int64_t row, hidden, dim;
   T* out;  // [tokens, out_row]
   int64_t out_row;
+  Bias bias;
 
-  // Of memory that a sequence of n takes, at most.
-  int64_t floats(int64_t n) const {
-    const int64_t keys = round_up(n, NR), panels = ceil_div(dim, NR);
-    return keys * round_up(dim, 64) + keys * panels * NR + kMaxTileRows * (2 * keys + NR);
-  }
-  // One head of one sequence, whose first n tokens are keys; of several parts of its queries, one.
-  void attend(int64_t start, int64_t queries, int64_t n, int64_t head, int64_t part, int64_t parts,
-              float* memory) const {
-    constexpr int per = kPer<T>;
-    const int64_t tiles = tile_count<Key>(queries);
-    const int64_t tile0 = tiles * part / parts, tile1 = tiles * (part + 1) / parts;
-    if (n == 0) {  // whose queries, if any, see nothing
-      for (int64_t i = part == 0 ? 0 : queries; i < queries; ++i)
-        std::memset(out + (start + i) * out_row + head * dim, 0, dim * sizeof(T));
-      return;
-    }
-    const T* q = qkv + start * row + head * dim;
-    const T *k = q + hidden, *v = k + hidden;
-    const int64_t keys = round_up(n, NR), row_units = row / per;
-    const int64_t dim_units = round_up(ceil_div(dim, per), kUnits<Key>);
-    const int64_t key_units = std::is_same_v<T, float> ? n : keys / per;
-    const int64_t dim_panels = ceil_div(dim, NR);
-    float* key_panels = memory;
-    float* value_panels = key_panels + keys * dim_units;
-    float* scores = value_panels + key_units * dim_panels * NR;  // [tile rows, keys]
-    float* probabilities = scores + kMaxTileRows * keys;         // of pairs
-    float* tile = probabilities + kMaxTileRows * keys;           // [tile rows, NR]
-    const Key* values = reinterpret_cast<const Key*>(v);         // floats are read in place
-    int64_t value_row = row;
-
-    for (int64_t p = 0; p * NR < n; ++p) {
-      float* panel = key_panels + p * dim_units * NR;
-      const int64_t used = ceil_div(dim, per);
-      pack_panel<Math::fp32, NR>(panel, reinterpret_cast<const float*>(k + p * NR * row), row_units,
-                                 1, min(NR, n - p * NR), used);
-      std::memset(panel + used * NR, 0, (dim_units - used) * NR * sizeof(float));
-    }
-    if constexpr (per == 2) {
-      for (int64_t u = 0; u < key_units; ++u)
-        for (int64_t j = 0; j < dim_panels * NR; j += W) {
-          const vf even = 2 * u < n ? load(v + 2 * u * row + j) : vf{};
-          const vf odd = 2 * u + 1 < n ? load(v + (2 * u + 1) * row + j) : vf{};
-          const vf both = (vf)((bits(even) >> 16) | bits(odd));
-          store(value_panels + (j / NR * key_units + u) * NR + j % NR, both);
-        }
-      values = reinterpret_cast<const Key*>(value_panels);
-      value_row = NR;
-    }
+  // One head of sequence b, whose first n tokens are keys; of several parts of its queries, one.
+  void attend(int64_t b, int64_t start, int64_t queries, int64_t n, int64_t h, int64_t part,
+              int64_t parts, float* memory) const {
+    const T* q = qkv + start * row + h * dim;
+    const Head<u> head(q + hidden, q + 2 * hidden, row, n, dim, true, memory);
+    const Vector biases{bias.data, bias.dtype == kBf16};
     const float scale = 1 / std::sqrt(float(dim));
-    [[maybe_unused]] const std::conditional_t<kMatrixUnit<Key>, AmxScope, int> scope{};
-    for (int64_t t = tile0; t < tile1; ++t) {
-      const int64_t m0 = tile_begin<Key>(queries, t), rows = tile_begin<Key>(queries, t + 1) - m0;
-      for (int64_t p = 0; p * NR < n; ++p)
-        multiply(reinterpret_cast<const float*>(q + m0 * row), row_units, rows,
-                 reinterpret_cast<const Key*>(key_panels) + p * dim_units * NR, int64_t(NR),
-                 dim_units, scores + p * NR, keys);
-      float inverse[kMaxTileRows];
-      for (int64_t i = 0; i < rows; ++i) {
-        float* s = scores + i * keys;
-        vf top = splat(-kInf), total = {};
-        for (int64_t j = 0; j < keys; j += W) {
-          if (n - j < W) store(s + j, only(load(s + j), n - j, splat(-kInf)));
-          top = max(load(s + j), top);
-        }
-        const float shift = max_of(top) * scale;
-        for (int64_t j = 0; j < keys; j += W) {
-          const vf p = exp(load(s + j) * scale - shift);
-          total += p;
-          if constexpr (per == 2)
-            store(reinterpret_cast<bf16*>(probabilities + i * keys) + j, p);
-          else
-            store(s + j, p);
-        }
-        inverse[i] = 1 / sum(total);
-      }
-      const float* a = per == 2 ? probabilities : scores;
-      T* to = out + (start + m0) * out_row + head * dim;
-      for (int64_t p = 0; p < dim_panels; ++p) {
-        const Key* panel = per == 2 ? values + p * key_units * NR : values + p * NR;
-        multiply(a, keys, rows, panel, value_row, key_units, tile, NR);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < min(NR, dim - p * NR); j += W)
-            store_upto(to + i * out_row + p * NR + j, load(tile + i * NR + j) * inverse[i],
-                       dim - p * NR - j);
-      }
-    }
+    const auto factor = [&](float* s, int64_t query) {
+      if (!bias.data) return scale;
+      const int64_t at = bias.row(b, h, query);
+      for (int64_t j = 0; j < n; j += W)
+        store(s + j, load(s + j) * scale + biases.at(at + j, at + n));
+      return 1.f;
+    };
+    head.attend(
+        reinterpret_cast<const float*>(q), row / kPer<u>, queries, part, parts, factor,
+        [](auto...) {}, out + start * out_row + h * dim, out_row);
   }
 };
 

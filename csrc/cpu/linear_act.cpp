@@ -1,6 +1,7 @@
 // Matrix product with bias and activation in the epilogue, and the activation's backward.
 #include <omp.h>
 
+#include <stdexcept>
 #include <type_traits>
 
 #include "operators.h"
@@ -12,27 +13,26 @@ namespace {
 
 constexpr int64_t KC = 512;      // k of a block: a panel of b stays in L1 or nearly, split in L2
 constexpr int64_t KS = 16 * KC;  // k packed at a time: bounds the scratch memory
-template <Math math>             // rows of a task: its block of a stays in L2
-constexpr int64_t MC = kAmx<math> ? 256 : 16 * MR;
-template <Math math>
-constexpr int64_t PC = math == Math::split ? 1 : 6;  // ... beside this many panels of b
+constexpr int64_t MC = Isa::kGemmRows;  // rows of a task: its block of a stays in L2 ...
+template <Unit u>
+constexpr int64_t PC = u == Unit::split ? 1 : 6;  // ... beside this many panels of b
 
 struct Block {  // of an operand along k, packed
   float* data;
   int64_t k0, k, units;  // units of 32 bits that a row has
 };
-template <Math math>
+template <Unit u>
 int64_t row_units(int64_t k) {
-  constexpr int64_t step = kUnitStep<math>;
-  return ceil_div(ceil_div(k, kPerUnit<math>), step) * step * kUnitParts<math>;
+  constexpr int64_t step = kUnitStep<u>;
+  return ceil_div(ceil_div(k, kPer<u>), step) * step * kParts<u>;
 }
 
 // Panel p of b over the block's k; the parts may meet inside it: `rows` [NR, k] is for that.
-template <Math math>
+template <Unit u>
 void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
   if (block.k == 0) return;
-  const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.parts : g.k;
-  const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
+  const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.b.count : g.k;
+  const int64_t part_n = g.split_k ? g.n : g.n / g.b.count;
   float* dst = block.data + p * block.units * NR;
   const auto pack = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -40,13 +40,13 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
     const int64_t part = n0 / part_n, end = min(n0 + NR, g.n);
     if (!g.split_k && end <= (part + 1) * part_n) {
       const T* src = static_cast<const T*>(g.b[part]) + (n0 - part * part_n) * g.b_row;
-      pack_operand<math, true>(dst, src + block.k0 * g.b_k, g.b_row, g.b_k, end - n0, block.k);
+      pack_operand<u, true>(dst, src + block.k0 * g.b_k, g.b_row, g.b_k, end - n0, block.k);
       return;
     }
     if (g.split_k && block.k0 / part_k == (block.k0 + block.k - 1) / part_k) {
       const int64_t q = block.k0 / part_k;
       const T* src = static_cast<const T*>(g.b[q]) + n0 * g.b_row + (block.k0 - q * part_k) * g.b_k;
-      pack_operand<math, true>(dst, src, g.b_row, g.b_k, end - n0, block.k);
+      pack_operand<u, true>(dst, src, g.b_row, g.b_k, end - n0, block.k);
       return;
     }
     for (int64_t n = n0; n < end; ++n)
@@ -56,7 +56,7 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
             to_float(static_cast<const T*>(g.b[q])[(g.split_k ? n : n - q * part_n) * g.b_row +
                                                    (g.split_k ? k - q * part_k : k) * g.b_k]);
       }
-    pack_operand<math, true>(dst, rows, block.k, 1, end - n0, block.k);
+    pack_operand<u, true>(dst, rows, block.k, 1, end - n0, block.k);
   };
   if (g.b_bf16)
     pack(static_cast<bf16*>(nullptr));
@@ -65,14 +65,14 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
 }
 
 // Rows [m0, m0 + rows) of a over the block's k.
-template <Math math>
+template <Unit u>
 void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
   const auto pack = [&](auto* a) {
-    constexpr int R = kRows<math>;
+    constexpr int R = kRows<u>;
     for (int64_t m = 0; m < rows; m += R) {
       const auto* from = a + (m0 + m) * g.a_row + block.k0 * g.a_k;
-      pack_operand<math, false>(block.data + m * block.units, from, g.a_row, g.a_k,
-                                min(R, rows - m), block.k);
+      pack_operand<u, false>(block.data + m * block.units, from, g.a_row, g.a_k, min(R, rows - m),
+                             block.k);
     }
   };
   if (g.a_bf16)
@@ -83,12 +83,12 @@ void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
 
 // The parts' biases side by side in fp32, zeros to the end of the last panel.
 void gather_bias(const GemmArgs& g, float* bias, int64_t padded_n) {
-  const int64_t part_n = g.split_k ? g.n : g.n / g.parts;
+  const int64_t part_n = g.split_k ? g.n : g.n / g.b.count;
   for (int64_t n = 0; n < padded_n; ++n) {
     const int64_t part = n / part_n, j = n % part_n;
-    bias[n] = !g.bias[0] || n >= g.n ? 0.f
-              : g.bias_bf16          ? to_float(static_cast<const bf16*>(g.bias[part])[j])
-                                     : static_cast<const float*>(g.bias[part])[j];
+    bias[n] = g.bias.count == 0 || n >= g.n ? 0.f
+              : g.bias_bf16                 ? to_float(static_cast<const bf16*>(g.bias[part])[j])
+                                            : static_cast<const float*>(g.bias[part])[j];
   }
 }
 
@@ -156,24 +156,24 @@ Epilogue choose_epilogue(int activation) {
   }
 }
 
-template <Math math>
+template <Unit u>
 void gemm_in(const GemmArgs& g) {
   if (g.m == 0 || g.n == 0) return;
   const Epilogue finish =
       g.c_bf16 ? choose_epilogue<bf16>(g.activation) : choose_epilogue<float>(g.activation);
-  constexpr int R = kRows<math>;
-  const int64_t panels = ceil_div(g.n, NR), part_k = g.split_k ? g.k / g.parts : g.k;
+  constexpr int R = kRows<u>;
+  const int64_t panels = ceil_div(g.n, NR), part_k = g.split_k ? g.k / g.b.count : g.k;
   // Blocks of k alike in size, whole units in each; of one part where they can be.
-  const int64_t whole = 2 * kUnitStep<math>;
+  const int64_t whole = 2 * kUnitStep<u>;
   const int64_t kc =
       part_k ? ceil_div(ceil_div(part_k, ceil_div(part_k, KC)), whole) * whole : whole;
-  const int64_t ks = min(KS / kc, g.k ? ceil_div(g.k, kc) : 1) * kc, units = row_units<math>(kc);
+  const int64_t ks = min(KS / kc, g.k ? ceil_div(g.k, kc) : 1) * kc, units = row_units<u>(kc);
   const int threads = g.m * g.n * (g.k + 64) < (1 << 20) ? 1 : omp_get_max_threads();
   // Tasks of equal rows, a multiple of the threads; few rows are shared out by columns too.
-  const int64_t m_tasks = ceil_div(ceil_div(g.m, MC<math>), g.m > MC<math> ? threads : 1) *
-                          (g.m > MC<math> ? threads : 1);
+  const int64_t m_tasks =
+      ceil_div(ceil_div(g.m, MC), g.m > MC ? threads : 1) * (g.m > MC ? threads : 1);
   const int64_t mc = ceil_div(ceil_div(g.m, m_tasks), R) * R;
-  const int64_t n_tasks = min(panels, ceil_div((math == Math::split ? 1 : 2) * threads, m_tasks));
+  const int64_t n_tasks = min(panels, ceil_div((u == Unit::split ? 1 : 2) * threads, m_tasks));
   static thread_local Buffer a_buffer, b_buffer, sums_buffer;
   const PerThread<float> scratch(a_buffer, max((mc + R) * units, NR * kc));
   float* bias = b_buffer.get<float>(panels * NR * (1 + ceil_div(ks, kc) * units));
@@ -187,16 +187,16 @@ void gemm_in(const GemmArgs& g) {
     const int64_t send = min(s0 + ks, g.k), blocks = g.k ? ceil_div(send - s0, kc) : 1;
     const auto block_at = [&](int64_t i, float* data) {
       const int64_t k0 = s0 + i * kc, k = min(kc, send - k0);
-      return Block{data, k0, k, row_units<math>(k)};
+      return Block{data, k0, k, row_units<u>(k)};
     };
     const auto b_block = [&](int64_t i) { return block_at(i, b + i * panels * units * NR); };
 #pragma omp for schedule(static) collapse(2)
     for (int64_t i = 0; i < blocks; ++i)
-      for (int64_t p = 0; p < panels; ++p) pack_b<math>(g, b_block(i), p, scratch.mine());
+      for (int64_t p = 0; p < panels; ++p) pack_b<u>(g, b_block(i), p, scratch.mine());
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t mt = 0; mt < m_tasks; ++mt)
       for (int64_t nt = 0; nt < n_tasks; ++nt) {
-        [[maybe_unused]] const std::conditional_t<kAmx<math>, AmxScope, int> scope{};
+        [[maybe_unused]] const MatrixScope<u> scope{};
         const int64_t m0 = mt * mc, rows = min(mc, g.m - m0);
         const int64_t p_end = panels * (nt + 1) / n_tasks;
         if (rows <= 0) continue;
@@ -206,21 +206,21 @@ void gemm_in(const GemmArgs& g) {
         for (int64_t i = 0; i < blocks; ++i) {
           const Block bb = b_block(i), ab = block_at(i, scratch.mine());
           const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
-          pack_a<math>(g, ab, m0, rows);
-          for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC<math>) {
-            const float* next = bb.data + (p0 + PC<math>)*bb.units * NR;
-            [[maybe_unused]] Ahead ahead{next, next + PC<math> * bb.units * NR};
+          pack_a<u>(g, ab, m0, rows);
+          for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC<u>) {
+            const float* next = bb.data + (p0 + PC<u>)*bb.units * NR;
+            [[maybe_unused]] Ahead ahead{next, next + PC<u> * bb.units * NR};
             for (int64_t m = 0; m < rows; m += R)
-              for (int64_t p = p0; p < min(p0 + PC<math>, p_end); ++p) {
+              for (int64_t p = p0; p < min(p0 + PC<u>, p_end); ++p) {
                 const int64_t valid = min(R, rows - m);
                 // Tile by tile: rows of the result would lie pages apart.
                 float* out = sums ? sums + ((m0 + m) * panels + p * R) * NR : tiles[current ^= 1];
                 if (last) prefetch_rows(g, m0 + m, valid, p * NR);
-                tile_packed<math>(ab.data + m * ab.units, valid, bb.data + p * bb.units * NR,
-                                  bb.units, out, !first, [&](int64_t times) {
-                                    before.take(ceil_div(R, times));
-                                    if constexpr (math == Math::split) ahead.take(2);
-                                  });
+                tile_packed<u>(ab.data + m * ab.units, valid, bb.data + p * bb.units * NR, bb.units,
+                               out, !first, [&](int64_t times) {
+                                 before.take(ceil_div(R, times));
+                                 if constexpr (u == Unit::split) ahead.take(2);
+                               });
                 before.take(R);
                 if (last) before = {&g, finish, out, bias + p * NR, m0 + m, p * NR, valid};
               }
@@ -271,10 +271,15 @@ void activation_backward_of(const ActivationBackwardArgs& g) {
 }  // namespace
 
 void gemm(const GemmArgs& g) {
-  // In bf16 where an operand has no more precision than that; else fp32, on the matrix unit too.
-  if ((kHasBf16 || kHasAmx) && g.a_bf16) return gemm_in<Math::bf16>(g);
-  // Whatever the rows: a text's result must not depend on the batch.
-  gemm_in<kHasAmx ? Math::split : Math::fp32>(g);
+  if (g.b.count == 0 || (g.split_k ? g.k : g.n) % g.b.count ||
+      (g.bias.count && g.bias.count != g.b.count))
+    throw std::invalid_argument("gemm: parts do not divide the product");
+  // In bf16 where an operand has no more precision than that; else fp32, on the matrix unit too,
+  // whatever the rows: a text's result must not depend on the batch.
+  constexpr Unit fp32 = unit_of(Precision::fp32), low = unit_of(Precision::bf16);
+  if constexpr (low == Unit::bf16)
+    if (g.a_bf16) return gemm_in<low>(g);
+  gemm_in<fp32>(g);
 }
 
 void activation_backward(const ActivationBackwardArgs& g) {

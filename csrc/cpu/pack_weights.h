@@ -9,18 +9,18 @@ namespace bertfast::BERTFAST_ISA {
 namespace {
 
 // `valid` rows [k] into panel p, but for the bias.
-template <int precision, class T>
-void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t valid) {
-  using L = Linear<precision>;
-  auto* panel = reinterpret_cast<char*>(const_cast<typename L::Weight*>(to.panel(p)));
+template <Unit u, class T>
+void pack_rows(const Linear<u>& to, int64_t p, const T* rows, int64_t valid) {
+  using L = Linear<u>;
+  auto* panel = reinterpret_cast<char*>(const_cast<Stored<u>*>(to.panel(p)));
   auto* scale = const_cast<float*>(to.scale) + p * NR;
   auto* sum = const_cast<float*>(to.sum) + p * NR;
-  constexpr bool units = sizeof(typename L::Weight) == 4 && precision < 2;
+  constexpr bool bytes = is_int8(u), units = !bytes && sizeof(Stored<u>) == 4;
   if constexpr (units) {
-    constexpr Math math = precision == 0 ? Math::fp32 : Math::bf16;
+    constexpr Unit packed = u == Unit::split ? Unit::fp32 : u;
     auto* out = reinterpret_cast<float*>(panel);
-    pack_panel<math, NR>(out, rows, to.k, 1, valid, to.k);
-    const int64_t used = ceil_div(to.k, kPerUnit<math>);
+    pack_panel<packed, NR>(out, rows, to.k, 1, valid, to.k);
+    const int64_t used = ceil_div(to.k, kPer<packed>);
     std::memset(out + used * NR, 0, (to.units - used) * NR * sizeof(float));
   }
   for (int64_t i = 0; i < NR; ++i) {
@@ -28,24 +28,24 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
     if (units) continue;
     const T* row = i < valid ? rows + i * to.k : nullptr;
     float poison = 0;  // NaN where a weight is inf or NaN: so are all results of the row
-    float top = 0, sums[2][2] = {};  // weights of one sign among four, see kSums16
-    for (int64_t k = 0; precision == 2 && row && k < to.k; ++k) {
+    float top = 0, sums[2][2] = {};  // weights of one sign among four, see isa/sums16.h
+    for (int64_t k = 0; bytes && row && k < to.k; ++k) {
       const float w = to_float(row[k]);
       poison += w * 0.f;
       top = std::fmax(top, std::fabs(w));
       if (k % 8 == 0) std::memset(sums, 0, sizeof sums);
       float& sum = sums[k / 2 % 2][w < 0];
       sum += std::fabs(w);
-      if (kSums16) top = std::fmax(top, sum);
+      if (kSums16<u>) top = std::fmax(top, sum);
     }
     // Each of four weights may be rounded up by a half.
-    if (top > 0) scale[i] = top / (kSums16 ? 126 : 127);
+    if (top > 0) scale[i] = top / (kSums16<u> ? 126 : 127);
     int64_t total = 0;
     for (int64_t k = 0; k < to.units * L::kPerUnit; ++k) {
       const int64_t at = (k / L::kPerUnit * NR + i) * L::kPerUnit + k % L::kPerUnit;
       const float w = row && k < to.k ? to_float(row[k]) : 0;
-      if constexpr (precision == 1) {
-        reinterpret_cast<uint16_t*>(panel)[at] = uint16_t(round_bf16(splat(w))[0]);
+      if constexpr (!bytes) {
+        reinterpret_cast<uint16_t*>(panel)[at] = uint16_t(Isa::round_bf16(splat(w))[0]);
       } else {
         const int q = poison == 0 ? int(std::lrintf(w / scale[i])) : 0;
         reinterpret_cast<int8_t*>(panel)[at] = int8_t(q);
@@ -57,11 +57,11 @@ void pack_rows(const Linear<precision>& to, int64_t p, const T* rows, int64_t va
   }
 }
 
-template <int precision, class T>
-void pack_from(const LinearWeights& from, const Linear<precision>& to, int64_t p, float* scratch) {
+template <Unit u, class T>
+void pack_from(const LinearWeights& from, const Linear<u>& to, int64_t p, float* scratch) {
   const int64_t n0 = p * NR, valid = min(NR, to.n - n0), part_n = to.n / from.parts;
   const auto row = [&](int64_t n) {
-    return static_cast<const T*>(from.weight[n / part_n]) + n % part_n * to.k;
+    return static_cast<const T*>(from.part[n / part_n].weight) + n % part_n * to.k;
   };
   if (n0 / part_n == (n0 + valid - 1) / part_n) return pack_rows(to, p, row(n0), valid);
   T* rows = reinterpret_cast<T*>(scratch);
@@ -70,18 +70,17 @@ void pack_from(const LinearWeights& from, const Linear<precision>& to, int64_t p
 }
 
 // Panel p of the weights; scratch [NR, k] is for one in which parts meet.
-template <int precision>
-void pack_linear(const LinearWeights& from, const Linear<precision>& to, int64_t p,
-                 float* scratch) {
+template <Unit u>
+void pack_linear(const LinearWeights& from, const Linear<u>& to, int64_t p, float* scratch) {
   if (from.bf16)
-    pack_from<precision, bf16>(from, to, p, scratch);
+    pack_from<u, bf16>(from, to, p, scratch);
   else
-    pack_from<precision, float>(from, to, p, scratch);
+    pack_from<u, float>(from, to, p, scratch);
   auto* bias = const_cast<float*>(to.bias);
   const int64_t part_n = to.n / from.parts;
   for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {
-    const float* given = n < to.n ? from.bias[n / part_n] : nullptr;
-    bias[n] = given ? given[n % part_n] : 0;
+    const void* given = n < to.n ? from.part[n / part_n].bias : nullptr;
+    bias[n] = given ? static_cast<const float*>(given)[n % part_n] : 0;
   }
 }
 

@@ -1,8 +1,5 @@
 // Philox4x32-10 (Salmon et al., SC 2011), a row of a dropout mask at a time; see ops/dropout.py.
 #pragma once
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 #include <utility>
 
 #include "../kernels.h"
@@ -11,7 +8,7 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-typedef uint64_t vq __attribute__((vector_size(W * 4)));
+using vq = Isa::vq;
 
 // out = a[0], b[0], a[1], b[1] ...
 template <int... I>
@@ -20,17 +17,6 @@ inline void interleave(vq a, vq b, uint32_t* out, std::integer_sequence<int, I..
   const vq second = __builtin_shufflevector(a, b, (W / 4 + I / 2 + I % 2 * (W / 2))...);
   __builtin_memcpy(out, &first, sizeof first);
   __builtin_memcpy(out + W, &second, sizeof second);
-}
-
-// The low halves of a's lanes times m, in full.
-inline vq multiply(vq a, uint32_t m) {
-#if defined(__AVX512F__)
-  return (vq)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(m));
-#elif defined(__AVX2__)
-  return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
-#else
-  return (a & 0xFFFFFFFFu) * m;
-#endif
 }
 
 // The random bits of columns [0, n) of a row; bits has room for n rounded up to 64.
@@ -53,7 +39,8 @@ inline void philox_row(const int64_t* seed, int64_t row, int64_t n, uint32_t* bi
     for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 2
       for (int u = 0; u < U; ++u) {
-        const vq p0 = multiply(c0[u], 0xD2511F53u), p1 = multiply(c2[u], 0xCD9E8D57u);
+        const vq p0 = Isa::multiply_low(c0[u], 0xD2511F53u),
+                 p1 = Isa::multiply_low(c2[u], 0xCD9E8D57u);
         c0[u] = (p1 >> 32) ^ c1[u] ^ uint64_t(key0);
         c2[u] = (p0 >> 32) ^ c3[u] ^ uint64_t(key1);
         c1[u] = p1;

@@ -1,51 +1,33 @@
 // The register tile that every product here is made of, and the packing that feeds it.
 //
-// A panel holds TILE rows, k-major: unit[k][TILE], zero-padded. A unit is 32 bits: one float, or
-// two bf16 of neighbouring k for the bf16 dot-product instruction. See Goto & van de Geijn,
-// "Anatomy of high-performance matrix multiplication", 2008. Panels for the matrix unit hold a
-// step of k after the other, see amx.h: [part][TILE][16 units] of a, [part][16 units][TILE] of b.
+// A panel holds TILE rows, k-major: unit[k][TILE], zero-padded. See Goto & van de Geijn, "Anatomy
+// of high-performance matrix multiplication", 2008. Panels for the matrix unit hold a step of k
+// after the other, see isa/unit.h: [part][TILE][16 units] of a, [part][16 units][TILE] of b.
 #pragma once
 #include <utility>
 
-#include "amx.h"
+#include "matrix.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MR = 14;  // 28 accumulators of 32 registers
-#else
-constexpr int MR = 6;  // 12 accumulators of 16 registers
-#endif
-constexpr int NV = 2, NR = NV * W;
-static_assert(!kHasAmx || NR == kAmxRows);
+constexpr int MR = Isa::kTileRows, NV = 2, NR = NV * W;
+static_assert(!Isa::kHasMatrix || NR == kMatrixRows);
 
-enum class Math { fp32, bf16, split };  // split: fp32 on the matrix unit
-#if defined(__AVX512BF16__)
-constexpr bool kHasBf16 = true;
-#else
-constexpr bool kHasBf16 = false;  // bf16 inputs are widened when packed
-#endif
-template <Math math>
-constexpr int kPerUnit = math == Math::fp32 ? 1 : 2;
-template <Math math>
-constexpr bool kAmx = kHasAmx && math != Math::fp32;
-template <Math math>
-constexpr int kRows = kAmx<math> ? kAmxRows : MR;  // of a tile
-template <Math math>
-constexpr int kUnitStep = kAmx<math> ? kStep : 1;  // panels have a multiple of this many units ...
-template <Math math>
-constexpr int kUnitParts = math == Math::split ? kParts : 1;  // ... so often
+template <Unit u>
+constexpr int kRows = kMatrix<u> ? kMatrixRows : MR;  // of a tile
+template <Unit u>
+constexpr int kUnitStep = kMatrix<u> ? kStep : 1;  // panels have a multiple of this many units
 
-template <Math math>
-inline vf multiply_add(vf acc, float a, vf b) {
-#if defined(__AVX512BF16__)
-  if constexpr (math == Math::bf16) {
-    const __m512 as = _mm512_set1_ps(a);
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)as, (__m512bh)(__m512)b);
-  }
-#endif
-  return acc + a * b;
+// acc + a b.
+template <Unit u>
+inline vf dot(vf acc, vf a, vf b) {
+  if constexpr (u == Unit::bf16)
+    return Isa::dot_bf16(acc, a, b);
+  else if constexpr (u == Unit::int8)
+    return Isa::dot_int8(acc, a, b);
+  else
+    return acc + a * b;
 }
 
 // Units in one running sum, which is rounded to its own size each time: several shorter ones lose
@@ -53,8 +35,8 @@ inline vf multiply_add(vf acc, float a, vf b) {
 constexpr int64_t kRun = 256;
 
 // out[i, 0:NR] (+)= sum_k a[i][k * step] b[k, 0:NR], i < MR.
-// rows: where each row of a starts; unit bf16 pairs travel as floats' bits.
-template <Math math, class Rows>
+// rows: where each row of a starts.
+template <Unit u, class Rows>
 inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t units, float* out,
                          int64_t out_row, bool accumulate) {
   for (int64_t start = 0; start == 0 || start < units; start += kRun) {
@@ -69,9 +51,9 @@ inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t
       for (int j = 0; j < NV; ++j) bk[j] = load(b + k * NR + j * W);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
-        const float a = rows(i)[k * step];
+        const vf a = Isa::broadcast(rows(i) + k * step);
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<math>(acc[i][j], a, bk[j]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = dot<u>(acc[i][j], a, bk[j]);
       }
     }
 #pragma GCC unroll 16
@@ -86,16 +68,15 @@ inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t
 
 // A whole tile out[rows][NR]; a is a packed panel, of which `rows` are wanted. units: of all parts.
 // `meanwhile(n)` is called n times while the matrix unit works, never elsewhere.
-template <Math math, class Meanwhile>
+template <Unit u, class Meanwhile>
 void tile_packed(const float* a, [[maybe_unused]] int64_t rows, const float* b, int64_t units,
                  float* out, bool accumulate, [[maybe_unused]] const Meanwhile& meanwhile) {
-  if constexpr (kAmx<math>) {
-    constexpr int parts = kUnitParts<math>;
-    const int64_t steps = units / (kStep * parts);
-    amx_multiply<Dot::bf16, parts>({a, kStep, parts * kBlock}, rows, b, steps, out, NR, accumulate,
-                                   [&] { meanwhile(steps * kPauses<parts>); });
+  if constexpr (kMatrix<u>) {
+    const int64_t steps = units / (kStep * kParts<u>);
+    Isa::matrix_product<u>({a, kStep, kParts<u> * kBlock}, rows, b, steps, out, NR, accumulate,
+                           [&] { meanwhile(steps * kPauses<u>); });
   } else {
-    tile_product<math>([a](int i) { return a + i; }, MR, b, units, out, NR, accumulate);
+    tile_product<u>([a](int i) { return a + i; }, MR, b, units, out, NR, accumulate);
   }
 }
 
@@ -104,7 +85,7 @@ inline void tile_strided(const float* a, int64_t row, int64_t step, int64_t vali
                          int64_t k, float* out, int64_t out_row, bool accumulate) {
   const float* start[MR];
   for (int i = 0; i < MR; ++i) start[i] = a + (i < valid ? i : valid - 1) * row;
-  tile_product<Math::fp32>([&](int i) { return start[i]; }, step, b, k, out, out_row, accumulate);
+  tile_product<Unit::fp32>([&](int i) { return start[i]; }, step, b, k, out, out_row, accumulate);
 }
 
 // --- packing ---
@@ -126,7 +107,7 @@ inline void transpose_stage(vf* r) {
 inline void transpose(vf* r) { transpose_stage<W / 2>(r); }
 
 inline vf pair_up(vf even, vf odd) {  // two bf16 in each 32-bit unit
-  return (vf)(round_bf16(even) | (round_bf16(odd) << 16));
+  return (vf)(Isa::round_bf16(even) | (Isa::round_bf16(odd) << 16));
 }
 
 // A register's lanes become rows lane0... of one k. A whole store runs over into the next k,
@@ -140,10 +121,10 @@ inline void store_rows(float* to, vf v, int lane0, bool last) {
 }
 
 // One panel: rows [0, valid) of src, k [0, count), into dst[ceil(count / per unit)][TILE].
-template <Math math, int TILE, class T>
+template <Unit u, int TILE, class T>
 void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
                 int64_t count) {
-  constexpr int per = kPerUnit<math>;
+  constexpr int per = kPer<u>;
   int64_t k = 0;  // the elements along k done so far
   if (kstep == 1 && valid > 0) {
     for (; k + W <= count; k += W) {
@@ -156,7 +137,7 @@ void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
           r[i] = lane + i < valid ? load(src + (lane + i) * row + k) : vf{};
         transpose(r);
         float* to = dst + k / per * TILE;
-        if constexpr (math == Math::bf16) {
+        if constexpr (u == Unit::bf16) {
 #pragma GCC unroll 16
           for (int i = 0; i < W; i += 2)
             store_rows<TILE>(to + i / 2 * TILE, pair_up(r[i], r[i + 1]), lane, end && i == W - 2);
@@ -174,7 +155,7 @@ void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
         const int n = TILE - lane < W ? TILE - lane : W;
         const T* from = src + k * kstep + lane;
         vf v = n == W ? load(from) : load_n(from, n);
-        if constexpr (math == Math::bf16)
+        if constexpr (u == Unit::bf16)
           v = pair_up(v, n == W ? load(from + kstep) : load_n(from + kstep, n));
         store_rows<TILE>(dst + k / per * TILE, v, lane, k + per >= count);
       }
@@ -184,7 +165,7 @@ void pack_panel(float* dst, const T* src, int64_t row, int64_t kstep, int64_t va
     for (int i = 0; i < TILE; ++i) {
       const bool in = i < valid;
       vf v = splat(in ? to_float(src[i * row + k * kstep]) : 0.f);
-      if constexpr (math == Math::bf16)
+      if constexpr (u == Unit::bf16)
         v = pair_up(v, splat(in && k + 1 < count ? to_float(src[i * row + (k + 1) * kstep]) : 0.f));
       dst[k / per * TILE + i] = v[0];
     }
@@ -212,7 +193,7 @@ void pack_step(float* dst, int64_t dst_row, const T* src, int64_t row, int64_t k
     for (int part = 0; part < parts; ++part) {
       vf e = x0, o = x1;
       if (parts > 1) e = take_bf16(x0), o = take_bf16(x1);
-      units[part][i] = by_k ? both(e, o) : parts > 1 ? pairs(e, o) : pair_up(e, o);
+      units[part][i] = by_k ? Isa::narrow(e, o) : parts > 1 ? pairs(e, o) : pair_up(e, o);
     }
   }
   for (int part = 0; part < parts; ++part) {
@@ -221,24 +202,24 @@ void pack_step(float* dst, int64_t dst_row, const T* src, int64_t row, int64_t k
   }
 }
 
-template <Math math, bool is_b, class T>
+template <Unit u, bool is_b, class T>
 void pack_steps(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
                 int64_t count) {
-  constexpr int parts = kUnitParts<math>;
+  constexpr int parts = kParts<u>;
   for (int64_t k = 0; k < count; k += 2 * W, dst += parts * kBlock)
-    for (int64_t i = 0; i < kAmxRows; i += W)
-      pack_step<parts, is_b>(dst + i * (is_b ? 1 : kStep), is_b ? kAmxRows : kStep,
+    for (int64_t i = 0; i < kMatrixRows; i += W)
+      pack_step<parts, is_b>(dst + i * (is_b ? 1 : kStep), is_b ? kMatrixRows : kStep,
                              src + i * row + k * kstep, row, kstep, valid - i, count - k);
 }
 
 // A panel of gemm's operand a or b, see pack_panel.
-template <Math math, bool is_b, class T>
+template <Unit u, bool is_b, class T>
 void pack_operand(float* dst, const T* src, int64_t row, int64_t kstep, int64_t valid,
                   int64_t count) {
-  if constexpr (kAmx<math>)
-    pack_steps<math, is_b>(dst, src, row, kstep, valid, count);
+  if constexpr (kMatrix<u>)
+    pack_steps<u, is_b>(dst, src, row, kstep, valid, count);
   else
-    pack_panel<math, is_b ? NR : MR>(dst, src, row, kstep, valid, count);
+    pack_panel<u, is_b ? NR : MR>(dst, src, row, kstep, valid, count);
 }
 
 }  // namespace

@@ -1,7 +1,5 @@
-// A register of floats of the instruction set that the file is compiled for.
-//
-// All of it stands in an anonymous namespace: were these functions shared, the linker could keep
-// one instruction set's copy for all.
+// A register of floats of the instruction set that the file is compiled for, see isa/. All in an
+// anonymous namespace, as there.
 #pragma once
 #include <omp.h>
 
@@ -12,29 +10,21 @@
 #include <limits>
 #include <new>
 #include <utility>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+
+#include "../kernels.h"
+
+#include BERTFAST_ISA_FILE
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-
-typedef float vf __attribute__((vector_size(W * 4)));
-typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint16_t vh __attribute__((vector_size(W * 2)));
-
-struct bf16 {
-  uint16_t bits;
-};
+using namespace isa;
+using Isa = isa::BERTFAST_ISA;
+using vf = Isa::vf;
+using vi = Isa::vi;
+using vu = Isa::vu;
+constexpr int W = Isa::kLanes;
+constexpr Unit unit_of(Precision p) { return Isa::kUnits[int(p)]; }
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -46,48 +36,9 @@ inline vf load(const float* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-// gcc converts between lanes of 16 and 32 bits piece by piece.
-inline vf load(const bf16* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const __m128i h8 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h8), 16);
-#endif
-  vh h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
-}
+inline vf load(const bf16* p) { return Isa::load_bf16(p); }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(uint8_t* p, vi v) {  // of 0 to 255
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const __m256i i8 = (__m256i)v;
-  const __m128i h8 = _mm_packs_epi32(_mm256_castsi256_si128(i8), _mm256_extracti128_si256(i8, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(h8, h8));
-  return;
-#endif
-  typedef uint8_t vb __attribute__((vector_size(W)));
-  const vb b = __builtin_convertvector(v, vb);
-  __builtin_memcpy(p, &b, sizeof b);
-}
-// Round to nearest, ties to even; a NaN stays one.
-inline vu round_bf16(vf v) {
-  const vu u = bits(v);
-  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return v == v ? rounded : (u >> 16) | 0x40;
-}
-inline void store(bf16* p, vf v) {
-#if defined(__AVX512BF16__)
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
-  __builtin_memcpy(p, &rounded, sizeof rounded);
-  return;
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-  const __m256i i8 = (__m256i)round_bf16(v);
-  const __m128i h8 = _mm_packus_epi32(_mm256_castsi256_si128(i8), _mm256_extracti128_si256(i8, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h8);
-  return;
-#endif
-  const vh h = __builtin_convertvector(round_bf16(v), vh);
-  __builtin_memcpy(p, &h, sizeof h);
-}
+inline void store(bf16* p, vf v) { Isa::store_bf16(p, v); }
 // The first n < W elements; the rest of a load is zero.
 template <class T>
 inline vf load_n(const T* p, int64_t n) {
@@ -276,6 +227,7 @@ class Buffer {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 

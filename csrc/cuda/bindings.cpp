@@ -2,32 +2,18 @@
 #include "bindings.h"
 
 #include <string>
-#include <type_traits>
 
+#include "../bind.h"
 #include "kernels.h"
-
-namespace py = pybind11;
 
 namespace bertfast::cuda {
 namespace {
-
-// A pointer crosses from Python as an integer.
-template <class T>
-using Crossing = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
-
-template <class T>
-T arrived(Crossing<T> value) {
-  if constexpr (std::is_pointer_v<T>)
-    return reinterpret_cast<T>(value);
-  else
-    return value;
-}
 
 template <class Result, class... Arguments>
 void add(py::module_& m, const char* name, Result (*launcher)(Arguments...)) {
   m.def(name, [launcher](Crossing<Arguments>... values) {
     py::gil_scoped_release release;
-    return launcher(arrived<Arguments>(values)...);
+    return launcher(Cross<Arguments>::arrived(values)...);
   });
 }
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <string>
 
+#include "../layer.h"
+
 namespace bertfast::cuda {
 
 // How many devices the driver shows, and why there are none.
@@ -104,16 +106,12 @@ void attention_backward(int dtype, const void* q, const void* kv, int64_t q_toke
                         void* dkv, int64_t dq_token, int64_t dkv_token, float* dbias,
                         int64_t dbias_rows, int64_t dbias_columns, int device, void* stream);
 
-// Post-norm encoder layers for inference, for few tokens. dtype 1 or 2, everything of it; hidden,
-// inner multiples of 8, head dims as in attention; weights: 16 device pointers a layer in the order
-// of LayerWeights in model/layer.py, read on the host; x [tokens, hidden]; rows (optional) [count]:
-// those wanted; y [count, hidden], without rows count is tokens; workspace: as many bytes as
-// encoder_workspace says, 16-byte aligned
-int64_t encoder_workspace(int64_t tokens, int64_t count, int64_t heads, int64_t hidden,
-                          int64_t inner);
-void encoder(int dtype, const void* const* weights, int64_t layers, int64_t heads, int64_t hidden,
-             int64_t inner, int activation, float eps, const void* x, const int32_t* cu_seqlens,
-             int64_t batch, int64_t tokens, int64_t max_seqlen, const int64_t* rows, int64_t count,
-             void* y, void* workspace, int device, void* stream);
+// Post-norm encoder layers for inference, for few tokens. Everything of them in the batch's dtype,
+// bf16 or fp16, but for its bias, which may be fp32; hidden, inner multiples of 8, head dims as in
+// attention; weights [layers] are read on the host, what they point to is on the device; workspace:
+// as many bytes as encoder_workspace says, 16-byte aligned
+int64_t encoder_workspace(const LayerSpec& spec, const Batch& batch);
+void encoder(const LayerSpec& spec, const LayerWeights* weights, int64_t layers, const Batch& batch,
+             void* workspace, int device, void* stream);
 
 }  // namespace bertfast::cuda

@@ -68,7 +68,7 @@ def test_backward_hooks_see_what_they_always_saw():
         gradients(m, given, mask)
     for found in zip(seen[:2], seen[2:4], seen[4:], strict=True):
         close_to_truth(*(real(x, mask) for x in found))
-    assert "up: it has a hook" in str(report)
+    assert "intermediate.dense: it has a hook" in str(report)
 
 
 def test_global_hooks_see_every_module():

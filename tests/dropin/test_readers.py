@@ -16,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertPooler
 
 import bertfast
 from bertfast.dropin import readers
-from bertfast.model.encoder import Packing
+from bertfast.encoder.batch import Packing
 
 
 def pair(model):

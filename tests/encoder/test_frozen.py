@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import BertConfig
 
 import bertfast
-from bertfast.model.frozen import FrozenEncoder
+from bertfast.encoder.packed import PackedCpu
 
 pytestmark = pytest.mark.filterwarnings("error:int8")  # or a fault's layer would stay in bf16
 SHAPES = {  # hidden, heads, inner: whole tiles, and sizes that fit no tile
@@ -108,7 +108,7 @@ def test_outliers_stay_in_bf16():
     with pytest.warns(UserWarning, match=r"encoder\.layer\.1 \(\d+\.\d%\).* stay in bf16"):
         mixed = frozen(model, "int8")
     # The outliers stay in the residual stream; how much they trouble the next layer is near the limit.
-    assert mixed.encoder.kept in ([1], [1, 2]) and "in bf16" in repr(mixed.encoder)
+    assert mixed.encoder.packed.kept in ([1], [1, 2]) and "in bf16" in repr(mixed.encoder)
     given |= {"output_hidden_states": True}
     real = given["attention_mask"] == 1
     expected = exact(model, given)
@@ -136,7 +136,7 @@ def test_pruned_channels_are_no_noise():
         for layer in model.encoder.layer:
             for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
                 norm.weight[:70] = norm.bias[:70] = 0
-    assert frozen(model, "int8").encoder.kept == []
+    assert frozen(model, "int8").encoder.packed.kept == []
 
 
 def test_a_nan_weight_stays_one():
@@ -214,7 +214,7 @@ def test_ids_to_states_by_one_call(precision, lengths, monkeypatch):
     model, given = frozen(build(), precision), batch(lengths)
     ids, mask = given.values()
     types = torch.randint(2, ids.shape, generator=torch.Generator().manual_seed(3))
-    texts, taken = FrozenEncoder.texts, []
+    texts, taken = PackedCpu.texts, []
 
     def counted(*args):
         states = texts(*args)
@@ -223,7 +223,7 @@ def test_ids_to_states_by_one_call(precision, lengths, monkeypatch):
 
     def run(function, case):
         with monkeypatch.context() as patch, torch.inference_mode():
-            patch.setattr(FrozenEncoder, "texts", function)
+            patch.setattr(PackedCpu, "texts", function)
             return model(**case)
 
     def check(case, fits):
@@ -295,7 +295,7 @@ def test_refusals():
     refused(ValueError, "isn't frozen", bertfast.freeze, torch.nn.Linear(2, 2))
     cut = build()
     cut.encoder.layer[0].output.dense = torch.nn.Linear(8, cut.config.hidden_size)
-    refused(ValueError, r"w2 has shape .* 8\], expected", bertfast.freeze, cut)
+    refused(ValueError, r"down has shape .* 8\], expected", bertfast.freeze, cut)
     odd = bertfast.BertModel(BertConfig(hidden_size=33, num_attention_heads=3, vocab_size=9,
                                         intermediate_size=8, num_hidden_layers=1))  # fmt: skip
     refused(ValueError, "heads of 11", bertfast.freeze, odd, "bf16")

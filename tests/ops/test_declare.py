@@ -7,7 +7,7 @@ from helpers import offsets, refused
 
 import bertfast
 from bertfast import ops
-from bertfast.model.encoder import PackedSequences
+from bertfast.encoder.batch import PackedSequences
 from bertfast.ops.declare import FLOATS, Declaration, Number, Tensor
 
 raw = torch.ops.bertfast

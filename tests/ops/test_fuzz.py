@@ -14,9 +14,8 @@ from helpers import DEVICES
 
 import bertfast
 from bertfast import ops
+from bertfast.encoder.batch import STATES, PackedSequences
 from bertfast.model.bert import _PACKED
-from bertfast.model.encoder import PackedSequences
-from bertfast.model.layer import STATES
 from bertfast.ops.declare import Below, Declaration, Tensor
 from bertfast.ops.library import CPU_DTYPES, DECLARED
 from bertfast.ops.linear_act import ACTIVATIONS

@@ -3,7 +3,7 @@ import torch
 from helpers import DEVICES, backends, refused
 
 from bertfast import ops
-from bertfast.model.encoder import Packing
+from bertfast.encoder.batch import Packing
 
 pytestmark = pytest.mark.usefixtures("guarded")
 each_backend = pytest.mark.parametrize("backend", backends("gather_rows"))

@@ -3,10 +3,11 @@
 import torch
 
 from ..add_layer_norm import two_gradients
+from ..dropout import dropout_arguments
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
-from .arguments import dropout, dtype_code, hidden_limit, parameter, row_blocks
+from .arguments import dtype_code, hidden_limit, parameter, row_blocks
 
 
 def _limit(device, dtype, arguments):
@@ -20,7 +21,7 @@ def _forward(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     mean, rstd = (torch.empty(x.shape[0], device=x.device) for _ in range(2))
     C.cuda_add_layer_norm(
         *(dtype_code(x), ptr(x), ptr(residual), *parameter(weight), *parameter(bias)),
-        *(*parameter(x_bias), *dropout(dropout_p, seed), eps, *x.shape),
+        *(*parameter(x_bias), *dropout_arguments(dropout_p, seed), eps, *x.shape),
         *(ptr(y), ptr(mean), ptr(rstd), *cuda_queue(x)),
     )
     return y, mean, rstd
@@ -37,7 +38,14 @@ def _backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
     columns = torch.empty((3, hidden), device=x.device)
     C.cuda_add_layer_norm_backward(
         *(dtype_code(x), ptr(grad), ptr(x), ptr(residual), *parameter(weight)),
-        *(*parameter(x_bias), *dropout(dropout_p, seed), ptr(mean), ptr(rstd), tokens, hidden),
+        *(
+            *parameter(x_bias),
+            *dropout_arguments(dropout_p, seed),
+            ptr(mean),
+            ptr(rstd),
+            tokens,
+            hidden,
+        ),
         *(ptr(dx), ptr(ds), ptr(partial), blocks, ptr(columns), *cuda_queue(x)),
     )
     dw, db, dx_bias = columns

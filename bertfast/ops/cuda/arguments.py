@@ -2,7 +2,6 @@
 
 import torch
 
-from ..dropout import threshold
 from ..library import GPU_DTYPES, ptr
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -25,10 +24,6 @@ def dtype_code(t):
 def parameter(t):
     """Pointer of an optional parameter vector, and whether it is fp32."""
     return ptr(t), t is not None and t.dtype == torch.float32
-
-
-def dropout(p, seed):
-    return ptr(seed), 1 / (1 - p), threshold(p)
 
 
 def row_blocks(rows):

@@ -4,10 +4,11 @@ import torch
 from torch.nn import functional as F
 
 from ..attention import bias_arguments, dense_last, empty_or_zeros
+from ..dropout import dropout_arguments
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
-from .arguments import dropout, dtype_code
+from .arguments import dtype_code
 
 HEAD_DIMS = (32, 64, 128)  # others are padded with zeros to the next
 
@@ -48,7 +49,7 @@ def _arguments(
         *(ptr(starts_q), ptr(starts_k), ptr(seqused_k)),
         *(starts_q.shape[0] - 1, tokens, heads, head_dim, longest_q, longest_k, scale, pointer),
         *(bias is not None and bias.dtype == torch.float32, batch, head, query),
-        *(*dropout(dropout_p, seed), causal),
+        *(*dropout_arguments(dropout_p, seed), causal),
     )
 
 

@@ -2,10 +2,11 @@
 
 import torch
 
+from ..dropout import dropout_arguments
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
 from ..registry import register
-from .arguments import dropout, dtype_code, hidden_limit, row_blocks
+from .arguments import dtype_code, hidden_limit, row_blocks
 
 
 def _limit(device, dtype, arguments):
@@ -22,7 +23,16 @@ def _forward(word, ids, positions, types, position, token_type, weight, bias, ep
     C.cuda_embedding_layer_norm(
         *(dtype_code(word), ptr(ids), ptr(positions), ptr(types)),
         *(ptr(word), ptr(position), ptr(token_type), ptr(weight), ptr(bias)),
-        *(*dropout(p, seed), eps, tokens, hidden, ptr(y), ptr(mean), ptr(rstd), *cuda_queue(word)),
+        *(
+            *dropout_arguments(p, seed),
+            eps,
+            tokens,
+            hidden,
+            ptr(y),
+            ptr(mean),
+            ptr(rstd),
+            *cuda_queue(word),
+        ),
     )
     return y, mean, rstd
 
@@ -39,7 +49,7 @@ def _backward(grad, ids, positions, types, word, position, token_type, weight, m
     columns = torch.empty((2, hidden), device=word.device)
     C.cuda_embedding_layer_norm_backward(
         *(dtype_code(word), ptr(grad), ptr(ids), ptr(positions), ptr(types)),
-        *(ptr(word), ptr(position), ptr(token_type), ptr(weight), *dropout(p, seed)),
+        *(ptr(word), ptr(position), ptr(token_type), ptr(weight), *dropout_arguments(p, seed)),
         *(ptr(mean), ptr(rstd), tokens, hidden, ptr(ds), ptr(partial), blocks, ptr(columns)),
         *cuda_queue(word),
     )

@@ -46,7 +46,7 @@ V dot(V sum, A a, A b) {
   return sum;
 }
 
-// As rows_tile.h's assembly: the sums of two products saturate at 16 bits, theirs wrap around.
+// As sums16.h's assembly: the sums of two products saturate at 16 bits, theirs wrap around.
 template <class V, class Quad>
 V dot_two(V acc, V a0, V a1, const Quad* b0, const Quad* b1) {
   uint8_t x[2][sizeof(V)];
@@ -120,20 +120,16 @@ void tile_dot(int c, int a, int b) {
 
 }  // namespace emulated
 
-#define __AVX512F__ 1
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_set1_epi64 emulated::set1_epi64
 #define _mm512_maskz_mul_epu32 emulated::mul_epu32
 #if BERTFAST_EMULATED > 1
-#define __AVX512BF16__ 1
-#define __AVX512VNNI__ 1
 #define _mm512_dpbf16_ps emulated::dot<emulated::dot_bf16>
 #define _mm512_dpbusd_epi32 emulated::dot<emulated::dot_bytes>
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #endif
 #if BERTFAST_EMULATED > 2
-#define __AMX_BF16__ 1
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero

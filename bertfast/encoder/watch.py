@@ -12,7 +12,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as global_hooks
 
 from ..ops import registry
-from ..ops.library import PLAIN
+from ..ops.library import PLAIN, unwatched
+from ..ops.library import plain as plain_tensor
+from .spec import Unfit
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _hooks = attrgetter(*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
@@ -79,7 +81,7 @@ def _count(types) -> int:
     return sum(len(_PARAMETERS.get(t, ())) for t in types)
 
 
-def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -> str | None:
+def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -> Unfit | None:
     """Why not each of the modules is `plain`, of its type; None where all are, which is found out
     by functions in C alone."""
     if (
@@ -95,7 +97,16 @@ def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -
     for m, expected, name in zip(modules, types, names or repeat(None), strict=names is not None):
         why = plain(m, expected)
         if why:
-            return f"{name or expected.__name__}: {why}"
+            return Unfit(name or expected.__name__, why)
+    return None
+
+
+def dispatch_limit(hidden) -> str | None:
+    """What keeps kernels from running without torch's dispatcher."""
+    if not unwatched():
+        return "a dispatch mode, a transform, tracing or compilation watches the operators"
+    if not plain_tensor(hidden):
+        return f"the hidden states are a {type(hidden).__name__} of no plain memory"
     return None
 
 

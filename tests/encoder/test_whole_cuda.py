@@ -4,17 +4,18 @@ Without a GPU it runs on the CPU, in an extension built with BERTFAST_CUDA_HOST.
 """
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import DEVICES, close_to_truth, exact, refused
 from test_frozen import batch, build
+from test_whole_cpu import agrees_with_operators, some_bias
 from torch.nn.functional import cosine_similarity
 
 import bertfast
-from bertfast.model import few_tokens
-from bertfast.ops.extension import C
+from bertfast.encoder import Batch, run
+from bertfast.encoder.batch import PackedSequences, Packing, PaddedPacking
+from bertfast.encoder.executors import whole_cuda
 
 pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="the extension has no CUDA kernels")
 BOUND = {"bf16": 0.025, "fp16": 0.005}  # beside the fp64 truth
@@ -30,14 +31,13 @@ def forced():
 @pytest.fixture
 def calls(monkeypatch):
     """The tokens of each call of the whole encoder."""
-    seen = []
+    seen, run = [], whole_cuda.run
 
-    def encoder(*arguments):
-        seen.append(arguments[11])
-        C.cuda_encoder(*arguments)
+    def counting(layers, batch):
+        seen.append(len(batch.hidden))
+        return run(layers, batch)
 
-    fake = SimpleNamespace(cuda_encoder=encoder, cuda_encoder_workspace=C.cuda_encoder_workspace)
-    monkeypatch.setattr(few_tokens, "C", fake)
+    monkeypatch.setattr(whole_cuda, "run", counting)
     return seen
 
 
@@ -95,7 +95,7 @@ def test_hidden_states(calls):
 @pytest.mark.parametrize("shape, few", [("even", 20), ("odd", 512)])
 def test_beyond_its_limits(shape, few, calls, monkeypatch):
     """Too many tokens, or sizes that it doesn't take: the operators one by one."""
-    monkeypatch.setattr(few_tokens, "FEW_TOKENS", few)
+    monkeypatch.setattr(whole_cuda, "FEW_TOKENS", few)
     model, given = build(shape), batch((20, 7))
     expected = exact(model, given).last_hidden_state
     with torch.inference_mode():
@@ -128,12 +128,28 @@ def test_weights_that_change(calls):
             actual = ours(**there(given)).last_hidden_state
         close_states(actual, expected, given, "bf16")
     assert calls == [27, 27]
-    with torch.no_grad(), few_tokens.off():
+    with torch.no_grad(), bertfast.executor("node"):
         other = ours(**there(given)).last_hidden_state
     with torch.no_grad():
         ours.float()(**there(given))  # not in fp32
     assert calls == [27, 27]
     close_states(other, expected, given, "bf16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("low", [True, False])
+def test_bias_and_padded_rows(dtype, low, calls):
+    """A bias on the scores, in either precision, and padding that is queries alone."""
+    model, mask = build(), batch((40, 17, 0))["attention_mask"]
+    model = model.to(DEVICES["cuda"], dtype)
+    packing = PaddedPacking(Packing(3, 40, mask.to(DEVICES["cuda"]), DEVICES["cuda"]))
+    hidden = torch.randn(120, model.config.hidden_size).to(DEVICES["cuda"], dtype)
+    shape = 3, model.config.num_attention_heads, 40, 40
+    bias = some_bias(*shape, dtype=dtype if low else torch.float32).to(DEVICES["cuda"])
+    with torch.no_grad():
+        found, _ = run(model.encoder.describe(), Batch.of(hidden, packing, bias=bias))
+        agrees_with_operators(found, model, hidden, packing, bias)
+    assert calls == [120]
 
 
 def test_more_rows_than_tokens(calls):
@@ -157,7 +173,10 @@ def test_refusals():
     small = frozen(build(), "bf16")
     refused(ValueError, "isn't frozen", bertfast.freeze, small, "bf16")
     refused(TypeError, "copied or pickled", copy.deepcopy, small)
+    starts = PackedSequences(torch.tensor([0, 2], dtype=torch.int32, device="meta"), 2)
     elsewhere = torch.zeros(2, 128, device="meta")
-    refused(RuntimeError, "on meta, a frozen encoder stays on", small.encoder, elsewhere, None)
+    refused(
+        RuntimeError, "on meta, a frozen encoder stays on", small.encoder, elsewhere, starts, None
+    )
     small.train()
     refused(RuntimeError, "eval mode", small, **there(batch((4,))))

@@ -14,22 +14,26 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
 import bertfast
-from bertfast.model import live
-from bertfast.model.encoder import BertLayer, Packing, PaddedPacking
-from bertfast.model.layer import encoder_layer
+from bertfast.encoder import Batch
+from bertfast.encoder.batch import Packing, PaddedPacking
+from bertfast.encoder.executors import operators, whole_cpu
+from bertfast.model.encoder import BertLayer
 
 
 @contextlib.contextmanager
 def counted():
-    with mock.patch.object(live, "run", wraps=live.run) as run:
-        yield run
+    """How many layers each call took."""
+    calls, run = [], whole_cpu.run
+    counting = lambda layers, batch: (calls.append(len(layers)), run(layers, batch))[1]
+    with mock.patch.object(whole_cpu, "run", counting):
+        yield calls
 
 
 def states(model, given, fast=True):
     """The model's, without gradients; `fast`: whether by one call."""
-    with torch.no_grad(), counted() as run:
+    with torch.no_grad(), counted() as calls:
         found = model(**given).last_hidden_state
-    assert run.call_count == fast
+    assert (calls == [3]) == fast
     return found
 
 
@@ -68,9 +72,9 @@ def test_activations(act):
 def test_a_head_wants_few_rows():
     model, given = build(cls="BertForSequenceClassification"), batch([5, 9, 2] * 60)
     with torch.no_grad():
-        with counted() as run:
+        with mock.patch.object(whole_cpu, "run", wraps=whole_cpu.run) as run:
             actual = model(**given).logits
-        assert run.call_args.args[4] is not None and run.call_count == 1
+        assert run.call_args.args[1].rows is not None and run.call_count == 1
     close_to_truth(actual, exact(model, given).logits)
 
 
@@ -146,11 +150,10 @@ def with_dispatch_mode(model, given):
 def with_vmap(model, given):
     packing = Packing(2, 40, given["attention_mask"], "cpu")
     hidden = torch.randn(2, 57, model.config.hidden_size)
-    asked = mock.patch.object(live, "serves", wraps=live.serves)
-    with torch.no_grad(), counted() as run, asked as serves, contextlib.suppress(Exception):
+    with torch.no_grad(), counted() as calls, contextlib.suppress(Exception):
         # May be refused, must not be wrong.
         torch.func.vmap(lambda h: model.encoder(h, packing, [None] * 9))(hidden)
-    assert serves.call_count == 1 and run.call_count == 0
+    assert calls == []
 
 
 class Halved(BertLayer):
@@ -199,19 +202,48 @@ def test_padded_rows(dtype, shape):
     g = torch.Generator().manual_seed(3)
     hidden = packing.pack(torch.randn(*mask.shape, size, generator=g).to(dtype))
 
-    def by_operators(model, x):
-        for layer in model.encoder.layer:
-            sequences = packing.cu_seqlens, packing.seqlen
-            given = *layer.arithmetic(), *sequences, [None] * 3
-            x, _ = encoder_layer(x, *given, seqused_k=packing.seqused_k)
-        return x
-
     with torch.no_grad():
-        weights, options = zip(*(m.arithmetic() for m in model.encoder.layer), strict=True)
-        found = live.run(weights, options[0], hidden, packing)
-        with bertfast.backend("reference"):
-            truth = by_operators(copy.deepcopy(model).double(), hidden.double())
-            close_to_truth(found, truth, by_operators(model, hidden))
+        found = whole_cpu.run(model.encoder.describe(), Batch.of(hidden, packing))
+        agrees_with_operators(found, model, hidden, packing)
+
+
+def agrees_with_operators(found, model, hidden, packing, bias=None):
+    """As the reference's operators in fp64, layer by layer."""
+
+    def by_operators(model, x, bias):
+        return operators.run(model.encoder.describe(), Batch.of(x, packing, bias=bias))
+
+    with bertfast.backend("reference"):
+        wide = None if bias is None else bias.double()
+        truth = by_operators(copy.deepcopy(model).double(), hidden.double(), wide)
+        close_to_truth(found, truth, by_operators(model, hidden, bias))
+
+
+def some_bias(*shape, dtype):
+    """[batch, heads, seqlen, seqlen] with a row that sees nothing, neither dense nor aligned."""
+    g = torch.Generator().manual_seed(4)
+    bias = torch.randn(*shape[:-1], shape[-1] + 3, generator=g).to(dtype)[..., 1:-2]
+    bias[0, :, 2] = -torch.inf
+    bias[..., 5, 1::2] = -torch.inf
+    return bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.usefixtures("guarded")
+def test_bias(dtype, shape, shared):
+    """On the scores, for all sequences and heads or for each."""
+    model, mask = build(shape).to(dtype), batch((130, 40, 17, 1, 0))["attention_mask"]
+    heads, size = model.config.num_attention_heads, model.config.hidden_size
+    bias_shape = (1, 1, 130, 130) if shared else (5, heads, 130, 130)
+    bias = some_bias(*bias_shape, dtype=torch.float32 if shared else dtype)
+    for packing in (Packing(*mask.shape, mask, "cpu"), PaddedPacking(Packing(5, 130, mask, "cpu"))):
+        hidden = packing.pack(torch.randn(5, 130, size).to(dtype))
+        with torch.no_grad():
+            given = Batch.of(hidden, packing, bias=bias)
+            found = whole_cpu.run(model.encoder.describe(), given)
+            agrees_with_operators(found, model, hidden, packing, bias)
 
 
 def test_no_layers():
@@ -256,25 +288,26 @@ def test_packed_input(precision):
 
 def test_with_gradients_and_states_asked_for():
     model, given = build(), batch((40, 17))
-    with counted() as run:
+    with counted() as calls:
         loss = model(**given).last_hidden_state.sum()
         with torch.no_grad():
-            model(**given, output_hidden_states=True)
             model(**given, output_attentions=True)
-    assert run.call_count == 0 and loss.requires_grad
+            assert calls == [] and loss.requires_grad
+            model(**given, output_hidden_states=True)
+    assert calls == [1, 1, 1]
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "Electra", "MPNet"])
 def test_drop_in(family):
-    """All but MPNet, whose layers share a bias; test_dropin.py compares the outputs."""
+    """test_dropin.py compares the outputs."""
     from families import build as stock
     from families import inputs_for
 
     model = stock(family)
     bertfast.accelerate(model, strict=True)
-    with torch.no_grad(), counted() as run:
+    with torch.no_grad(), counted() as calls:
         model(**inputs_for())
-    assert run.call_count == (family != "MPNet")
+    assert calls == [2]
 
 
 def test_drop_in_is_never_stale():

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from ..ops.extension import C
-from .encoder import PackedSequences
-from .live import forward
+from .batch import Batch, PackedSequences
+from .executors import operators
+from .executors.whole_cpu import forward
 
 # Of int8's noise in a layer's states, see `_noise`; above it the layer stays in bf16. A healthy
 # MiniLM's layers have 1.5 to 2.3%, bf16 has 0.3 to 0.4%. AVX2 projects queries, keys and values in
@@ -32,34 +33,53 @@ def _noise(states, expected) -> float:
 class Sample(NamedTuple):
     """Tokens at random, to try int8 on: outliers of weights show with any."""
 
-    first: torch.Tensor  # [tokens, hidden], the embeddings
+    first: torch.Tensor  # [tokens, hidden], what comes to the first layer
     hidden: torch.Tensor  # behind the layers that it has come through
     sequences: PackedSequences
 
     @classmethod
     @torch.no_grad()
-    def of(cls, embeddings, config, texts=4):
+    def of(cls, owner, encoder, config, texts=4):
+        """What `owner`, the base model, gives its encoder."""
         seqlen = min(32, config.max_position_embeddings)
+        vocabulary = owner.get_input_embeddings().weight.shape[0]
         ids = torch.randint(
-            *(0, config.vocab_size, (texts * seqlen,)), generator=torch.Generator().manual_seed(0)
+            *(0, vocabulary, (texts, seqlen)), generator=torch.Generator().manual_seed(0)
         )
-        hidden = embeddings(ids, torch.arange(seqlen).repeat(texts), torch.zeros_like(ids), None)
+        seen = []
+
+        def catch(_, args, kwargs):
+            seen.append(args[0] if args else kwargs["hidden_states"])
+            raise _Caught
+
+        handle = encoder.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            owner(input_ids=ids)
+        except _Caught:
+            pass
+        finally:
+            handle.remove()
+        hidden = seen[0].reshape(texts * seqlen, -1)
         starts = torch.arange(texts + 1, dtype=torch.int32) * seqlen
         return cls(hidden, hidden, PackedSequences(starts, seqlen))
 
     @torch.no_grad()
     def through(self, layer, packed):
         """-> the sample behind the layer, and the noise of `packed`'s."""
-        starts, seqlen, _ = self.sequences
-        expected, size = layer(self.hidden, starts, seqlen, [None] * 3), self.hidden.shape[1]
-        states = forward(packed, size, 0, 1, self.hidden, torch.float32, self.sequences)
+        batch = Batch.of(self.hidden, self.sequences)
+        expected = operators.run([layer], batch)
+        states = forward(packed, 0, 1, batch, torch.float32)
         return self._replace(hidden=expected), _noise(states, expected.float())
 
     @torch.no_grad()
-    def least_cosine(self, frozen) -> float:
-        """Of a token's states by all of `frozen`'s layers to those here."""
-        states = frozen._run(0, frozen.layers, self.first, self.sequences, None)
+    def least_cosine(self, run) -> float:
+        """Of a token's states by `run`, all of the frozen layers, to those here."""
+        states = run(Batch.of(self.first, self.sequences))
         return torch.cosine_similarity(states.float(), self.hidden.float(), dim=1).min().item()
+
+
+class _Caught(Exception):  # noqa: N818  nobody sees it
+    pass
 
 
 def complaints(noise, kept, least_cosine):

@@ -1,0 +1,127 @@
+"""One call of an encoder, and what its tokens are in a padded batch."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import ops
+from ..ops.declare import FLOATS, LENGTH, Below, Declaration, Number, Offsets, Tensor, UpToLengths
+from ..ops.library import call
+from ..ops.pack import gather
+
+STATES = Declaration(  # what the encoder's layers take in one call
+    "encoder(Tensor hidden, SymInt size, Tensor cu_seqlens, SymInt seqlen, Tensor? seqused_k, "
+    "Tensor? rows) -> Tensor",
+    hidden=Tensor("tokens, size", FLOATS),
+    size=Number(1),
+    cu_seqlens=Tensor("batch + 1", torch.int32, Offsets("tokens", "seqlen")),
+    seqlen=LENGTH,
+    seqused_k=Tensor("batch", torch.int32, UpToLengths("cu_seqlens")),
+    rows=Tensor("n", torch.int64, Below("tokens")),
+)
+
+
+class Batch(NamedTuple):
+    """Sequences side by side, for the layers."""
+
+    hidden: torch.Tensor  # [tokens, hidden]
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
+    longest: int  # or a bound above it
+    seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
+    rows: torch.Tensor | None = None  # int64 [n], the last layer's that are wanted; None for all
+    bias: torch.Tensor | None = None  # of every layer's attention, see `ops.attention`
+    seeds: Any = None  # int64 [3 * layers, 2]: each layer's as its `DropoutRates`
+    captured: bool = False  # into a CUDA graph, whose launches cost nothing
+
+    @classmethod
+    def of(cls, hidden, packing, **rest):
+        """packing: a `Packing`, or `PackedSequences`."""
+        captured = getattr(packing, "captured", False)
+        return cls(
+            hidden,
+            *(packing.cu_seqlens, packing.seqlen, packing.seqused_k),
+            captured=captured,
+            **rest,
+        )
+
+    def check(self, size: int, values: bool = True) -> None:
+        """Raises TypeError, ValueError or IndexError where it doesn't fit together, or layers of
+        this hidden size; `values`: whether those of the offsets may be read."""
+        STATES.check(
+            (self.hidden, size, self.cu_seqlens, self.longest, self.seqused_k, self.rows), values
+        )
+
+
+class PackedSequences(NamedTuple):
+    """All that the layers need of a `Packing`, for sequences that come packed."""
+
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1]
+    seqlen: int  # the longest
+    seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
+
+
+def check_mask(attention_mask, batch: int, seqlen: int):
+    if attention_mask is not None and attention_mask.shape != (batch, seqlen):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}, expected "
+            f"[{batch}, {seqlen}] as the input: one 0 or 1 for each token"
+        )
+
+
+class Packing:
+    """Where the real tokens of a padded batch are; made once for a forward.
+
+    attention_mask [batch, seqlen], 0 at padding, None for none.
+    """
+
+    seqused_k = None
+    captured = False
+
+    def __init__(self, batch: int, seqlen: int, attention_mask, device):
+        if attention_mask is None:
+            attention_mask = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
+        check_mask(attention_mask, batch, seqlen)
+        if attention_mask.device.type != torch.device(device).type:
+            raise ValueError(
+                f"attention_mask is on {attention_mask.device}, expected {device} as the input"
+            )
+        self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
+        self.indices, self.cu_seqlens = call("pack_indices", attention_mask, None)
+
+    def pack(self, x):
+        """[batch, seqlen, ...] -> [tokens, ...]"""
+        return gather(x, self.indices)
+
+    def unpack(self, x):
+        """[tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
+        return ops.unpack(x, self.indices, self.batch, self.seqlen)
+
+    def first_rows(self, tokens: int):
+        """int64 [batch]: where column 0 is among the tokens; any row where it is padding."""
+        return self.cu_seqlens[:-1].long().clamp(max=tokens - 1)
+
+    def zero_padded(self, first):
+        """[batch, hidden], rows of `first_rows` -> the same, zeros where column 0 is padding."""
+        return torch.where((self.mask[:, 0] != 0).unsqueeze(1), first, 0)
+
+    def first(self, x):
+        """[tokens, hidden] -> [batch, hidden]: column 0 of `unpack`, without making the rest."""
+        if not torch.compiler.is_compiling() and x.shape[0] == 0:
+            return x.new_zeros((self.batch, x.shape[1]))
+        return self.zero_padded(x[self.first_rows(x.shape[0])])
+
+
+class PaddedPacking(Packing):
+    """All rows of a padded batch: a sequence's real tokens, then its padding, whose rows are
+    queries alone. For who reads what the layers make of them.
+
+    packing: that of the real tokens.
+    """
+
+    def __init__(self, packing: Packing):
+        self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
+        self.seqused_k = packing.cu_seqlens.diff()
+        padding = (self.mask == 0).to(torch.uint8)
+        rows = padding.argsort(dim=1, stable=True)
+        starts = torch.arange(self.batch + 1, device=rows.device) * self.seqlen
+        self.indices, self.cu_seqlens = (rows + starts[:-1, None]).flatten(), starts.int()

@@ -1,0 +1,78 @@
+"""Inference of a few tokens on a GPU, where launches take longer than kernels: all layers by one
+call into csrc/cuda/encoder.cu, in which each kernel starts before the one ahead of it has ended
+(sm_90)."""
+
+import functools
+
+import torch
+
+from ...ops import registry
+from ...ops.attention import dense_last
+from ...ops.cuda.arguments import HALVES, MAX_HIDDEN
+from ...ops.cuda.attention import HEAD_DIMS
+from ...ops.cuda.linear_act import FEW_TOKENS
+from ...ops.extension import C
+from ...ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, lazy, ptr, real
+from ..batch import Batch
+from ..spec import Layer
+from ..weights import addresses, shapes
+from .whole_cpu import c_batch, c_spec, flat_weights, inference_limit
+
+DEVICE = CUDA_DEVICE
+
+
+def limit(layers: list[Layer], batch: Batch) -> str | None:
+    hidden, spec = batch.hidden, layers[0].spec
+    if hidden.device.type != CUDA_DEVICE or hidden.dtype not in HALVES:
+        return f"it takes bfloat16 or float16 on a GPU, not {hidden.dtype} on {hidden.device}"
+    # A test build has CUDA's kernels on the CPU, where they serve on request alone.
+    if registry.forced() not in (("cuda",) if CUDA_DEVICE == "cpu" else (None, "cuda")):
+        return f"backend {registry.forced()!r} is forced"
+    why = cuda_limit(CUDA_DEVICE, None, ()) or inference_limit(layers, batch)
+    if why:
+        return why
+    if batch.captured:  # and these kernels run slower than cuBLAS's and Triton's
+        return "a CUDA graph's launches cost nothing"
+    if len(hidden) > FEW_TOKENS:
+        return f"there are {len(hidden)} tokens, it takes up to {FEW_TOKENS}"
+    if not _new_enough(hidden.device):
+        return "the GPU is older than sm_80"
+    if spec.head_dim not in HEAD_DIMS or spec.hidden % 8 or spec.inner % 8:
+        return "the sizes don't fit its tiles"
+    if spec.hidden > MAX_HIDDEN:
+        return f"hidden is {spec.hidden}, it takes at most {MAX_HIDDEN}"
+    return _weights_limit(layers, hidden)
+
+
+def _weights_limit(layers, hidden):
+    flat = flat_weights(layers)
+    if {p.dtype for p in flat} != {hidden.dtype} or {p.device for p in flat} != {hidden.device}:
+        return f"the weights are not all in {hidden.dtype} on {hidden.device}"
+    if [p.shape for p in flat] != shapes(layers[0].spec) * len(layers) or lazy(*flat):
+        return "the weights' shapes don't fit together"
+    if not all(p.is_contiguous() and p.data_ptr() % 16 == 0 for p in flat):
+        return "a weight is not dense or not aligned to 16 bytes"
+    return None
+
+
+@functools.cache
+def _new_enough(device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def run(layers: list[Layer], batch: Batch):
+    at = addresses(flat_weights(layers))
+    parts = batch.hidden, batch.cu_seqlens, batch.seqused_k, batch.rows
+    hidden, starts, used, rows = map(real, parts)
+    if hidden.data_ptr() % 16:
+        hidden = hidden.clone()
+    count = len(hidden) if rows is None else len(rows)
+    out = torch.empty((count, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
+    bias = None if batch.bias is None else dense_last(batch.bias)
+    spec = c_spec(layers[0].spec)
+    given = c_batch(batch, hidden, out, starts, used, rows, bias)
+    size = C.cuda_encoder_workspace(spec, given)
+    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+    weights = at.buffer_info()[0], len(layers)
+    C.cuda_encoder(spec, *weights, given, ptr(workspace), *cuda_queue(hidden))
+    return out

@@ -1,0 +1,149 @@
+"""The arithmetic of a layer, forward and backward, over whatever kernels it is given.
+
+`k` has the operators' functions by name, all with the schemas' arguments: a backend's own, or the
+dispatcher's.
+"""
+
+import torch
+
+from ..ops.attention import default_scale
+from ..ops.dropout import as_seed
+from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
+from .batch import Batch
+from .spec import Layer, LayerSpec
+from .weights import LayerWeights
+
+
+def seeds_of(layer: Layer, seeds, device) -> list[torch.Tensor | None]:
+    """Of its three dropouts; None of one that doesn't drop. seeds: int64 [3, 2], or None."""
+    seeds = (None,) * 3 if seeds is None else seeds
+    return [as_seed(s, p, device) if p else None for s, p in zip(seeds, layer.dropout, strict=True)]
+
+
+def each(layers: list[Layer], batch: Batch, one):
+    """`one(layer, batch, hidden, seeds, rows)`, layer after layer: [tokens or rows, hidden]."""
+    hidden, seeds = batch.hidden, batch.seeds
+    seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
+    for i, layer in enumerate(layers):
+        own = None if seeds is None else seeds[3 * i : 3 * i + 3]
+        rows = batch.rows if i + 1 == len(layers) else None
+        hidden = one(layer, batch, hidden, own, rows)
+    return hidden
+
+
+def picked(rows, *tensors):
+    return tensors if rows is None else [t.index_select(0, rows) for t in tensors]
+
+
+def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
+    """One layer on packed tokens.
+
+    Args:
+        batch: the sequences, and the attention's bias.
+        hidden: [tokens, hidden].
+        seeds: see `seeds_of`.
+        rows: int64 [n], the tokens whose result is wanted; None for all. What comes after the
+            attention is done for these alone.
+        save: whether `backward` follows.
+
+    Returns: [tokens or n, hidden], and what `backward` takes besides `hidden` and the weights; the
+    query, key and value [tokens, 3, heads, head_dim] first.
+    """
+    spec, w, (p0, p1, p2) = layer
+    seed0, seed1, seed2 = seeds
+    qkv = k.qkv_linear(hidden, *w.query, *w.key, *w.value)
+    qkv = qkv.view(hidden.shape[0], 3, spec.heads, spec.head_dim)
+    context, lse = k.attention(
+        *(qkv, batch.cu_seqlens, batch.longest, default_scale(spec.head_dim), p0, seed0),
+        *(False, batch.bias, batch.seqused_k),
+    )
+    wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
+    # The biases of both outputs are added where the dropout and the residual are.
+    projected, _ = k.linear_act(wanted, w.out.weight, None, 0, False)
+    middle, *stats1 = k.add_layer_norm(
+        projected, residual, *w.norm1, spec.eps, w.out.bias, p1, seed1
+    )
+    inner, z = k.linear_act(middle, *w.up, ACTIVATIONS.index(spec.activation), save)
+    out, _ = k.linear_act(inner, w.down.weight, None, 0, False)
+    y, *stats2 = k.add_layer_norm(out, middle, *w.norm2, spec.eps, w.down.bias, p2, seed2)
+    return y, (qkv, context, lse, projected, *stats1, middle, inner, z, out, *stats2)
+
+
+def backward(
+    k, spec: LayerSpec, w: LayerWeights, batch: Batch, drops, rows, saved, hidden, grad, needs, wide
+):
+    """The gradients of `forward`.
+
+    Args:
+        drops: (rates, seeds) of `forward`.
+        saved: what it returned.
+        grad: [tokens or rows, hidden].
+        needs: whether hidden's, the bias's, and each parameter's are needed, as `LayerWeights`.
+        wide: 0, or `linear_act._WIDE`, for weights' gradients in fp32.
+
+    Returns: those of hidden, the bias and the parameters in the order of `LayerWeights.flat`; None
+    where it isn't needed.
+    """
+    qkv, context, lse, projected, mean1, rstd1, middle, inner, z, out, mean2, rstd2 = saved
+    (p0, p1, p2), (seed0, seed1, seed2) = drops
+    through, through_bias, needs = needs
+    activation = ACTIVATIONS.index(spec.activation)
+
+    def need(linear, bias=True):
+        return _DX | _DW * linear.weight | _DB * (bias and linear.bias) | wide
+
+    def norm(grad, x, residual, norm, stats, x_bias, p, seed):
+        dx, ds, dw, db, dx_bias = k.add_layer_norm_backward(
+            grad, x, residual, norm.weight, *stats, x_bias, p, seed
+        )
+        return dx, dx if seed is None else ds, (dw, db.to(norm.bias.dtype)), dx_bias
+
+    stats = mean2, rstd2
+    dout, dmiddle, dnorm2, ddown_bias = norm(
+        grad, out, middle, w.norm2, stats, w.down.bias, p2, seed2
+    )
+    dinner, ddown, _ = k.linear_act_backward(
+        dout, inner, w.down.weight, None, None, 0, need(needs.down, False)
+    )
+    d, *dup = k.linear_act_backward(dinner, middle, *w.up, z, activation, need(needs.up))
+    dmiddle = d.add_(dmiddle)
+    wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
+    stats = mean1, rstd1
+    dprojected, dresidual, dnorm1, dout_bias = norm(
+        dmiddle, projected, residual, w.norm1, stats, w.out.bias, p1, seed1
+    )
+    dcontext, dout_weight, _ = k.linear_act_backward(
+        dprojected, wanted, w.out.weight, None, None, 0, need(needs.out, False)
+    )
+    if rows is not None:
+        dcontext, dresidual = (
+            t.new_zeros((hidden.shape[0], t.shape[1])).index_add(0, rows, t)
+            for t in (dcontext, dresidual)
+        )
+    dqkv, dbias = k.attention_backward(
+        *(dcontext.view(context.shape), qkv, context, lse, batch.cu_seqlens, batch.longest),
+        *(default_scale(spec.head_dim), p0, seed0, False, batch.bias, batch.seqused_k),
+        through_bias,
+    )
+    own = needs.query, needs.key, needs.value
+    weights, biases = any(n.weight for n in own), any(n.bias for n in own)
+    dhidden, dwq, dwk, dwv, dbq, dbk, dbv = k.qkv_linear_backward(
+        *(dqkv.view(hidden.shape[0], 3 * spec.width), hidden),
+        *(w.query.weight, w.key.weight, w.value.weight, w.query.bias),
+        _DX * through | _DW * weights | _DB * biases | wide,
+    )
+    found = LayerWeights(
+        query=(dwq, dbq),
+        key=(dwk, dbk),
+        value=(dwv, dbv),
+        out=(dout_weight, dout_bias),
+        norm1=dnorm1,
+        up=dup,
+        down=(ddown, ddown_bias),
+        norm2=dnorm2,
+    )
+    return (
+        dhidden.add_(dresidual) if through else None,
+        dbias if through_bias else None,
+        *(g if n else None for g, n in zip(found.flat(), needs.flat(), strict=True)),
+    )

@@ -1,0 +1,261 @@
+"""Weights laid out once, for inference alone: on a CPU in the order of the kernels, in fp32, bf16
+or int8; on a GPU in bf16 or fp16."""
+
+from itertools import groupby
+
+import torch
+
+from ..ops import registry
+from ..ops.extension import C
+from ..ops.library import CPU_DTYPES, is_bf16, plain, unwatched
+from .batch import Batch
+from .executors.whole_cpu import c_spec, forward
+from .noise import NOISE_LIMIT, Sample, complaints
+from .run import Choice
+from .run import run as run_layers
+from .spec import Layer
+from .weights import LayerWeights
+
+PRECISIONS = ("fp32", "bf16", "int8")
+CUDA_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Freezable:
+    """Mixed into an encoder's class. `bertfast.freeze` takes its layers and sets `packed`."""
+
+    packed = None  # a `Packed`: the encoder's layers are gone
+
+
+class Packed:
+    """An encoder's layers for inference.
+
+    size, count: the hidden size, and of how many layers. dtype: of the results. config: the
+    model's.
+    """
+
+    choice: Choice
+
+    def __init__(self, layers: list[Layer], precision: str, dtype, config):
+        self.precision, self.dtype, self.config = precision, dtype, config
+        self.size, self.count = layers[0].spec.hidden, len(layers)
+
+    def run(self, batch: Batch, training: bool, collect=None):
+        """[tokens or rows, hidden]; `collect(hidden)` sees each layer's.
+
+        Raises: RuntimeError in training mode, or where gradients are wanted.
+        """
+        if training or (torch.is_grad_enabled() and batch.hidden.requires_grad):
+            raise RuntimeError(
+                "a frozen model is for inference: call it in eval mode under "
+                "torch.inference_mode(), or train the model before bertfast.freeze"
+            )
+        batch.check(self.size)
+        if collect is None:
+            return self._run(0, self.count, batch)
+        hidden, rows = batch.hidden, batch.rows
+        for i in range(self.count):
+            hidden = self._run(i, i + 1, batch._replace(hidden=hidden, rows=None))
+            collect(hidden)
+        return hidden if rows is None else hidden[rows]
+
+    def __reduce__(self):
+        raise TypeError(
+            "a frozen encoder can't be copied or pickled: copy the model before bertfast.freeze"
+        )
+
+    def __str__(self):
+        return f"{self.count} layers, {self.precision}"
+
+
+class PackedCpu(Packed):
+    """On a CPU, for `whole_cpu`'s kernels.
+
+    fp32: every product in fp32. bf16: weights and activations of products in bf16, sums, softmax,
+    layer norm and the residual stream in fp32. int8: weights per output channel, activations in
+    uint8 between the least and the largest of a token as they come (no calibration; fp32 without
+    AVX2), after a layer norm before its bias is added, attention and its queries, keys and values
+    in bf16. Where the processor has no bf16 dot product, bf16 weights are widened as they are read
+    and attention is in fp32; int8 with AVX2 then projects queries, keys and values in int8 too.
+    Without VNNI int8 weights are scaled so that no sum in 16 bits overflows. A layer that int8 puts
+    too much noise into, for its outliers, stays in bf16: `noise` has each layer's in int8 and
+    `least_cosine` the whole's, see noise.py.
+
+    layers: are taken out of the list, so that each can be freed. center: [hidden], the bias of the
+    LayerNorm before the first. sample: for int8.
+    """
+
+    def __init__(self, layers, precision: str, dtype, config, center, sample: Sample | None):
+        super().__init__(layers, precision, dtype, config)
+        self.noise: list[float] = []
+        self.choice = Choice(f"whole_cpu, frozen in {precision}", {})
+        chosen, center = [], center.detach().float().clone()
+        while layers:
+            layer = layers.pop(0)
+            found, weights = precision, _PackedLayer(layer, precision, center)
+            if sample is not None:
+                sample, noise = sample.through(layer, weights.encoder())
+                self.noise.append(noise)
+                if not noise <= NOISE_LIMIT:  # or NaN
+                    found, weights = "bf16", _PackedLayer(layer, "bf16", center)
+            chosen.append((found, weights))
+            center = weights.norms[-1][1]
+        self._keep, self._runs, first = [w for _, w in chosen], [], 0
+        for _, group in groupby(chosen, key=lambda c: c[0]):
+            weights = [w for _, w in group]
+            last = first + len(weights)
+            self._runs.append((first, last, weights[0].encoder(weights[1:])))
+            first = last
+        if sample is not None:
+            self.least_cosine = sample.least_cosine(lambda batch: self._run(0, self.count, batch))
+
+    @property
+    def kept(self) -> list[int]:
+        """The layers that stayed in bf16 where int8 was asked for."""
+        return [i for i, noise in enumerate(self.noise) if not noise <= NOISE_LIMIT]
+
+    def complaints(self) -> list[str]:
+        """What int8 does to this model that its user should know."""
+        return [*complaints(self.noise, self.kept, self.least_cosine)] if self.noise else []
+
+    def __str__(self):
+        return super().__str__() + (f", {len(self.kept)} in bf16" if self.kept else "")
+
+    def _run(self, first, last, batch):
+        for start, end, encoder in self._runs:
+            a, b = max(first, start), min(last, end)
+            if a < b:
+                done = b == last  # between runs the residual stream stays in fp32
+                dtype, given = self.dtype, batch
+                if not done:
+                    dtype, given = torch.float32, batch._replace(rows=None)
+                batch = batch._replace(hidden=forward(encoder, a - start, b - start, given, dtype))
+        return batch.hidden
+
+    def texts(self, tables, eps, ids, mask, types):
+        """A padded batch from its ids to its states by one call, for which Python's own time for
+        packing, embedding and unpacking is a third of a short text's.
+
+        Args:
+            tables: the words', positions' and types' embeddings, their LayerNorm's weight and bias.
+            eps: of that LayerNorm.
+            ids, mask, types: int64 [batch, seqlen]; the last two may be None.
+
+        Returns: [batch, seqlen, hidden], zeros at the padding; None where somebody watches the
+        operators or the arguments are others, for the modules to take or refuse.
+
+        Raises: IndexError for ids out of range.
+        """
+        words, positions, kinds = tables[:3]
+        given = [t for t in (ids, mask, types) if t is not None]
+        if not (
+            len(self._runs) == 1
+            and unwatched()
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and registry.forced() in (None, "cpu")
+            and words.dtype in CPU_DTYPES
+            and all(
+                type(t) is torch.Tensor
+                and plain(t)
+                and t.dtype == torch.int64
+                and t.device.type == "cpu"
+                and t.dim() == 2
+                and t.shape == ids.shape
+                and t.is_contiguous()
+                for t in given
+            )
+            and ids.numel()
+            and ids.shape[1] <= len(positions)
+            and all(
+                t.dtype == words.dtype
+                and plain(t)
+                and t.dim() == rank
+                and t.shape[-1] == self.size
+                and t.is_contiguous()
+                for t, rank in zip(tables, (2, 2, 2, 1, 1), strict=True)
+            )
+        ):
+            return None
+        shape = (*ids.shape, self.size)
+        x = torch.empty(shape, dtype=words.dtype, device="cpu")
+        packed, states = (torch.empty(shape, dtype=self.dtype, device="cpu") for _ in range(2))
+        self._runs[0][2].texts(
+            *([t.data_ptr() for t in tables], is_bf16(words), eps, len(words), len(kinds)),
+            *(ids.data_ptr(), *(0 if t is None else t.data_ptr() for t in (mask, types))),
+            *(*ids.shape, x.data_ptr(), packed.data_ptr(), states.data_ptr(), is_bf16(states)),
+        )
+        return states
+
+
+class _PackedLayer:
+    """A layer's weights; `center` is the bias of the LayerNorm before it."""
+
+    def __init__(self, layer: Layer, precision: str, center):
+        self.spec, w, code = layer.spec, layer.weights, PRECISIONS.index(precision)
+        self.center, self.precision = center, code
+        self.matrices = {
+            "qkv": _Matrices((w.query, w.key, w.value), C.qkv_precision(code), center),
+            "out": _Matrices((w.out,), code),
+            "up": _Matrices((w.up,), code, w.norm1.bias),
+            "down": _Matrices((w.down,), code),
+        }
+        self.norms = [
+            tuple(p.detach().float().clone() for p in norm) for norm in (w.norm1, w.norm2)
+        ]
+
+    def encoder(self, others=()):
+        """Of this layer and those behind it; whoever holds it must hold them."""
+        layers = []
+        for w in (self, *others):
+            norm1, norm2 = (tuple(p.data_ptr() for p in norm) for norm in w.norms)
+            pointers = {name: m.pointer for name, m in w.matrices.items()}
+            layers.append(C.PackedLayer(**pointers, norm1=norm1, norm2=norm2))
+        return C.Encoder(c_spec(self.spec), layers, self.precision, self.center.data_ptr())
+
+
+class _Matrices:
+    """Linear layers side by side; `pointer` is what C++ takes. In int8 they take their input less
+    `center`, [in_features]."""
+
+    def __init__(self, linears, precision: int, center=None):
+        weight = torch.cat([linear.weight.detach().float() for linear in linears])
+        bias = torch.cat([linear.bias.detach().float() for linear in linears])
+        if center is not None and PRECISIONS[precision] == "int8":
+            bias += weight @ center.detach().float()
+        n, k = weight.shape
+        size = C.packed_bytes(n, k, precision) + 64
+        self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.pointer = -(-self.storage.data_ptr() // 64) * 64
+        C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, self.pointer)
+
+
+class PackedCuda(Packed):
+    """Everything in bf16 or fp16. A few tokens take one call, more the layers one by one."""
+
+    def __init__(self, layers, precision: str, dtype, config):
+        super().__init__(layers, precision, dtype, config)
+        self.low, self.device = CUDA_PRECISIONS[precision], layers[0].weights.query.weight.device
+        self.layers = [
+            layer._replace(
+                weights=LayerWeights.of(
+                    [p.detach().to(self.low).contiguous() for p in layer.weights.flat()]
+                )
+            )
+            for layer in layers
+        ]
+        self.choice = Choice(f"frozen in {precision}", {})
+
+    def complaints(self) -> list[str]:
+        return []
+
+    def _run(self, first, last, batch):
+        hidden = batch.hidden
+        if hidden.device != self.device:
+            raise RuntimeError(
+                f"the input is on {hidden.device}, a frozen encoder stays on {self.device}: move "
+                "the model before bertfast.freeze"
+            )
+        hidden, self.choice = run_layers(
+            self.layers[first:last], batch._replace(hidden=hidden.to(self.low))
+        )
+        return hidden.to(self.dtype)

@@ -1,0 +1,80 @@
+"""Who runs an encoder's layers: the first executor, in the order of `EXECUTORS`, whose `limit` lets
+it."""
+
+from typing import NamedTuple
+
+from ..ops.library import unwatched
+from ..ops.registry import Forcing
+from . import watch
+from .batch import Batch
+from .executors import node, operators, whole_cpu, whole_cuda
+from .spec import Layer
+
+EXECUTORS = {  # the fastest first
+    "whole_cpu": whole_cpu,
+    "whole_cuda": whole_cuda,
+    "node": node,
+    "operators": operators,
+}
+_forcing = Forcing("executor", tuple(EXECUTORS))
+
+
+def executor(name: str):
+    """A block in which one executor runs every encoder, in all threads.
+
+    name: "whole_cpu", "whole_cuda" (all layers by one call, for inference), "node" (a node of
+    autograd a layer) or "operators". One that can't serve a call raises RuntimeError naming the
+    limit. The environment variable `BERTFAST_EXECUTOR` does the same for a whole process. Where
+    kernels may not stand for a model's modules at all, the modules run.
+    """
+    return _forcing(name)
+
+
+class Choice(NamedTuple):
+    name: str
+    declined: dict[str, str]  # why each faster one can't
+
+    def __str__(self):
+        return "; ".join([self.name, *(f"{n}: {why}" for n, why in self.declined.items())])
+
+
+def choose(layers: list[Layer], batch: Batch) -> Choice:
+    """Raises RuntimeError where one is forced that can't."""
+    declined, forced, device = {}, _forcing.name(), batch.hidden.device.type
+    why = watch.dispatch_limit(batch.hidden)
+    for name, one in EXECUTORS.items():
+        if name == forced or (forced is None and one.DEVICE in (None, device)):
+            limit = why if one is not operators else None
+            limit = limit or one.limit(layers, batch)
+            if limit is None:
+                return Choice(name, declined)
+            declined[name] = limit
+    raise RuntimeError(f"executor {forced!r} can't run these layers: {declined[forced]}")
+
+
+def run(layers: list[Layer], batch: Batch):
+    """Packed tokens through all layers.
+
+    Returns: [tokens or rows, hidden], and the `Choice` of who ran them.
+
+    Raises: TypeError, ValueError or IndexError for a batch that doesn't fit.
+    """
+    batch.check(layers[0].spec.hidden, values=unwatched())
+    choice = choose(layers, batch)
+    return EXECUTORS[choice.name].run(layers, batch), choice
+
+
+def served() -> dict[str, str | None]:
+    """Each executor: why it can't serve on this machine, or None."""
+    import torch
+
+    from ..ops.extension import C, error
+    from ..ops.library import cuda_limit
+
+    gpu = None if torch.cuda.is_available() else "no GPU"
+    return {
+        "whole_cpu": error if C is None else None,
+        "whole_cuda": gpu or cuda_limit("cuda", None, ()),
+        "node": None,
+        "operators": None,
+    }

@@ -1,0 +1,34 @@
+"""Which modules make an encoder's layer, in each model family: a table each."""
+
+from .bert import BERT_LIKE
+from .distilbert import DISTILBERT
+from .family import ACTIVATIONS, Family, Readers
+from .mpnet import MPNET
+
+_BY_MODULE: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known to `accelerate` and `freeze`."""
+    _BY_MODULE[family.module] = family
+
+
+def forget(family: Family) -> None:
+    """Undo `register`."""
+    _BY_MODULE.pop(family.module, None)
+
+
+def known() -> list[Family]:
+    return [*_BY_MODULE.values()]
+
+
+def of(cls: type) -> Family | None:
+    """The family that a class is the encoder or the layer of."""
+    family = _BY_MODULE.get(cls.__module__)
+    return family if family and cls.__name__ in (family.encoder, family.layer) else None
+
+
+for _family in (*BERT_LIKE, DISTILBERT, MPNET):
+    register(_family)
+
+__all__ = ["ACTIVATIONS", "Family", "Readers", "forget", "known", "of", "register"]

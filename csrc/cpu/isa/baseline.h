@@ -1,0 +1,11 @@
+// Any processor: what the compiler makes of plain vectors (SSE2, NEON).
+#pragma once
+#include "generic.h"
+
+namespace bertfast::isa {
+namespace {
+
+struct baseline : Generic<4, 6> {};  // 12 accumulators of 16 registers
+
+}  // namespace
+}  // namespace bertfast::isa

@@ -1,0 +1,151 @@
+// The encoder for inference in bertfast._C: what describes it, its packed weights and its calls.
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bind.h"
+#include "bindings.h"
+#include "dispatch.h"
+
+namespace bertfast {
+namespace {
+
+using ptr = std::uintptr_t;
+
+template <class T = const void>
+T* at(ptr p) {
+  return reinterpret_cast<T*>(p);
+}
+
+// An encoder's weights for inference. Of packed weights it holds pointers alone: Python keeps them.
+class Encoder {
+ public:
+  // center: the bias of the LayerNorm before the first layer, see EncoderArgs.
+  Encoder(const LayerSpec& spec, std::vector<PackedLayer> layers, int precision, ptr center)
+      : packed_(std::move(layers)), center_(at<const float>(center)) {
+    args_.spec = spec, args_.precision = Precision(precision);
+  }
+  // Of `layers` LayerWeights, which are copied, with the matrices in bf16 or fp32 and the rest in
+  // fp32.
+  Encoder(const LayerSpec& spec, ptr weights, int64_t layers, bool bf16, int precision)
+      : live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + layers) {
+    args_.spec = spec, args_.precision = Precision(precision), args_.live_bf16 = bf16;
+  }
+  // Layers [first, last).
+  void forward(int64_t first, int64_t last, const Batch& batch) const {
+    if (first < 0 || last > layers() || first >= last)
+      throw std::invalid_argument("encoder: no such layers");
+    py::gil_scoped_release release;
+    run(first, last, batch);
+  }
+  // All layers on a padded batch of ids, int64 [batch, seqlen] as mask and types, which may be
+  // null; y [batch, seqlen, hidden], zeros where the mask is. tables: the words', positions' and
+  // types' embeddings, their LayerNorm's weight and bias. x and packed take [batch * seqlen,
+  // hidden].
+  void texts(const std::array<ptr, 5>& tables, bool bf16, float eps, int64_t vocabulary,
+             int64_t type_count, ptr ids, ptr mask, ptr types, int64_t batch, int64_t seqlen, ptr x,
+             ptr packed, ptr y, bool y_bf16) const {
+    py::gil_scoped_release release;
+    std::vector<int64_t> rows, positions, words, kinds;
+    std::vector<int32_t> starts{0};
+    for (auto* v : {&rows, &positions, &words, &kinds}) v->reserve(batch * seqlen);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t j = 0, i = b * seqlen; j < seqlen; ++j, ++i) {
+        if (mask && !at<const int64_t>(mask)[i]) continue;
+        rows.push_back(i), positions.push_back(j);
+        words.push_back(at<const int64_t>(ids)[i]);
+        kinds.push_back(types ? at<const int64_t>(types)[i] : 0);
+      }
+      starts.push_back(int32_t(rows.size()));
+    }
+    check_ids("input_ids", words, vocabulary);
+    check_ids("token_type_ids", kinds, type_count);
+    const int64_t tokens = int64_t(rows.size()), hidden = args_.spec.hidden;
+    std::vector<float> statistics(2 * tokens);
+    EmbeddingArgs e{};
+    e.ids = words.data(), e.positions = positions.data(), e.types = kinds.data();
+    e.word = at(tables[0]), e.position = at(tables[1]), e.type = at(tables[2]);
+    e.weight = at(tables[3]), e.bias = at(tables[4]), e.eps = eps, e.bf16 = bf16;
+    e.tokens = tokens, e.hidden = hidden, e.y = at<void>(x);
+    e.mean = statistics.data(), e.rstd = e.mean + tokens;
+    kernels().embedding_layer_norm(e);
+    Batch all{};
+    all.hidden = at(x), all.dtype = bf16, all.out_dtype = y_bf16;
+    all.out = at<void>(tokens < batch * seqlen ? packed : y);
+    all.cu_seqlens = starts.data(), all.batch = batch, all.tokens = tokens, all.longest = seqlen;
+    run(0, layers(), all);
+    if (tokens < batch * seqlen)
+      kernels().scatter_rows(at<const char>(packed), rows.data(), at<char>(y), tokens,
+                             batch * seqlen, hidden * (y_bf16 ? 2 : 4));
+  }
+
+ private:
+  int64_t layers() const { return int64_t(packed_.size() + live_.size()); }
+  void run(int64_t first, int64_t last, const Batch& batch) const {
+    EncoderArgs g = args_;
+    g.layers = last - first, g.batch = batch;
+    if (live_.empty())
+      g.packed = packed_.data() + first;
+    else
+      g.live = live_.data() + first;
+    g.center =
+        first && g.packed ? static_cast<const float*>(packed_[first - 1].norm2.bias) : center_;
+    kernels().encoder(g);
+  }
+  static void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t size) {
+    if (ids.empty()) return;
+    const auto [low, high] = std::minmax_element(ids.begin(), ids.end());
+    if (*low < 0 || *high >= size)
+      throw py::index_error(std::string(name) + " run from " + std::to_string(*low) + " to " +
+                            std::to_string(*high) + ", expected 0 to " + std::to_string(size - 1));
+  }
+
+  std::vector<PackedLayer> packed_;
+  std::vector<LayerWeights> live_;
+  const float* center_ = nullptr;
+  EncoderArgs args_{};
+};
+
+void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, ptr out) {
+  const LinearWeights from{{{at(weight), at(bias)}}, 1, false};
+  const PackArgs g{from, n, k, Precision(precision), at<void>(out)};
+  py::gil_scoped_release release;
+  kernels().pack_weights(g);
+}
+
+}  // namespace
+
+void bind_encoder(py::module_& m) {
+  m.attr("ROLES") =
+      py::tuple(py::cast(std::vector<const char*>(std::begin(kRoles), std::end(kRoles))));
+  m.attr("LAYER_BYTES") = sizeof(LayerWeights);
+  bind_struct(m, "LayerSpec", field("hidden", &LayerSpec::hidden),
+              field("heads", &LayerSpec::heads), field("inner", &LayerSpec::inner),
+              field("activation", &LayerSpec::activation), field("eps", &LayerSpec::eps));
+  bind_struct(m, "Batch", field("hidden", &Batch::hidden), field("dtype", &Batch::dtype),
+              field("out", &Batch::out), field("out_dtype", &Batch::out_dtype),
+              field("cu_seqlens", &Batch::cu_seqlens), optional("seqused_k", &Batch::seqused_k),
+              field("batch", &Batch::batch), field("tokens", &Batch::tokens),
+              field("longest", &Batch::longest), optional("rows", &Batch::rows),
+              optional("count", &Batch::count), optional("bias", &Batch::bias));
+  bind_struct(m, "PackedLayer", field("qkv", &PackedLayer::qkv), field("out", &PackedLayer::out),
+              field("up", &PackedLayer::up), field("down", &PackedLayer::down),
+              field("norm1", &PackedLayer::norm1), field("norm2", &PackedLayer::norm2));
+  py::class_<Encoder>(m, "Encoder")
+      .def(py::init<const LayerSpec&, std::vector<PackedLayer>, int, ptr>(), py::arg("spec"),
+           py::arg("packed"), py::arg("precision"), py::arg("center"))
+      .def(py::init<const LayerSpec&, ptr, int64_t, bool, int>(), py::arg("spec"),
+           py::arg("weights"), py::arg("layers"), py::arg("bf16"), py::arg("precision"))
+      .def("forward", &Encoder::forward)
+      .def("texts", &Encoder::texts);
+  m.def("qkv_precision",
+        [](int precision) { return int(kernels().qkv_precision(Precision(precision))); });
+  m.def("packed_bytes", [](int64_t n, int64_t k, int precision) {
+    return kernels().packed_bytes(n, k, Precision(precision));
+  });
+  m.def("pack_weights", &pack_weights);
+}
+
+}  // namespace bertfast

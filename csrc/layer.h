@@ -1,0 +1,54 @@
+// What an encoder layer is and one call of its layers, for the CPU and CUDA alike: C++'s side of
+// the descriptions of the same names in Python.
+#pragma once
+#include <cstdint>
+#include <iterator>
+
+namespace bertfast {
+
+enum DType : int { kFp32, kBf16, kFp16 };  // as GPU_DTYPES in bertfast/ops/library.py
+
+struct Parameter {  // of a linear layer or a norm, as torch has it: weight [out, in] or [in]
+  const void *weight, *bias;
+};
+
+// The parameters' roles, in C++ named and ordered here alone; Python hands over an array of these.
+struct LayerWeights {
+  Parameter query, key, value, out, norm1, up, down, norm2;
+};
+constexpr const char* kRoles[] = {"query", "key", "value", "out", "norm1", "up", "down", "norm2"};
+static_assert(sizeof(LayerWeights) == std::size(kRoles) * 2 * sizeof(int64_t));
+
+struct LayerSpec {
+  int64_t hidden, heads, inner;
+  int activation;  // see GemmArgs
+  float eps;
+};
+
+// Added to scaled scores, -inf masks: [batch, heads, longest, longest] by strides of elements, 0
+// where it is broadcast; its last dimension is dense.
+struct Bias {
+  const void* data;  // null for none
+  int64_t batch, head, query;
+  int dtype;
+
+  int64_t row(int64_t b, int64_t h, int64_t q) const { return b * batch + h * head + q * query; }
+};
+
+// One call: sequences side by side, without padding.
+struct Batch {
+  const void* hidden;  // [tokens, hidden]
+  int dtype;
+  void* out;  // [tokens or count, hidden]
+  int out_dtype;
+  const int32_t* cu_seqlens;  // [batch + 1]
+  const int32_t* seqused_k;   // null, or how many of each sequence's keys are used
+  int64_t batch, tokens, longest;
+  const int64_t* rows;  // null, or those of the last layer's result that are wanted
+  int64_t count;        // of rows
+  Bias bias;
+
+  int64_t results() const { return rows ? count : tokens; }
+};
+
+}  // namespace bertfast
