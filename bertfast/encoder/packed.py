@@ -8,13 +8,15 @@ import torch
 from ..ops import registry
 from ..ops.extension import C
 from ..ops.library import CPU_DTYPES, is_bf16, plain, unwatched
+from . import watch
 from .batch import Batch
+from .executors import whole_cpu, whole_cuda
 from .executors.whole_cpu import c_spec, forward
 from .noise import NOISE_LIMIT, Sample, complaints
-from .run import Choice
+from .run import Choice, forced
 from .run import run as run_layers
 from .spec import Layer
-from .weights import LayerWeights
+from .weights import LayerWeights, addresses
 
 PRECISIONS = ("fp32", "bf16", "int8")
 CUDA_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -244,6 +246,8 @@ class PackedCuda(Packed):
             for layer in layers
         ]
         self.choice = Choice(f"frozen in {precision}", {})
+        self._why_not_whole = whole_cuda.weights_limit(self.layers, self.low, self.device)
+        self._addresses = addresses(whole_cpu.flat_weights(self.layers))
 
     def complaints(self) -> list[str]:
         return []
@@ -255,7 +259,13 @@ class PackedCuda(Packed):
                 f"the input is on {hidden.device}, a frozen encoder stays on {self.device}: move "
                 "the model before bertfast.freeze"
             )
-        hidden, self.choice = run_layers(
-            self.layers[first:last], batch._replace(hidden=hidden.to(self.low))
-        )
+        batch, spec = batch._replace(hidden=hidden.to(self.low)), self.layers[0].spec
+        why = self._why_not_whole or watch.dispatch_limit(batch.hidden)
+        why = why or whole_cuda.call_limit(spec, batch)
+        if why is None and forced() in (None, "whole_cuda"):
+            at = self._addresses.buffer_info()[0] + first * C.LAYER_BYTES
+            hidden = whole_cuda.forward(spec, at, last - first, batch)
+            self.choice = Choice("whole_cuda", {})
+        else:
+            hidden, self.choice = run_layers(self.layers[first:last], batch)
         return hidden.to(self.dtype)

@@ -30,6 +30,10 @@ def executor(name: str):
     return _forcing(name)
 
 
+def forced() -> str | None:
+    return _forcing.name()
+
+
 class Choice(NamedTuple):
     name: str
     declined: dict[str, str]  # why each faster one can't
@@ -40,16 +44,16 @@ class Choice(NamedTuple):
 
 def choose(layers: list[Layer], batch: Batch) -> Choice:
     """Raises RuntimeError where one is forced that can't."""
-    declined, forced, device = {}, _forcing.name(), batch.hidden.device.type
+    declined, wanted, device = {}, forced(), batch.hidden.device.type
     why = watch.dispatch_limit(batch.hidden)
     for name, one in EXECUTORS.items():
-        if name == forced or (forced is None and one.DEVICE in (None, device)):
+        if name == wanted or (wanted is None and one.DEVICE in (None, device)):
             limit = why if one is not operators else None
             limit = limit or one.limit(layers, batch)
             if limit is None:
                 return Choice(name, declined)
             declined[name] = limit
-    raise RuntimeError(f"executor {forced!r} can't run these layers: {declined[forced]}")
+    raise RuntimeError(f"executor {wanted!r} can't run these layers: {declined[wanted]}")
 
 
 def run(layers: list[Layer], batch: Batch):

@@ -27,8 +27,8 @@ def layers_and_batch(dtype=torch.float32):
 def test_the_first_that_can():
     layers, given = layers_and_batch()
     choice = choose(layers, given)
-    assert choice.name == "node" and choice.declined == {"whole_cpu": "gradients are enabled"}
-    assert str(choice) == "node; whole_cpu: gradients are enabled"
+    assert choice.name == "node" and choice.declined["whole_cpu"] == "gradients are enabled"
+    assert str(choice).startswith("node; whole_cpu: gradients are enabled")
     with torch.no_grad():
         assert choose(layers, given) == ("whole_cpu", {})
         mixed = [layers[0], layers[1]._replace(spec=layers[1].spec._replace(eps=1.0))]

@@ -31,13 +31,13 @@ def forced():
 @pytest.fixture
 def calls(monkeypatch):
     """The tokens of each call of the whole encoder."""
-    seen, run = [], whole_cuda.run
+    seen, forward = [], whole_cuda.forward
 
-    def counting(layers, batch):
+    def counting(spec, address, count, batch):
         seen.append(len(batch.hidden))
-        return run(layers, batch)
+        return forward(spec, address, count, batch)
 
-    monkeypatch.setattr(whole_cuda, "run", counting)
+    monkeypatch.setattr(whole_cuda, "forward", counting)
     return seen
 
 

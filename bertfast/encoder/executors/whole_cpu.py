@@ -29,13 +29,22 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return error
     if registry.forced() not in (None, "cpu"):
         return f"backend {registry.forced()!r} is forced"
-    return inference_limit(layers, batch) or _weights_limit(layers, hidden)
+    if hidden.dtype != torch.float32 and layers[0].spec.head_dim % 2:
+        return f"heads of {layers[0].spec.head_dim} are no pairs"
+    return inference_limit(batch) or layers_limit(layers) or _weights_limit(layers, hidden)
 
 
-def inference_limit(layers: list[Layer], batch: Batch) -> str | None:
-    """The limits of all executors of whole encoders."""
+def inference_limit(batch: Batch) -> str | None:
+    """What keeps a call from any executor of whole encoders."""
     if torch.is_grad_enabled():
         return "gradients are enabled"
+    if batch.bias is not None and not plain(batch.bias):
+        return "the bias on the scores is no plain tensor"
+    return None
+
+
+def layers_limit(layers: list[Layer]) -> str | None:
+    """And which layers."""
     spec = layers[0].spec
     if any(layer.spec != spec for layer in layers):
         return "the layers differ in more than their weights"
@@ -43,10 +52,6 @@ def inference_limit(layers: list[Layer], batch: Batch) -> str | None:
         return "it has no dropout"
     if spec.width != spec.hidden:
         return "heads were pruned"
-    if batch.hidden.dtype != torch.float32 and spec.head_dim % 2:
-        return f"heads of {spec.head_dim} are no pairs"
-    if batch.bias is not None and not plain(batch.bias):
-        return "the bias on the scores is no plain tensor"
     return None
 
 

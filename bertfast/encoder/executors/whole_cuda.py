@@ -14,21 +14,27 @@ from ...ops.cuda.linear_act import FEW_TOKENS
 from ...ops.extension import C
 from ...ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, lazy, ptr, real
 from ..batch import Batch
-from ..spec import Layer
+from ..spec import Layer, LayerSpec
 from ..weights import addresses, shapes
-from .whole_cpu import c_batch, c_spec, flat_weights, inference_limit
+from .whole_cpu import c_batch, c_spec, flat_weights, inference_limit, layers_limit
 
 DEVICE = CUDA_DEVICE
 
 
 def limit(layers: list[Layer], batch: Batch) -> str | None:
-    hidden, spec = batch.hidden, layers[0].spec
+    hidden = batch.hidden
+    return call_limit(layers[0].spec, batch) or weights_limit(layers, hidden.dtype, hidden.device)
+
+
+def call_limit(spec: LayerSpec, batch: Batch) -> str | None:
+    """What of a call, beside the weights."""
+    hidden = batch.hidden
     if hidden.device.type != CUDA_DEVICE or hidden.dtype not in HALVES:
         return f"it takes bfloat16 or float16 on a GPU, not {hidden.dtype} on {hidden.device}"
     # A test build has CUDA's kernels on the CPU, where they serve on request alone.
     if registry.forced() not in (("cuda",) if CUDA_DEVICE == "cpu" else (None, "cuda")):
         return f"backend {registry.forced()!r} is forced"
-    why = cuda_limit(CUDA_DEVICE, None, ()) or inference_limit(layers, batch)
+    why = cuda_limit(CUDA_DEVICE, None, ()) or inference_limit(batch)
     if why:
         return why
     if batch.captured:  # and these kernels run slower than cuBLAS's and Triton's
@@ -41,13 +47,16 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return "the sizes don't fit its tiles"
     if spec.hidden > MAX_HIDDEN:
         return f"hidden is {spec.hidden}, it takes at most {MAX_HIDDEN}"
-    return _weights_limit(layers, hidden)
+    return None
 
 
-def _weights_limit(layers, hidden):
-    flat = flat_weights(layers)
-    if {p.dtype for p in flat} != {hidden.dtype} or {p.device for p in flat} != {hidden.device}:
-        return f"the weights are not all in {hidden.dtype} on {hidden.device}"
+def weights_limit(layers: list[Layer], dtype, device) -> str | None:
+    """What of the layers: for weights that stay, asked once."""
+    why, flat = layers_limit(layers), flat_weights(layers)
+    if why:
+        return why
+    if {p.dtype for p in flat} != {dtype} or {p.device for p in flat} != {device}:
+        return f"the weights are not all in {dtype} on {device}"
     if [p.shape for p in flat] != shapes(layers[0].spec) * len(layers) or lazy(*flat):
         return "the weights' shapes don't fit together"
     if not all(p.is_contiguous() and p.data_ptr() % 16 == 0 for p in flat):
@@ -62,6 +71,11 @@ def _new_enough(device) -> bool:
 
 def run(layers: list[Layer], batch: Batch):
     at = addresses(flat_weights(layers))
+    return forward(layers[0].spec, at.buffer_info()[0], len(layers), batch)
+
+
+def forward(spec: LayerSpec, address: int, layers: int, batch: Batch):
+    """Of so many layers, whose `addresses` are there."""
     parts = batch.hidden, batch.cu_seqlens, batch.seqused_k, batch.rows
     hidden, starts, used, rows = map(real, parts)
     if hidden.data_ptr() % 16:
@@ -69,10 +83,9 @@ def run(layers: list[Layer], batch: Batch):
     count = len(hidden) if rows is None else len(rows)
     out = torch.empty((count, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
     bias = None if batch.bias is None else dense_last(batch.bias)
-    spec = c_spec(layers[0].spec)
+    spec = c_spec(spec)
     given = c_batch(batch, hidden, out, starts, used, rows, bias)
     size = C.cuda_encoder_workspace(spec, given)
     workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
-    weights = at.buffer_info()[0], len(layers)
-    C.cuda_encoder(spec, *weights, given, ptr(workspace), *cuda_queue(hidden))
+    C.cuda_encoder(spec, address, layers, given, ptr(workspace), *cuda_queue(hidden))
     return out
