@@ -10,12 +10,13 @@ from helpers import apart, close_to_truth, exact, refused
 
 import bertfast
 
-BOUND = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.12}  # beside the fp64 truth, of wild weights
-pytestmark = pytest.mark.filterwarnings("ignore:int8")  # these weights have outliers
+# Beside the fp64 truth. Sums of 16 bits, without VNNI, take more of the inputs' 8.
+BOUND = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.12}
+pytestmark = pytest.mark.filterwarnings("ignore:int8")
 
 
 def frozen(family, precision, head="Model", **options):
-    theirs = build(family, head, **options)
+    theirs = build(family, head, initializer_range=0.1, **options)
     ours = copy.deepcopy(theirs)
     report = bertfast.accelerate(ours, strict=True)
     return theirs, bertfast.freeze(ours, precision), report
