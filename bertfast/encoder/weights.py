@@ -40,8 +40,8 @@ class LayerWeights(NamedTuple):
 
 NORMS = ("norm1", "norm2")
 MATRICES = tuple(role for role in LayerWeights._fields if role not in NORMS)
-# of `flat`: which are weights of matrices
-IS_MATRIX = tuple(chain.from_iterable((role in MATRICES, False) for role in LayerWeights._fields))
+FLAT = tuple((role, part) for role in LayerWeights._fields for part in Parameters._fields)
+IS_MATRIX = tuple(part == "weight" and role in MATRICES for role, part in FLAT)
 assert C is None or (LayerWeights._fields, 8 * len(IS_MATRIX)) == (C.ROLES, C.LAYER_BYTES), C.ROLES
 
 

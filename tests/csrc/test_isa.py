@@ -60,7 +60,8 @@ HALVES = [
         "train",
     ],
     ["linear_act", "attention", "cross_attention", "add_layer_norm", "embedding_layer_norm"]
-    + ["masked_cross_entropy", "pack", "dropout", "frozen", "whole_cpu", "graphs"],
+    + ["masked_cross_entropy", "pack", "dropout", "frozen", "whole_cpu", "graphs"]
+    + ["dropin_frozen", "families", "node", "run"],
 ]
 NUMERIC = "not triton and (not test_pretrain and not test_train or packed or accumul or lamb_)"
 # What torch's own kernels, the reference, may use beside each.

@@ -16,7 +16,7 @@ from ...ops.linear_act import _WIDE
 from .. import layer as arithmetic
 from ..batch import Batch
 from ..spec import Layer
-from ..weights import IS_MATRIX, LayerWeights, shapes
+from ..weights import FLAT, IS_MATRIX, LayerWeights, Parameters, shapes
 from .operators import DISPATCHED
 
 DEVICE = None
@@ -87,7 +87,8 @@ def one(layer: Layer, batch: Batch, hidden, seeds, rows):
 
 
 # What a GPU casts: queries', keys' and values' next to each other.
-_CAST = (0, 2, 4, 1, 3, 5, *(i for i, matrix in enumerate(IS_MATRIX) if matrix and i > 5))
+_CAST = [FLAT.index((r, part)) for part in Parameters._fields for r in ("query", "key", "value")]
+_CAST += [FLAT.index((role, "weight")) for role in ("out", "up", "down")]
 
 
 def _lowered(flat, hidden) -> LayerWeights | None:
