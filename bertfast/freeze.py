@@ -8,7 +8,7 @@ from . import heap
 from .encoder import Layer, Unfit, watch
 from .encoder.noise import Sample
 from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable, PackedCpu, PackedCuda
-from .encoder.weights import LayerWeights, shapes
+from .encoder.weights import FLAT, shapes
 from .ops import registry
 from .ops.extension import C, error
 from .ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit
@@ -104,10 +104,8 @@ def _layers(name: str, encoder) -> list[Layer]:
             _refuse(f"{path}.{layer.where}".rstrip("."), layer.why)
         if layer.spec != found[0].spec or layer.spec.width != layer.spec.hidden:
             _refuse(path, f"it is {layer.spec}, expected {found[0].spec}, all heads")
-        flat = zip(layer.weights.flat(), shapes(layer.spec), strict=True)
-        for (p, shape), role in zip(
-            flat, [r for r in LayerWeights._fields for _ in "wb"], strict=True
-        ):
+        flat = layer.weights.flat()
+        for p, shape, (role, _) in zip(flat, shapes(layer.spec), FLAT, strict=True):
             if p.shape != shape:
                 _refuse(path, f"{role} has shape {list(p.shape)}, expected {list(shape)}")
     if not found:

@@ -91,6 +91,17 @@ def test_bias_on_the_scores(bias_gradient):
         assert f is None or torch.equal(f, e)
 
 
+def test_only_the_bias_is_trained():
+    layer, batch = case("cpu", torch.float32)
+    for p in layer.weights.flat():
+        p.requires_grad_(False)
+    bias = torch.randn(1, HEADS, 17, 17, requires_grad=True)
+    batch = batch._replace(hidden=batch.hidden.detach(), bias=bias)
+    *_, expected = results(operators, layer, batch)
+    *_, found = results(node, layer, batch)
+    assert expected.any() and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_gradients_that_are_wanted(backend):
     spec = SPEC._replace(activation="relu")

@@ -17,8 +17,6 @@ KERNELS = SimpleNamespace(**{name: partial(call, name) for name in _STEMS})
 DISPATCHED = SimpleNamespace(
     **{n + end: getattr(torch.ops.bertfast, n + end) for n in _STEMS for end in ("", "_backward")}
 )
-
-
 DEVICE = None
 
 
@@ -32,9 +30,8 @@ def run(layers: list[Layer], batch: Batch):
 
 def one(layer: Layer, batch: Batch, hidden, seeds, rows):
     """-> [tokens or rows, hidden], and the query, key and value [tokens, 3, heads, head_dim]"""
-    save = torch.is_grad_enabled() and (
-        hidden.requires_grad or any([p.requires_grad for p in layer.weights.flat()])
-    )
+    wanted = [t for t in (hidden, batch.bias, *layer.weights.flat()) if t is not None]
+    save = torch.is_grad_enabled() and any([t.requires_grad for t in wanted])
     seeds = arithmetic.seeds_of(layer, seeds, hidden.device)
     y, (qkv, *_) = arithmetic.forward(KERNELS, layer, batch, hidden, seeds, rows, save)
     return y, qkv

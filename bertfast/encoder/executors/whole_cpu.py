@@ -9,15 +9,13 @@ import torch
 from ...ops import registry
 from ...ops.attention import bias_arguments, dense_last
 from ...ops.extension import C, error
-from ...ops.library import CPU_DTYPES, is_bf16, lazy, plain, ptr, real
+from ...ops.library import CPU_DTYPES, GPU_DTYPES, is_bf16, lazy, plain, ptr, real
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch
 from ..spec import Layer, LayerSpec
 from ..weights import IS_MATRIX, addresses, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
-
-
 DEVICE = "cpu"
 
 
@@ -119,9 +117,9 @@ def c_batch(batch, hidden, out, starts, used, rows, bias):
     """Of C++, with whatever stands for the batch's tensors in memory."""
     return C.Batch(
         hidden=hidden.data_ptr(),
-        dtype=_CODES[hidden.dtype],
+        dtype=GPU_DTYPES.index(hidden.dtype),  # DType in csrc/layer.h has the same order
         out=out.data_ptr(),
-        out_dtype=_CODES[out.dtype],
+        out_dtype=GPU_DTYPES.index(out.dtype),
         cu_seqlens=starts.data_ptr(),
         seqused_k=ptr(used),
         batch=len(starts) - 1,
@@ -131,6 +129,3 @@ def c_batch(batch, hidden, out, starts, used, rows, bias):
         count=len(out),
         bias=bias_arguments(bias),
     )
-
-
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/layer.h
