@@ -1,32 +1,11 @@
-"""The buckets of CUDA graphs, and how a padded batch gets into one's buffer."""
+"""How a padded batch gets into the buffer of a CUDA graph's bucket."""
 
 import importlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..ops.declare import check_range
-
-
-class Bucket(NamedTuple):
-    """Sizes that a graph bakes in."""
-
-    tokens: int
-    sequences: int
-    longest: int
-
-
-def bucket(tokens: int, sequences: int, longest: int) -> Bucket:
-    """The sizes that a batch of these runs with: at most an eighth more tokens (and 15).
-
-    Padding tokens form sequences of their own, of at most `longest`, so that every token is in one.
-    """
-    step = max(16, 1 << max(tokens.bit_length() - 4, 0))
-    padded = -(-tokens // step) * step
-    longest = next((n for n in (16, 32) if longest <= n), -(-longest // 64) * 64)
-    sequences += -(-(padded - tokens) // longest)
-    return Bucket(padded, 1 << (sequences - 1).bit_length(), longest)
 
 
 class OnCPU:

@@ -20,9 +20,10 @@ import torch
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import Packing
+from ..encoder.graph import Bucket, bucket
 from ..ops.library import HAS_TRITON
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
-from .bucket import Bucket, OnCPU, OnGPU, bucket
+from .bucket import OnCPU, OnGPU
 
 OUTPUTS = 4 * 2**30  # bytes of results that graphs may keep; those unused for longest make room
 

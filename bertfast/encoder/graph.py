@@ -1,0 +1,110 @@
+"""CUDA graphs: a function's launches recorded once and replayed as one, and the sizes of batches
+that they are recorded for.
+
+A graph repeats its kernels with the same pointers, sizes and numbers. So a batch runs in the
+smallest `Bucket` that holds it: its packed tokens, its sequences and its longest one rounded up,
+the rest filled with sequences of padding, in buffers that stay.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+MAX_TOKENS = 32768  # launches of a larger batch are hidden behind its work
+MAX_GRAPHS = 64
+
+
+class Bucket(NamedTuple):
+    """Sizes that a graph bakes in."""
+
+    tokens: int
+    sequences: int
+    longest: int
+
+
+def bucket(tokens: int, sequences: int, longest: int) -> Bucket:
+    """The sizes that a batch of these runs with: at most an eighth more tokens (and 15).
+
+    Padding tokens form sequences of their own, of at most `longest`, so that every token is in one.
+    """
+    padded = rounded(tokens)
+    longest = next((n for n in (16, 32) if longest <= n), -(-longest // 64) * 64)
+    sequences += -(-(padded - tokens) // longest)
+    return Bucket(padded, 1 << (sequences - 1).bit_length(), longest)
+
+
+def rounded(n: int) -> int:
+    """At most an eighth more, and 15."""
+    step = max(16, 1 << max(n.bit_length() - 4, 0))
+    return -(-n // step) * step
+
+
+class CudaGraph:
+    """What `function()` launches, recorded on the current device, whose memory is `pool`'s.
+
+    result: what it returned, in memory that a replay writes anew. bytes: by how much the pool grew.
+    """
+
+    def __init__(self, function: Callable, pool):
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may allocate meanwhile, as those that pin memory do.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved()
+            self.result = function()
+        self.bytes, self.replay = torch.cuda.memory_reserved() - before, graph.replay
+
+    @staticmethod
+    def pool():
+        """Memory for graphs of which one runs at a time: what none gives out they share."""
+        return torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def warm_up(function: Callable) -> None:
+        """Compiles kernels and sets libraries up, neither of which may happen in a recording."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+        current.wait_stream(stream)
+
+    @staticmethod
+    def recording() -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    @staticmethod
+    def memory() -> int:
+        """Bytes of the current device."""
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+    @staticmethod
+    def finish() -> None:
+        """Waits for what runs."""
+        torch.cuda.current_stream().synchronize()
+
+
+RECORDERS = {"cuda": CudaGraph}  # by type of device; on others everything is launched
+_paused = threading.local()
+
+
+def recorder(device: torch.device):
+    """Of the device's type, or None where there is none or `BERTFAST_GRAPHS` is 0."""
+    return None if os.environ.get("BERTFAST_GRAPHS") == "0" else RECORDERS.get(device.type)
+
+
+@contextmanager
+def paused():
+    """A block in which encoders launch, in this thread: whoever calls them records more."""
+    before, _paused.on = is_paused(), True
+    try:
+        yield
+    finally:
+        _paused.on = before
+
+
+def is_paused() -> bool:
+    return getattr(_paused, "on", False)
