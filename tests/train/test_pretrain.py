@@ -145,7 +145,7 @@ def test_packed_loss_is_transformers(prepared, nsp):
         out = theirs(input_ids=ids, attention_mask=mask, token_type_ids=types)
         pairs = [(out.prediction_logits if nsp else out.logits, labels)]
         if nsp:
-            pairs.append((out.seq_relationship_logits, batch.next_sentence))
+            pairs.append((out.seq_relationship_logits, batch.targets))
         entropy = torch.nn.functional.cross_entropy
         return torch.stack(
             [entropy(x.flatten(0, -2), y.flatten(), reduction="sum") for x, y in pairs]
