@@ -82,9 +82,30 @@ class CudaGraph:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
     @staticmethod
-    def finish() -> None:
-        """Waits for what runs."""
-        torch.cuda.current_stream().synchronize()
+    def empty() -> None:
+        """Gives memory that nothing uses back to the device."""
+        torch.cuda.empty_cache()
+
+    class Turn:
+        """`with turn:` around each use of memory that graphs share: on whatever streams, one waits
+        for the one before."""
+
+        def __init__(self):
+            self.stream, self.done = None, torch.cuda.Event()
+
+        def __enter__(self):
+            current = torch.cuda.current_stream()
+            if self.stream not in (None, current):
+                current.wait_event(self.done)
+            self.stream = current
+
+        def __exit__(self, *_):
+            self.done.record(self.stream)
+
+        def finish(self) -> None:
+            """Waits for the last use."""
+            if self.stream is not None:
+                self.stream.synchronize()
 
 
 RECORDERS = {"cuda": CudaGraph}  # by type of device; on others everything is launched

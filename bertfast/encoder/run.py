@@ -56,15 +56,22 @@ def choose(layers: list[Layer], batch: Batch) -> Choice:
     raise RuntimeError(f"executor {wanted!r} can't run these layers: {declined[wanted]}")
 
 
-def run(layers: list[Layer], batch: Batch):
+def run(layers: list[Layer], batch: Batch, graphs=None):
     """Packed tokens through all layers.
+
+    graphs: the `replay.Graphs` of an encoder, whose calls may be replayed.
 
     Returns: [tokens or rows, hidden], and the `Choice` of who ran them.
 
     Raises: TypeError, ValueError or IndexError for a batch that doesn't fit.
     """
     batch.check(layers[0].spec.hidden, values=unwatched())
+    found = None if graphs is None else graphs.run(layers, batch)
+    if isinstance(found, tuple):
+        return found
     choice = choose(layers, batch)
+    if found is not None:
+        choice = Choice(choice.name, {"graph": found} | choice.declined)
     return EXECUTORS[choice.name].run(layers, batch), choice
 
 

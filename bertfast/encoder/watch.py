@@ -3,6 +3,7 @@ result. Native models and the drop-in ask here, at every forward: a model can ch
 """
 
 import functools
+import operator
 from itertools import chain, repeat
 from operator import attrgetter, contains
 
@@ -99,6 +100,58 @@ def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -
         if why:
             return Unfit(name or expected.__name__, why)
     return None
+
+
+class Seen:
+    """What was last read off modules, for as long as they are as they were. A copy or a pickle has
+    seen nothing."""
+
+    def __init__(self):
+        self._last = None
+
+    def get(self, root: nn.Module, also, read):
+        """`read()`, which looks at nothing but the modules in `root` and what is in `also`."""
+        last = self._last
+        if last is None or last.root is not root or last.also != also or not last.holds():
+            last = self._last = _Snapshot(root, also, read())
+        return last.found
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class _Snapshot:
+    """Modules, of which another class, attribute, child or parameter is a change; hooks are looked
+    at anew each time."""
+
+    def __init__(self, root, also, found):
+        self.root, self.also, self.found = root, also, found
+        self.modules = list(root.modules())
+        self.types, self.vars = [*map(type, self.modules)], [*map(vars, self.modules)]
+        self.then = [*map(dict, self.vars)]
+        self.hooks = [*chain.from_iterable(map(_hooks, self.modules))]
+        self.children = [m._modules for m in self.modules if m._modules]
+        self.inside = [*map(dict, self.children)]
+        self.named = [m._parameters for m in self.modules if m._parameters]
+        self.parameters = self.ids()
+
+    def ids(self):  # == of tensors would compare their values
+        return [*map(id, chain.from_iterable(map(dict.values, self.named)))]
+
+    def holds(self) -> bool:
+        try:
+            return (
+                not any(self.hooks)
+                and all(map(operator.eq, self.vars, self.then))
+                and all(map(operator.eq, self.children, self.inside))
+                and [*map(type, self.modules)] == self.types
+                and self.ids() == self.parameters
+            )
+        except (RuntimeError, TypeError, ValueError):  # an array, say, which is equal in part
+            return False
 
 
 def dispatch_limit(hidden) -> str | None:

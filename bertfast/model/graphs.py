@@ -8,7 +8,6 @@ shapes, the modules, precision settings, the forced backend while the GPU works,
 is given out. A difference drops the result and captures anew.
 """
 
-import copy
 import operator
 import threading
 from collections import OrderedDict
@@ -20,7 +19,7 @@ import torch
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import Packing
-from ..encoder.graph import Bucket, bucket
+from ..encoder.graph import MAX_GRAPHS, MAX_TOKENS, RECORDERS, Bucket, bucket
 from ..ops.library import HAS_TRITON
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
 from .bucket import OnCPU, OnGPU
@@ -28,7 +27,7 @@ from .bucket import OnCPU, OnGPU
 OUTPUTS = 4 * 2**30  # bytes of results that graphs may keep; those unused for longest make room
 
 
-def cuda_graphs(model, *, max_tokens: int = 32768, max_graphs: int = 64):
+def cuda_graphs(model, *, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GRAPHS):
     """`model`'s forward in inference, replayed from CUDA graphs.
 
         fast = bertfast.cuda_graphs(model.eval().cuda())
@@ -37,7 +36,7 @@ def cuda_graphs(model, *, max_tokens: int = 32768, max_graphs: int = 64):
     Args:
         model: a BertModel or one of its heads, in eval mode, on a GPU. Weights may change in
             place, be replaced or converted at any time.
-        max_tokens: larger batches run without a graph: their launches are hidden behind the work.
+        max_tokens: larger batches run without a graph of the whole model.
             A bucket keeps its results' memory (50 MB for 32768 states of BERT-base in bf16, but
             2 GB for as many tokens' logits over its vocabulary) and one bucket's activations.
         max_graphs: as many buckets stay captured, fewer where their results take over 4 GiB; the
@@ -53,13 +52,13 @@ def cuda_graphs(model, *, max_tokens: int = 32768, max_graphs: int = 64):
     """
     if not isinstance(model, BertPreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a model of bertfast")
-    _require_gpu(model)
     return GraphedModel(model, max_tokens, max_graphs)
 
 
-def _require_gpu(model):
-    if model.device.type != "cuda":
+def _recorder(model):
+    if model.device.type not in RECORDERS:
         raise ValueError(f"the model is on {model.device}, CUDA graphs need it on a GPU: .cuda()")
+    return RECORDERS[model.device.type]
 
 
 class StaticPacking(Packing):
@@ -80,8 +79,8 @@ class Static:
     """A bucket's buffers and, once captured, its graph."""
 
     @torch.inference_mode(False)  # they would refuse to be written outside
-    def __init__(self, model, size: Bucket, device, real: bool):
-        self.model, self.size, self.real, self.graph = model, size, real, None
+    def __init__(self, model, size: Bucket, device):
+        self.model, self.size, self.graph = model, size, None
         # One buffer, so that a batch from the CPU takes one copy.
         self.buffer = torch.zeros(
             4 * size.tokens + 2 * size.sequences + 1, dtype=torch.int64, device=device
@@ -96,44 +95,26 @@ class Static:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self, model):
+    def forward(self):
         ids, positions, types, offsets, first, _ = self.views(self.buffer)
         packing = StaticPacking(offsets.int(), self.size.longest, first)
-        output = model(
+        output = self.model(
             PackedInputs(packing, ids, positions, types),
             output_attentions=False,
             output_hidden_states=False,
             return_dict=True,
         )
-        by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
-        return output, by_token
+        self.by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
+        return output
 
-    def capture(self, pool):
-        device = self.buffer.device
-        if not self.real:
-            # Where the weights are now, and the modules as they are now.
-            seen = {id(t): t.detach() for t in (*self.model.parameters(), *self.model.buffers())}
-            self.graph = copy.deepcopy(self.model, seen)
-            self.output, self.by_token = self.forward(self.graph)
-            return
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # compiles kernels, sets cuBLAS up
-            for _ in range(2):
-                self.forward(self.model)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self.output, self.by_token = self.forward(self.model)
-        self.graph = graph
+    def capture(self, record, pool):
+        record.warm_up(self.forward)
+        self.graph = record(self.forward, pool)
+        self.output = self.graph.result
 
     def replay(self, batch):
         batch.fill(self)
-        if self.real:
-            self.graph.replay()
-        else:  # new values in the same memory
-            for name, value in self.forward(self.graph)[0].items():
-                self.output[name].copy_(value)
+        self.graph.replay()
 
     def result(self, batch):
         """The outputs for the batch, in memory of their own: the next replay overwrites these."""
@@ -233,16 +214,16 @@ class Baked:
 
 
 class GraphedModel:
-    """See `cuda_graphs`. Without `capture` a graph is a copy of the model that shares the weights'
-    memory, called as usual."""
+    """See `cuda_graphs`."""
 
-    def __init__(self, model, max_tokens, max_graphs, capture=True):
+    def __init__(self, model, max_tokens, max_graphs):
+        record = _recorder(model)
         for name, value in (("max_tokens", max_tokens), ("max_graphs", max_graphs)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         self.model, self.max_tokens, self.max_graphs = model, max_tokens, max_graphs
         self.graphs: OrderedDict[Bucket, Static] = OrderedDict()  # the last used at the end
-        self._capture, self._lock, self._done = capture, threading.Lock(), None
+        self._lock, self._turn = threading.Lock(), record.Turn()
         self._baked, self._pool = Baked(model), None
 
     def __call__(
@@ -265,14 +246,8 @@ class GraphedModel:
             with torch.no_grad():
                 return model(*there, return_dict=return_dict)
         size = bucket(batch.tokens, batch.sequences, batch.longest)
-        with self._lock, torch.cuda.device_of(weight):
-            if self._done is not None:  # a replay on another stream may still run
-                torch.cuda.current_stream().wait_event(self._done)
-            try:
-                output = self._run(size, batch, device)
-            finally:
-                if self._capture:
-                    self._done = torch.cuda.current_stream().record_event()
+        with self._lock, torch.cuda.device_of(weight), self._turn:
+            output = self._run(size, batch, device)
         return finish(output, return_dict, model.config)
 
     def _batch(self, inner, shape, device, given):
@@ -282,8 +257,7 @@ class GraphedModel:
         return read(inner, shape, *(None if t is None else t.to(device) for t in given))
 
     def _check(self):
-        if self._capture:
-            _require_gpu(self.model)
+        _recorder(self.model)
         for module in self._baked.unfit():
             if module.training:
                 raise RuntimeError("the model is in training mode; call model.eval() first")
@@ -322,11 +296,12 @@ class GraphedModel:
             return output
         if static is None:
             self._release(self.max_graphs - 1)
-            if self._capture and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            static = Static(self.model, size, device, self._capture)
+            record = _recorder(self.model)
+            if self._pool is None:
+                self._pool = record.pool()
+            static = Static(self.model, size, device)
             batch.fill(static)  # a warm-up reads ids
-            static.capture(self._pool)
+            static.capture(record, self._pool)
             self.graphs[size] = static
             self._release(self.max_graphs, OUTPUTS)
         static.replay(batch)
@@ -341,6 +316,5 @@ class GraphedModel:
         while len(self.graphs) > graphs or (
             outputs is not None and len(self.graphs) > 1 and kept() > outputs
         ):
-            if self._capture:  # its replay may be on another stream, which this one waits for
-                torch.cuda.current_stream().synchronize()
+            self._turn.finish()  # it may still run
             self.graphs.popitem(last=False)

@@ -1,6 +1,6 @@
 """CUDA graphs: buckets, what a graph may be reused for, and results beside the plain forward.
 
-Without a GPU a bucket's forward is an ordinary call on the same static buffers.
+Without a GPU a tape stands in for a graph (tape.py).
 """
 
 import copy
@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from helpers import GPU, close_to_truth, exact, refused
+from tape import tape  # noqa: F401
 
 import bertfast
+from bertfast.encoder.graph import RECORDERS
 from bertfast.model import graphs
 from bertfast.model.graphs import GraphedModel, Static, bucket
 
@@ -27,8 +29,11 @@ def build(name="BertModel"):
     return getattr(bertfast, name)(transformers.BertConfig(**CONFIG)).eval().to(GPU)
 
 
+pytestmark = pytest.mark.usefixtures("tape")
+
+
 def graphed(model, max_tokens=512, max_graphs=64):
-    return GraphedModel(model, max_tokens, max_graphs, capture=GPU == "cuda")
+    return GraphedModel(model, max_tokens, max_graphs)
 
 
 def batch(lengths, seed=0, device="cpu"):
@@ -103,7 +108,7 @@ def test_readers_agree(lengths):
     """numpy and the kernel fill a bucket's buffer with the same numbers."""
     pytest.importorskip("triton")
     model, inputs = build(), batch(lengths).values()
-    static = Static(model, bucket(sum(lengths), len(lengths), max(lengths)), GPU, False)
+    static = Static(model, bucket(sum(lengths), len(lengths), max(lengths)), GPU)
     shape, filled = (len(lengths), max(lengths)), []
     for read, device in ((graphs.OnCPU, "cpu"), (graphs.OnGPU, GPU)):
         static.buffer.fill_(-1)  # whatever an earlier batch left
@@ -291,10 +296,12 @@ def test_buckets(sequences):
     assert len({bucket(t, 1, 128).tokens for t in range(1, 4097)}) < 60
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     model = build()
     if GPU == "cpu":
-        refused(ValueError, "on cpu, CUDA graphs need it on a GPU", bertfast.cuda_graphs, model)
+        with monkeypatch.context() as m:
+            m.delitem(RECORDERS, "cpu")
+            refused(ValueError, "on cpu, CUDA graphs need it on a GPU", bertfast.cuda_graphs, model)
     refused(TypeError, "is a Linear", bertfast.cuda_graphs, torch.nn.Linear(2, 2))
     refused(ValueError, "max_graphs is 0", graphed, model, max_graphs=0)
     fast, inputs = graphed(model), batch((20, 9))
