@@ -53,8 +53,8 @@ class Packed(NamedTuple):
             *(t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in self)
         )
 
-    def padded(self, pin: bool) -> tuple["Layout", torch.Tensor]:
-        """In the smallest bucket: its layout, and what fills the buffer of that (pinned or not).
+    def padded(self, pin: bool) -> "Padded":
+        """In the smallest bucket, in pinned memory or not.
 
         At least one token is a filler, which fillers of `positions` and empty sequences name.
         """
@@ -80,7 +80,7 @@ class Packed(NamedTuple):
             n = self.targets.numel()
             targets = targets.view(np.float64) if numbers else targets
             targets[:n], targets[n:] = self.targets.numpy().reshape(-1), 0 if numbers else IGNORED
-        return layout, here
+        return Padded(layout, here)
 
 
 class Layout(NamedTuple):
@@ -115,3 +115,10 @@ class Layout(NamedTuple):
             *((None, None) if self.masked is None else (positions, labels)),
             *(None if self.targets is None else targets, real),
         )
+
+
+class Padded(NamedTuple):
+    """A micro-batch with fillers."""
+
+    layout: Layout
+    values: torch.Tensor  # int64 [layout.length], on the CPU

@@ -23,66 +23,73 @@ class Replay:
         device: where the buffers are; one that has a recorder.
         say: hears why nothing is recorded any more.
 
-    counts: hits (replays), captures, misses (launched, to be recorded the next time), launched
-    (never to be). A recording that fails ends all recording: what runs from then on is launched.
+    counts: hits (replays), captures (recorded, then replayed), misses (launched, to be recorded the
+    next time), launched (never to be). A recording that fails ends all recording: what runs from
+    then on is launched.
     """
 
     def __init__(self, device: torch.device, say: Callable):
         self.device, self.say, self.recorder = device, say, graph.recorder(device)
-        self.seen: OrderedDict[Hashable, _Seen] = OrderedDict()  # the last used at the end
         self.counts = Counter(hits=0, captures=0, misses=0, launched=0)
-        self.pool, self.most = None, self.recorder.memory() // 2
+        self.turn = self.recorder.Turn()
+        self.seen: OrderedDict[Hashable, _Seen] = OrderedDict()  # the last used at the end
+        self.pool, self.bytes = self.recorder.pool(), 0
 
     def run(self, key: Hashable, function: Callable, values: torch.Tensor | None = None) -> None:
         """`function(buffer)`, the buffer holding `values`."""
-        if self.recorder is None:
-            self.counts["launched"] += 1
-            with graph.paused():
-                function(None if values is None else values.to(self.device, non_blocking=True))
-            return
-        one = self.seen.get(key)
-        known = one is not None
+        one, known = self.seen.get(key), key in self.seen
         if not known:
-            self._release(graph.MAX_GRAPHS - 1)
-            buffer = None if values is None else torch.empty_like(values, device=self.device)
-            one = self.seen[key] = _Seen(buffer)
-        self.seen.move_to_end(key)
+            one = self._first(key, values)
         if values is not None:  # from pinned memory, which torch gives out again once it is copied
             one.buffer.copy_(values, non_blocking=True)
-        if known and one.graph is None:
-            self._record(one, function)
+        if known and one.graph is None and self.recorder is not None:
+            self._record(key, one, function)
         elif known:
-            self.counts["hits"] += 1
+            self.seen.move_to_end(key)
+            self.counts["hits"] += one.graph is not None
         if one.graph is not None:
-            one.graph.replay()
+            with self.turn:
+                one.graph.replay()
             return
-        self.counts["misses" if self.recorder else "launched"] += 1
+        self.counts["launched" if self.recorder is None else "misses"] += 1
         with graph.paused():
             function(one.buffer)
 
-    def _record(self, one: _Seen, function: Callable) -> None:
-        self.pool = self.recorder.pool() if self.pool is None else self.pool
+    def _first(self, key, values) -> _Seen:
+        one = _Seen(None if values is None else torch.empty_like(values, device=self.device))
+        if self.recorder is not None:
+            while len(self.seen) >= graph.MAX_GRAPHS:
+                self.turn.finish()  # it may still run
+                self.seen.popitem(last=False)
+            self.seen[key] = one
+        return one
+
+    def _record(self, key: Hashable, one: _Seen, function: Callable) -> None:
+        if self.bytes > self.recorder.memory() // 2:  # of a pool, which is given back as a whole
+            self._forget()
+        self.seen[key] = one
+        self.seen.move_to_end(key)
         try:
             with graph.paused():
                 one.graph = self.recorder(lambda: function(one.buffer), self.pool)
         except RuntimeError as e:  # out of memory, or what can't be recorded
-            self.recorder.finish()
-            self.recorder = self.pool = None
-            self.seen.clear()
-            self.say(f"warning: steps are launched from here on, not replayed: {e!s:.200}")
+            self.stop(f"{e!s:.200}")
             return
         self.counts["captures"] += 1
-        self._release(graph.MAX_GRAPHS, self.most)
+        self.bytes += one.graph.bytes
 
-    def _release(self, graphs: int, most: int | None = None) -> None:
-        """Keep so many, and so many bytes, but always the last."""
+    def _forget(self) -> None:
+        self.turn.finish()
+        self.seen.clear()
+        self.pool, self.bytes = self.recorder.pool(), 0
+        self.recorder.empty()
 
-        def size():
-            return sum(s.graph.bytes for s in self.seen.values() if s.graph is not None)
-
-        while len(self.seen) > max(1, graphs) or (most and len(self.seen) > 1 and size() > most):
-            self.recorder.finish()
-            self.seen.popitem(last=False)
+    def stop(self, why: str) -> None:
+        """No more recordings, for a reason that is said once."""
+        if self.recorder is not None:
+            self._forget()
+            self.recorder = None
+            self.say(f"warning: steps are launched, not replayed: {why}")
 
     def __str__(self):
         c = self.counts

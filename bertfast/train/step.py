@@ -4,7 +4,7 @@ import torch
 
 from ..encoder import graph
 from .optimizer import flat_gradients
-from .packed import Packed
+from .packed import Packed, Padded
 from .ranks import full
 from .replay import Replay
 
@@ -57,9 +57,6 @@ class Step:
     def ready(self, batch):
         """What `add` takes of a batch that a task has loaded; for another thread to make."""
         if not isinstance(batch, Packed):
-            if self.replay and self.replay.recorder:
-                self.replay.recorder = None
-                self.say(f"{type(batch).__name__} has no static form: steps are launched")
             return batch
         fits = len(batch.input_ids) < graph.MAX_TOKENS
         if fits and self.replay and self.replay.recorder:
@@ -74,12 +71,14 @@ class Step:
     def add(self, ready, factor: float = 1.0, last: bool = True) -> None:
         """A micro-batch's losses and gradients. factor: 0.0 for one that counts for nothing, and
         only takes part. last: whether it is the step's."""
-        if isinstance(ready, tuple) and not isinstance(ready, Packed):
-            layout, here = ready
-            self.replay.run(layout, lambda buffer: self._micro(layout.batch(buffer)), here)
+        if isinstance(ready, Padded):
+            layout, values = ready
+            self.replay.run(layout, lambda buffer: self._micro(layout.batch(buffer)), values)
             return
         if self.replay:
             self.replay.counts["launched"] += 1
+            if not isinstance(ready, Packed):
+                self.replay.stop(f"a batch is a {type(ready).__name__}, not a Packed")
         if self.ranks.sharded:
             self.loss.set_requires_gradient_sync(last)
         self._micro(ready, factor)
