@@ -126,7 +126,7 @@ class Report:
         if values.is_cuda:
             self.values = torch.empty(values.shape, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
-            self.event = torch.cuda.Event()
+            self.event = torch.cuda.Event(blocking=True)  # the loader may need the core
             self.event.record()
         else:
             self.values = values.clone()
