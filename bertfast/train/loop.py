@@ -187,7 +187,7 @@ class _Run:
         if not self.model.training:
             self.model.train()
         # Not Accelerator's seeds: these are the same after a restart, and differ between ranks.
-        _seed(self.config.seed, self.step, self.ranks.rank)
+        _seed(self.config.seed, self.step, self.ranks.rank, self.accelerator.device)
         mine = self.ahead.result() if self.ahead else self._load(group)
         self.ahead = self.loader.submit(self._load, following) if following else None
         totals = self._totals([batch for batch, _, factor in mine if factor])
@@ -362,7 +362,11 @@ class _Run:
         self.say(f"resumed from {path}")
 
 
-def _seed(seed: int, step: int, rank: int):
-    """torch's generators for this step on this rank."""
+def _seed(seed: int, step: int, rank: int, device: torch.device):
+    """torch's generators for this step on this rank; torch.manual_seed would keep a stack trace of
+    each call for every other kind of device."""
     value = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(value >> np.uint64(1)))
+    value = int(value >> np.uint64(1))
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
