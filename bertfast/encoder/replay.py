@@ -48,8 +48,10 @@ NO_GRAPHS = Counts(0, 0, 0, 0)
 class Sight:
     """Of a key: how many calls to launch before it is recorded, and why it can't be."""
 
+    WAIT = 1
+
     def __init__(self):
-        self.wait, self.next, self.why = 1, 16, "the first batch of this size"
+        self.wait, self.next, self.why = self.WAIT, 16, "the first batch of this size"
 
     def dropped(self):
         """Its graph: the next one must be worth its recording."""
