@@ -174,12 +174,13 @@ class Graphs:
         """All parameters. No graph of others or of other settings is left."""
         if layers is not self._layers:
             self._flat = [p for layer in layers for p in layer.weights.flat()]
+            self._matrices = [p for p in self._flat if p.dim() > 1]
             self._specs = [layer.spec for layer in layers]
             self._dropout = tuple([layer.dropout for layer in layers])
             self._layers = layers
         flat, matmul = self._flat, torch.backends.cuda.matmul
         state = (
-            *([*map(f, flat)] for f in (_pointer, _layout, _stride)),
+            *([*map(_pointer, flat)], [*map(_stride, flat)], [*map(_layout, self._matrices)]),
             *(self._specs, registry.forced(), forced()),
             torch.are_deterministic_algorithms_enabled(),
             *(matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction),
