@@ -7,12 +7,9 @@ for the device is an error, memory that graphs of a pool share holds nothing onc
 
 from contextlib import nullcontext
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from bertfast.encoder import graph
 
 _aten = torch.ops.aten
 _WAITS = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.unique_dim}
@@ -42,7 +39,7 @@ def _poison(t):
 class Tape(TorchDispatchMode):
     """`graph.CudaGraph`, on a CPU. limit: bytes that the tapes of a process may take."""
 
-    limit, recordings, _on = None, 0, False
+    limit, _on = None, False
 
     def __init__(self, function, pool):
         super().__init__()
@@ -68,7 +65,6 @@ class Tape(TorchDispatchMode):
         self.inner = {p: t for p, t in made.items() if p not in kept}
         self.bytes = sum(t.untyped_storage().nbytes() for t in self.inner.values())
         pool.append(self)
-        Tape.recordings += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in _WAITS:
@@ -126,11 +122,3 @@ class Tape(TorchDispatchMode):
     class Turn(nullcontext):
         def finish(self):
             pass
-
-
-@pytest.fixture
-def tape(monkeypatch):
-    """Encoders on the CPU record and replay."""
-    monkeypatch.setitem(graph.RECORDERS, "cpu", Tape)
-    monkeypatch.setattr(Tape, "recordings", 0)
-    return Tape

@@ -105,7 +105,7 @@ class FusedEncoder(Freezable):
         them, what they are), or (why not, None, None)."""
         batch, seqlen = hidden_states.shape[:2]
         packing = Packing(batch, seqlen, keys, hidden_states.device)
-        if len(packing.indices) == batch * seqlen:
+        if packing.indices is None or len(packing.indices) == batch * seqlen:
             return None, packing, None
         if self.bertfast_padding == "zeros":
             return None, packing, "zeros, as asked"

@@ -48,8 +48,10 @@ NO_GRAPHS = Counts(0, 0, 0, 0)
 class Sight:
     """Of a key: how many calls to launch before it is recorded, and why it can't be."""
 
+    WAIT = 1
+
     def __init__(self):
-        self.wait, self.next, self.why = 1, 16, "the first batch of this size"
+        self.wait, self.next, self.why = self.WAIT, 16, "the first batch of this size"
 
     def dropped(self):
         """Its graph: the next one must be worth its recording."""
@@ -172,12 +174,13 @@ class Graphs:
         """All parameters. No graph of others or of other settings is left."""
         if layers is not self._layers:
             self._flat = [p for layer in layers for p in layer.weights.flat()]
+            self._matrices = [p for p in self._flat if p.dim() > 1]
             self._specs = [layer.spec for layer in layers]
             self._dropout = tuple([layer.dropout for layer in layers])
             self._layers = layers
         flat, matmul = self._flat, torch.backends.cuda.matmul
         state = (
-            *([*map(f, flat)] for f in (_pointer, _layout, _stride)),
+            *([*map(_pointer, flat)], [*map(_stride, flat)], [*map(_layout, self._matrices)]),
             *(self._specs, registry.forced(), forced()),
             torch.are_deterministic_algorithms_enabled(),
             *(matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction),

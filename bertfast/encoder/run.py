@@ -3,6 +3,8 @@ it."""
 
 from typing import NamedTuple
 
+import torch
+
 from ..ops.library import unwatched
 from ..ops.registry import Forcing
 from . import watch
@@ -66,7 +68,8 @@ def run(layers: list[Layer], batch: Batch, graphs=None):
     Raises: TypeError, ValueError or IndexError for a batch that doesn't fit.
     """
     batch.check(layers[0].spec.hidden, values=unwatched())
-    found = None if graphs is None else graphs.run(layers, batch)
+    replayed = graphs is not None and not torch.compiler.is_compiling()
+    found = graphs.run(layers, batch) if replayed else None
     if isinstance(found, tuple):
         return found
     choice = choose(layers, batch)
@@ -77,8 +80,6 @@ def run(layers: list[Layer], batch: Batch, graphs=None):
 
 def served() -> dict[str, str | None]:
     """Each executor: why it can't serve on this machine, or None."""
-    import torch
-
     from ..ops.extension import C, error
     from ..ops.library import cuda_limit
 

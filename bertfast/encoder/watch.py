@@ -133,6 +133,7 @@ class _Snapshot:
         self.types, self.vars = [*map(type, self.modules)], [*map(vars, self.modules)]
         self.then = [*map(dict, self.vars)]
         self.hooks = [*chain.from_iterable(map(_hooks, self.modules))]
+        self.hooked = any(self.hooks)
         self.children = [m._modules for m in self.modules if m._modules]
         self.inside = [*map(dict, self.children)]
         self.named = [m._parameters for m in self.modules if m._parameters]
@@ -144,7 +145,7 @@ class _Snapshot:
     def holds(self) -> bool:
         try:
             return (
-                not any(self.hooks)
+                not (self.hooked or any(self.hooks))
                 and all(map(operator.eq, self.vars, self.then))
                 and all(map(operator.eq, self.children, self.inside))
                 and [*map(type, self.modules)] == self.types

@@ -346,11 +346,11 @@ class BertModel(BertPreTrainedModel):
             return packing.pack(ids.expand(batch, seqlen).long())
 
         if position_ids is None:
-            positions = packing.indices % max(seqlen, 1)
+            positions = packing.columns()
         else:
             positions = packed(position_ids, "position_ids")
         if token_type_ids is None:
-            types = torch.zeros_like(packing.indices)
+            types = torch.zeros_like(positions)
         else:
             types = packed(token_type_ids, "token_type_ids")
         ids = None if input_ids is None else packed(input_ids, "input_ids")

@@ -285,6 +285,6 @@ def attention_probabilities(qkv, packing: Packing):
     padded rows. qkv [tokens, 3, heads, head_dim]. Before dropout."""
     query, key, _ = packing.unpack(qkv).unbind(2)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / qkv.shape[3] ** 0.5
-    mask = packing.mask != 0
+    mask = packing.unpack(torch.ones(len(qkv), dtype=torch.bool, device=qkv.device))
     scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     return torch.where(mask[:, None, :, None], scores.softmax(-1), 0)

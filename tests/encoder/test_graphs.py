@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from helpers import GPU, close_to_truth, exact, refused
-from tape import tape  # noqa: F401
 
 import bertfast
 from bertfast.encoder.graph import RECORDERS
