@@ -186,8 +186,6 @@ class _Run:
         state, start = self.state, time.perf_counter()
         if not self.model.training:
             self.model.train()
-        # Not Accelerator's seeds: these are the same after a restart, and differ between ranks.
-        _seed(self.config.seed, self.step, self.ranks.rank, self.accelerator.device)
         mine = self.ahead.result() if self.ahead else self._load(group)
         self.ahead = self.loader.submit(self._load, following) if following else None
         totals = self._totals([batch for batch, _, factor in mine if factor])
@@ -195,10 +193,12 @@ class _Run:
             self._leave()
         rate = learning_rate(self.step, self.steps, self.config)
         self.work.begin([w or 1.0 for w in totals["weights"]], rate)
-        for i, (_, ready, factor) in enumerate(mine):
-            if i and self.stop.asked and self.ranks.world == 1:  # the step is done over later
-                self._leave()
-            self.work.add(ready, factor, last=i == len(mine) - 1)
+        try:
+            self._accumulate(mine)
+        except torch.OutOfMemoryError as e:
+            if not self.work.give_up(e):
+                raise
+            self._accumulate(mine)
         report = self.work.update()
         self.step += 1
         state["done"] += 1
@@ -208,14 +208,21 @@ class _Run:
         lag = LAG if self.work.late else 0
         if len(self.reports) > lag:
             self.reports[0][2].read()  # the host gets no further ahead
+        seconds = time.perf_counter() - start
         if self.speed is None:
             device = self.accelerator.device.type
             self.speed = Speed(matmul_rate(device, self.low) if totals["flops"] else None)
-        self.speed.add(
-            totals["tokens"], totals["flops"] / self.ranks.world, time.perf_counter() - start
-        )
+        self.speed.add(totals["tokens"], totals["flops"] / self.ranks.world, seconds)
         self._flush(lag)
         self.bar.update()
+
+    def _accumulate(self, mine):
+        # Not Accelerator's seeds: these are the same after a restart, and differ between ranks.
+        _seed(self.config.seed, self.step, self.ranks.rank, self.accelerator.device)
+        for i, (_, ready, factor) in enumerate(mine):
+            if i and self.stop.asked and self.ranks.world == 1:  # the step is done over later
+                self._leave()
+            self.work.add(ready, factor, last=i == len(mine) - 1)
 
     def _flush(self, kept: int = 0):
         """Logs the steps that are done but the last `kept`. TrainingError where one's loss is not

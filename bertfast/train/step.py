@@ -109,6 +109,14 @@ class Step:
         self.optimizer.step()
         self.clear()
 
+    def give_up(self, error: torch.OutOfMemoryError) -> bool:
+        """Whether graphs had memory: then they are gone, and the step may begin anew, launched."""
+        if self.replay is None or self.replay.recorder is None:
+            return False
+        self.replay.stop(f"{error!s:.200}")
+        self.clear()
+        return True
+
     def clear(self) -> None:
         """Forgets what was added since the last update."""
         self.losses.zero_()

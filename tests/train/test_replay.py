@@ -10,8 +10,8 @@ import pytest
 import tiny_pretrain
 import torch
 import transformers
-from helpers import close_to_truth, refused
-from tape import Tape, tape  # noqa: F401
+from helpers import GPU, close_to_truth, refused
+from tape import Tape
 
 import bertfast
 from bertfast.encoder import graph
@@ -40,6 +40,9 @@ KINDS = {
 }
 
 
+ON_TAPE = pytest.mark.skipif(GPU != "cpu", reason="it is the tape's")
+
+
 def rows(n=40, kind="single_label", longest=30, seed=0):
     r = np.random.default_rng(seed)
     out = []
@@ -55,11 +58,11 @@ def rows(n=40, kind="single_label", longest=30, seed=0):
 
 def classification(data=None, frozen=None, dropout=0.1, **options):
     """(model, task, config)"""
-    config = FinetuneConfig(**{"epochs": 2, "batch_size": 8, "lr": 1e-2, "device": "cpu"} | options)
+    config = FinetuneConfig(**{"epochs": 2, "batch_size": 8, "lr": 1e-2, "device": GPU} | options)
     labels = type("Labels", (), {"names": ("a", "b", "c")})
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
     data = data or rows(kind=config.task)
-    task = ClassificationTask(config, labels, tokenizer, data, data[:8], "cpu")
+    task = ClassificationTask(config, labels, tokenizer, data, data[:8], GPU)
     torch.manual_seed(0)
     outputs = 1 if config.task == "regression" else 3
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -78,7 +81,7 @@ def run(out, model, task, config, said=None):
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, outcome["step"] + 1))
     curve = torch.tensor([[r["loss"], r["gradient_norm"]] for r in steps], dtype=torch.float64)
-    return curve, {k: v.clone() for k, v in model.state_dict().items()}, outcome
+    return curve, {k: v.cpu().clone() for k, v in model.state_dict().items()}, outcome
 
 
 def same(a, b):
@@ -108,14 +111,15 @@ def three(tmp_path, make):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_classification(kind, tmp_path, tape):  # noqa: F811
+def test_classification(kind, tmp_path, tape):
     plain, with_fillers, replayed = three(
         tmp_path, lambda: classification(max_steps=8, **KINDS[kind])
     )
     same(replayed, with_fillers)
-    close_to_truth(replayed[0][:, 0], plain[0][:, 0], floor=3e-2 if kind == "bf16" else 1e-3)
+    if GPU == "cpu" or "dropout" in KINDS[kind]:  # torch's dropout there goes by the shape
+        close_to_truth(replayed[0][:, 0], plain[0][:, 0], floor=3e-2 if kind == "bf16" else 1e-3)
     counts, steps = replayed[2]["graphs"], replayed[2]["step"]
-    assert counts["launched"] == 0 and tape.recordings >= counts["captures"] > 1
+    assert counts["launched"] == 0 and counts["captures"] > 1
     micros = 8 + 2 * steps if kind == "accumulation" else steps  # 40 rows: 10 of 4, the last step 1
     assert abs(sum(counts.values()) - steps - micros) <= 8
     assert counts["hits"] > counts["captures"]
@@ -127,11 +131,15 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("nsp", [True, False])
-def test_pretraining(nsp, prepared, tmp_path, tape):  # noqa: F811
+def test_pretraining(nsp, prepared, tmp_path, tape):
     """With fillers the last layer's dropout of masked tokens is that of other rows, behind those of
     the pairs: beside the plain run it is off there."""
     options = {"nsp": nsp, "max_steps": 8, "eval_steps": None, "accumulation": 2}
-    options |= {"lr": 1e-3, "config": str(prepared / ("still.json" if nsp else "config.json"))}
+    options |= {
+        "lr": 1e-3,
+        "device": GPU,
+        "config": str(prepared / ("still.json" if nsp else "config.json")),
+    }
 
     def make():
         task, model = tiny_pretrain.task(prepared, **options)
@@ -151,7 +159,7 @@ def test_pretraining(nsp, prepared, tmp_path, tape):  # noqa: F811
 def stepper(model, task, config, **options):
     """A `Step` alone."""
     said = []
-    optimizer = make_optimizer(model.train(), config)
+    optimizer = make_optimizer(model.train().to(GPU), config)
     loss = lambda batch: task.loss(model, batch)
     settings = {"ranks": Ranks(), "clip": config.clip} | options
     step = Step(loss, optimizer, 1, settings["clip"], nullcontext, settings["ranks"], said.append)
@@ -164,7 +172,7 @@ def take(step, task, batch, rate=0.0, weight=1.0):
     return step.update().read()
 
 
-def test_two_replays_draw_two_masks(tape):  # noqa: F811
+def test_two_replays_draw_two_masks(tape):
     model, task, config = classification()
     step, _ = stepper(model, task, config)
     found = []
@@ -177,7 +185,7 @@ def test_two_replays_draw_two_masks(tape):  # noqa: F811
     assert step.replay.counts == {"hits": 6, "captures": 2, "misses": 2, "launched": 0}
 
 
-def test_weights_and_rate_are_not_baked_in(tape):  # noqa: F811
+def test_weights_and_rate_are_not_baked_in(tape):
     model, task, config = classification(dropout=0.0, clip=0.0, weight_decay=0.0)
     step, _ = stepper(model, task, config)
     parameter = model.classifier.bias
@@ -192,7 +200,7 @@ def test_weights_and_rate_are_not_baked_in(tape):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["single_label", "multi_label", "regression"])
-def test_fillers_reach_nothing(kind, tape):  # noqa: F811
+def test_fillers_reach_nothing(kind, tape):
     """Whatever the fillers are, losses and gradients are the same, bit for bit."""
     model, task, config = classification(task=kind)
     step, _ = stepper(model, task, config)
@@ -210,14 +218,14 @@ def test_fillers_reach_nothing(kind, tape):  # noqa: F811
         step.clear()
         step.begin([1.0], 0.0)
         with graph.paused():
-            step._micro(layout.batch(values))
+            step._micro(layout.batch(values.to(GPU)))
         found.append([step.losses.clone(), *(p.grad.clone() for p in model.parameters())])
     assert all(map(torch.equal, *found))
     assert all(t.isfinite().all() for t in found[0])
 
 
-def test_fillers_of_masked_tokens(prepared, tape):  # noqa: F811
-    task, model = tiny_pretrain.task(prepared)
+def test_fillers_of_masked_tokens(prepared, tape):
+    task, model = tiny_pretrain.task(prepared)  # on the CPU
     batch = task.load(task.batches(0)[0])
     layout, values = batch.padded(False)
     padded, n, tokens = layout.batch(values), len(batch.positions), len(batch.input_ids)
@@ -229,7 +237,7 @@ def test_fillers_of_masked_tokens(prepared, tape):  # noqa: F811
     close_to_truth(task.loss(model, padded), task.loss(model, batch).double(), floor=1e-6)
 
 
-def test_gradients_stay(tape):  # noqa: F811
+def test_gradients_stay(tape):
     """An optimizer skips a gradient that is None in silence."""
     model, task, config = classification()
     step, _ = stepper(model, task, config)
@@ -247,7 +255,7 @@ def test_gradients_stay(tape):  # noqa: F811
         assert not any(p.grad.any() for p in model.parameters())
 
 
-def test_frozen_layers(tmp_path, tape):  # noqa: F811
+def test_frozen_layers(tmp_path, tape):
     start = classification()[0].state_dict()
     make = lambda: classification(frozen=1, max_steps=6)
     _, with_fillers, replayed = three(tmp_path, make)
@@ -258,7 +266,7 @@ def test_frozen_layers(tmp_path, tape):  # noqa: F811
 
 
 @pytest.mark.parametrize("late", [1, 4, 7])
-def test_resume(late, tmp_path, tape, monkeypatch):  # noqa: F811
+def test_resume(late, tmp_path, tape, monkeypatch):
     """Stopped before a step, where its graph is known or not: the same end, bit for bit."""
     options = {"max_steps": 8, "save_steps": 3}
     whole = run(tmp_path / "whole", *classification(**options))
@@ -278,8 +286,9 @@ def test_resume(late, tmp_path, tape, monkeypatch):  # noqa: F811
     same(again, whole)
 
 
+@ON_TAPE
 @pytest.mark.parametrize("limit", [1, 100_000, 400_000])
-def test_out_of_memory_in_a_recording(limit, tmp_path, tape, monkeypatch):  # noqa: F811
+def test_out_of_memory_in_a_recording(limit, tmp_path, tape, monkeypatch):
     """In any of a step's parts: nothing of it is lost, and the run says that it goes on launched."""
     make = lambda: classification(max_steps=8, accumulation=2, batch_size=4, dropout=0.0)
     with monkeypatch.context() as m:
@@ -294,8 +303,31 @@ def test_out_of_memory_in_a_recording(limit, tmp_path, tape, monkeypatch):  # no
     assert "launched" in said[-1]
 
 
+@ON_TAPE
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_out_of_memory_beside_graphs(number, tmp_path, tape, monkeypatch):
+    """In a backward, which leaves some gradients: the step is done anew without graphs."""
+    make = lambda: classification(max_steps=8, accumulation=2, batch_size=4)
+    with launched():
+        expected = run(tmp_path / "expected", *make())
+    real, calls = Step._micro, []
+
+    def short(self, batch, factor=1.0):
+        real(self, batch, factor)
+        if not Tape.recording():
+            calls.append(1)
+            if len(calls) == number:
+                raise torch.OutOfMemoryError("out of memory, says the test")
+
+    monkeypatch.setattr(Step, "_micro", short)
+    monkeypatch.setattr(Step, "ready", lambda self, batch: batch.padded(False))
+    said = []
+    same(run(tmp_path / "found", *make(), said), expected)
+    assert sum("out of memory" in text for text in said) == 1
+
+
 @pytest.mark.parametrize("graphs", ["0", "1"])
-def test_a_loss_that_is_not_finite(graphs, tmp_path, tape, monkeypatch):  # noqa: F811
+def test_a_loss_that_is_not_finite(graphs, tmp_path, tape, monkeypatch):
     """The step is named, two steps later or at once; the weights are those before it."""
     monkeypatch.setenv("BERTFAST_GRAPHS", graphs)
     options = {"task": "regression", "epochs": 4, "schedule": "constant", "warmup": 0.0}
@@ -308,12 +340,12 @@ def test_a_loss_that_is_not_finite(graphs, tmp_path, tape, monkeypatch):  # noqa
     model, task, config = classification(broken, **options)
     message = f"the loss is inf at step {in_epoch + 1}: "
     refused(TrainingError, message, run, tmp_path / "b", model, task, config)
-    assert all(torch.equal(v, kept[name]) for name, v in model.state_dict().items())
+    assert all(torch.equal(v.cpu(), kept[name]) for name, v in model.state_dict().items())
     logged = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in logged] == list(range(1, in_epoch + 1))
 
 
-def test_a_replayed_update_skips(tape):  # noqa: F811
+def test_a_replayed_update_skips(tape):
     """And those after it: whoever reads late finds the weights of before."""
     for optimizer in ("adamw", "lamb"):
         model, task, config = classification(optimizer=optimizer)
@@ -329,7 +361,8 @@ def test_a_replayed_update_skips(tape):  # noqa: F811
         assert all(map(torch.equal, moments, after))
 
 
-def test_a_step_that_waits_is_launched(tape):  # noqa: F811
+@ON_TAPE
+def test_a_step_that_waits_is_launched(tape):
     model, task, config = classification()
     step, said = stepper(model, task, config)
     step.loss = lambda batch: task.loss(model, batch) * min(1.0, model.classifier.bias.sum().item())
@@ -339,7 +372,8 @@ def test_a_step_that_waits_is_launched(tape):  # noqa: F811
     assert step.replay.counts == {"hits": 0, "captures": 0, "misses": 2, "launched": 6}
 
 
-def test_another_thread_loads_while_one_records(tape):  # noqa: F811
+@ON_TAPE
+def test_another_thread_loads_while_one_records(tape):
     _, task, _ = classification()
     replay, here = Replay(torch.device("cpu"), print), torch.zeros(3, dtype=torch.int64)
     out = torch.zeros(3, dtype=torch.int64)
@@ -356,7 +390,7 @@ def test_another_thread_loads_while_one_records(tape):  # noqa: F811
     assert len(replay.seen["key"].graph.calls) == 1
 
 
-def test_large_batches_are_launched(tmp_path, tape, monkeypatch):  # noqa: F811
+def test_large_batches_are_launched(tmp_path, tape, monkeypatch):
     make = lambda: classification(max_steps=6)
     with monkeypatch.context() as m:
         m.setenv("BERTFAST_GRAPHS", "0")
@@ -368,7 +402,8 @@ def test_large_batches_are_launched(tmp_path, tape, monkeypatch):  # noqa: F811
     assert counts["launched"] == 6 and counts["hits"] + counts["captures"] == 5  # the updates
 
 
-def test_the_least_recently_used_makes_room(tape, monkeypatch):  # noqa: F811
+@ON_TAPE
+def test_the_least_recently_used_makes_room(tape, monkeypatch):
     monkeypatch.setattr(graph, "MAX_GRAPHS", 2)
     replay, out = Replay(torch.device("cpu"), print), []
     for key in "aabbacacc":
@@ -377,7 +412,8 @@ def test_the_least_recently_used_makes_room(tape, monkeypatch):  # noqa: F811
     assert list(replay.seen) == ["a", "c"]
 
 
-def test_a_full_pool_is_given_back(tape, monkeypatch):  # noqa: F811
+@ON_TAPE
+def test_a_full_pool_is_given_back(tape, monkeypatch):
     monkeypatch.setattr(Tape, "memory", staticmethod(lambda: 100))
     replay, out = Replay(torch.device("cpu"), print), torch.zeros(64)
     for i, key in enumerate("aaabbbb"):
@@ -386,7 +422,7 @@ def test_a_full_pool_is_given_back(tape, monkeypatch):  # noqa: F811
     assert list(replay.seen) == ["b"] and replay.counts["captures"] == 2
 
 
-def test_a_task_without_a_static_form(tmp_path, tape):  # noqa: F811
+def test_a_task_without_a_static_form(tmp_path, tape):
     model, task, config = classification(max_steps=5)
     load, loss = task.load, task.loss
     task.load, task.loss = lambda batch: {"it": load(batch)}, lambda m, b: loss(m, b["it"])
@@ -413,7 +449,7 @@ class Twice(Ranks):
 
 
 @pytest.mark.parametrize("graphs", ["0", "1"])
-def test_gradients_of_all_ranks_are_summed_once(graphs, tape, monkeypatch):  # noqa: F811
+def test_gradients_of_all_ranks_are_summed_once(graphs, tape, monkeypatch):
     monkeypatch.setenv("BERTFAST_GRAPHS", graphs)
     weights = []
     for ranks, weight in ((Ranks(), 8.0), (Twice(), 16.0)):
