@@ -237,6 +237,24 @@ def test_fillers_of_masked_tokens(prepared, tape):
     close_to_truth(task.loss(model, padded), task.loss(model, batch).double(), floor=1e-6)
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 7])
+def test_layouts(sequences):
+    """Every token is in a sequence no longer than the longest; there is a filler for who needs one."""
+    for tokens in (*range(sequences, 150), 512, 1000, 4096):
+        lengths = [len(part) for part in np.array_split(range(tokens), sequences)]
+        label = {"labels": 0}
+        batch = Packed.of_rows([{"input_ids": [5] * n} | label for n in lengths])
+        batch = batch._replace(positions=torch.arange(1), labels=torch.ones(1, dtype=torch.int64))
+        layout, values = batch.padded(False)
+        padded, size = layout.batch(values), layout.size
+        found = padded.cu_seqlens.diff()
+        assert tokens < len(padded.input_ids) == size.tokens == found.sum()
+        assert found[:sequences].tolist() == lengths and found.min() >= 0
+        assert found.max() <= size.longest == padded.max_seqlen
+        assert padded.first[sequences:].min() >= tokens and padded.positions[1:].min() == tokens
+        assert padded.real.sum() == sequences == (padded.targets != IGNORED).sum()
+
+
 def test_gradients_stay(tape):
     """An optimizer skips a gradient that is None in silence."""
     model, task, config = classification()
@@ -370,6 +388,7 @@ def test_a_step_that_waits_is_launched(tape):
         take(step, task, range(8))
     assert len(said) == 1 and "not permitted when stream is capturing" in said[0]
     assert step.replay.counts == {"hits": 0, "captures": 0, "misses": 2, "launched": 6}
+    assert not step.replay.seen  # nor what they hold
 
 
 @ON_TAPE
