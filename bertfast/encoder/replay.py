@@ -23,9 +23,10 @@ from .run import forced
 from .spec import Layer
 
 LANES = 4  # forwards that may wait for their backward
-SHARE = 0.25  # of the device's memory, for an encoder's graphs; the last one is always kept
+SHARE = 0.25  # of the device's memory, for all encoders' graphs; each one's last is always kept
 _SIGHTS = 1024  # keys that are remembered
 _NEVER = 2**62  # calls
+_every = weakref.WeakSet()  # `Graphs` of this process
 _wanted, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 
@@ -94,6 +95,7 @@ class Graphs:
         self._sights: OrderedDict[Key, Sight] = OrderedDict()
         self._inference: list[Lane] = []
         self._training: list[Lane] = []
+        _every.add(self)
 
     def __deepcopy__(self, memo):
         return type(self)(self.max_tokens, self.max_graphs)
@@ -239,7 +241,7 @@ class Graphs:
         for lane in sorted([x for x in self._lanes() if x.free()], key=lambda x: x is own):
             while len(lane.graphs) > (lane is own):
                 count = sum(len(x.graphs) for x in self._lanes())
-                if count <= graphs and self.counts().bytes <= size:
+                if count <= graphs and sum(g.counts().bytes for g in [*_every]) <= size:
                     return
                 lane.turn.finish()  # it may still run
                 self._sights[lane.graphs.popitem(last=False)[0]].dropped()
