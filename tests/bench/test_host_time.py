@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -16,7 +17,6 @@ MOST = {
     ("encoder's training step", "accelerated, replayed"): 0.45,
     ("inference", "accelerated, replayed"): 0.4,
     ("inference", "native, cuda_graphs"): 0.26,
-    ("inference", "accelerated"): 0.7,
     ("training step", "accelerated, replayed"): 0.5,
     ("training step", "native, replayed"): 0.6,
 }
@@ -25,10 +25,20 @@ MOST = {
 @pytest.mark.seconds
 def test_ratios(monkeypatch):
     monkeypatch.setattr(host_time, "TURNS", 2)
-    for last in (False, True):  # a busy machine may have had a bad moment
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        slow = measured_slow()
+    finally:
+        torch.set_num_threads(threads)
+    assert not slow
+
+
+def measured_slow():
+    for _ in range(2):  # a busy machine may have had a bad moment
         found = host_time.measure()
         ratios = {(w, who): found[w][who] / found[w][host_time.STOCK] for w, who in MOST}
         slow = {key: round(r, 3) for key, r in ratios.items() if r > MOST[key]}
         if not slow:
-            return
-    assert last and not slow
+            break
+    return slow
