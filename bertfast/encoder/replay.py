@@ -226,6 +226,8 @@ class Graphs:
             graph = Graph(record, lane, key, layers, batch, flat)
         except RuntimeError as e:
             sight.wait, sight.why = _NEVER, f"recording failed: {str(e).splitlines()[0]}"
+            if not lane.graphs:
+                self._drop(lane)
             if torch.OutOfMemoryError in (type(e), type(e.__context__)):
                 self._make_room(record, 0, -1)
                 record.empty()
@@ -245,9 +247,13 @@ class Graphs:
                     return
                 lane.turn.finish()  # it may still run
                 self._sights[lane.graphs.popitem(last=False)[0]].dropped()
-            if lane is not own:  # with its pool
-                for lanes in (self._inference, self._training):
-                    lanes[:] = [x for x in lanes if x is not lane]
+            if lane is not own:
+                self._drop(lane)
+
+    def _drop(self, lane):
+        """With its pool: torch gives none to a graph anew once all graphs in it are gone."""
+        for lanes in (self._inference, self._training):
+            lanes[:] = [x for x in lanes if x is not lane]
 
 
 def _device(hidden):

@@ -272,7 +272,7 @@ class GraphedModel:
         if not (there and self._baked.unchanged()):
             self._release(0)
             self._baked.take()
-            self._pool, static, ahead = None, None, False
+            static, ahead = None, False
         self._check(device, closely=static is None)
         if ahead:
             self.graphs.move_to_end(size)
@@ -280,7 +280,7 @@ class GraphedModel:
         if static is None:
             self._release(self.max_graphs - 1)
             record = _recorder(device)
-            if self._pool is None:
+            if not self.graphs:  # torch gives no pool anew once all graphs in it are gone
                 self._pool = record.pool()
             static = Static(self.model, size, device)
             batch.fill(static)  # a warm-up reads ids
