@@ -14,22 +14,20 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import registry
 from ..ops.library import once, plain
 from . import watch
 from .batch import Batch
-from .graph import MAX_GRAPHS, MAX_TOKENS, bucket, is_paused, recorder, rounded
+from .graph import MAX_GRAPHS, MAX_TOKENS, Memory, bucket, is_paused, recorder, rounded, settings
 from .recorded import Graph, Key
 from .run import forced
 from .spec import Layer
 
 LANES = 4  # forwards that may wait for their backward
-SHARE = 0.25  # of the device's memory, for an encoder's graphs; the last one is always kept
+SHARE = 0.25  # of the device's memory, for all encoders' graphs; each one's last is always kept
 _SIGHTS = 1024  # keys that are remembered
 _NEVER = 2**62  # calls
-_pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
-_layout, _wanted = attrgetter("dtype", "shape"), attrgetter("requires_grad")
-_version = attrgetter("_version")
+_every = weakref.WeakSet()  # `Graphs` of this process
+_wanted, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 
 class Counts(NamedTuple):
@@ -93,10 +91,11 @@ class Graphs:
     def __init__(self, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GRAPHS):
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
         self.hits = self.captures = self.misses = 0
-        self._lock, self._layers, self._state = threading.RLock(), None, None
+        self._lock, self._layers, self._memory = threading.RLock(), None, None
         self._sights: OrderedDict[Key, Sight] = OrderedDict()
         self._inference: list[Lane] = []
         self._training: list[Lane] = []
+        _every.add(self)
 
     def __deepcopy__(self, memo):
         return type(self)(self.max_tokens, self.max_graphs)
@@ -121,7 +120,7 @@ class Graphs:
         with self._lock:
             for lane in self._lanes():
                 lane.turn.finish()
-            self._layers = self._state = self._memory = None
+            self._layers = self._memory = None
             self._inference, self._training = [], []
             for sight in self._sights.values():
                 sight.wait = min(sight.wait, 1)
@@ -131,7 +130,7 @@ class Graphs:
         launched; None where a device has no graphs."""
         record = recorder(batch.hidden.device)
         if record is None:
-            if self._state is not None:
+            if self._memory is not None:
                 self.release()
             return None
         why = self._limit(batch, record)
@@ -174,24 +173,15 @@ class Graphs:
         """All parameters. No graph of others or of other settings is left."""
         if layers is not self._layers:
             self._flat = [p for layer in layers for p in layer.weights.flat()]
-            self._matrices = [p for p in self._flat if p.dim() > 1]
             self._specs = [layer.spec for layer in layers]
             self._dropout = tuple([layer.dropout for layer in layers])
             self._layers = layers
-        flat, matmul = self._flat, torch.backends.cuda.matmul
-        state = (
-            *([*map(_pointer, flat)], [*map(_stride, flat)], [*map(_layout, self._matrices)]),
-            *(self._specs, registry.forced(), forced()),
-            torch.are_deterministic_algorithms_enabled(),
-            *(matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction),
-            matmul.allow_fp16_reduced_precision_reduction,
-        )
-        if state != self._state:
+        state, memory = (self._specs, forced(), settings()), self._memory
+        if memory is None or state != self._state or not memory.holds(self._flat):
             self.release()
-            self._layers, self._state = layers, state
-            self._memory = [p.detach() for p in flat]  # nothing else gets it while a graph reads it
-            self._read = [p for p in flat if not p.is_inference()]
-        return flat
+            self._layers, self._state, self._memory = layers, state, Memory(self._flat)
+            self._read = [p for p in self._flat if not p.is_inference()]
+        return self._flat
 
     def _key(self, batch, flat) -> Key:
         hidden, bias, rows = batch.hidden, batch.bias, batch.rows
@@ -236,6 +226,8 @@ class Graphs:
             graph = Graph(record, lane, key, layers, batch, flat)
         except RuntimeError as e:
             sight.wait, sight.why = _NEVER, f"recording failed: {str(e).splitlines()[0]}"
+            if not lane.graphs:
+                self._drop(lane)
             if torch.OutOfMemoryError in (type(e), type(e.__context__)):
                 self._make_room(record, 0, -1)
                 record.empty()
@@ -251,13 +243,17 @@ class Graphs:
         for lane in sorted([x for x in self._lanes() if x.free()], key=lambda x: x is own):
             while len(lane.graphs) > (lane is own):
                 count = sum(len(x.graphs) for x in self._lanes())
-                if count <= graphs and self.counts().bytes <= size:
+                if count <= graphs and sum(g.counts().bytes for g in [*_every]) <= size:
                     return
                 lane.turn.finish()  # it may still run
                 self._sights[lane.graphs.popitem(last=False)[0]].dropped()
-            if lane is not own:  # with its pool
-                for lanes in (self._inference, self._training):
-                    lanes[:] = [x for x in lanes if x is not lane]
+            if lane is not own:
+                self._drop(lane)
+
+    def _drop(self, lane):
+        """With its pool: torch gives none to a graph anew once all graphs in it are gone."""
+        for lanes in (self._inference, self._training):
+            lanes[:] = [x for x in lanes if x is not lane]
 
 
 def _device(hidden):

@@ -3,7 +3,6 @@ result. Native models and the drop-in ask here, at every forward: a model can ch
 """
 
 import functools
-import operator
 from itertools import chain, repeat
 from operator import attrgetter, contains
 
@@ -17,8 +16,9 @@ from ..ops.library import PLAIN, unwatched
 from ..ops.library import plain as plain_tensor
 from .spec import Unfit
 
-FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_hooks = attrgetter(*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+_hooks = attrgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
 _parameters, _is_meta = attrgetter("_parameters"), attrgetter("is_meta")
 # What transformers uses to collect hidden states. Its hooks stay after the first call that asked
 # for them and do nothing without such a request; with one, the encoder gives padded tensors.
@@ -113,7 +113,7 @@ class Seen:
         """`read()`, which looks at nothing but the modules in `root` and what is in `also`."""
         last = self._last
         if last is None or last.root is not root or last.also != also or not last.holds():
-            last = self._last = _Snapshot(root, also, read())
+            last = self._last = Snapshot(root, also, read())
         return last.found
 
     def __deepcopy__(self, memo):
@@ -123,11 +123,11 @@ class Seen:
         return type(self), ()
 
 
-class _Snapshot:
+class Snapshot:
     """Modules, of which another class, attribute, child or parameter is a change; hooks are looked
     at anew each time."""
 
-    def __init__(self, root, also, found):
+    def __init__(self, root, also=None, found=None):
         self.root, self.also, self.found = root, also, found
         self.modules = list(root.modules())
         self.types, self.vars = [*map(type, self.modules)], [*map(vars, self.modules)]
@@ -146,8 +146,8 @@ class _Snapshot:
         try:
             return (
                 not (self.hooked or any(self.hooks))
-                and all(map(operator.eq, self.vars, self.then))
-                and all(map(operator.eq, self.children, self.inside))
+                and self.vars == self.then
+                and self.children == self.inside
                 and [*map(type, self.modules)] == self.types
                 and self.ids() == self.parameters
             )

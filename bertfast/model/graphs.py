@@ -11,15 +11,22 @@ is given out. A difference drops the result and captures anew.
 import operator
 import threading
 from collections import OrderedDict
-from itertools import chain, pairwise
-from operator import attrgetter
+from itertools import pairwise
 
 import torch
 
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import Packing
-from ..encoder.graph import MAX_GRAPHS, MAX_TOKENS, RECORDERS, Bucket, bucket
+from ..encoder.graph import (
+    MAX_GRAPHS,
+    MAX_TOKENS,
+    RECORDERS,
+    Bucket,
+    Memory,
+    bucket,
+    settings,
+)
 from ..ops.library import HAS_TRITON
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
 from .bucket import OnCPU, OnGPU
@@ -55,10 +62,10 @@ def cuda_graphs(model, *, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GR
     return GraphedModel(model, max_tokens, max_graphs)
 
 
-def _recorder(model):
-    if model.device.type not in RECORDERS:
-        raise ValueError(f"the model is on {model.device}, CUDA graphs need it on a GPU: .cuda()")
-    return RECORDERS[model.device.type]
+def _recorder(device):
+    if device.type not in RECORDERS:
+        raise ValueError(f"the model is on {device}, CUDA graphs need it on a GPU: .cuda()")
+    return RECORDERS[device.type]
 
 
 class StaticPacking(Packing):
@@ -132,13 +139,6 @@ class Static:
 
 
 _KNOWN = "torch.nn.", "bertfast.", "transformers.activations"
-_pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
-_layout, _eps = attrgetter("dtype", "shape"), attrgetter("eps")
-_unfit = attrgetter("training", *watch.FORWARD_HOOKS)
-
-
-def _items(dicts):
-    return chain.from_iterable(map(dict.values, dicts))
 
 
 def _tables(model):
@@ -151,65 +151,48 @@ def _tables(model):
 
 
 class Baked:
-    """What a capture takes from a model besides the batch: `unchanged` since `take`?
-
-    Asked at every call, so it goes over lists made once, by functions in C.
-    """
+    """What a capture takes from a model besides the batch: `unchanged` since `take`?"""
 
     def __init__(self, model):
         self.model = model
         self.take()
 
     def take(self):
-        self.modules = list(self.model.modules())
+        self.modules = watch.Snapshot(self.model)
         # What decides over an adapter (which one, its scale) is in attributes that nobody compares.
         self.foreign = [
             (name, m)
             for name, m in self.model.named_modules()
             if name and not type(m).__module__.startswith(_KNOWN)
         ]
-        self.norms = [m for m in self.modules if hasattr(m, "eps")]
-        self.children = [m._modules for m in self.modules if m._modules]
-        self.named = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
-        self.tensors = [t for t in _items(self.named) if t is not None]
-        self.tables = _tables(self.model)
-        # Their memory, for a replay before `unchanged` has found that they have another.
-        self.memory = [t.detach() for t in self.tensors]
-        self.pointers, self.state = list(map(_pointer, self.tensors)), self._state()
+        self.tables, tensors = (
+            _tables(self.model),
+            [*self.model.parameters(), *self.model.buffers()],
+        )
+        self.memory, self.state = Memory(tensors), self._state()
 
     def there(self) -> bool:
         """Whether all that a graph reads is still in memory, where it was, and ids that the model
         takes are in its tables."""
         same = all(map(operator.is_, self.tables, _tables(self.model)))
-        return same and self.pointers == list(map(_pointer, self.tensors))
+        return same and self.memory.there()
 
     def unchanged(self) -> bool:
         """And the rest as it was, if they are `there`."""
-        return self.state == self._state()
+        same = self.modules.holds() and self.memory.formed()
+        return same and self.state == self._state()
 
     def unfit(self):
         """The modules that a graph can't stand for, as they are."""
-        if any(chain.from_iterable(map(_unfit, self.modules))):
-            return [m for m in self.modules if any(_unfit(m))]
-        return []
+        modules = self.model.modules()
+        return [m for m in modules if m.training or watch.hooked(m, ())]
 
     def _state(self):
-        device, matmul = self.model.device.type, torch.backends.cuda.matmul
-        config = self.model.config
+        device, config = self.tables[0].device.type, self.model.config
         return (
-            list(_items(self.children)),
-            list(map(type, self.modules)),
-            ["forward" in m.__dict__ and m.__dict__["forward"] for m in self.modules],
-            list(map(_eps, self.norms)),
-            list(map(id, _items(self.named))),  # == of tensors would compare their values
-            list(map(_layout, self.tensors)),
-            list(map(_stride, self.tensors)),
             (config.num_attention_heads, config.hidden_act),
-            (ops.registry.forced(), torch.are_deterministic_algorithms_enabled()),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-            matmul.fp32_precision,
-            matmul.allow_bf16_reduced_precision_reduction,
-            matmul.allow_fp16_reduced_precision_reduction,
+            settings(),
         )
 
 
@@ -217,7 +200,7 @@ class GraphedModel:
     """See `cuda_graphs`."""
 
     def __init__(self, model, max_tokens, max_graphs):
-        record = _recorder(model)
+        record = _recorder(model.device)
         for name, value in (("max_tokens", max_tokens), ("max_graphs", max_graphs)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
@@ -241,7 +224,7 @@ class GraphedModel:
         device = weight.device
         batch = self._batch(inner, shape, device, given)
         if not 0 < batch.tokens <= self.max_tokens:
-            self._check()
+            self._check(device, closely=True)
             there = (None if t is None else t.to(device) for t in given)
             with torch.no_grad():
                 return model(*there, return_dict=return_dict)
@@ -256,14 +239,14 @@ class GraphedModel:
         device, read = (device, OnGPU) if HAS_TRITON else ("cpu", OnCPU)
         return read(inner, shape, *(None if t is None else t.to(device) for t in given))
 
-    def _check(self):
-        _recorder(self.model)
-        for module in self._baked.unfit():
+    def _check(self, device, closely: bool):
+        _recorder(device)
+        for module in self._baked.unfit() if closely else ():
             if module.training:
                 raise RuntimeError("the model is in training mode; call model.eval() first")
             raise RuntimeError(
-                f"a {type(module).__name__} has forward hooks, which a graph would not run: "
-                "remove them or call the model itself"
+                f"a {type(module).__name__} has hooks, which a graph would not run: remove them or "
+                "call the model itself"
             )
         if watch.global_hooks():
             raise RuntimeError(
@@ -289,15 +272,15 @@ class GraphedModel:
         if not (there and self._baked.unchanged()):
             self._release(0)
             self._baked.take()
-            self._pool, static, ahead = None, None, False
-        self._check()
+            static, ahead = None, False
+        self._check(device, closely=static is None)
         if ahead:
             self.graphs.move_to_end(size)
             return output
         if static is None:
             self._release(self.max_graphs - 1)
-            record = _recorder(self.model)
-            if self._pool is None:
+            record = _recorder(device)
+            if not self.graphs:  # torch gives no pool anew once all graphs in it are gone
                 self._pool = record.pool()
             static = Static(self.model, size, device)
             batch.fill(static)  # a warm-up reads ids
