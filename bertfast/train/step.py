@@ -10,11 +10,12 @@ from .replay import Replay
 
 
 class Step:
-    """
+    """What the loop does over and over:
+
         step.begin(weights, rate)
         for batch in batches:
             step.add(step.ready(batch))
-        report = step.update()          # a later report.read() waits for the device
+        report = step.update()  # report.read() waits for the device
 
     On a device that records (`encoder.graph`) both are replayed, with what changes from step to
     step in tensors that stay. An update after a loss that isn't finite does nothing, nor do those
