@@ -212,15 +212,19 @@ class Graphs:
     def _lanes(self):
         return [*self._inference, *self._training]
 
-    def _record(self, record, lane, key, layers, batch, flat):
-        """A `Graph` in the lane, or why not."""
+    def _sight(self, key) -> Sight:
         sight = self._sights.setdefault(key, Sight())
         self._sights.move_to_end(key)
+        if len(self._sights) > _SIGHTS:
+            self._sights.popitem(last=False)
+        return sight
+
+    def _record(self, record, lane, key, layers, batch, flat):
+        """A `Graph` in the lane, or why not."""
+        sight = self._sight(key)
         if sight.wait:
             sight.wait -= 1
             self.misses += 1
-            if len(self._sights) > _SIGHTS:
-                self._sights.popitem(last=False)
             return sight.why
         try:
             graph = Graph(record, lane, key, layers, batch, flat)
@@ -246,7 +250,7 @@ class Graphs:
                 if count <= graphs and sum(g.counts().bytes for g in [*_every]) <= size:
                     return
                 lane.turn.finish()  # it may still run
-                self._sights[lane.graphs.popitem(last=False)[0]].dropped()
+                self._sight(lane.graphs.popitem(last=False)[0]).dropped()
             if lane is not own:
                 self._drop(lane)
 

@@ -600,3 +600,15 @@ def test_a_frozen_model_launches_no_cpu_graph():
             for _ in range(3):
                 model(**FULL)
         assert counts(model) == (0, 0, 0)
+
+
+def test_more_sizes_than_are_remembered(monkeypatch):
+    """The size of a graph that had to make room may be forgotten by then."""
+    monkeypatch.setattr(replay, "_SIGHTS", 2)
+    model = accelerated().eval()
+    encoder(model).bertfast_graphs = replay.Graphs(max_graphs=2)
+    with torch.no_grad():
+        for n in (16, 32, 48, 64):
+            model(**batch(n))
+            model(**batch(n))
+        assert counts(model) == (0, 4, 4)
