@@ -114,6 +114,18 @@ class CudaGraph:
                 self.stream.synchronize()
 
 
+@contextmanager
+def uncached():
+    """A block to record in: autocast keeps no copy of a weight, which a replay would find as it was
+    or gone."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def settings() -> tuple:
     """Of torch and of ours, what decides over the kernels that a recording holds."""
     matmul = torch.backends.cuda.matmul

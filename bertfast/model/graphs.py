@@ -26,6 +26,7 @@ from ..encoder.graph import (
     Memory,
     bucket,
     settings,
+    uncached,
 )
 from ..ops.library import HAS_TRITON
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
@@ -115,8 +116,9 @@ class Static:
         return output
 
     def capture(self, record, pool):
-        record.warm_up(self.forward)
-        self.graph = record(self.forward, pool)
+        with uncached():
+            record.warm_up(self.forward)
+            self.graph = record(self.forward, pool)
         self.output = self.graph.result
 
     def replay(self, batch):

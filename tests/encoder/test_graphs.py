@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers import GPU, close_to_truth, exact, refused
+from helpers import GPU, apart, close_to_truth, exact, refused
 
 import bertfast
 from bertfast.encoder.graph import RECORDERS
@@ -205,6 +205,17 @@ def test_settings_are_part_of_the_key(monkeypatch):
         assert fast(**inputs).last_hidden_state.dtype == torch.bfloat16
     assert list(fast.graphs.values()) != old
     assert fast(**inputs).last_hidden_state.dtype == torch.float32
+
+
+def test_autocast_keeps_no_weight():
+    model = build("BertForSequenceClassification")
+    fast, inputs = graphed(model), batch((20, 9), device=GPU)
+    for factor in (1, -7):
+        with torch.no_grad():
+            model.classifier.weight.mul_(factor)
+        with torch.no_grad(), torch.autocast(GPU, torch.bfloat16):
+            found, expected = fast(**inputs).logits, model(**inputs).logits
+        assert apart(found, expected) < 0.1
 
 
 def test_replays_of_a_changed_model_are_dropped(monkeypatch):
