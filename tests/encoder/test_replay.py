@@ -559,6 +559,18 @@ def test_threads():
     assert not wrong and counts(model)[0] >= 40
 
 
+def test_anomaly_detection():
+    """It reads values, which no recording survives; afterwards the size is recorded."""
+    model = accelerated().train()
+    with warnings.catch_warnings(), torch.autograd.detect_anomaly():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            gradients(model)
+    assert "anomaly detection" in why(model)
+    gradients(model), gradients(model)
+    assert why(model).startswith("graph of")
+
+
 def test_paused_and_inference_mode():
     model = accelerated().eval()
     with torch.no_grad(), graph.paused():
