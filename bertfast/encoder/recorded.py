@@ -29,6 +29,8 @@ class Key(NamedTuple):
 class Graph:
     """The buffers of a key, and what was recorded on them. `choice`: who runs the layers there."""
 
+    replays = 0  # counted by who replays it
+
     def __init__(self, record, lane, key: Key, layers, batch, flat):
         (tokens, sequences, longest), hidden = key.size, batch.hidden
         training, device = key.wants is not None, hidden.device

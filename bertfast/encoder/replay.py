@@ -24,6 +24,7 @@ from .spec import Layer
 
 LANES = 4  # forwards that may wait for their backward
 SHARE = 0.25  # of the device's memory, for all encoders' graphs; each one's last is always kept
+WORTH = 64  # replays that pay for a recording
 _SIGHTS = 1024  # keys that are remembered
 _NEVER = 2**62  # calls
 _every = weakref.WeakSet()  # `Graphs` of this process
@@ -49,11 +50,17 @@ class Sight:
     WAIT = 1
 
     def __init__(self):
-        self.wait, self.next, self.why = self.WAIT, 16, "the first batch of this size"
+        self.wait, self.next, self.why = self.WAIT, self.WAIT, "the first batch of this size"
 
-    def dropped(self):
-        """Its graph: the next one must be worth its recording."""
-        self.wait, self.next, self.why = self.next, 16 * self.next, "its graph had to make room"
+    def dropped(self, replays: int):
+        """Its graph went with all others, for a weight that was replaced, say. Where that comes
+        often the next one must be worth its recording."""
+        self.wait = self.WAIT if replays >= WORTH else self.next
+        self.next, self.why = 16 * max(self.wait, 1), "its graph was of a model that has changed"
+
+    def made_room(self):
+        self.wait = max(self.next, 16)
+        self.next, self.why = 16 * self.wait, "its graph had to make room"
 
 
 class Lane:
@@ -71,8 +78,7 @@ class Lane:
         return self.grown + shared + sum(g.bytes for g in self.graphs.values())
 
     def free(self) -> bool:
-        use = None if self.use is None else self.use()
-        return use is None or use.over
+        return self.use is None or self.use() is None
 
 
 class Use:
@@ -82,7 +88,7 @@ class Use:
         self.graph, self.lane, self.read = graph, lane, read
         self.tokens = len(batch.hidden)
         self.bias = None if batch.bias is None else batch.bias.shape
-        self.version, self.over, self.again = sum(map(_version, read)), False, False
+        self.version, self.again = sum(map(_version, read)), False
 
 
 class Graphs:
@@ -118,12 +124,15 @@ class Graphs:
         """All graphs, and weights that have been replaced since; what waits for its backward holds
         its own."""
         with self._lock:
+            replays = {k: 0 for k, sight in self._sights.items() if sight.wait > _NEVER // 2}
             for lane in self._lanes():
                 lane.turn.finish()
+                for key, graph in lane.graphs.items():
+                    replays[key] = replays.get(key, 0) + graph.replays
             self._layers = self._memory = None
             self._inference, self._training = [], []
-            for sight in self._sights.values():
-                sight.wait = min(sight.wait, 1)
+            for key, count in replays.items():
+                self._sight(key).dropped(count)
 
     def run(self, layers: list[Layer], batch: Batch):
         """([tokens or rows, hidden], the `Choice` of who was recorded), or why the layers must be
@@ -148,7 +157,7 @@ class Graphs:
                 if isinstance(graph, str):
                     return graph
             else:
-                self.hits += 1
+                self.hits, graph.replays = self.hits + 1, graph.replays + 1
                 lane.graphs.move_to_end(key)
             with lane.turn:
                 if key.wants is None:
@@ -252,7 +261,7 @@ class Graphs:
                 if count <= graphs and sum(g.counts().bytes for g in [*_every]) <= size:
                     return
                 lane.turn.finish()  # it may still run
-                self._sight(lane.graphs.popitem(last=False)[0]).dropped()
+                self._sight(lane.graphs.popitem(last=False)[0]).made_room()
             if lane is not own:
                 self._drop(lane)
 
@@ -290,7 +299,7 @@ def _gradients(ctx, grad):
     with use.lane.turn:
         found = use.graph.backward(use, grad)
     if not torch._C._autograd._get_current_graph_task_keep_graph():
-        use.over = True
+        ctx.use = None  # a loss that is kept keeps no memory of graphs
     return None, None, *found
 
 

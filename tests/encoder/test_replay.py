@@ -6,6 +6,7 @@ import gc
 import pickle
 import threading
 import warnings
+import weakref
 from contextlib import nullcontext
 
 import families
@@ -523,6 +524,38 @@ def test_the_last_used_stay(monkeypatch):
         assert sizes() == [48]
     gradients(model, batch(16)), gradients(model, batch(16))
     assert sizes() == [16]
+
+
+def test_weights_that_are_replaced_all_the_time():
+    """Recordings, which cost as much as many calls, don't take over."""
+    model = accelerated().eval()
+    with torch.no_grad():
+        for n in range(60):
+            if n % 3 == 0:
+                swap_data(model)
+            model(**FULL)
+        assert counts(model)[1] <= 3 and "of a model that has changed" in why(model)
+        bertfast.accelerate(bertfast.restore(model) or model)
+        for _ in range(4):  # a graph that was worth it is recorded again at once
+            for _ in range(replay.WORTH + 2):
+                model(**FULL)
+            swap_data(model)
+        assert counts(model)[1:] == (4, 4)
+
+
+def test_a_kept_loss_keeps_no_graph():
+    model = accelerated().train()
+    gradients(model), gradients(model)
+    losses = [loss_of(model, FULL)]
+    losses[0].backward()
+    graphs = encoder(model).bertfast_graphs
+    graph = weakref.ref(next(iter(graphs._training[0].graphs.values())))
+    gc.disable()
+    try:
+        graphs.release()
+        assert graph() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_and_pickles():
