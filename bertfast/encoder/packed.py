@@ -50,9 +50,10 @@ class Freezable:
         return replica
 
     def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
         if self.bertfast_graphs is not None:
-            self.bertfast_graphs.release()  # the weights' old memory, too
-        return super()._apply(fn, recurse)
+            self.bertfast_graphs.look()
+        return self
 
 
 class Packed:

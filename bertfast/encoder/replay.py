@@ -120,6 +120,12 @@ class Graphs:
         held = sum(lane.bytes() for lane in self._lanes())
         return Counts(self.hits, self.captures, self.misses, held)
 
+    def look(self) -> None:
+        """After a `model.to(...)`, which may have moved nothing: are the weights where they were?"""
+        with self._lock:
+            if self._memory is not None and not self._memory.there():
+                self.release()
+
     def release(self) -> None:
         """All graphs, and weights that have been replaced since; what waits for its backward holds
         its own."""

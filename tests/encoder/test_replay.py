@@ -417,6 +417,8 @@ def test_weights_leave_memory():
         assert old not in [t.data_ptr() for t in held._memory.kept]
         model(**FULL)
         assert held.counts().bytes > 0
+        model.to(GPU)  # as many do before each call
+        assert held.counts().bytes > 0
         model.to(torch.bfloat16)
         assert held.counts().bytes == 0 and held._memory is None
 
