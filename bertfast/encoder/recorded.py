@@ -54,6 +54,7 @@ class Graph:
             leaves = [p.detach() for p in flat]
             inputs = [self.hidden.detach(), None if self.bias is None else self.bias.detach()]
             self.leaves = [*inputs, *leaves]
+            self.groups = []
             self.wanted = [i for i, wanted in enumerate(key.wants or ()) if wanted]
             for i in self.wanted:
                 self.leaves[i].requires_grad_()
@@ -70,7 +71,7 @@ class Graph:
         with torch.inference_mode(False), torch.set_grad_enabled(training):
             self._record(record, lane, training)
         held = self.hidden, self.starts, self.used, self.rows, self.bias, self.grad, self.out
-        self.bytes = sum(t.nbytes for t in held if t is not None)
+        self.nbytes = sum(t.nbytes for t in held if t is not None)
 
     def _run(self):
         self.choice = choose(self.layers, self.batch)
@@ -96,18 +97,19 @@ class Graph:
 
     def _group(self, lane):
         """The parameters by dtype, whose gradients leave together, and where a lane's graphs put
-        them: [(places, parameters, [n])]."""
+        them, the same memory for as many: [(places, parameters, [n])]."""
+        shared = {(t.dtype, len(t)): t for graph in lane.graphs.values() for *_, t in graph.groups}
         found = {}
         for i in self.wanted:
             if i >= 2:
                 found.setdefault(self.leaves[i].dtype, []).append(i)
-        self.groups = []
         for dtype, places in found.items():
             parts = [self.leaves[i].detach() for i in places]
             n = sum(p.numel() for p in parts)
-            if (dtype, n) not in lane.gradients:
-                lane.gradients[dtype, n] = self.hidden.new_empty(n, dtype=dtype)
-            self.groups.append((places, parts, lane.gradients[dtype, n]))
+            whole = shared.get((dtype, n))
+            if whole is None:
+                whole = self.hidden.new_empty(n, dtype=dtype)
+            self.groups.append((places, parts, whole))
 
     def _gathered(self, out):
         """The gradients of states and bias, where they are wanted; the others in their buffers."""

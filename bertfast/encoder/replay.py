@@ -27,7 +27,7 @@ SHARE = 0.25  # of the device's memory, for all encoders' graphs; each one's las
 WORTH = 64  # replays that pay for a recording
 _SIGHTS = 1024  # keys that are remembered
 _NEVER = 2**62  # calls
-_every = weakref.WeakSet()  # `Graphs` of this process
+_every, _guard = weakref.WeakSet(), threading.Lock()  # `Graphs` of this process
 _wanted, _version = attrgetter("requires_grad"), attrgetter("_version")
 
 
@@ -69,13 +69,13 @@ class Lane:
 
     def __init__(self, record):
         self.pool, self.turn, self.grown = record.pool(), record.Turn(), 0
-        self.gradients = {}  # what graphs share: (dtype, n) -> n gradients of parameters
         self.graphs: OrderedDict[Key, Graph] = OrderedDict()  # the last used at the end
         self.use = None  # a weakref to the `Use`
 
     def bytes(self) -> int:
-        shared = sum(t.nbytes for t in self.gradients.values())
-        return self.grown + shared + sum(g.bytes for g in self.graphs.values())
+        graphs = [*self.graphs.values()]  # others may add some meanwhile
+        shared = {id(t): t.nbytes for graph in graphs for *_, t in graph.groups}
+        return self.grown + sum(shared.values()) + sum([graph.nbytes for graph in graphs])
 
     def free(self) -> bool:
         return self.use is None or self.use() is None
@@ -101,7 +101,8 @@ class Graphs:
         self._sights: OrderedDict[Key, Sight] = OrderedDict()
         self._inference: list[Lane] = []
         self._training: list[Lane] = []
-        _every.add(self)
+        with _guard:
+            _every.add(self)
 
     def __deepcopy__(self, memo):
         return type(self)(self.max_tokens, self.max_graphs)
@@ -264,7 +265,7 @@ class Graphs:
         for lane in sorted([x for x in self._lanes() if x.free()], key=lambda x: x is own):
             while len(lane.graphs) > (lane is own):
                 count = sum(len(x.graphs) for x in self._lanes())
-                if count <= graphs and sum(g.counts().bytes for g in [*_every]) <= size:
+                if count <= graphs and _held() <= size:
                     return
                 lane.turn.finish()  # it may still run
                 self._sight(lane.graphs.popitem(last=False)[0]).made_room()
@@ -275,6 +276,13 @@ class Graphs:
         """With its pool: torch gives none to a graph anew once all graphs in it are gone."""
         for lanes in (self._inference, self._training):
             lanes[:] = [x for x in lanes if x is not lane]
+
+
+def _held() -> int:
+    """Bytes of all encoders' graphs."""
+    with _guard:
+        every = [*_every]
+    return sum([graphs.counts().bytes for graphs in every])
 
 
 def _device(hidden):

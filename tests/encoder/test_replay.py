@@ -4,6 +4,7 @@ launched kernels. Without a GPU a tape stands in for a graph (tape.py)."""
 import copy
 import gc
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -604,6 +605,56 @@ def test_anomaly_detection():
     assert "anomaly detection" in why(model)
     gradients(model), gradients(model)
     assert why(model).startswith("graph of")
+
+
+def test_threads_that_record_and_count(monkeypatch):
+    """One encoder's recording asks what all others hold, which record meanwhile."""
+    models, wrong = [accelerated().eval() for _ in range(2)], []
+    for model in models:
+        encoder(model).bertfast_graphs.max_graphs = 2
+
+    def work(model, last):
+        try:
+            for n in (16, 32, 48, 64) * 2:
+                with torch.no_grad():
+                    model(**batch(n)), model(**batch(n))
+        except RuntimeError as e:
+            wrong.append(e)
+        last.set()
+
+    def look(last):
+        try:
+            while not last.is_set():
+                replay.Graphs(), replay._held(), replay.Graphs()
+        except RuntimeError as e:
+            wrong.append(e)
+
+    interval, last = sys.getswitchinterval(), threading.Event()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(m, last)) for m in models]
+        threads += [threading.Thread(target=look, args=(last,)) for _ in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_buffers_of_gradients_go_with_their_graphs():
+    """Layers unfrozen one by one want other gradients each time."""
+    model = accelerated().train()
+    held = encoder(model).bertfast_graphs
+    for p in [*encoder(model).parameters()][:6]:
+        gradients(model), gradients(model)
+        p.requires_grad_(False)
+    before, held.max_graphs = held.counts().bytes, 1
+    gradients(model), gradients(model)
+    (last,) = held._training[0].graphs.values()
+    whole = 4 * sum(p.numel() for p in encoder(model).parameters() if p.requires_grad)
+    assert held.counts().bytes == held._training[0].grown + whole + last.nbytes < before
 
 
 def test_paused_and_inference_mode():
