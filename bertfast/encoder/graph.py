@@ -10,7 +10,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ _pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 _layout = attrgetter("dtype", "shape")
 MAX_TOKENS = 32768  # launches of a larger batch are hidden behind its work
 MAX_GRAPHS = 64
+_thread = threading.local()
 
 
 class Bucket(NamedTuple):
@@ -49,6 +50,15 @@ def rounded(n: int) -> int:
     return -(-n // step) * step
 
 
+def _side():
+    """The thread's stream to warm up and record on, of the current device (torch's own is of the
+    device that recorded first). One: cuBLAS keeps a workspace for each that it ever ran on."""
+    streams, device = vars(_thread).setdefault("streams", {}), torch.cuda.current_device()
+    if device not in streams:
+        streams[device] = torch.cuda.Stream()
+    return streams[device]
+
+
 class CudaGraph:
     """What `function()` launches, recorded on the current device, whose memory is `pool`'s.
 
@@ -56,11 +66,19 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable, pool):
-        graph = torch.cuda.CUDAGraph()
+        graph, stream, device = torch.cuda.CUDAGraph(), _side(), torch.cuda.current_device()
         # thread_local: other threads may allocate meanwhile, as those that pin memory do.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            before = torch.cuda.memory_reserved()
-            self.result = function()
+        options = dict(pool=pool, stream=stream, capture_error_mode="thread_local")
+        try:
+            # Where a recording can't end, torch leaves its stream on: the outer block takes it off.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
+                before = torch.cuda.memory_reserved()
+                self.result = function()
+        except RuntimeError:
+            with suppress(RuntimeError):  # and its allocator would give from the pool ever after
+                torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
+            raise
         self.bytes, self.replay = torch.cuda.memory_reserved() - before, graph.replay
 
     @staticmethod
@@ -71,7 +89,7 @@ class CudaGraph:
     @staticmethod
     def warm_up(function: Callable) -> None:
         """Compiles kernels and sets libraries up, neither of which may happen in a recording."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream, current = _side(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -164,7 +182,8 @@ class Memory:
 
 
 RECORDERS = {"cuda": CudaGraph}  # by type of device; on others everything is launched
-_paused = threading.local()
+# Held by who records: another thread that did so, and waits for the device, would break both.
+recording = threading.Lock()
 
 
 def recorder(device: torch.device):
@@ -175,12 +194,12 @@ def recorder(device: torch.device):
 @contextmanager
 def paused():
     """A block in which encoders launch, in this thread: whoever calls them records more."""
-    before, _paused.on = is_paused(), True
+    before, _thread.paused = is_paused(), True
     try:
         yield
     finally:
-        _paused.on = before
+        _thread.paused = before
 
 
 def is_paused() -> bool:
-    return getattr(_paused, "on", False)
+    return getattr(_thread, "paused", False)

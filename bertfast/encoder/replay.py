@@ -17,7 +17,17 @@ import torch
 from ..ops.library import once, plain
 from . import watch
 from .batch import Batch
-from .graph import MAX_GRAPHS, MAX_TOKENS, Memory, bucket, is_paused, recorder, rounded, settings
+from .graph import (
+    MAX_GRAPHS,
+    MAX_TOKENS,
+    Memory,
+    bucket,
+    is_paused,
+    recorder,
+    recording,
+    rounded,
+    settings,
+)
 from .recorded import Graph, Key
 from .run import forced
 from .spec import Layer
@@ -122,7 +132,7 @@ class Graphs:
         return Counts(self.hits, self.captures, self.misses, held)
 
     def look(self) -> None:
-        """After a `model.to(...)`, which may have moved nothing: are the weights where they were?"""
+        """After a `model.to(...)`: only where it has moved the weights are the graphs gone."""
         with self._lock:
             if self._memory is not None and not self._memory.there():
                 self.release()
@@ -158,15 +168,15 @@ class Graphs:
             lane = self._lane(record, key)
             if lane is None:
                 return f"{LANES} forwards wait for their backward"
-            graph = lane.graphs.get(key)
-            if graph is None:
-                graph = self._record(record, lane, key, layers, batch, flat)
-                if isinstance(graph, str):
-                    return graph
-            else:
-                self.hits, graph.replays = self.hits + 1, graph.replays + 1
-                lane.graphs.move_to_end(key)
             with lane.turn:
+                graph = lane.graphs.get(key)
+                if graph is None:
+                    graph = self._record(record, lane, key, layers, batch, flat)
+                    if isinstance(graph, str):
+                        return graph
+                else:
+                    self.hits, graph.replays = self.hits + 1, graph.replays + 1
+                    lane.graphs.move_to_end(key)
                 if key.wants is None:
                     return graph.forward(batch), graph.choice
                 use = Use(graph, lane, batch, self._read)
@@ -244,6 +254,8 @@ class Graphs:
             sight.wait -= 1
             self.misses += 1
             return sight.why
+        if not recording.acquire(blocking=False):
+            return "another thread records"
         try:
             graph = Graph(record, lane, key, layers, batch, flat)
         except RuntimeError as e:
@@ -254,6 +266,8 @@ class Graphs:
                 self._make_room(record, 0, -1)
                 record.empty()
             return sight.why
+        finally:
+            recording.release()
         self.captures += 1
         lane.graphs[key], lane.grown = graph, lane.grown + graph.grown
         self._make_room(record, self.max_graphs, SHARE * record.memory(), lane)

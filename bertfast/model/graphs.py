@@ -25,6 +25,7 @@ from ..encoder.graph import (
     Bucket,
     Memory,
     bucket,
+    recording,
     settings,
     uncached,
 )
@@ -116,7 +117,7 @@ class Static:
         return output
 
     def capture(self, record, pool):
-        with uncached():
+        with recording, uncached():
             record.warm_up(self.forward)
             self.graph = record(self.forward, pool)
         self.output = self.graph.result

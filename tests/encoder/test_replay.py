@@ -607,6 +607,17 @@ def test_anomaly_detection():
     assert why(model).startswith("graph of")
 
 
+def test_one_thread_records_at_a_time():
+    model = accelerated().eval()
+    with torch.no_grad():
+        model(**FULL)
+        with graph.recording:  # another's
+            model(**FULL), model(**FULL)
+        assert "another thread records" in why(model)
+        model(**FULL)
+    assert counts(model) == (0, 1, 1)
+
+
 def test_threads_that_record_and_count(monkeypatch):
     """One encoder's recording asks what all others hold, which record meanwhile."""
     models, wrong = [accelerated().eval() for _ in range(2)], []
