@@ -124,8 +124,7 @@ class Seen:
 
 
 class Snapshot:
-    """Modules, of which another class, attribute, child or parameter is a change; hooks are looked
-    at anew each time."""
+    """Modules, of which another class, attribute, child, parameter or hook is a change."""
 
     def __init__(self, root, also=None, found=None):
         self.root, self.also, self.found = root, also, found
@@ -133,7 +132,7 @@ class Snapshot:
         self.types, self.vars = [*map(type, self.modules)], [*map(vars, self.modules)]
         self.then = [*map(dict, self.vars)]
         self.hooks = [*chain.from_iterable(map(_hooks, self.modules))]
-        self.hooked = any(self.hooks)
+        self.hooked = [*map(dict, self.hooks)] if any(self.hooks) else None
         self.children = [m._modules for m in self.modules if m._modules]
         self.inside = [*map(dict, self.children)]
         self.named = [m._parameters for m in self.modules if m._parameters]
@@ -145,7 +144,7 @@ class Snapshot:
     def holds(self) -> bool:
         try:
             return (
-                not (self.hooked or any(self.hooks))
+                (not any(self.hooks) if self.hooked is None else self.hooks == self.hooked)
                 and self.vars == self.then
                 and self.children == self.inside
                 and [*map(type, self.modules)] == self.types

@@ -111,6 +111,18 @@ def test_hooks_are_asked_for_each_time():
     assert same(encoder.describe(), first)
 
 
+def test_hidden_states_that_were_asked_for_once():
+    """What collects them stays, and does nothing."""
+    model = families.build("Bert").eval()
+    bertfast.accelerate(model)
+    inputs = families.inputs_for()
+    with torch.no_grad():
+        model(**inputs, output_hidden_states=True)
+    encoder = model.encoder
+    assert any(layer._forward_hooks for layer in encoder.layer)
+    assert encoder.describe() is encoder.describe()
+
+
 @pytest.mark.parametrize("build", [native, fused])
 def test_copies_see_their_own(build):
     encoder = build()
