@@ -33,7 +33,7 @@ from .run import forced
 from .spec import Layer
 
 LANES = 4  # forwards that may wait for their backward
-SHARE = 0.25  # of the device's memory, for all encoders' graphs; each one's last is always kept
+SHARE = 0.25  # of the device's memory, for all encoders' graphs; a last one may be larger
 WORTH = 64  # replays that pay for a recording
 _SIGHTS = 1024  # keys that are remembered
 _NEVER = 2**62  # calls
@@ -253,6 +253,9 @@ class Graphs:
         if sight.wait:
             sight.wait -= 1
             self.misses += 1
+            # What is launched needs memory, too: here not even the last graph is kept.
+            if self.counts().bytes > SHARE * record.memory():
+                self._make_room(record, self.max_graphs, SHARE * record.memory())
             return sight.why
         if not recording.acquire(blocking=False):
             return "another thread records"

@@ -561,6 +561,19 @@ def test_a_kept_loss_keeps_no_graph():
         gc.enable()
 
 
+@pytest.mark.skipif(GPU == "cuda", reason="the tape's")
+def test_a_launched_batch_has_the_memory(monkeypatch):
+    """A graph that holds more than its share goes before another size needs as much."""
+    model = accelerated().train()
+    gradients(model), gradients(model)
+    held = encoder(model).bertfast_graphs
+    monkeypatch.setattr(graph.RECORDERS[GPU], "memory", lambda: 2 * held.counts().bytes)
+    gradients(model)
+    assert held.counts().bytes > 0
+    gradients(model, batch(5))
+    assert held.counts().bytes == 0
+
+
 def test_copies_and_pickles():
     model = accelerated(0.1).train()
     expected = [gradients(model) for _ in range(2)][-1]
