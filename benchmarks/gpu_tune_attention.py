@@ -118,14 +118,10 @@ class Inputs:
         args = self.starts, self.starts, self.longest, self.longest
         return [varlen_attn(*qkv.unbind(1), *args)]
 
-    def backward(self, kernel):
-        """One of backward's kernels, and what it writes."""
-        only = Only("_queries" if kernel == "queries" else "_keys")
-        first, last = {"queries": (0, 1), "keys": (1, 3), "whole": (0, 3)}[kernel]
-
+    def backward(self, launch):
         def call(grad, qkv, out, lse):
             args = grad, qkv, out, lse, self.starts, self.longest, *self.options, False
-            return [attention_backward.backward(*args, launch=only)[0][:, first:last]]
+            return [attention_backward.backward(*args, launch=launch)[0]]
 
         return call
 
@@ -153,8 +149,8 @@ def forward_case(lengths, dim, p, device, sets):
         rivals["torch varlen"] = given.varlen
     inputs = [(given.qkv(),) for _ in range(sets)] if device != "meta" else []
     truth = None
-    if inputs and not p and full:
-        truth = given.padded(SDPBackend.MATH)(inputs[0][0].float())
+    if not p and full:
+        truth = lambda: given.padded(SDPBackend.MATH)(inputs[0][0].float())
 
     def paste(name):
         if name in rivals:
@@ -171,17 +167,30 @@ def forward_case(lengths, dim, p, device, sets):
 
 
 def backward_case(kernel, lengths, dim, p, device, sets):
+    """One of the kernels is timed, and the results of all are checked."""
     given = Inputs(lengths, dim, p, device)
-    run = given.backward(kernel)
     tiles = CANDIDATES[kernel] if device != "cpu" else CANDIDATES[kernel][:2]
-    calls = {SHIPPED: run} | {str(tuple(t)): given.tiled(kernel, t, run) for t in tiles}
+
+    def calls(launch):
+        run = given.backward(launch)
+        return {SHIPPED: run} | {str(tuple(t)): given.tiled(kernel, t, run) for t in tiles}
+
     inputs = []
     for _ in range(sets if device != "meta" else 0):
         qkv = given.qkv()
         out, lse = given.forward(qkv)
         inputs.append((torch.randn_like(out), qkv, out, lse))
-    paste = lambda name: f"TILES[{kernel!r}, 90][2, {dim}]: Tile{name}"
-    return gpu_tune.Case(calls, inputs, None, rate(kernel, lengths), paste)
+
+    def paste(name):
+        if name == SHIPPED:
+            return "the shipped tile"
+        return f"TILES[{kernel!r}, 90][2, {dim}]: {{LONG: Tile{name}}}"
+
+    return gpu_tune.Case(
+        calls(Only("_queries" if kernel == "queries" else "_keys")),
+        *(inputs, None, rate(kernel, lengths), paste),
+        checks=calls(Launch()),
+    )
 
 
 def cases(batches):
