@@ -110,32 +110,28 @@ def errors(found, truth) -> float:
 
 
 def race(case: Case, dead: dict, device) -> dict:
-    """{name: (seconds, error), or why there are none}, in turns."""
-    found, graphs = {}, {}
+    """{name: (seconds, error), or why there are none}, in turns; on a CPU of the check's call."""
+    found, graphs, times = {}, {}, {}
     truth = None if case.truth is None else case.truth()
     for name, call in case.calls.items():
         try:
             if dead.get(name, "ok") != "ok":
                 raise RuntimeError(dead[name])
+            start = time.perf_counter()
             outputs = case.checks.get(name, call)(*case.sets[0])
+            times[name] = [time.perf_counter() - start]
             truth = outputs if truth is None else truth
             error = errors(outputs, truth) if name not in case.loose else 0.0
             if not error < ALLOWED:
                 raise ValueError(f"wrong: relative error {error:.1e}")
-            found[name] = error
             if device == "cuda":
-                graphs[name] = Graph(call, case.sets)
+                graphs[name], times[name] = Graph(call, case.sets), []
+            found[name] = error
         except Exception as error:
             found[name] = reason(error)
-    times = {name: [] for name in graphs}
     for _, name in turns(list(graphs), ROUNDS) if graphs else ():
         times[name].append(graphs[name].seconds())
-    return {
-        name: (median(times[name]) if name in times else 0.0, state)
-        if isinstance(state, float)
-        else state
-        for name, state in found.items()
-    }
+    return {n: (median(times[n]), e) if isinstance(e, float) else e for n, e in found.items()}
 
 
 def show(title, case, found) -> list[dict]:
@@ -148,7 +144,7 @@ def show(title, case, found) -> list[dict]:
             rows.append({"task": title, "name": name, "note": found[name]})
             continue
         seconds, error = found[name]
-        rate = case.rate(seconds) if seconds else "agrees"
+        rate = case.rate(seconds)
         print(f"{title} {name:44} {1e6 * seconds:9.1f} us  {rate}  error {error:.1e}", flush=True)
         row = {"task": title, "name": name, "milliseconds": round(1e3 * seconds, 5)}
         rows.append(row | {"rate": rate, "relative_error": error})

@@ -137,24 +137,20 @@ def table(rows: list[dict]) -> str:
 
 
 def every(rows: list[dict]) -> str:
-    """benchmarks/variants/README.md: each variant, those first that can't be any good."""
+    """benchmarks/variants/README.md: the ranges, and what spills."""
     from importlib.metadata import version
 
-    def line(r):
-        cells = (r["variant"], f"sm_{r['architecture']}", r["registers"], r["shared"], r["spills"])
-        return "| " + " | ".join(map(str, cells)) + " |"
-
-    head = "| variant | GPU | registers | shared memory, bytes | spills, bytes |\n"
-    head += "| --- | --- | ---: | ---: | ---: |\n"
-    blocks = [
-        "# Variants, compiled\nWhat `benchmarks/triton_table.py --variants` found with Triton "
-        f"{version('triton')} and its ptxas: no time is in it, none was measured. With descriptors "
-        "they need sm_90.\n"
+    spilled = [
+        f"- {r['file']}, sm_{r['architecture']}: {r['variant']}: {r['spills']} bytes"
+        for r in rows
+        if r["spills"]
     ]
-    for file in sorted({r["file"] for r in rows}):
-        mine = sorted((r for r in rows if r["file"] == file), key=lambda r: -r["spills"])
-        blocks.append(f"## {file}\n{head}" + "\n".join(map(line, mine)) + "\n")
-    return "\n".join(blocks)
+    return (
+        "# Variants, compiled\n"
+        f"By `benchmarks/triton_table.py --variants`, Triton {version('triton')} and its ptxas. No "
+        "time is known of any:\n`benchmarks/gpu_tune_*.py` measure them. With tensor descriptors "
+        "they need sm_90.\n\n" + table(rows) + "\nThese spill:\n\n" + "\n".join(spilled) + "\n"
+    )
 
 
 def main():
@@ -179,6 +175,8 @@ def main():
         before, rest = DOCUMENT.read_text().split(BEGIN)
         DOCUMENT.write_text(before + BEGIN + table(rows) + END + rest.split(END, 1)[1])
         print(f"wrote {DOCUMENT}")
+    if options.variants:
+        return
     bad = [r for r in rows if r["spills"] or r["shared"] > ARCHITECTURES[r["architecture"]]]
     for r in bad:
         print(f"spills, or has too much shared memory: {r}", file=sys.stderr)
