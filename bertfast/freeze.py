@@ -80,6 +80,9 @@ def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
     center = _center(owner, layers[0].spec.hidden)
     sample = Sample.of(owner, encoder, config) if precision == "int8" else None
     encoder.layer = type(encoder.layer)()  # so that `layers` alone has the weights
+    encoder.bertfast_seen = None
+    if encoder.bertfast_graphs is not None:
+        encoder.bertfast_graphs.release()
     given = layers, precision, dtype, config
     encoder.packed = PackedCuda(*given) if cuda else PackedCpu(*given, center, sample)
 
@@ -97,7 +100,7 @@ def _layers(name: str, encoder) -> list[Layer]:
     watched |= {f"{name}.layer.{i}": layer for i, layer in enumerate(encoder.layer)}
     for path, m in watched.items():
         _refuse(path.lstrip("."), watch.untouched(m, type(m)))
-    found = encoder.describe()
+    found = encoder.read()
     for i, layer in enumerate(found):
         path = f"{name}.layer.{i}".lstrip(".")
         if isinstance(layer, Unfit):

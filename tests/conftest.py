@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--fast", action="store_true", help="of every test few cases: CONTRIBUTING.md")
+    parser.addoption("--tape", action="store_true", help="encoders replay, on a CPU by tape.py")
 
 
 @pytest.hookimpl(trylast=True)  # of what -m leaves
@@ -33,6 +34,26 @@ def pytest_collection_modifyitems(config, items):
         seen[item.function] |= values
     config.hook.pytest_deselected(items=left)
     items[:] = kept
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Encoders on the CPU record what they see for the second time, and replay it."""
+    from tape import Tape
+
+    from bertfast.encoder import graph
+
+    monkeypatch.setitem(graph.RECORDERS, "cpu", Tape)
+    return Tape
+
+
+@pytest.fixture(autouse=True)
+def _always_tape(request, monkeypatch):
+    if request.config.getoption("--tape"):
+        from bertfast.encoder import replay
+
+        request.getfixturevalue("tape")
+        monkeypatch.setattr(replay.Sight, "WAIT", 0)  # at once
 
 
 GUARD = 64  # bytes before and after each tensor that an operator allocates

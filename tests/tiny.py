@@ -63,5 +63,5 @@ def settings(folder: Path, **options) -> dict:
         write(folder / "valid.jsonl", rows(21, 1))
     base = {"model": str(folder / "model"), "train": str(folder / "train.jsonl")}
     base |= {"valid": str(folder / "valid.jsonl"), "out": str(folder / "out"), "epochs": 3}
-    base |= {"batch_size": 8, "lr": 3e-3, "max_length": 16, "device": "cpu"}
-    return base | options
+    base |= {"lr": 3e-3, "max_length": 16, "device": "cpu"}
+    return base | ({} if "batch_tokens" in options else {"batch_size": 8}) | options

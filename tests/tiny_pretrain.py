@@ -4,7 +4,12 @@ import json
 import random
 from pathlib import Path
 
+from bertfast.data import masking
 from bertfast.data.prepare import PrepareConfig, prepare
+from bertfast.data.sequences import Sequences
+from bertfast.data.shards import Shards
+from bertfast.train import PretrainConfig
+from bertfast.train.pretrain import PretrainTask, _model, _tokenizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.1}
@@ -46,3 +51,16 @@ def settings(path: Path, **options) -> dict:
     base |= {"out": str(path / "out"), "length": 32, "batch_tokens": 512, "lr": 5e-3}
     base |= {"max_steps": 30, "eval_steps": 10, "save_steps": 4, "log_steps": 10, "device": "cpu"}
     return base | options
+
+
+def task(path: Path, **options):
+    """(task, model), without dropout unless `config` is given."""
+    still = {"config": str(path / "still.json")} | options
+    config = PretrainConfig(**settings(path, **still))
+    tokenizer = _tokenizer(config)
+    words = masking.vocabulary(tokenizer)
+    train = Sequences(
+        Shards(config.data, "train"), words, length=32, pairs=config.nsp, kind=config.masking
+    )
+    model = _model(config, tokenizer)
+    return PretrainTask(config, model.config, train, None, tokenizer), model.train()

@@ -58,17 +58,33 @@ def collate(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in out.items()}
 
 
-def batches(lengths, batch_size: int, seed: int | None = None, epoch: int = 0) -> list[list[int]]:
-    """Positions 0..n-1 in batches, the last one possibly smaller.
+def batches(
+    lengths,
+    batch_size: int,
+    seed: int | None = None,
+    epoch: int = 0,
+    tokens: int | None = None,
+) -> list[list[int]]:
+    """Positions 0..n-1 in batches of `batch_size`, or of up to so many `tokens` (a longer text is
+    alone); the last one possibly smaller.
 
     With a seed: a plain shuffle, the same for the same (seed, epoch), for training. Without:
     sorted from long to short, which pads least and meets the largest batch first.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    lengths = np.asarray(lengths, np.int64)
     if seed is None:
-        order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+        order = np.argsort(-lengths, kind="stable")
     else:
         order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    order = order.tolist()
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if tokens is None:
+        order = order.tolist()
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    total, out, start = np.concatenate([[0], np.cumsum(lengths[order])]), [], 0
+    while start < len(order):
+        fits = int(np.searchsorted(total, total[start] + tokens, side="right")) - 1
+        end = max(start + 1, fits)
+        out.append(order[start:end].tolist())
+        start = end
+    return out

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..encoder import Unfit
+from ..encoder.replay import NO_GRAPHS, Counts, Graphs
+from ..encoder.watch import Seen
 from ..ops import registry
 from .classes import fused
 from .fused import FOREIGN, FusedEncoder, FusedLayer
@@ -51,6 +53,15 @@ class Report:
         return {name: encoder.bertfast_last.executor for name, encoder in self._encoders.items()}
 
     @property
+    def graphs(self) -> dict[str, Counts]:
+        """Each encoder's name: how many calls were replayed from CUDA graphs, and what these hold;
+        `executors` says why the last call was not."""
+        return {
+            name: NO_GRAPHS if encoder.bertfast_graphs is None else encoder.bertfast_graphs.counts()
+            for name, encoder in self._encoders.items()
+        }
+
+    @property
     def padding(self) -> dict[str, str | None]:
         """Each encoder's name: what became of the padded rows in its last forward and why, or None
         where that had no padding or ran unfused."""
@@ -75,6 +86,8 @@ class Report:
             lines += [f"  {name}, last call: {last.fallback}"] * bool(last.fallback)
             lines += [f"  {name}, run by: {last.executor}"] * bool(last.executor)
             lines += [f"  {name}, padded rows: {last.padded}"] * bool(last.padded)
+            graphs = encoder.bertfast_graphs
+            lines += [f"  {name}, CUDA graphs: {graphs}"] * bool(graphs and any(graphs.counts()))
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -84,7 +97,11 @@ PADDING = ("auto", "stock", "zeros")
 
 
 def accelerate(
-    model: nn.Module, backend: str = "auto", strict: bool = False, padding: str = "auto"
+    model: nn.Module,
+    backend: str = "auto",
+    strict: bool = False,
+    padding: str = "auto",
+    graphs: bool = True,
 ) -> Report:
     """Run the BERT-family encoders inside `model` on bertfast's kernels, in place.
 
@@ -97,6 +114,10 @@ def accelerate(
             may read them; left out where what called the encoder is known not to look, as
             classifiers of column 0 and poolings with the mask are. "stock": never left out.
             "zeros": always left out, and zeros, which is faster and differs for who reads them.
+        graphs: on a GPU, replay the layers' forward and backward from CUDA graphs, which are
+            recorded when a size of batch comes for the second time. False, or the environment
+            variable `BERTFAST_GRAPHS=0` for a whole process: launch every kernel, and keep no
+            graph's memory.
 
     Returns: a `Report`; print it. What a layer can't do fused it does by its own class, as before.
 
@@ -128,6 +149,8 @@ def accelerate(
         raise AccelerationError("\n".join(reasons) or str(report))
     for encoder in encoders.values():
         encoder.bertfast_backend, encoder.bertfast_padding = backend, padding
+        encoder.bertfast_graphs = (encoder.bertfast_graphs or Graphs()) if graphs else None
+        encoder.bertfast_seen = encoder.bertfast_seen or Seen()
     return report
 
 
@@ -164,12 +187,10 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 @contextmanager
-def accelerated(
-    model: nn.Module, backend: str = "auto", strict: bool = False, padding: str = "auto"
-):
+def accelerated(model: nn.Module, *args, **options):
     """`with accelerated(model) as report:` accelerates inside the block; arguments as there."""
     was = is_accelerated(model)
-    report = accelerate(model, backend, strict, padding)
+    report = accelerate(model, *args, **options)
     try:
         yield report
     finally:

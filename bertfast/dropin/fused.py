@@ -70,6 +70,7 @@ class FusedEncoder(Freezable):
     """Mixed into a family's encoder class: one pack before the layers, one unpack after."""
 
     SETTINGS = ("bertfast_backend", "bertfast_padding", "bertfast_last")
+    SETTINGS += ("bertfast_graphs", "bertfast_seen")
     family: Family
     bertfast_backend = "auto"
     bertfast_padding = "auto"  # see `accelerate`
@@ -96,7 +97,7 @@ class FusedEncoder(Freezable):
                 raise RuntimeError(f"a frozen encoder can't serve this call: {why}")
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
-    def describe(self) -> list[Layer | Unfit]:
+    def read(self) -> list[Layer | Unfit]:
         return [layer.describe() for layer in self.layer]
 
     def _packing(self, hidden_states, attention_mask, keys, watched, found):
@@ -104,7 +105,7 @@ class FusedEncoder(Freezable):
         them, what they are), or (why not, None, None)."""
         batch, seqlen = hidden_states.shape[:2]
         packing = Packing(batch, seqlen, keys, hidden_states.device)
-        if len(packing.indices) == batch * seqlen:
+        if packing.indices is None or len(packing.indices) == batch * seqlen:
             return None, packing, None
         if self.bertfast_padding == "zeros":
             return None, packing, "zeros, as asked"
@@ -133,7 +134,8 @@ class FusedEncoder(Freezable):
         if self.packed is not None:
             batch = Batch.of(packing.pack(hidden), packing, bias=bias)
             collect = (lambda t: states.append(packing.unpack(t).to(dtype))) if watched else None
-            hidden, ran = self.packed.run(batch, self.training, collect), [self.packed.choice]
+            hidden = self.packed.run(batch, self.training, collect, self.bertfast_graphs)
+            ran = [self.packed.choice]
         elif self._by_modules(watched, found):
             call = Call(packing, bias, watched, [])
             seeds = [None] * (3 * count) if seeds is None else seeds
@@ -151,7 +153,7 @@ class FusedEncoder(Freezable):
             ran = call.ran
         else:
             batch = Batch.of(packing.pack(hidden), packing, bias=bias, seeds=seeds)
-            hidden, choice = run(found, batch)
+            hidden, choice = run(found, batch, self.bertfast_graphs)
             ran = [choice]
         by = {str(one): isinstance(one, Choice) for one in ran}
         self.bertfast_last = Last(

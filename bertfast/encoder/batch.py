@@ -78,23 +78,35 @@ class Packing:
     captured = False
 
     def __init__(self, batch: int, seqlen: int, attention_mask, device):
-        if attention_mask is None:
-            attention_mask = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
+        self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
+        if attention_mask is None:  # nothing to move, and no number of tokens to wait for
+            self.indices = None
+            self.cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+            return
         check_mask(attention_mask, batch, seqlen)
         if attention_mask.device.type != torch.device(device).type:
             raise ValueError(
                 f"attention_mask is on {attention_mask.device}, expected {device} as the input"
             )
-        self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
         self.indices, self.cu_seqlens = call("pack_indices", attention_mask, None)
 
     def pack(self, x):
         """[batch, seqlen, ...] -> [tokens, ...]"""
+        if self.indices is None:
+            return x.reshape(self.batch * self.seqlen, *x.shape[2:])
         return gather(x, self.indices)
 
     def unpack(self, x):
         """[tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
+        if self.indices is None:
+            return x.view(self.batch, self.seqlen, *x.shape[1:])
         return ops.unpack(x, self.indices, self.batch, self.seqlen)
+
+    def columns(self):
+        """int64 [tokens]: which of its row each token is."""
+        if self.indices is None:
+            return torch.arange(self.seqlen, device=self.cu_seqlens.device).repeat(self.batch)
+        return self.indices % max(self.seqlen, 1)
 
     def first_rows(self, tokens: int):
         """int64 [batch]: where column 0 is among the tokens; any row where it is padding."""
@@ -102,6 +114,8 @@ class Packing:
 
     def zero_padded(self, first):
         """[batch, hidden], rows of `first_rows` -> the same, zeros where column 0 is padding."""
+        if self.mask is None:
+            return first
         return torch.where((self.mask[:, 0] != 0).unsqueeze(1), first, 0)
 
     def first(self, x):

@@ -6,14 +6,20 @@ smallest `Bucket` that holds it: its packed tokens, its sequences and its longes
 the rest filled with sequences of padding, in buffers that stay.
 """
 
+import operator
 import os
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 
+from ..ops import registry
+
+_pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
+_layout = attrgetter("dtype", "shape")
 MAX_TOKENS = 32768  # launches of a larger batch are hidden behind its work
 MAX_GRAPHS = 64
 
@@ -82,9 +88,67 @@ class CudaGraph:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
     @staticmethod
-    def finish() -> None:
-        """Waits for what runs."""
-        torch.cuda.current_stream().synchronize()
+    def empty() -> None:
+        """Gives memory that nothing uses back to the device."""
+        torch.cuda.empty_cache()
+
+    class Turn:
+        """`with turn:` around each use of memory that graphs share: on whatever streams, one waits
+        for the one before."""
+
+        def __init__(self):
+            self.stream, self.done = None, torch.cuda.Event()
+
+        def __enter__(self):
+            current = torch.cuda.current_stream()
+            if self.stream not in (None, current):
+                current.wait_event(self.done)
+            self.stream = current
+
+        def __exit__(self, *_):
+            self.done.record(self.stream)
+
+        def finish(self) -> None:
+            """Waits for the last use."""
+            if self.stream is not None:
+                self.stream.synchronize()
+
+
+def settings() -> tuple:
+    """Of torch and of ours, what decides over the kernels that a recording holds."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        registry.forced(),
+        torch.are_deterministic_algorithms_enabled(),
+        matmul.fp32_precision,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )
+
+
+class Memory:
+    """Where tensors lie, and how. While this is kept nothing else gets their memory."""
+
+    def __init__(self, tensors):
+        self.tensors, self.matrices = tensors, [t for t in tensors if t.dim() > 1]
+        self.kept = [t.detach() for t in tensors]
+        self.pointers, self.forms = [*map(_pointer, tensors)], self._forms()
+
+    def _forms(self):
+        return [*map(_stride, self.tensors)], [*map(_layout, self.matrices)]
+
+    def there(self) -> bool:
+        """Whether the tensors are where they were, so that what was recorded can read them."""
+        return self.pointers == [*map(_pointer, self.tensors)]
+
+    def formed(self) -> bool:
+        """Whether they have the strides, dtypes and shapes that they had."""
+        return self.forms == self._forms()
+
+    def holds(self, tensors) -> bool:
+        """Whether these are the tensors, where and as they were."""
+        mine = tensors is self.tensors or all(map(operator.is_, tensors, self.tensors))
+        return mine and self.there() and self.formed()
 
 
 RECORDERS = {"cuda": CudaGraph}  # by type of device; on others everything is launched

@@ -13,9 +13,11 @@ from .batch import Batch
 from .executors import whole_cpu, whole_cuda
 from .executors.whole_cpu import c_spec, forward
 from .noise import NOISE_LIMIT, Sample, complaints
+from .replay import Graphs
 from .run import Choice, forced
 from .run import run as run_layers
-from .spec import Layer
+from .spec import Layer, Unfit
+from .watch import Seen
 from .weights import LayerWeights, addresses
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -26,6 +28,31 @@ class Freezable:
     """Mixed into an encoder's class. `bertfast.freeze` takes its layers and sets `packed`."""
 
     packed = None  # a `Packed`: the encoder's layers are gone
+    bertfast_graphs: Graphs | None = None  # None: it is never replayed
+    bertfast_seen: Seen | None = None  # what was read off the layers
+
+    def read(self) -> list[Layer | Unfit]:
+        """What kernels take in the layers' places, or why they can't."""
+        raise NotImplementedError
+
+    def sizes(self):
+        """What `read` depends on besides the layers."""
+
+    def describe(self) -> list[Layer | Unfit]:
+        """`read`, asked at every forward: a model can change between two."""
+        if self.bertfast_seen is None or torch.compiler.is_compiling():
+            return self.read()
+        return self.bertfast_seen.get(self.layer, self.sizes(), self.read)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.bertfast_graphs = replica.bertfast_seen = None  # those are of other weights
+        return replica
+
+    def _apply(self, fn, recurse=True):
+        if self.bertfast_graphs is not None:
+            self.bertfast_graphs.release()  # the weights' old memory, too
+        return super()._apply(fn, recurse)
 
 
 class Packed:
@@ -41,8 +68,8 @@ class Packed:
         self.precision, self.dtype, self.config = precision, dtype, config
         self.size, self.count = layers[0].spec.hidden, len(layers)
 
-    def run(self, batch: Batch, training: bool, collect=None):
-        """[tokens or rows, hidden]; `collect(hidden)` sees each layer's.
+    def run(self, batch: Batch, training: bool, collect=None, graphs=None):
+        """[tokens or rows, hidden]; `collect(hidden)` sees each layer's; graphs: see `run.run`.
 
         Raises: RuntimeError in training mode, or where gradients are wanted.
         """
@@ -53,7 +80,7 @@ class Packed:
             )
         batch.check(self.size)
         if collect is None:
-            return self._run(0, self.count, batch)
+            return self._run(0, self.count, batch, graphs)
         hidden, rows = batch.hidden, batch.rows
         for i in range(self.count):
             hidden = self._run(i, i + 1, batch._replace(hidden=hidden, rows=None))
@@ -122,7 +149,7 @@ class PackedCpu(Packed):
     def __str__(self):
         return super().__str__() + (f", {len(self.kept)} in bf16" if self.kept else "")
 
-    def _run(self, first, last, batch):
+    def _run(self, first, last, batch, graphs=None):
         for start, end, encoder in self._runs:
             a, b = max(first, start), min(last, end)
             if a < b:
@@ -252,7 +279,7 @@ class PackedCuda(Packed):
     def complaints(self) -> list[str]:
         return []
 
-    def _run(self, first, last, batch):
+    def _run(self, first, last, batch, graphs=None):
         hidden = batch.hidden
         if hidden.device != self.device:
             raise RuntimeError(
@@ -260,6 +287,10 @@ class PackedCuda(Packed):
                 "the model before bertfast.freeze"
             )
         batch, spec = batch._replace(hidden=hidden.to(self.low)), self.layers[0].spec
+        found = None if graphs is None else graphs.run(self.layers, batch)
+        if isinstance(found, tuple):
+            hidden, self.choice = found
+            return hidden.to(self.dtype)
         why = self._why_not_whole or watch.dispatch_limit(batch.hidden)
         why = why or whole_cuda.call_limit(spec, batch)
         if why is None and forced() in (None, "whole_cuda"):

@@ -3,6 +3,8 @@ it."""
 
 from typing import NamedTuple
 
+import torch
+
 from ..ops.library import unwatched
 from ..ops.registry import Forcing
 from . import watch
@@ -56,22 +58,28 @@ def choose(layers: list[Layer], batch: Batch) -> Choice:
     raise RuntimeError(f"executor {wanted!r} can't run these layers: {declined[wanted]}")
 
 
-def run(layers: list[Layer], batch: Batch):
+def run(layers: list[Layer], batch: Batch, graphs=None):
     """Packed tokens through all layers.
+
+    graphs: the `replay.Graphs` of an encoder, whose calls may be replayed.
 
     Returns: [tokens or rows, hidden], and the `Choice` of who ran them.
 
     Raises: TypeError, ValueError or IndexError for a batch that doesn't fit.
     """
     batch.check(layers[0].spec.hidden, values=unwatched())
+    replayed = graphs is not None and not torch.compiler.is_compiling()
+    found = graphs.run(layers, batch) if replayed else None
+    if isinstance(found, tuple):
+        return found
     choice = choose(layers, batch)
+    if found is not None:
+        choice = Choice(choice.name, {"graph": found} | choice.declined)
     return EXECUTORS[choice.name].run(layers, batch), choice
 
 
 def served() -> dict[str, str | None]:
     """Each executor: why it can't serve on this machine, or None."""
-    import torch
-
     from ..ops.extension import C, error
     from ..ops.library import cuda_limit
 

@@ -16,8 +16,9 @@ from ..ops.library import PLAIN, unwatched
 from ..ops.library import plain as plain_tensor
 from .spec import Unfit
 
-FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_hooks = attrgetter(*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+_hooks = attrgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
 _parameters, _is_meta = attrgetter("_parameters"), attrgetter("is_meta")
 # What transformers uses to collect hidden states. Its hooks stay after the first call that asked
 # for them and do nothing without such a request; with one, the encoder gives padded tensors.
@@ -99,6 +100,59 @@ def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -
         if why:
             return Unfit(name or expected.__name__, why)
     return None
+
+
+class Seen:
+    """What was last read off modules, for as long as they are as they were. A copy or a pickle has
+    seen nothing."""
+
+    def __init__(self):
+        self._last = None
+
+    def get(self, root: nn.Module, also, read):
+        """`read()`, which looks at nothing but the modules in `root` and what is in `also`."""
+        last = self._last
+        if last is None or last.root is not root or last.also != also or not last.holds():
+            last = self._last = Snapshot(root, also, read())
+        return last.found
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class Snapshot:
+    """Modules, of which another class, attribute, child or parameter is a change; hooks are looked
+    at anew each time."""
+
+    def __init__(self, root, also=None, found=None):
+        self.root, self.also, self.found = root, also, found
+        self.modules = list(root.modules())
+        self.types, self.vars = [*map(type, self.modules)], [*map(vars, self.modules)]
+        self.then = [*map(dict, self.vars)]
+        self.hooks = [*chain.from_iterable(map(_hooks, self.modules))]
+        self.hooked = any(self.hooks)
+        self.children = [m._modules for m in self.modules if m._modules]
+        self.inside = [*map(dict, self.children)]
+        self.named = [m._parameters for m in self.modules if m._parameters]
+        self.parameters = self.ids()
+
+    def ids(self):  # == of tensors would compare their values
+        return [*map(id, chain.from_iterable(map(dict.values, self.named)))]
+
+    def holds(self) -> bool:
+        try:
+            return (
+                not (self.hooked or any(self.hooks))
+                and self.vars == self.then
+                and self.children == self.inside
+                and [*map(type, self.modules)] == self.types
+                and self.ids() == self.parameters
+            )
+        except (RuntimeError, TypeError, ValueError):  # an array, say, which is equal in part
+            return False
 
 
 def dispatch_limit(hidden) -> str | None:

@@ -15,6 +15,7 @@ from ..encoder.packed import PackedCpu
 from ..families import ACTIVATIONS
 from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
+from ..ops.library import unwatched
 from . import checkpoint
 from .encoder import (
     BertEmbeddings,
@@ -275,7 +276,7 @@ class BertModel(BertPreTrainedModel):
             raise ValueError(f"max_seqlen is {max_seqlen}, the model takes up to {limit} tokens")
         _PACKED.check(
             (input_ids, cu_seqlens, max_seqlen, position_ids, token_type_ids, rows),
-            values=not torch.compiler.is_compiling(),
+            values=unwatched(),
         )
         if position_ids is None:
             starts = torch.repeat_interleave(
@@ -345,11 +346,11 @@ class BertModel(BertPreTrainedModel):
             return packing.pack(ids.expand(batch, seqlen).long())
 
         if position_ids is None:
-            positions = packing.indices % max(seqlen, 1)
+            positions = packing.columns()
         else:
             positions = packed(position_ids, "position_ids")
         if token_type_ids is None:
-            types = torch.zeros_like(packing.indices)
+            types = torch.zeros_like(positions)
         else:
             types = packed(token_type_ids, "token_type_ids")
         ids = None if input_ids is None else packed(input_ids, "input_ids")

@@ -14,6 +14,7 @@ from ..encoder import layer as arithmetic
 from ..encoder.batch import PackedSequences, Packing
 from ..encoder.executors import operators
 from ..encoder.packed import Freezable
+from ..encoder.replay import Graphs
 from ..families.bert import bert_like
 from ..families.family import ACTIVATIONS, rate
 from ..ops.dropout import dropped
@@ -203,6 +204,7 @@ class BertEncoder(Freezable, nn.Module):
         self.config = config
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
+        self.bertfast_graphs, self.bertfast_seen = Graphs(), watch.Seen()
 
     def forward(
         self,
@@ -223,12 +225,12 @@ class BertEncoder(Freezable, nn.Module):
         batch = Batch.of(hidden, packing, rows=rows, seeds=seeds)
         if self.packed is not None:
             by_layer = collect and (lambda states: collect(states, None))
-            return self.packed.run(batch, self.training, by_layer)
+            return self.packed.run(batch, self.training, by_layer, self.bertfast_graphs)
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if collect is None and number is None and not checkpointing and not watch.global_hooks():
             layers = self.describe()
             if layers and not any([isinstance(layer, Unfit) for layer in layers]):
-                return run(layers, batch)[0]
+                return run(layers, batch, self.bertfast_graphs)[0]
         if self.layer:
             batch.check(self.config.hidden_size, values=unwatched())
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
@@ -246,8 +248,10 @@ class BertEncoder(Freezable, nn.Module):
                 collect(hidden, qkv)
         return hidden
 
-    def describe(self) -> list[Layer | Unfit]:
-        """What kernels take in the layers' places, or why they can't; asked at every forward."""
+    def sizes(self):
+        return self.config.hidden_size, self.config.num_attention_heads
+
+    def read(self) -> list[Layer | Unfit]:
         layers = tuple(self.layer._modules.values())
         why = watch.limit(layers, (BertLayer,) * len(layers))
         return [why or FAMILY.read(layer) for layer in layers]
@@ -281,6 +285,6 @@ def attention_probabilities(qkv, packing: Packing):
     padded rows. qkv [tokens, 3, heads, head_dim]. Before dropout."""
     query, key, _ = packing.unpack(qkv).unbind(2)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / qkv.shape[3] ** 0.5
-    mask = packing.mask != 0
+    mask = packing.unpack(torch.ones(len(qkv), dtype=torch.bool, device=qkv.device))
     scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     return torch.where(mask[:, None, :, None], scores.softmax(-1), 0)

@@ -8,19 +8,25 @@ shapes, the modules, precision settings, the forced backend while the GPU works,
 is given out. A difference drops the result and captures anew.
 """
 
-import copy
 import operator
 import threading
 from collections import OrderedDict
-from itertools import chain, pairwise
-from operator import attrgetter
+from itertools import pairwise
 
 import torch
 
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import Packing
-from ..encoder.graph import Bucket, bucket
+from ..encoder.graph import (
+    MAX_GRAPHS,
+    MAX_TOKENS,
+    RECORDERS,
+    Bucket,
+    Memory,
+    bucket,
+    settings,
+)
 from ..ops.library import HAS_TRITON
 from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
 from .bucket import OnCPU, OnGPU
@@ -28,7 +34,7 @@ from .bucket import OnCPU, OnGPU
 OUTPUTS = 4 * 2**30  # bytes of results that graphs may keep; those unused for longest make room
 
 
-def cuda_graphs(model, *, max_tokens: int = 32768, max_graphs: int = 64):
+def cuda_graphs(model, *, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GRAPHS):
     """`model`'s forward in inference, replayed from CUDA graphs.
 
         fast = bertfast.cuda_graphs(model.eval().cuda())
@@ -37,7 +43,7 @@ def cuda_graphs(model, *, max_tokens: int = 32768, max_graphs: int = 64):
     Args:
         model: a BertModel or one of its heads, in eval mode, on a GPU. Weights may change in
             place, be replaced or converted at any time.
-        max_tokens: larger batches run without a graph: their launches are hidden behind the work.
+        max_tokens: larger batches run without a graph of the whole model.
             A bucket keeps its results' memory (50 MB for 32768 states of BERT-base in bf16, but
             2 GB for as many tokens' logits over its vocabulary) and one bucket's activations.
         max_graphs: as many buckets stay captured, fewer where their results take over 4 GiB; the
@@ -53,13 +59,13 @@ def cuda_graphs(model, *, max_tokens: int = 32768, max_graphs: int = 64):
     """
     if not isinstance(model, BertPreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a model of bertfast")
-    _require_gpu(model)
     return GraphedModel(model, max_tokens, max_graphs)
 
 
-def _require_gpu(model):
-    if model.device.type != "cuda":
-        raise ValueError(f"the model is on {model.device}, CUDA graphs need it on a GPU: .cuda()")
+def _recorder(device):
+    if device.type not in RECORDERS:
+        raise ValueError(f"the model is on {device}, CUDA graphs need it on a GPU: .cuda()")
+    return RECORDERS[device.type]
 
 
 class StaticPacking(Packing):
@@ -80,8 +86,8 @@ class Static:
     """A bucket's buffers and, once captured, its graph."""
 
     @torch.inference_mode(False)  # they would refuse to be written outside
-    def __init__(self, model, size: Bucket, device, real: bool):
-        self.model, self.size, self.real, self.graph = model, size, real, None
+    def __init__(self, model, size: Bucket, device):
+        self.model, self.size, self.graph = model, size, None
         # One buffer, so that a batch from the CPU takes one copy.
         self.buffer = torch.zeros(
             4 * size.tokens + 2 * size.sequences + 1, dtype=torch.int64, device=device
@@ -96,44 +102,26 @@ class Static:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self, model):
+    def forward(self):
         ids, positions, types, offsets, first, _ = self.views(self.buffer)
         packing = StaticPacking(offsets.int(), self.size.longest, first)
-        output = model(
+        output = self.model(
             PackedInputs(packing, ids, positions, types),
             output_attentions=False,
             output_hidden_states=False,
             return_dict=True,
         )
-        by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
-        return output, by_token
+        self.by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
+        return output
 
-    def capture(self, pool):
-        device = self.buffer.device
-        if not self.real:
-            # Where the weights are now, and the modules as they are now.
-            seen = {id(t): t.detach() for t in (*self.model.parameters(), *self.model.buffers())}
-            self.graph = copy.deepcopy(self.model, seen)
-            self.output, self.by_token = self.forward(self.graph)
-            return
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # compiles kernels, sets cuBLAS up
-            for _ in range(2):
-                self.forward(self.model)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self.output, self.by_token = self.forward(self.model)
-        self.graph = graph
+    def capture(self, record, pool):
+        record.warm_up(self.forward)
+        self.graph = record(self.forward, pool)
+        self.output = self.graph.result
 
     def replay(self, batch):
         batch.fill(self)
-        if self.real:
-            self.graph.replay()
-        else:  # new values in the same memory
-            for name, value in self.forward(self.graph)[0].items():
-                self.output[name].copy_(value)
+        self.graph.replay()
 
     def result(self, batch):
         """The outputs for the batch, in memory of their own: the next replay overwrites these."""
@@ -151,13 +139,6 @@ class Static:
 
 
 _KNOWN = "torch.nn.", "bertfast.", "transformers.activations"
-_pointer, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
-_layout, _eps = attrgetter("dtype", "shape"), attrgetter("eps")
-_unfit = attrgetter("training", *watch.FORWARD_HOOKS)
-
-
-def _items(dicts):
-    return chain.from_iterable(map(dict.values, dicts))
 
 
 def _tables(model):
@@ -170,79 +151,62 @@ def _tables(model):
 
 
 class Baked:
-    """What a capture takes from a model besides the batch: `unchanged` since `take`?
-
-    Asked at every call, so it goes over lists made once, by functions in C.
-    """
+    """What a capture takes from a model besides the batch: `unchanged` since `take`?"""
 
     def __init__(self, model):
         self.model = model
         self.take()
 
     def take(self):
-        self.modules = list(self.model.modules())
+        self.modules = watch.Snapshot(self.model)
         # What decides over an adapter (which one, its scale) is in attributes that nobody compares.
         self.foreign = [
             (name, m)
             for name, m in self.model.named_modules()
             if name and not type(m).__module__.startswith(_KNOWN)
         ]
-        self.norms = [m for m in self.modules if hasattr(m, "eps")]
-        self.children = [m._modules for m in self.modules if m._modules]
-        self.named = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
-        self.tensors = [t for t in _items(self.named) if t is not None]
-        self.tables = _tables(self.model)
-        # Their memory, for a replay before `unchanged` has found that they have another.
-        self.memory = [t.detach() for t in self.tensors]
-        self.pointers, self.state = list(map(_pointer, self.tensors)), self._state()
+        self.tables, tensors = (
+            _tables(self.model),
+            [*self.model.parameters(), *self.model.buffers()],
+        )
+        self.memory, self.state = Memory(tensors), self._state()
 
     def there(self) -> bool:
         """Whether all that a graph reads is still in memory, where it was, and ids that the model
         takes are in its tables."""
         same = all(map(operator.is_, self.tables, _tables(self.model)))
-        return same and self.pointers == list(map(_pointer, self.tensors))
+        return same and self.memory.there()
 
     def unchanged(self) -> bool:
         """And the rest as it was, if they are `there`."""
-        return self.state == self._state()
+        same = self.modules.holds() and self.memory.formed()
+        return same and self.state == self._state()
 
     def unfit(self):
         """The modules that a graph can't stand for, as they are."""
-        if any(chain.from_iterable(map(_unfit, self.modules))):
-            return [m for m in self.modules if any(_unfit(m))]
-        return []
+        modules = self.model.modules()
+        return [m for m in modules if m.training or watch.hooked(m, ())]
 
     def _state(self):
-        device, matmul = self.model.device.type, torch.backends.cuda.matmul
-        config = self.model.config
+        device, config = self.tables[0].device.type, self.model.config
         return (
-            list(_items(self.children)),
-            list(map(type, self.modules)),
-            ["forward" in m.__dict__ and m.__dict__["forward"] for m in self.modules],
-            list(map(_eps, self.norms)),
-            list(map(id, _items(self.named))),  # == of tensors would compare their values
-            list(map(_layout, self.tensors)),
-            list(map(_stride, self.tensors)),
             (config.num_attention_heads, config.hidden_act),
-            (ops.registry.forced(), torch.are_deterministic_algorithms_enabled()),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-            matmul.fp32_precision,
-            matmul.allow_bf16_reduced_precision_reduction,
-            matmul.allow_fp16_reduced_precision_reduction,
+            settings(),
         )
 
 
 class GraphedModel:
-    """See `cuda_graphs`. Without `capture` a graph is a copy of the model that shares the weights'
-    memory, called as usual."""
+    """See `cuda_graphs`."""
 
-    def __init__(self, model, max_tokens, max_graphs, capture=True):
+    def __init__(self, model, max_tokens, max_graphs):
+        record = _recorder(model.device)
         for name, value in (("max_tokens", max_tokens), ("max_graphs", max_graphs)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         self.model, self.max_tokens, self.max_graphs = model, max_tokens, max_graphs
         self.graphs: OrderedDict[Bucket, Static] = OrderedDict()  # the last used at the end
-        self._capture, self._lock, self._done = capture, threading.Lock(), None
+        self._lock, self._turn = threading.Lock(), record.Turn()
         self._baked, self._pool = Baked(model), None
 
     def __call__(
@@ -260,19 +224,13 @@ class GraphedModel:
         device = weight.device
         batch = self._batch(inner, shape, device, given)
         if not 0 < batch.tokens <= self.max_tokens:
-            self._check()
+            self._check(device, closely=True)
             there = (None if t is None else t.to(device) for t in given)
             with torch.no_grad():
                 return model(*there, return_dict=return_dict)
         size = bucket(batch.tokens, batch.sequences, batch.longest)
-        with self._lock, torch.cuda.device_of(weight):
-            if self._done is not None:  # a replay on another stream may still run
-                torch.cuda.current_stream().wait_event(self._done)
-            try:
-                output = self._run(size, batch, device)
-            finally:
-                if self._capture:
-                    self._done = torch.cuda.current_stream().record_event()
+        with self._lock, torch.cuda.device_of(weight), self._turn:
+            output = self._run(size, batch, device)
         return finish(output, return_dict, model.config)
 
     def _batch(self, inner, shape, device, given):
@@ -281,15 +239,14 @@ class GraphedModel:
         device, read = (device, OnGPU) if HAS_TRITON else ("cpu", OnCPU)
         return read(inner, shape, *(None if t is None else t.to(device) for t in given))
 
-    def _check(self):
-        if self._capture:
-            _require_gpu(self.model)
-        for module in self._baked.unfit():
+    def _check(self, device, closely: bool):
+        _recorder(device)
+        for module in self._baked.unfit() if closely else ():
             if module.training:
                 raise RuntimeError("the model is in training mode; call model.eval() first")
             raise RuntimeError(
-                f"a {type(module).__name__} has forward hooks, which a graph would not run: "
-                "remove them or call the model itself"
+                f"a {type(module).__name__} has hooks, which a graph would not run: remove them or "
+                "call the model itself"
             )
         if watch.global_hooks():
             raise RuntimeError(
@@ -315,18 +272,19 @@ class GraphedModel:
         if not (there and self._baked.unchanged()):
             self._release(0)
             self._baked.take()
-            self._pool, static, ahead = None, None, False
-        self._check()
+            static, ahead = None, False
+        self._check(device, closely=static is None)
         if ahead:
             self.graphs.move_to_end(size)
             return output
         if static is None:
             self._release(self.max_graphs - 1)
-            if self._capture and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            static = Static(self.model, size, device, self._capture)
+            record = _recorder(device)
+            if not self.graphs:  # torch gives no pool anew once all graphs in it are gone
+                self._pool = record.pool()
+            static = Static(self.model, size, device)
             batch.fill(static)  # a warm-up reads ids
-            static.capture(self._pool)
+            static.capture(record, self._pool)
             self.graphs[size] = static
             self._release(self.max_graphs, OUTPUTS)
         static.replay(batch)
@@ -341,6 +299,5 @@ class GraphedModel:
         while len(self.graphs) > graphs or (
             outputs is not None and len(self.graphs) > 1 and kept() > outputs
         ):
-            if self._capture:  # its replay may be on another stream, which this one waits for
-                torch.cuda.current_stream().synchronize()
+            self._turn.finish()  # it may still run
             self.graphs.popitem(last=False)

@@ -60,12 +60,12 @@ class BertLMPredictionHead(nn.Module):
         return ops.linear_act(hidden, decoder.weight, decoder.bias)
 
     def loss(self, hidden, labels):
-        """The mean cross entropy of hidden [tokens, hidden] and labels int64 [tokens], all of them
-        targets: without the logits in memory where nobody could tell."""
+        """The mean cross entropy of hidden [tokens, hidden] and labels int64 [tokens], nearly all
+        of them targets (-100 of others): without the logits in memory where nobody could tell."""
         decoder, types = self.decoder, (BertLMPredictionHead, nn.Linear)
         if watch.global_hooks() or watch.limit((self, decoder), types):
             total = F.cross_entropy(self(hidden).float(), labels, reduction="sum")
-            return total / max(len(labels), 1)
+            return total / (labels != -100).sum().clamp(min=1)
         return ops.masked_cross_entropy(
             *(self.transform(hidden), decoder.weight, decoder.bias, labels), labelled_only=True
         )

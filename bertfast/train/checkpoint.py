@@ -248,8 +248,4 @@ def restore(checkpoint: Path, model, optimizer) -> None:
     for key, value in load_file(checkpoint / OPTIMIZER).items():
         parameter, field = key.rsplit("|", 1)
         p = parameters[parameter]
-        optimizer.state[p][field] = value
-        if field != "step":
-            optimizer.state[p][field] = like(value, p)
-        elif optimizer.defaults.get("fused"):
-            optimizer.state[p][field] = value.to(p.device)
+        optimizer.state[p][field] = value.to(p.device) if field == "step" else like(value, p)

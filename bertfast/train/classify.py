@@ -24,6 +24,7 @@ from .inference import (
 )
 from .loop import train
 from .outputs import say
+from .packed import Packed
 from .ranks import require_one_process
 from .task import Task
 
@@ -40,7 +41,7 @@ class ClassificationTask(Task):
         self.config, self.labels, self.device = config, labels, device
         self.pad = tokenizer.pad_token_id
         self.train, self.valid = train, valid
-        self.class_weights = None
+        self.class_weights = self.on_device = None
         if config.class_weights:
             unknown = set(config.class_weights) - set(labels.names)
             if unknown:
@@ -50,33 +51,45 @@ class ClassificationTask(Task):
                 )
             weights = [config.class_weights.get(name, 1.0) for name in labels.names]
             self.class_weights = torch.tensor(weights)
+            self.on_device = self.class_weights.to(device)
 
     def batches(self, epoch):
-        lengths = [len(row["input_ids"]) for row in self.train]
-        return data.batches(lengths, self.config.batch_size, self.config.seed, epoch)
+        lengths, config = [len(row["input_ids"]) for row in self.train], self.config
+        return data.batches(lengths, config.batch_size, config.seed, epoch, config.batch_tokens)
+
+    def load(self, batch):
+        return Packed.of_rows([self.train[i] for i in batch])
 
     def tokens(self, batch):
-        return sum(len(self.train[i]["input_ids"]) for i in batch)
+        return len(batch.input_ids)
 
     def weight(self, batch):
-        targets = torch.tensor(np.array([self.train[i]["labels"] for i in batch]))
         if self.class_weights is not None:
-            return float(self.class_weights[targets].sum())
-        return float(targets.numel())
+            return float(self.class_weights[batch.targets].sum())
+        return float(batch.targets.numel())
 
     def loss(self, model, batch):
-        tensors = data.collate([self.train[i] for i in batch], self.pad)
-        tensors = {name: t.to(model.device) for name, t in tensors.items()}
-        targets = tensors.pop("labels")
-        return self.summed_loss(model(**tensors).logits.float(), targets)
+        hidden = model.bert.encode_packed(
+            *(batch.input_ids, batch.cu_seqlens, batch.max_seqlen),
+            *(batch.position_ids, batch.token_type_ids, batch.first),
+        )
+        logits = model.classifier(model.dropout(model.bert.pooler(hidden)))
+        real = () if batch.real is None else (batch.real,)
+        return self.summed_loss(logits.float(), batch.targets, *real)
 
-    def summed_loss(self, logits, targets):
+    def summed_loss(self, logits, targets, real=None):
+        """targets: `IGNORED` of what counts for nothing, or numbers. real: int64 [sequences]: 0
+        where numbers do; None where all count."""
+        if self.config.task == "single_label":
+            return F.cross_entropy(logits, targets, weight=self.on_device, reduction="sum")
+        reduction, targets = "sum" if real is None else "none", targets.float()
         if self.config.task == "regression":
-            return F.mse_loss(logits[:, 0], targets.float(), reduction="sum")
-        if self.config.task == "multi_label":
-            return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="sum")
-        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-        return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+            losses = F.mse_loss(logits[:, 0], targets, reduction=reduction)
+        else:
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction=reduction)
+        if real is None:
+            return losses
+        return torch.where(real.unsqueeze(1) > 0, losses.view(len(real), -1), 0).sum()
 
     def evaluate(self, model, score=None):
         logits = compute_logits(model, self.valid, self.pad)
@@ -204,6 +217,8 @@ def _fingerprint(config, folder) -> dict:
     base = [p for name in _BASE if (p := folder / name).is_file()]
     base += checkpoint.files(folder, config.allow_pickle)
     given = {k: v for k, v in config.as_dict().items() if k not in _FREE}
+    if given["batch_tokens"] is None:  # checkpoints of before there was one go on
+        del given["batch_tokens"]
     given |= {
         f"{k}_sha256": checksum(getattr(config, k))
         for k in ("train", "valid")
@@ -235,6 +250,12 @@ def _results(config, model, tokenizer, labels, encoded, outcome, out) -> dict:
 _MADE = "fine-tuned with bertfast"  # how a card is known for ours
 
 
+def _step_size(config) -> str:
+    if config.batch_tokens is None:
+        return f"{config.batch_size * config.accumulation}"
+    return f"up to {config.batch_tokens * config.accumulation:,} tokens"
+
+
 def _write_card(path, config, labels, results, rows):
     score = results.get("test") or results["valid"]
     figures = "\n".join(f"| {k} | {v:.4f} |" for k, v in score.items() if isinstance(v, float))
@@ -247,7 +268,7 @@ pipeline_tag: text-classification
 # {path.resolve().parent.name}
 
 `{Path(config.model).name}` {_MADE} on {rows:,} examples ({config.task}),
-{results["train"]["step"]} steps of {config.batch_size * config.accumulation}, learning rate
+{results["train"]["step"]} steps of {_step_size(config)}, learning rate
 {config.lr:g}, seed {config.seed}. Settings: `run_config.yaml`; data: `data_report.json`.
 
 Classes: {", ".join(labels.names) or "none (regression)"}

@@ -101,6 +101,7 @@ class FinetuneConfig(RunConfig):
     label_column: str = _setting("label", "column of the label")
     dedup: bool = _setting(False, "keep only the first of equal texts in each file")
     batch_size: int = _setting(32, "examples in a micro-batch")
+    batch_tokens: int | None = _setting(None, "tokens in a micro-batch, in place of batch_size")
     max_length: int = _setting(128, "tokens a text is cut to")
     metric: str | None = _setting(None, "what picks the best evaluation (default: by task)")
     class_weights: dict[str, float] = _setting(dict, "label=weight in the loss, others 1")
@@ -113,6 +114,10 @@ class FinetuneConfig(RunConfig):
         self._check("parallel", self.parallel is None, "none: finetune trains in one process")
         for name in ("batch_size", "max_length"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
+        tokens = self.batch_tokens
+        self._check("batch_tokens", tokens is None or tokens >= 1, "1 or more")
+        by_size = tokens is not None and self.batch_size != type(self).batch_size
+        self._check("batch_tokens", not by_size, f"none beside batch_size {self.batch_size}")
         metrics = METRICS[self.task]
         self.metric = self.metric or metrics[0]
         self._check(

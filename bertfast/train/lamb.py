@@ -11,8 +11,12 @@ class Lamb(Optimizer):
     """The step of a tensor w is lr * |w| / |u| * u with u = Adam's direction + weight_decay * w;
     lr * u where either norm is 0, and in vectors (biases, LayerNorm), whose norms say little.
 
-    State of each tensor: "step", "exp_avg", "exp_avg_sq", as AdamW's.
+    State of each tensor: "step" (on its device), "exp_avg", "exp_avg_sq", as AdamW's. As AdamW's
+    fused step this one waits for no device: the rate may be a tensor, and where `found_inf` is 1
+    nothing changes.
     """
+
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01):
         super().__init__(
@@ -32,20 +36,22 @@ class Lamb(Optimizer):
         return loss
 
     def _update(self, p, group):
-        state, (beta1, beta2) = self.state[p], group["betas"]
+        state, (beta1, beta2), skip = self.state[p], group["betas"], self.found_inf
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-        state["step"] += 1
-        step = state["step"].item()
-        state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = state["exp_avg"] / (1 - beta1**step) / scale
+        step = state["step"] + 1
+        mean = state["exp_avg"].lerp(p.grad, 1 - beta1)
+        square = (state["exp_avg_sq"] * beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        # In fp64: in fp32 the first steps' 1 - beta2**step has three digits.
+        scale = (square / (1 - beta2 ** step.double())).sqrt_().add_(group["eps"])
+        update = mean / (1 - beta1 ** step.double()) / scale
         if group["weight_decay"]:
             update.add_(p, alpha=group["weight_decay"])
         if p.dim() > 1:
             size, length = p.norm(), update.norm()
             update.mul_(torch.where((size > 0) & (length > 0), size / length, 1.0))
-        p.add_(update, alpha=-group["lr"])
+        new = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        for old, value in [(p, p - update * group["lr"]), *((state[k], v) for k, v in new.items())]:
+            old.copy_(value if skip is None else torch.where(skip > 0, old, value))

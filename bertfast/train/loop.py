@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,14 @@ from .. import heap
 from ..model.encoder import BertLayer
 from . import checkpoint
 from .config import LOWER_IS_BETTER
-from .lamb import Lamb
-from .ranks import Ranks, full, join, like
+from .optimizer import learning_rate, make_optimizer
+from .ranks import Ranks, join, like
 from .speed import Speed, matmul_rate
+from .step import Step
 from .task import Task
 from .watch import Log, Stop, StoppedError, line
+
+LAG = 2  # steps that a GPU may be behind the host, which then reads what they came to
 
 
 class TrainingError(RuntimeError):
@@ -31,8 +35,8 @@ class InterruptedRunError(RuntimeError):
     """The run was asked to stop (SIGTERM) and saved its state."""
 
 
-class _Step(nn.Module):
-    """A task's loss as a module's forward, which is where DDP and FSDP act."""
+class _Loss(nn.Module):
+    """A task's loss as a module's forward, which is where FSDP acts."""
 
     def __init__(self, model, task):
         super().__init__()
@@ -42,32 +46,6 @@ class _Step(nn.Module):
         return (self.task.score if score else self.task.loss)(self.model, batch)
 
 
-def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """AdamW's groups: no decay on biases and LayerNorm, which are the vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(step: int, steps: int, config) -> float:
-    """The rate of step `step` (from 0) of `steps`: linear warm-up, then the schedule's decay."""
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return config.lr * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    factor = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
-    return config.lr * factor[config.schedule]
-
-
-def make_optimizer(model, config):
-    groups = parameter_groups(model, config.weight_decay)
-    if config.optimizer == "lamb":
-        return Lamb(groups, lr=config.lr, betas=(0.9, config.beta2))
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-
 def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable = print) -> dict:
     """Train `model` in place; afterwards it holds the best evaluation's weights, or the last ones
     where config.metric is None.
@@ -75,7 +53,7 @@ def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable
     The loss of a step is the sum over all its micro-batches, of all ranks, divided by their total
     weight, so neither accumulation nor ranks change the gradient. `fingerprint` is what must not
     differ on resume. Returns {"step", "epoch", "best": the best evaluation, "last": the last one's
-    metrics, "tokens", "stopped_early"}.
+    metrics, "tokens", "stopped_early"; where steps are replayed "graphs": the counts of `Replay`}.
     Raises TrainingError, InterruptedRunError, OSError (a full disk; the checkpoint before stays).
     """
     return _Run(model, task, config, out, fingerprint, say).train()
@@ -92,7 +70,7 @@ class _Run:
             heap.keep_freed()
         join("cpu" if cpu else "cuda")
         self.accelerator = Accelerator(cpu=cpu)
-        self.ranks = Ranks()
+        self.ranks = Ranks(config.parallel)
         self.main = self.ranks.rank == 0
         self.say = say if self.main else lambda text: None
         self.model, self.task, self.config = model, task, config
@@ -102,9 +80,11 @@ class _Run:
         device = self.accelerator.device
         self.low = torch.bfloat16 if config.precision == "bf16" else torch.float32
         layers = [m for m in model.modules() if isinstance(m, BertLayer)]
-        self.module = self.ranks.wrap(_Step(model.to(device), task), config.parallel, layers)
+        self.module = self.ranks.wrap(_Loss(model.to(device), task), layers)
         self.optimizer = make_optimizer(model, config)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.objectives = max(1, len(task.names))
+        settings = self.objectives, config.clip, self._autocast, self.ranks, self.say
+        self.work = Step(self.module, self.optimizer, *settings)
         self.group = config.accumulation * self.ranks.world  # micro-batches in a step
         self.steps = task.steps(config, self.group)
         self.step = 0
@@ -130,10 +110,12 @@ class _Run:
         )  # fmt: skip
         self.log = Log(self.out, self.state["log_size"], self.main, self.say)
         self.speed = self.ahead = None
+        self.reports = deque()  # of steps that are not logged yet
         try:
             # The next step's batches are made in a thread while this step runs.
             with ThreadPoolExecutor(1) as self.loader, Stop() as self.stop, bar as self.bar:
                 self._loop()
+                self._flush()
         finally:
             self.log.close()
             heap.release_freed()
@@ -141,7 +123,7 @@ class _Run:
         if state["best"] and state["best"]["step"] != self.step:
             self._load_best()
         self.model.eval()
-        return {
+        found = {
             "step": self.step,
             "epoch": state["epoch"],
             "best": state["best"],
@@ -149,6 +131,10 @@ class _Run:
             "tokens": state["tokens"],
             "stopped_early": state["stopped"],
         }
+        if self.work.replay:
+            self.say(str(self.work.replay))
+            found["graphs"] = dict(self.work.replay.counts)
+        return found
 
     def _loop(self):
         state, batches, part = self.state, [], None
@@ -188,84 +174,90 @@ class _Run:
         return self.step % every == 0 or self.step >= self.steps
 
     def _load(self, group):
-        return [(self.task.load(b), factor) for b, factor in self.ranks.share(group)]
+        """This rank's micro-batches: as the task loads them, as they run, whether they count."""
+        mine = []
+        for chosen, factor in self.ranks.share(group):
+            if factor or self.ranks.sharded:
+                batch = self.task.load(chosen)
+                mine.append((batch, self.work.ready(batch), factor))
+        return mine
 
     def _train_step(self, group, following):
         state, start = self.state, time.perf_counter()
-        self.model.train()
-        # Not Accelerator's seeds: these are the same after a restart, and differ between ranks.
-        _seed(self.config.seed, self.step, self.ranks.rank)
+        if not self.model.training:
+            self.model.train()
         mine = self.ahead.result() if self.ahead else self._load(group)
         self.ahead = self.loader.submit(self._load, following) if following else None
-        counted = [b for b, factor in mine if factor]
-        totals = self._totals(counted)
+        totals = self._totals([batch for batch, _, factor in mine if factor])
         if totals["stop"]:
             self._leave()
-        losses, norm = self._gradients(mine, totals["weights"])
-        loss = sum(losses)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step + 1}: lower --lr, or look for bad labels"
-            )
         rate = learning_rate(self.step, self.steps, self.config)
-        for g in self.optimizer.param_groups:
-            g["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.work.begin([w or 1.0 for w in totals["weights"]], rate)
+        try:
+            self._accumulate(mine)
+        except torch.OutOfMemoryError as e:
+            if not self.work.give_up(e):
+                raise
+            self._accumulate(mine)
+        report = self.work.update()
         self.step += 1
         state["done"] += 1
         state["tokens"] += int(totals["tokens"])
+        record = {"lr": rate, "tokens_seen": state["tokens"]}
+        self.reports.append((self.step, state["epoch"], report, record))
+        lag = LAG if self.work.late else 0
+        if len(self.reports) > lag:
+            self.reports[0][2].read()  # the host gets no further ahead
+        seconds = time.perf_counter() - start
         if self.speed is None:
             device = self.accelerator.device.type
             self.speed = Speed(matmul_rate(device, self.low) if totals["flops"] else None)
-        self.speed.add(
-            totals["tokens"], totals["flops"] / self.ranks.world, time.perf_counter() - start
-        )
-        record = {"step": self.step, "epoch": state["epoch"], "loss": loss}
-        record |= dict(zip(self.task.names, losses, strict=False))
-        record |= {"gradient_norm": norm, "lr": rate, "tokens_seen": state["tokens"]}
-        record |= self.speed.record(self.steps - self.step)
-        self.log.write(**record)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {record['tokens_per_second']:,.0f} tokens/s")
+        self.speed.add(totals["tokens"], totals["flops"] / self.ranks.world, seconds)
+        self._flush(lag)
         self.bar.update()
-        every = getattr(self.config, "log_steps", None)
-        if every and (self.step % every == 0 or self.step == self.steps):
-            self.say(line(record, self.steps))
+
+    def _accumulate(self, mine):
+        # Not Accelerator's seeds: these are the same after a restart, and differ between ranks.
+        _seed(self.config.seed, self.step, self.ranks.rank, self.accelerator.device)
+        for i, (_, ready, factor) in enumerate(mine):
+            if i and self.stop.asked and self.ranks.world == 1:  # the step is done over later
+                self._leave()
+            self.work.add(ready, factor, last=i == len(mine) - 1)
+
+    def _flush(self, kept: int = 0):
+        """Logs the steps that are done but the last `kept`. TrainingError where one's loss is not
+        finite: the weights are still those before it."""
+        while len(self.reports) > kept:
+            step, epoch, report, rest = self.reports.popleft()
+            losses, norm = report.read()
+            loss = sum(losses)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {step}: lower --lr, or look for bad labels"
+                )
+            record = {"step": step, "epoch": epoch, "loss": loss}
+            record |= dict(zip(self.task.names, losses, strict=False))
+            record |= {"gradient_norm": norm} | rest | self.speed.record(self.steps - step)
+            self.log.write(**record)
+            speed = record["tokens_per_second"]
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            every = getattr(self.config, "log_steps", None)
+            if every and (step % every == 0 or step == self.steps):
+                self.say(line(record, self.steps))
 
     def _totals(self, batches) -> dict:
         """Over all ranks: weights (one or more), tokens, flops, and whether any is to stop."""
         weights = [self.task.weight(b) for b in batches]
-        weights = torch.tensor(weights, dtype=torch.float64).view(len(weights), -1).sum(0)
-        if not len(batches):
-            weights = torch.zeros(max(1, len(self.task.names)), dtype=torch.float64)
+        weights = np.asarray(weights, np.float64).reshape(len(weights), self.objectives).sum(0)
         others = [
             float(sum(self.task.tokens(b) for b in batches)),
             sum(self.task.flops(b) for b in batches),
             float(self.stop.asked),
         ]
-        flat = torch.cat([weights, torch.tensor(others, dtype=torch.float64)])
-        values = self.ranks.sum(flat.to(self.accelerator.device)).tolist()
-        keys = ("tokens", "flops", "stop")
+        values = torch.tensor([*weights, *others], dtype=torch.float64)
+        self.ranks.sum(values)  # on the host, which is not to wait for the device
+        values, keys = values.tolist(), ("tokens", "flops", "stop")
         return {"weights": values[:-3]} | dict(zip(keys, values[-3:], strict=True))
-
-    def _gradients(self, mine, weights) -> tuple[list[float], float]:
-        """Gradients of a step, and its mean losses; the gradient's norm before clipping."""
-        device, total = self.accelerator.device, 0.0
-        weights = torch.tensor([w or 1.0 for w in weights], dtype=torch.float32, device=device)
-        for i, (batch, factor) in enumerate(mine):
-            if i and self.stop.asked and self.ranks.world == 1:  # the step is done over later
-                self._leave()
-            with self.ranks.sync(self.module, i == len(mine) - 1):
-                with self._autocast():
-                    means = self.module(batch).view(-1) * factor / weights
-                # DDP and FSDP take the mean over ranks; the sum is wanted.
-                self.accelerator.backward(means.sum() * self.ranks.world)
-            total = total + means.detach()
-        losses = self.ranks.sum(total).tolist()
-        norm = float("nan")
-        if self.config.clip:
-            norm = full(torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)).item()
-        return losses, norm
 
     def _autocast(self):
         # Not Accelerator's mixed_precision: a process could then run in one precision only.
@@ -273,13 +265,16 @@ class _Run:
         return torch.autocast(kind, torch.bfloat16, enabled=self.low == torch.bfloat16)
 
     def _leave(self):
-        self.optimizer.zero_grad(set_to_none=True)
+        self.work.clear()
         self._save()
         raise InterruptedRunError(f"stopped at step {self.step}; --resume auto goes on from there")
 
     def _evaluate(self):
         """Metrics of the weights as they are; kept if they are the best yet."""
-        if self.ranks.sum(torch.tensor(float(self.stop.asked), device=self.accelerator.device)):
+        self._flush()
+        asked = torch.tensor(float(self.stop.asked))
+        self.ranks.sum(asked)
+        if asked:
             self._leave()
         state, config = self.state, self.config
         self.model.eval()
@@ -311,6 +306,7 @@ class _Run:
         )
 
     def _save(self):
+        self._flush()
         tensors = checkpoint.gather(self.model, self.optimizer)
         if not self.main:
             return
@@ -353,9 +349,8 @@ class _Run:
             return
         path, saved = found
         if saved["fingerprint"] != self.fingerprint:
-            changed = [
-                k for k in self.fingerprint if saved["fingerprint"].get(k) != self.fingerprint[k]
-            ]
+            old, new = saved["fingerprint"], self.fingerprint
+            changed = [k for k in {**new, **old} if old.get(k) != new.get(k)]
             raise TrainingError(
                 f"{path} was trained with other settings ({', '.join(changed)}); "
                 "give the same ones, another --out, or --resume no"
@@ -374,7 +369,11 @@ class _Run:
         self.say(f"resumed from {path}")
 
 
-def _seed(seed: int, step: int, rank: int):
-    """torch's generators for this step on this rank."""
+def _seed(seed: int, step: int, rank: int, device: torch.device):
+    """torch's generators for this step on this rank; torch.manual_seed would keep a stack trace of
+    each call for every other kind of device."""
     value = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(value >> np.uint64(1)))
+    value = int(value >> np.uint64(1))
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

@@ -5,7 +5,6 @@ import os
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from .config import ConfigError, PretrainConfig
 from .inference import choose_device
 from .loop import train
 from .outputs import say
+from .packed import IGNORED, Packed
 from .ranks import Ranks, full
 from .task import Task
 
@@ -31,20 +31,6 @@ _FREE |= {"accumulation", "parallel", "data", "model", "config", "lexicon"}
 _EVAL_BATCH = 8192  # tokens in a batch of an evaluation
 _LOGIT_ROWS = 1024  # rows of logits that an evaluation holds at a time
 _SAMPLES = 3
-
-
-class Loaded(NamedTuple):
-    """A `sequences.Batch` as tensors on the device."""
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    token_type_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    positions: torch.Tensor
-    labels: torch.Tensor
-    next_sentence: torch.Tensor | None
-    attended: int  # sum over sequences of length squared
 
 
 class PretrainTask(Task):
@@ -73,17 +59,10 @@ class PretrainTask(Task):
         return config.epochs * self.train.windows * first
 
     def load(self, chosen):
-        return self._tensors(self.train.build(self.window, chosen))
+        return self._packed(self.train.build(self.window, chosen))
 
-    def _tensors(self, batch):
-        lengths = np.diff(batch.cu_seqlens).astype(np.int64)
-        values = (
-            torch.from_numpy(v).to(self.device, non_blocking=True)
-            if isinstance(v, np.ndarray)
-            else v
-            for v in batch
-        )
-        return Loaded(*values, int((lengths**2).sum()))
+    def _packed(self, batch):
+        return Packed(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in batch))
 
     def weight(self, batch):
         sequences = len(batch.cu_seqlens) - 1
@@ -101,9 +80,10 @@ class PretrainTask(Task):
         """
         c, n = self.model_config, len(batch.input_ids)
         wanted = len(batch.labels) + (len(batch.cu_seqlens) - 1) * self.config.nsp
+        attended = int((np.diff(batch.cu_seqlens).astype(np.int64) ** 2).sum())
         h, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
         after = 2 * h * h + 4 * h * inner  # a token's output projection and feed-forward
-        forward = layers * (6 * h * h * n + 4 * h * batch.attended)
+        forward = layers * (6 * h * h * n + 4 * h * attended)
         forward += after * ((layers - 1) * n + wanted)
         forward += len(batch.labels) * (2 * h * h + 2 * h * c.vocab_size)
         return 3.0 * forward
@@ -113,7 +93,7 @@ class PretrainTask(Task):
         sequences = len(batch.cu_seqlens) - 1 if self.config.nsp else 0
         rows = batch.positions
         if sequences:
-            rows = torch.cat([batch.cu_seqlens[:-1].long(), rows])
+            rows = torch.cat([batch.first, rows])
         hidden = model.bert.encode_packed(
             *(batch.input_ids, batch.cu_seqlens, batch.max_seqlen),
             *(batch.position_ids, batch.token_type_ids, rows),
@@ -124,10 +104,10 @@ class PretrainTask(Task):
         """fp32 [1 or 2]: summed losses of the masked tokens and of the pairs."""
         first, masked = self._hidden(model, batch)
         mean = model.cls.predictions.loss(masked, batch.labels)
-        losses = [mean.float() * len(batch.labels)]
+        losses = [mean.float() * (batch.labels != IGNORED).sum()]
         if self.config.nsp:
             relation = model.cls.seq_relationship(model.bert.pooler(first)).float()
-            losses.append(F.cross_entropy(relation, batch.next_sentence, reduction="sum"))
+            losses.append(F.cross_entropy(relation, batch.targets, reduction="sum"))
         return torch.stack(losses)
 
     def score(self, model, batch):
@@ -146,8 +126,8 @@ class PretrainTask(Task):
         sums = [loss, right, common, len(batch.labels)]
         if self.config.nsp:
             relation = model.cls.seq_relationship(model.bert.pooler(first)).float()
-            loss = F.cross_entropy(relation, batch.next_sentence, reduction="sum")
-            right = (relation.argmax(1) == batch.next_sentence).sum()
+            loss = F.cross_entropy(relation, batch.targets, reduction="sum")
+            right = (relation.argmax(1) == batch.targets).sum()
             sums += [loss, right, len(relation)]
         if not self.samples:
             self.samples = self._samples(batch, torch.cat(found))
@@ -179,8 +159,10 @@ class PretrainTask(Task):
         batches = np.split(np.arange(last), cuts[cuts > 0])
         sums, self.samples = 0.0, []
         for chosen, factor in ranks.share(batches):
-            sums = sums + factor * score(self._tensors(self.valid.build(window, chosen)))
-        sums = ranks.sum(sums.to(self.device)).tolist()
+            batch = self._packed(self.valid.build(window, chosen)).to(self.device)
+            sums = sums + factor * score(batch)
+        ranks.sum(sums)
+        sums = sums.tolist()
         loss = sums[0] / sums[3]
         metrics = {
             "loss": loss,

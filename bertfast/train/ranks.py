@@ -1,7 +1,6 @@
 """One process or many: what the loop needs to know of the others, under torchrun."""
 
 import os
-from contextlib import nullcontext
 
 import torch
 from torch import distributed, nn
@@ -43,18 +42,24 @@ def join(device_type: str) -> None:
 
 
 class Ranks:
-    """This process's rank among `world`, and collectives that do nothing where it is alone."""
+    """This process's rank among `world`, and collectives that do nothing where it is alone.
 
-    def __init__(self):
+    parallel: "ddp": every rank has all weights, and gradients are summed after a step's last
+    micro-batch; "fsdp": FSDP2 shares them out, and every forward and backward is a meeting.
+    """
+
+    def __init__(self, parallel: str | None = "ddp"):
         self.on = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if self.on else 0
         self.world = distributed.get_world_size() if self.on else 1
+        self.sharded = self.world > 1 and parallel == "fsdp"
+        self.reduces = self.world > 1 and not self.sharded
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place."""
+    def sum(self, *values: torch.Tensor) -> None:
+        """The sums over all ranks, in place. Of tensors on a GPU the host doesn't wait for them."""
         if self.world > 1:
-            distributed.all_reduce(values)
-        return values
+            for work in [distributed.all_reduce(v, async_op=True) for v in values]:
+                work.wait()
 
     def agree(self, value):
         """Rank 0's value, on every rank."""
@@ -66,38 +71,27 @@ class Ranks:
 
     def share(self, group: list) -> list[tuple]:
         """(batch, 1.0) for each of this rank's; every rank gets equally many, filled up with
-        (batch, 0.0), whose loss counts for nothing: each forward and backward is a meeting."""
+        (batch, 0.0), whose loss counts for nothing."""
         count = -(-len(group) // self.world)
         mine = [(b, 1.0) for b in group[self.rank :: self.world]]
         return mine + [(group[0], 0.0)] * (count - len(mine))
 
-    def wrap(self, module: nn.Module, kind: str, layers) -> nn.Module:
-        """`module` with gradients averaged over ranks: DDP, or FSDP2 with a unit each layer."""
-        if self.world == 1:
+    def wrap(self, module: nn.Module, layers) -> nn.Module:
+        """`module` with rank 0's parameters on every rank, or sharded, with a unit each layer."""
+        if self.reduces:
+            for p in module.parameters():
+                distributed.broadcast(p.detach(), src=0)
+        if not self.sharded:
             return module
-        device = next(module.parameters()).device
-        if kind == "ddp":
-            from torch.nn.parallel import DistributedDataParallel
-
-            ids = [device.index] if device.type == "cuda" else None
-            return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        device = next(module.parameters()).device
         mesh = init_device_mesh(device.type, (self.world,))
         for layer in layers:
             fully_shard(layer, mesh=mesh)
         # Also the root: checkpoints find sharded parameters between steps.
         return fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-    def sync(self, module: nn.Module, last: bool):
-        """The context of a backward pass: gradients meet in the last one of a step alone."""
-        if self.world == 1:
-            return nullcontext()
-        if hasattr(module, "set_requires_gradient_sync"):
-            module.set_requires_gradient_sync(last)
-            return nullcontext()
-        return nullcontext() if last else module.no_sync()
 
 
 def full(value: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,15 @@ class Task:
 
     def steps(self, config, group: int) -> int:
         """Optimizer steps in the run; `group` micro-batches make one."""
-        steps = config.epochs * math.ceil(len(self.batches(0)) / group)
+        steps = sum(math.ceil(len(self.batches(i)) / group) for i in range(config.epochs))
         return steps if config.max_steps is None else min(steps, config.max_steps)
 
     def load(self, batch):
-        """What the methods below get for a batch; by default the batch."""
+        """What the methods below get for a batch, by default the batch; called in another thread.
+
+        A `Packed` (on the CPU) is replayed where the device can; `loss` gets it on the device,
+        there with fillers at its end, whose labels are `IGNORED`.
+        """
         return batch
 
     def weight(self, batch) -> float | list[float]:

@@ -90,6 +90,20 @@ def test_batches():
         batches(lengths, 0)
 
 
+def test_batches_of_tokens():
+    """In the shuffle's order, each as full as it can be; a longer text is alone."""
+    lengths = [3, 9, 1, 4, 7, 12, 2, 10]
+    for seed in range(20):
+        found = batches(lengths, 32, seed, 1, tokens=10)
+        assert [i for b in found for i in b] == batches(lengths, 8, seed, 1)[0]
+        sizes = [sum(lengths[i] for i in b) for b in found]
+        assert all(s <= 10 or b == [5] for s, b in zip(sizes, found, strict=True))
+        following = [lengths[b[0]] for b in found[1:]]
+        assert all(s + n > 10 for s, n in zip(sizes, following, strict=False))
+    assert batches(lengths, 32, tokens=22) == [[5, 7], [1, 4, 3], [0, 6, 2]]
+    assert batches([], 32, 0, tokens=5) == []
+
+
 def test_report_counts_what_was_planted(tokenizer):
     train = Examples(["one two", "One  two", "three", "w " * 30], labels=["x", "y", "x", "x"])
     valid = Examples(["three", "four"], labels=["x", "z"])

@@ -1,6 +1,6 @@
 """CUDA graphs: buckets, what a graph may be reused for, and results beside the plain forward.
 
-Without a GPU a bucket's forward is an ordinary call on the same static buffers.
+Without a GPU a tape stands in for a graph (tape.py).
 """
 
 import copy
@@ -11,6 +11,7 @@ import transformers
 from helpers import GPU, close_to_truth, exact, refused
 
 import bertfast
+from bertfast.encoder.graph import RECORDERS
 from bertfast.model import graphs
 from bertfast.model.graphs import GraphedModel, Static, bucket
 
@@ -27,8 +28,11 @@ def build(name="BertModel"):
     return getattr(bertfast, name)(transformers.BertConfig(**CONFIG)).eval().to(GPU)
 
 
+pytestmark = pytest.mark.usefixtures("tape")
+
+
 def graphed(model, max_tokens=512, max_graphs=64):
-    return GraphedModel(model, max_tokens, max_graphs, capture=GPU == "cuda")
+    return GraphedModel(model, max_tokens, max_graphs)
 
 
 def batch(lengths, seed=0, device="cpu"):
@@ -103,7 +107,7 @@ def test_readers_agree(lengths):
     """numpy and the kernel fill a bucket's buffer with the same numbers."""
     pytest.importorskip("triton")
     model, inputs = build(), batch(lengths).values()
-    static = Static(model, bucket(sum(lengths), len(lengths), max(lengths)), GPU, False)
+    static = Static(model, bucket(sum(lengths), len(lengths), max(lengths)), GPU)
     shape, filled = (len(lengths), max(lengths)), []
     for read, device in ((graphs.OnCPU, "cpu"), (graphs.OnGPU, GPU)):
         static.buffer.fill_(-1)  # whatever an earlier batch left
@@ -235,9 +239,9 @@ def test_weights_stay_until_the_next_call():
     fast, inputs, old = graphed(model), batch((20, 9)), bias(model).data_ptr()
     fast(**inputs)
     swap_data(model)
-    assert old in [t.data_ptr() for t in fast._baked.memory]
+    assert old in [t.data_ptr() for t in fast._baked.memory.kept]
     fast(**inputs)
-    assert old not in [t.data_ptr() for t in fast._baked.memory]
+    assert old not in [t.data_ptr() for t in fast._baked.memory.kept]
 
 
 def test_outputs_make_room(monkeypatch):
@@ -291,10 +295,12 @@ def test_buckets(sequences):
     assert len({bucket(t, 1, 128).tokens for t in range(1, 4097)}) < 60
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     model = build()
     if GPU == "cpu":
-        refused(ValueError, "on cpu, CUDA graphs need it on a GPU", bertfast.cuda_graphs, model)
+        with monkeypatch.context() as m:
+            m.delitem(RECORDERS, "cpu")
+            refused(ValueError, "on cpu, CUDA graphs need it on a GPU", bertfast.cuda_graphs, model)
     refused(TypeError, "is a Linear", bertfast.cuda_graphs, torch.nn.Linear(2, 2))
     refused(ValueError, "max_graphs is 0", graphed, model, max_graphs=0)
     fast, inputs = graphed(model), batch((20, 9))
@@ -307,7 +313,7 @@ def test_refusals():
     refused(RuntimeError, "call model.eval", fast, **inputs)
     model.eval()
     hook = model.encoder.layer[0].register_forward_hook(lambda *_: None)
-    refused(RuntimeError, "a BertLayer has forward hooks", fast, **inputs)
+    refused(RuntimeError, "a BertLayer has hooks", fast, **inputs)
     hook.remove()
     fast(**inputs)
     model.encoder.layer[0] = copy.deepcopy(model.encoder.layer[0]).train()

@@ -225,9 +225,10 @@ def test_what_frozen_models_still_call(path, precision):
     assert relative(after[which], before[which]) > 0.05
 
 
+@pytest.mark.usefixtures("tape")
 def test_graphs_refuse_what_they_would_not_follow():
     _, ours = small("BertModel")
-    fast, inputs = GraphedModel(ours, 100, 9, capture=False), given()
+    fast, inputs = GraphedModel(ours, 100, 9), given()
     fast(**inputs)
     handle = torch_module.register_module_forward_hook(lambda *_: None)
     try:

@@ -21,9 +21,6 @@ from safetensors.torch import load_file
 import bertfast
 from bertfast import ops
 from bertfast.cli import main
-from bertfast.data import masking
-from bertfast.data.sequences import Sequences
-from bertfast.data.shards import Shards
 from bertfast.train import (
     ConfigError,
     InterruptedRunError,
@@ -33,7 +30,7 @@ from bertfast.train import (
 )
 from bertfast.train import checkpoint as state
 from bertfast.train.lamb import Lamb
-from bertfast.train.pretrain import PretrainTask, _model, _tokenizer
+from bertfast.train.pretrain import PretrainTask
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +48,6 @@ def records(out):
 
 def losses(out):
     return [r["loss"] for r in records(out) if "loss" in r]
-
-
-def task_of(prepared, **options):
-    """(task, model, a step's micro-batches)"""
-    settings = {"config": str(prepared / "still.json")} | options
-    config = PretrainConfig(**tiny_pretrain.settings(prepared, **settings))
-    tokenizer = _tokenizer(config)
-    words = masking.vocabulary(tokenizer)
-    train = Sequences(
-        Shards(config.data, "train"), words, length=32, pairs=config.nsp, kind=config.masking
-    )
-    model = _model(config, tokenizer)
-    return PretrainTask(config, model.config, train, None, tokenizer), model.train()
 
 
 @pytest.mark.seconds
@@ -118,7 +102,7 @@ def test_learns_and_writes(prepared, tmp_path, capfd):
 @pytest.mark.parametrize("nsp", [True, False])
 def test_packed_loss_is_transformers(prepared, nsp):
     """The packed losses against transformers' padded model with the same masks and weights."""
-    task, model = task_of(prepared, nsp=nsp)
+    task, model = tiny_pretrain.task(prepared, nsp=nsp)
     batch = task.load(task.batches(0)[0])
     ours = task.loss(model, batch)
     cls = transformers.BertForPreTraining if nsp else transformers.BertForMaskedLM
@@ -145,7 +129,7 @@ def test_packed_loss_is_transformers(prepared, nsp):
         out = theirs(input_ids=ids, attention_mask=mask, token_type_ids=types)
         pairs = [(out.prediction_logits if nsp else out.logits, labels)]
         if nsp:
-            pairs.append((out.seq_relationship_logits, batch.next_sentence))
+            pairs.append((out.seq_relationship_logits, batch.targets))
         entropy = torch.nn.functional.cross_entropy
         return torch.stack(
             [entropy(x.flatten(0, -2), y.flatten(), reduction="sum") for x, y in pairs]
@@ -163,7 +147,7 @@ def test_packed_loss_is_transformers(prepared, nsp):
 
 
 def test_packed_encoder_is_the_padded_one(prepared):
-    _, model = task_of(prepared)
+    _, model = tiny_pretrain.task(prepared)
     model.eval()
     ids = torch.randint(5, model.config.vocab_size, (7,))
     cu = torch.tensor([0, 3, 7], dtype=torch.int32)
@@ -211,7 +195,7 @@ def test_accumulated_gradient(prepared):
     """Normalised by the global counts of targets and of pairs, not by the number of parts."""
     grads = []
     for n, dtype in ((1, torch.float64), (1, None), (2, None), (4, None)):
-        task, model = task_of(prepared, accumulation=n)
+        task, model = tiny_pretrain.task(prepared, accumulation=n)
         model.to(dtype)
         parts = [task.load(b) for b in task.batches(0)[:n]]
         weights = torch.tensor([task.weight(b) for b in parts]).sum(0)
@@ -421,7 +405,7 @@ def test_command_line(prepared, tmp_path, capsys):
 
 
 def test_passes_make_steps(prepared, tmp_path):
-    task, _ = task_of(prepared, max_steps=None)
+    task, _ = tiny_pretrain.task(prepared, max_steps=None)
     config = task.config
     config.max_steps, config.epochs = None, 2
     assert task.steps(config, 1) == 2 * task.train.windows * len(task.batches(0))

@@ -20,7 +20,7 @@ from bertfast.train import PretrainConfig, pretrain
 ROOT = Path(__file__).parents[2]
 
 
-def command(settings, ranks=2, restarts=0):
+def command(settings, ranks=2, restarts=0, taped=False):
     options = [t for k, v in settings.items() for t in ("--" + k.replace("_", "-"), str(v))]
     run = [
         sys.executable,
@@ -33,8 +33,7 @@ def command(settings, ranks=2, restarts=0):
         *run,
         f"--max-restarts={restarts}",
         "--monitor-interval=0.3",
-        "-m",
-        "bertfast",
+        *([str(ROOT / "tests" / "taped.py")] if taped else ["-m", "bertfast"]),
         "pretrain",
         *options,
     ]
@@ -72,15 +71,21 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("taped", [False, True], ids=["launched", "replayed"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_are_one(alone, tmp_path, parallel):
+def test_two_ranks_are_one(alone, tmp_path, parallel, taped):
     """The same global batch: the same loss curve, evaluation and weights."""
     folder, settings = alone
     out = tmp_path / parallel
     log = tmp_path / "log"
     with open(log, "w") as f:
-        process = start(settings | {"out": str(out), "parallel": parallel}, f)
+        process = start(settings | {"out": str(out), "parallel": parallel}, f, taped=taped)
         assert process.wait(timeout=180) == 0, log.read_text()[-3000:]
+    counts = json.loads((out / "eval_results.json").read_text())["train"].get("graphs")
+    if taped and parallel == "fsdp":
+        assert counts is None and "fsdp: steps are launched" in log.read_text()
+    else:
+        assert (counts is not None and counts["hits"] > 8) == taped
     np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-5)
     one, two = (next(r for r in records(o) if "valid_loss" in r) for o in (folder / "one", out))
     for key in ("valid_loss", "valid_mlm_accuracy", "valid_nsp_accuracy"):

@@ -1,6 +1,7 @@
 import copy
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import transformers
 from helpers import close_to_truth, exact, refused
 from safetensors.torch import load_file
 
-from bertfast.data import DataError
+from bertfast.data import DataError, batches
 from bertfast.train import ConfigError, FinetuneConfig, TrainingError, evaluate, finetune, predict
 from bertfast.train import checkpoint as state
 from bertfast.train.classify import ClassificationTask
@@ -96,12 +97,34 @@ def test_accumulated_gradient():
     for size, dtype in ((16, torch.float64), (16, None), (8, None), (3, None), (1, None)):
         one = copy.deepcopy(model).to(dtype)
         parts = [list(range(i, min(i + size, 16))) for i in range(0, 16, size)]
+        parts = [task.load(b) for b in parts]
         total = sum(task.weight(b) for b in parts)
         for b in parts:
             (task.loss(one, b) / total).backward()
         grads.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
     for g in grads[1:]:
         close_to_truth(g, grads[0])
+
+
+def test_batches_by_tokens(tmp_path):
+    """Epochs differ in their batches: all of them are counted, and a run goes on in any."""
+    options = {"batch_tokens": 40, "save_steps": 5, "epochs": 4, "keep": 9}
+    whole = run(tmp_path, **options)["train"]
+    config = FinetuneConfig(**tiny.settings(tmp_path, **options))
+    lengths = [len(row["text"].split()) + 2 for row in tiny.rows(60)]
+    counts = [len(batches(lengths, 32, config.seed, e, 40)) for e in range(4)]
+    assert whole["step"] == sum(counts) and len({*counts}) > 1 and whole["epoch"] == 4
+    expected, out = weights(tmp_path), tmp_path / "out"
+    assert "up to 40 tokens" in (out / "README.md").read_text()
+    for newest in state.checkpoints(out / "checkpoints"):
+        if int(newest.name[5:]) > 30:
+            shutil.rmtree(newest)
+    run(tmp_path, **options)
+    assert all(torch.equal(v, expected[name]) for name, v in weights(tmp_path).items())
+    refused(TrainingError, r"\(batch_tokens\)", run, tmp_path, **options | {"batch_tokens": 41})
+    message = "batch_tokens is 64, expected none beside batch_size 8"
+    refused(ConfigError, message, FinetuneConfig, batch_tokens=64, batch_size=8)
+    refused(ConfigError, "batch_tokens is 0", FinetuneConfig, batch_tokens=0)
 
 
 @pytest.mark.seconds
@@ -210,7 +233,7 @@ def test_schedules():
 
 def test_nan_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        ClassificationTask, "summed_loss", lambda self, logits, targets: logits.sum() * float("nan")
+        ClassificationTask, "summed_loss", lambda self, logits, *_: logits.sum() * float("nan")
     )
     refused(TrainingError, "the loss is nan at step 1", run, tmp_path)
 

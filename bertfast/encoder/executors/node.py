@@ -129,14 +129,14 @@ class _Node(torch.autograd.Function):
         return _once(ctx, grad)
 
 
-def _is_batched(grad) -> bool:
+def is_batched(grad) -> bool:
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
 def _backward(ctx, grad):
     k, spec, longest, rates, wide = ctx.call
-    k = k if plain(grad) and not _is_batched(grad) else DISPATCHED
+    k = k if plain(grad) and not is_batched(grad) else DISPATCHED
     starts, used, bias, rows, *saved = ctx.saved_tensors
     n = len(IS_MATRIX)
     seeds, saved, hidden, flat = saved[:3], saved[3 : -n - 1], saved[-n - 1], saved[-n:]

@@ -1,0 +1,180 @@
+"""What a CUDA graph of an encoder's layers is recorded on: buffers that stay."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch._utils import _unflatten_dense_tensors as unflatten
+
+from ..ops.dropout import draw_seeds
+from .batch import Batch
+from .executors.node import is_batched
+from .graph import Bucket
+from .run import EXECUTORS, Choice, choose
+from .weights import LayerWeights
+
+
+class Key(NamedTuple):
+    """What a graph bakes in and another batch may have otherwise."""
+
+    size: Bucket
+    rows: int | None
+    dtype: torch.dtype
+    used: bool  # whether there is a seqused_k
+    bias: tuple | None  # its heads and dtype
+    dropout: tuple  # each layer's rates
+    wants: tuple[bool, ...] | None  # gradients of states, bias, parameters; None for inference
+
+
+class Graph:
+    """The buffers of a key, and what was recorded on them. `choice`: who runs the layers there."""
+
+    def __init__(self, record, lane, key: Key, layers, batch, flat):
+        (tokens, sequences, longest), hidden = key.size, batch.hidden
+        training, device = key.wants is not None, hidden.device
+        with torch.inference_mode(False), torch.no_grad():
+
+            def zeros(*shape, dtype=torch.int64):
+                return torch.zeros(shape, dtype=dtype, device=device)
+
+            self.hidden = zeros(tokens, hidden.shape[1], dtype=key.dtype)
+            self.starts = zeros(sequences + 1, dtype=torch.int32)
+            self.filling = torch.arange(1, sequences + 1, device=device).int() * longest
+            self.used = zeros(sequences, dtype=torch.int32) if key.used else None
+            self.rows = None if key.rows is None else zeros(key.rows)
+            self.seeds = zeros(3 * len(layers), 2) if any(map(any, key.dropout)) else None
+            self.bias = None
+            if key.bias is not None:
+                self.bias = zeros(1, key.bias[0], longest, longest, dtype=key.bias[1])
+            count = tokens if key.rows is None else key.rows
+            self.grad = zeros(count, hidden.shape[1], dtype=key.dtype) if training else None
+            # Not the parameters: no hook of theirs may see a recording.
+            leaves = [p.detach() for p in flat]
+            inputs = [self.hidden.detach(), None if self.bias is None else self.bias.detach()]
+            self.leaves = [*inputs, *leaves]
+            self.wanted = [i for i, wanted in enumerate(key.wants or ()) if wanted]
+            for i in self.wanted:
+                self.leaves[i].requires_grad_()
+            own, each = iter(leaves), len(layers[0].weights.flat())
+            self.layers = [
+                layer._replace(weights=LayerWeights.of([next(own) for _ in range(each)]))
+                for layer in layers
+            ]
+            self.batch = Batch(
+                *(inputs[0], self.starts, longest, self.used, self.rows, inputs[1], self.seeds),
+                captured=True,
+            )
+            self._fill(batch)  # a warm-up reads it
+        with torch.inference_mode(False), torch.set_grad_enabled(training):
+            self._record(record, lane, training)
+        held = self.hidden, self.starts, self.used, self.rows, self.bias, self.grad, self.out
+        self.bytes = sum(t.nbytes for t in held if t is not None)
+
+    def _run(self):
+        self.choice = choose(self.layers, self.batch)
+        return EXECUTORS[self.choice.name].run(self.layers, self.batch)
+
+    def _gradients(self, out, grad):
+        return torch.autograd.grad(out, [self.leaves[i] for i in self.wanted], grad)
+
+    def _record(self, record, lane, training):
+        if not training:
+            record.warm_up(self._run)
+            self._forward = record(self._run, lane.pool)
+            self.out, self.grown = self._forward.result, self._forward.bytes
+        else:
+            self._group(lane)
+            record.warm_up(lambda: self._gathered(self._run()))
+            self._forward = record(self._run, lane.pool)
+            out, self.out = self._forward.result, self._forward.result.detach()
+            self._forward.result = self.out  # what autograd keeps goes with its backward
+            self._backward = record(lambda: self._gathered(out), lane.pool)
+            self.grown = self._forward.bytes + self._backward.bytes
+        self.choice = Choice(f"graph of {self.choice.name}", {})
+
+    def _group(self, lane):
+        """The parameters by dtype, whose gradients leave together, and where a lane's graphs put
+        them: [(places, parameters, [n])]."""
+        found = {}
+        for i in self.wanted:
+            if i >= 2:
+                found.setdefault(self.leaves[i].dtype, []).append(i)
+        self.groups = []
+        for dtype, places in found.items():
+            parts = [self.leaves[i].detach() for i in places]
+            n = sum(p.numel() for p in parts)
+            if (dtype, n) not in lane.gradients:
+                lane.gradients[dtype, n] = self.hidden.new_empty(n, dtype=dtype)
+            self.groups.append((places, parts, lane.gradients[dtype, n]))
+
+    def _gathered(self, out):
+        """The gradients of states and bias, where they are wanted; the others in their buffers."""
+        found = dict(zip(self.wanted, self._gradients(out, self.grad), strict=True))
+        with torch.no_grad():
+            for places, _, whole in self.groups:
+                torch.cat([found[i].reshape(-1) for i in places], out=whole)
+        return [found.get(0), found.get(1)]
+
+    def _fill(self, batch):
+        """What isn't the batch's is zeros, in sequences of their own: no value or gradient comes
+        from there."""
+        tokens, sequences = len(self.hidden), len(self.filling)
+        n, b = len(batch.hidden), len(batch.cu_seqlens) - 1
+        _put(self.hidden, batch.hidden)
+        self.starts[: b + 1].copy_(batch.cu_seqlens)
+        if b < sequences:
+            torch.add(self.filling[: sequences - b], n, out=self.starts[b + 1 :]).clamp_(max=tokens)
+        if self.used is not None:
+            _put(self.used, batch.seqused_k)
+        if self.rows is not None:
+            _put(self.rows, batch.rows, tokens - 1)
+        if self.seeds is not None:
+            seeds = batch.seeds
+            if not isinstance(seeds, torch.Tensor):
+                seeds = draw_seeds(len(self.seeds), self.seeds.device)
+            self.seeds.copy_(seeds)
+        if self.bias is not None:
+            n = min(batch.bias.shape[2], self.bias.shape[2])
+            self.bias.zero_()[..., :n, :n].copy_(batch.bias[..., :n, :n])
+
+    def forward(self, batch):
+        """[tokens or rows, hidden], in memory of its own."""
+        self._fill(batch)
+        self._forward.replay()
+        count = len(batch.hidden if batch.rows is None else batch.rows)
+        return self.out[:count].clone()
+
+    def backward(self, use, grad):
+        """The gradients of states, bias and parameters."""
+        found = [None] * len(self.leaves)
+        if is_batched(grad):
+            rest = grad.new_zeros((len(self.grad) - len(grad), grad.shape[1]))
+            with torch.enable_grad():
+                out = self._run()
+            for i, g in zip(
+                self.wanted, self._gradients(out, torch.cat([grad, rest])), strict=True
+            ):
+                found[i] = g
+        else:
+            if use.again:  # the activations' memory is gone, what they came from is there
+                self._forward.replay()
+            use.again = True
+            _put(self.grad, grad)
+            self._backward.replay()
+            found[:2] = [None if g is None else g.clone() for g in self._backward.result]
+            for places, parts, whole in self.groups:
+                for i, g in zip(places, unflatten(whole.clone(), parts), strict=True):
+                    found[i] = g
+        if found[0] is not None:
+            found[0] = found[0][: use.tokens]
+        if found[1] is not None:
+            more = use.bias[2] - found[1].shape[2]
+            found[1] = F.pad(found[1], (0, more, 0, more))
+        return found
+
+
+def _put(buffer, values, rest=0):
+    n = len(values)
+    buffer[:n].copy_(values)
+    if n < len(buffer):
+        buffer[n:].fill_(rest)
