@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from gpu_models import NATURAL, lengths_of, random_batch
 
@@ -51,7 +52,7 @@ class Clock:
 
 class Finetuning(Clock, ClassificationTask):
     def useful(self, batch):
-        return 3 * encoder_flop(self.sizes, [len(self.train[i]["input_ids"]) for i in batch])
+        return 3 * encoder_flop(self.sizes, np.diff(batch.cu_seqlens).tolist())
 
 
 class Pretraining(Clock, PretrainTask):

@@ -109,7 +109,7 @@ def launched():
 
 def replays(report) -> int:
     """How many of its calls an accelerated model has replayed, by `accelerate`'s report."""
-    return sum(counts["hits"] for counts in getattr(report, "graphs", {}).values())
+    return 0 if report is None else sum(counts.hits for counts in report.graphs.values())
 
 
 def reason(error) -> str:

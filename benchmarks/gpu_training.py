@@ -37,7 +37,7 @@ from gpu_models import (
 import bertfast
 from bertfast.bench import train
 from bertfast.bench.measure import take_turns
-from bertfast.train.loop import parameter_groups
+from bertfast.train.optimizer import parameter_groups
 
 STOCK, FAST, LAUNCHED = "transformers sdpa", "bertfast accelerate", "bertfast accelerate, launched"
 SIGHTS = 4  # of a batch, until its step is replayed
@@ -148,7 +148,7 @@ def cell(reference, names, batches, rounds, peak):
         except Exception as e:
             runs.pop(name, None)
             yield {"name": name, "note": reason(e)}
-    before = {name: replays(sides[name].report) if sides[name].report else 0 for name in runs}
+    before = {name: replays(sides[name].report) for name in runs}
     seconds = take_turns(runs, rounds, device, warm=True)
     flop = sum(train.useful_flop(reference.config, batch) for batch in batches)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)

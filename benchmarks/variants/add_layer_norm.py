@@ -1,8 +1,9 @@
 """Layer norm's backward in other ways than kernels/add_layer_norm.py.
 
 A warp has whole rows of its own, several warps a program, so that no sum over a row waits for
-another warp; the three sums over a row are one reduction; column sums are added up over a program's
-warps once, at the end; the next rows are loaded before these are worked on.
+another warp; or two warps have one, with half of the registers. The three sums over a row are one
+reduction; column sums are added up over a program's warps once, at the end; the next rows are
+loaded before these are worked on.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,8 @@ LANES = tl.constexpr(256)  # columns that a warp's 16-byte accesses of bf16 span
 
 
 class Variant(NamedTuple):
-    warps: int  # as many rows at a time
+    warps: int
+    rows: int  # at a time: as many as warps, or half of that
     programs: int  # on a processor
     ahead: bool = False
 
@@ -71,7 +73,7 @@ def backward(
     grad, x, residual, weight, x_bias, seed, mean, rstd, dx, ds, partial, tokens, scale, threshold,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, SUMS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """As the shipped `_backward`; C chunks of LANES columns, R rows, of a warp each."""
+    """As the shipped `_backward`; C chunks of LANES columns, R rows, of a warp or two each."""
     chunk = tl.arange(0, C)[:, None, None] * LANES
     j = chunk + tl.arange(0, LANES)[None, None, :]
     quarter = chunk + tl.arange(0, LANES // 4)[None, None, :] * 4
@@ -140,7 +142,7 @@ def run(grad, x, residual, weight, mean, rstd, x_bias, p, seed, variant, launch=
     two = residual is not None and seed is not None
     sums = 2 if x_bias is None else 3
     each = variant.programs
-    grid = max(1, min(programs(x.device, each), cdiv(tokens, variant.warps)))
+    grid = max(1, min(programs(x.device, each), cdiv(tokens, variant.rows)))
 
     def empty(*shape, dtype=x.dtype):
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -150,7 +152,7 @@ def run(grad, x, residual, weight, mean, rstd, x_bias, p, seed, variant, launch=
     tensors = _dense(grad, x, residual, weight, x_bias, seed, mean, rstd)
     chunks = 1 << (cdiv(hidden, LANES.value) - 1).bit_length()
     rest = (dx, ds, partial, tokens, 1 / (1 - p), as_int32(threshold(p)))
-    arguments = (*tensors, *rest, hidden, chunks, variant.warps, sums, variant.ahead)
+    arguments = (*tensors, *rest, hidden, chunks, variant.rows, sums, variant.ahead)
     (launch or _launch)(grid, variant, arguments)
     dw, db = (empty(hidden, dtype=weight.dtype) for _ in range(2))
     dx_bias = None if x_bias is None else empty(hidden, dtype=x_bias.dtype)
@@ -163,9 +165,10 @@ def _launch(grid, variant, arguments):
     backward[(grid,)](*arguments, num_warps=variant.warps)
 
 
-CANDIDATES = [
-    Variant(warps, programs, ahead)
-    for warps, programs in ((1, 8), (1, 12), (2, 4), (2, 6), (4, 2), (4, 3), (8, 1))
+CANDIDATES = [Variant(*sizes) for sizes in ((1, 1, 8), (1, 1, 9), (2, 2, 4), (4, 4, 2))]
+CANDIDATES += [
+    Variant(*sizes, ahead)
+    for sizes in ((2, 1, 5), (2, 1, 6), (4, 2, 2), (4, 2, 3), (8, 4, 1))
     for ahead in (False, True)
 ]
 
@@ -182,7 +185,5 @@ def specs():
                 run(x, x, x, row, each, each, row, p, seed, variant, record)
                 [(_, _, arguments)] = made
                 named = dict(zip(backward.names, arguments, strict=True))
-                what = f"backward, {hidden} wide, p={p}, {variant.warps} warps" + (
-                    ", ahead" * variant.ahead
-                )
+                what = f"backward, {hidden} wide, p={p}, {tuple(variant)}"
                 yield what, spec_of(backward, named, variant.warps, 3)

@@ -80,7 +80,7 @@ def test_add_layer_norm(hidden, p):
     forward = norm_kernel.add_layer_norm(x, residual, weight, bias, 1e-12, x_bias, p, seed)
     given = grad, x, residual, weight, *forward[1:], x_bias, p, seed
     expected = norm_kernel.add_layer_norm_backward(*given)
-    for variant in (add_layer_norm.Variant(1, 2), add_layer_norm.Variant(4, 1, True)):
+    for variant in (add_layer_norm.Variant(1, 1, 2), add_layer_norm.Variant(4, 2, 1, True)):
         found = add_layer_norm.run(*given, variant)
         for f, e in zip(found, expected, strict=True):
             assert f.shape == e.shape and (not e.numel() or gap(f, e) < 1e-3), variant
