@@ -20,7 +20,7 @@ from bertfast.data.sequences import Sequences
 from bertfast.data.shards import Shards
 from bertfast.train import FinetuneConfig, PretrainConfig
 from bertfast.train.classify import ClassificationTask
-from bertfast.train.loop import train
+from bertfast.train.loop import _Run
 from bertfast.train.pretrain import PretrainTask, _tokenizer
 
 SETTLE, TIMED = 30, 30  # steps: those in which all buckets are seen, and those that count
@@ -64,14 +64,19 @@ def run(model, task, config):
     """Trains until the clock has what it wants -> (seconds of a step, its tokens, its operations,
     more of its row, the losses so far)."""
     torch.manual_seed(0)
+    heard = []
+    loop = _Run(model, task, config, Path(config.out), {}, heard.append)
     with contextlib.suppress(EnoughError):
-        train(model, task, config, Path(config.out), {}, lambda text: None)
+        loop.train()
     if task.seen < task.settle + task.timed:
         raise RuntimeError(f"the loop ended after {task.seen} steps")
     tokens, flop = (sum(column) / task.timed for column in zip(*task.work, strict=True))
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
-    return task.spent / task.timed, tokens, flop, {}, losses
+    more = {"warnings": [text for text in heard if "warning" in text]}
+    if loop.work.replay:
+        more |= {"replays": loop.work.replay.counts["hits"]}
+    return task.spent / task.timed, tokens, flop, more, losses
 
 
 def steps_of(device):

@@ -11,6 +11,7 @@ from gpu_results import write
 from torch import nn
 
 from bertfast.bench.measure import natural_lengths, origin, product, random_batch, take_turns
+from bertfast.encoder.graph import recorder
 
 CONFIGS = {
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
@@ -112,6 +113,11 @@ def replays(report) -> int:
     return 0 if report is None else sum(counts.hits for counts in report.graphs.values())
 
 
+def recorded(device) -> bool:
+    """Whether there are graphs here."""
+    return recorder(torch.device(device)) is not None
+
+
 def reason(error) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
@@ -166,7 +172,8 @@ class Results:
 def line(row) -> str:
     if "note" in row:
         return f"{row['task']:48} {row['name']:28} {row['note']}"
-    rest = (f"{key} {row[key]}" for key in ("relative_error", "cosine", "replays") if key in row)
+    keys = ("relative_error", "cosine", "as_launched", "replays", "warnings")
+    rest = (f"{key} {row[key]}" for key in keys if row.get(key) not in (None, []))
     share = f"{row['share_of_peak']:.0%} of the product" if "share_of_peak" in row else ""
     return (
         f"{row['task']:48} {row['name']:28} {row['milliseconds']:9.3f} ms  {share}  "

@@ -30,6 +30,7 @@ from gpu_models import (
     config_of,
     launched,
     reason,
+    recorded,
     replays,
     shapes_of,
 )
@@ -158,7 +159,7 @@ def cell(reference, names, batches, rounds, peak):
         )
         row["share_of_peak"] = round(row["useful_gflops"] / 1e3 / peak, 3)
         report = sides[name].report
-        if report is not None and device == "cuda" and name != LAUNCHED:
+        if report is not None and name != LAUNCHED and recorded(device):
             row["replays"] = replays(report) - before[name]
             if not row["replays"]:
                 row["name"] += ", NOT REPLAYED"

@@ -109,14 +109,16 @@ def errors(found, truth) -> float:
     return torch.stack(gaps).max().item() if gaps else 0.0
 
 
-def race(case: Case, dead: dict, device) -> dict:
-    """{name: (seconds, error), or why there are none}, in turns; on a CPU of the check's call."""
+def race(case: Case, compiled: dict | None, device) -> dict:
+    """{name: (seconds, error), or why there are none}, in turns; on a CPU of the check's call.
+
+    compiled: {name: "ok" or why not}; None for whatever it takes now."""
     found, graphs, times = {}, {}, {}
     truth = None if case.truth is None else case.truth()
     for name, call in case.calls.items():
         try:
-            if dead.get(name, "ok") != "ok":
-                raise RuntimeError(dead[name])
+            if compiled is not None and compiled.get(name) != "ok":
+                raise RuntimeError(compiled.get(name, "not compiled in time"))
             start = time.perf_counter()
             outputs = case.checks.get(name, call)(*case.sets[0])
             times[name] = [time.perf_counter() - start]
@@ -182,8 +184,8 @@ def main(name, doc, cases: dict[str, Callable], argv=None) -> int:
             continue
         with budget.step():
             case = make(device, 4 if device == "cuda" else 1)
-            dead = {call: s for (t, call), s in state.items() if t == title}
-            rows += show(title, case, race(case, dead, device))
+            compiled = {call: s for (t, call), s in state.items() if t == title}
+            rows += show(title, case, race(case, compiled if device == "cuda" else None, device))
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             about = {"benchmark": f"tune_{name}", **origin(device)}

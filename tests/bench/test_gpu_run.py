@@ -94,6 +94,23 @@ def test_finetune(tmp_path, monkeypatch):
     assert losses["equal"] and losses["steps"] >= 4
 
 
+@pytest.mark.usefixtures("tape")
+def test_replays_are_counted_and_compared(tmp_path, monkeypatch):
+    _, cells = run(monkeypatch, gpu_inference, "gpu_inference_tiny", tmp_path)
+    for rows in cells.values():
+        assert rows[gpu_inference.FAST]["replays"] > 0, rows
+        assert "replays" not in rows["bertfast accelerate, launched"]
+    result, cells = run(monkeypatch, gpu_training, "gpu_finetune_tiny", tmp_path)
+    for rows in cells.values():
+        assert rows[gpu_training.FAST]["replays"] > 0 and rows[gpu_training.FAST]["as_launched"]
+    assert cells[f"BERT-tiny fine-tuning, {SHAPES[0]}, bf16"]["bertfast loop"]["replays"] > 0
+    [losses] = result["notes"].values()
+    assert losses["equal"] and losses["steps"] >= 3  # a replayed step's loss is read late
+    result, _ = run(monkeypatch, gpu_training, "gpu_checks_tiny", tmp_path, "--what", "checks")
+    repeats, losses, replayed = result["notes"].values()
+    assert repeats["equal"] and losses["equal"] and replayed > 0
+
+
 def test_compiled_finetune(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
     what = ("--what", "compiled")

@@ -143,7 +143,9 @@ def test_wrong_candidates_are_told(capsys):
         lambda name: None if name == "other" else name,
         loose=("other",),
     )
-    found = gpu_tune.race(case, {"right": "ok"}, "cpu")
+    late = {"right": "ok", "wrong": "ok"}
+    assert "not compiled in time" in gpu_tune.race(case, late, "cpu")["other"]
+    found = gpu_tune.race(case, None, "cpu")
     assert found["right"][1] == 0.0 and "wrong: relative error" in found["wrong"]
     rows = gpu_tune.show("case", case, found)
     assert [r["name"] for r in rows if "note" in r] == ["wrong"]
