@@ -172,7 +172,7 @@ class Results:
 def line(row) -> str:
     if "note" in row:
         return f"{row['task']:48} {row['name']:28} {row['note']}"
-    keys = ("relative_error", "cosine", "as_launched", "replays", "warnings")
+    keys = ("relative_error", "cosine", "gap_to_launch", "replays", "warnings")
     rest = (f"{key} {row[key]}" for key in keys if row.get(key) not in (None, []))
     share = f"{row['share_of_peak']:.0%} of the product" if "share_of_peak" in row else ""
     return (

@@ -89,7 +89,7 @@ def test_finetune(tmp_path, monkeypatch):
     assert set(first) == names | {"bertfast loop", "bertfast loop, launched"}
     assert set(last) == names
     assert all(r["cosine"] > 0.999 for r in last.values())
-    assert last[gpu_training.FAST]["as_launched"] is last[gpu_training.LAUNCHED]["as_launched"]
+    assert last[gpu_training.FAST]["gap_to_launch"] == 0 and first[gpu_training.FAST]["cosine"] < 1
     [losses] = result["notes"].values()
     assert losses["equal"] and losses["steps"] >= 4
 
@@ -102,13 +102,16 @@ def test_replays_are_counted_and_compared(tmp_path, monkeypatch):
         assert "replays" not in rows["bertfast accelerate, launched"]
     result, cells = run(monkeypatch, gpu_training, "gpu_finetune_tiny", tmp_path)
     for rows in cells.values():
-        assert rows[gpu_training.FAST]["replays"] > 0 and rows[gpu_training.FAST]["as_launched"]
+        fast = rows[gpu_training.FAST]
+        assert fast["replays"] > 0 and fast["gap_to_launch"] < 1e-5
     assert cells[f"BERT-tiny fine-tuning, {SHAPES[0]}, bf16"]["bertfast loop"]["replays"] > 0
     [losses] = result["notes"].values()
     assert losses["equal"] and losses["steps"] >= 3  # a replayed step's loss is read late
-    result, _ = run(monkeypatch, gpu_training, "gpu_checks_tiny", tmp_path, "--what", "checks")
+    what = ("--what", "checks")
+    result, _ = run(monkeypatch, gpu_training, "gpu_checks_tiny", tmp_path, *what)
     repeats, losses, replayed = result["notes"].values()
-    assert repeats["equal"] and losses["equal"] and replayed > 0
+    assert repeats["equal"] and repeats["gap_to_launch"] < 1e-5 and replayed > 0
+    assert losses["largest_difference"] < 1e-3
 
 
 def test_compiled_finetune(tmp_path, monkeypatch):
@@ -133,7 +136,7 @@ def test_pretrain(tmp_path, monkeypatch):
 def test_checks(tmp_path, monkeypatch):
     result, cells = run(monkeypatch, gpu_training, "gpu_checks_tiny", tmp_path, "--what", "checks")
     repeats, losses, _ = result["notes"].values()
-    assert not cells and repeats == {"repeats": 6, "equal": True}
+    assert not cells and repeats == {"repeats": 6, "equal": True, "gap_to_launch": 0.0}
     assert losses == {"steps": 8, "equal": True, "largest_difference": 0.0}
 
 
