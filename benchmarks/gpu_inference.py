@@ -61,12 +61,17 @@ def weights_of(config, device):
     import transformers
 
     torch.manual_seed(0)
-    exact = transformers.BertModel(config, add_pooling_layer=False).eval().to(device)
+
+    def made(cls):
+        with torch.device(device):  # where weights are drawn in no time
+            return cls(config, add_pooling_layer=False).eval()
+
+    exact = made(transformers.BertModel)
 
     def fresh(cls=transformers.BertModel):
-        model = cls(config, add_pooling_layer=False).eval()
+        model = made(cls)
         model.load_state_dict(exact.state_dict())
-        return model.to(device, torch.bfloat16)
+        return model.to(torch.bfloat16)
 
     return exact, fresh
 

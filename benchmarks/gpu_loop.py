@@ -93,7 +93,8 @@ def finetune_loop(config, shape, device):
             for j, (row, n) in enumerate(zip(ids, lengths, strict=True))
         ]
     torch.manual_seed(0)
-    model = bertfast.BertForSequenceClassification(config).to(device)
+    with torch.device(device):
+        model = bertfast.BertForSequenceClassification(config)
     tokenizer = SimpleNamespace(pad_token_id=0)
     with tempfile.TemporaryDirectory() as folder:
         settings = FinetuneConfig(
@@ -121,7 +122,8 @@ def pretrain_loop(config, sequences, length, device):
     """Masked words, sequences of `length` tokens side by side."""
     steps = steps_of(device)
     torch.manual_seed(0)
-    model = bertfast.BertForMaskedLM(config).to(device)
+    with torch.device(device):
+        model = bertfast.BertForMaskedLM(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         quick = {"similarity": 0, "boilerplate": 0, "shard_mb": 0.1, "vocab_size": 150}

@@ -123,24 +123,25 @@ def reason(error) -> str:
 
 
 class Budget:
-    """The seconds that a script may take, and whether what it has not begun still fits."""
+    """The seconds that a script may take, and whether another step still fits."""
+
+    ENOUGH = 20  # the first steps take longer: they compile
 
     def __init__(self, seconds):
         self.end = time.monotonic() + seconds
-        self.longest = 0.0
+        self.last = 0.0
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
     @contextmanager
     def step(self):
-        """A step; the next is thought to take as long as the longest so far."""
         start = time.monotonic()
         yield
-        self.longest = max(self.longest, time.monotonic() - start)
+        self.last = time.monotonic() - start
 
-    def allows(self, least=0.0) -> bool:
-        return self.left() > max(least, 1.2 * self.longest)
+    def allows(self) -> bool:
+        return self.left() > min(self.last, self.ENOUGH)
 
 
 class Results:

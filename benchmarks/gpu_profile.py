@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from gpu_models import SHAPES, TINY, config_of
-from gpu_training import FAST, SIGHTS, STOCK, Side, labelled
+from gpu_training import FAST, SIGHTS, STOCK, Side, labelled, reference_of
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -43,10 +43,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
-    import transformers
-
     config = config_of(args.config)
-    reference = transformers.BertForSequenceClassification(config).to(args.device)
+    reference = reference_of(config, args.device)
     tiny = args.config == "tiny"
     shapes = TINY if tiny else SHAPES
     long, short = ("2 x 24", "2 x 24") if tiny else ("32 x 512", "1 x 128")

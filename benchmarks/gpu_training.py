@@ -43,7 +43,6 @@ from bertfast.train.optimizer import parameter_groups
 
 STOCK, FAST, LAUNCHED = "transformers sdpa", "bertfast accelerate", "bertfast accelerate, launched"
 SIGHTS = 4  # of a batch, until its step is replayed
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LOOP_SHAPES = ("32 x 512", "32 natural to 512", "128 x 128", "2 x 24")
 REPEATS, STEPS = 250, 200
 SHORT = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
@@ -54,14 +53,11 @@ class Side:
     """A model that is trained, in a way: `name` says which."""
 
     def __init__(self, name, reference, still=False):
-        import transformers
-
-        config = copy.deepcopy(reference.config)
-        config.update(STILL if still else {})
         self.name, self.launch = name, name == LAUNCHED
-        self.model = transformers.BertForSequenceClassification(config)
-        self.model.load_state_dict(reference.state_dict())
-        self.model = self.model.to(reference.device).train()
+        self.model = copy.deepcopy(reference).train()
+        for module in self.model.modules() if still else ():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
         self.report = None
         if name.startswith("bertfast"):
             self.report = bertfast.accelerate(self.model, strict=True)
@@ -132,6 +128,15 @@ def parity(side, reference, batches) -> dict:
     return found
 
 
+def reference_of(config, device):
+    """transformers' classifier in fp32."""
+    import transformers
+
+    torch.manual_seed(0)
+    with torch.device(device):  # where weights are drawn in no time
+        return transformers.BertForSequenceClassification(config)
+
+
 def labelled(config, shape, device):
     batches = batches_of(config, shape, device)
     for batch in batches:
@@ -180,10 +185,7 @@ def figures(name, seconds, tokens, flop) -> dict:
 
 
 def finetune(config, shapes, device, rounds, budget, results, what):
-    import transformers
-
-    torch.manual_seed(0)
-    reference = transformers.BertForSequenceClassification(config).to(device)
+    reference = reference_of(config, device)
     names = ("transformers compiled", FAST) if what == "compiled" else (FAST, LAUNCHED, STOCK)
     for shape_name, shape in shapes.items():
         task = f"{results.title} fine-tuning, {shape_name}, bf16" + ", compiled" * (
@@ -240,9 +242,8 @@ def checks(config, shapes, device, rounds, budget, results, what):
     of launches."""
     import transformers
 
-    torch.manual_seed(0)
     short = config if config.hidden_size < 256 else transformers.BertConfig(**SHORT)
-    reference = transformers.BertForSequenceClassification(short).to(device)
+    reference = reference_of(short, device)
     count = (REPEATS, STEPS) if device == "cuda" else (6, 8)
     batches = labelled(short, (8, 64 if device == "cuda" else 24, True), device)
     side, first, worst = Side(FAST, reference), None, 0.0
