@@ -220,6 +220,8 @@ def loops(task, loop, arguments, budget, results):
         row = figures(name, seconds, tokens, flop) | extra
         row["share_of_peak"] = round(row["useful_gflops"] / 1e3 / results.peak, 3)
         results.add(task, row)
+        if "sequences_per_second" in row:
+            results.note(f"sequences a second, {task}, {name}", row["sequences_per_second"])
     if len(losses) == 2:
         results.note(f"losses of {task}, replayed and launched", compared(*losses.values()))
 

@@ -129,7 +129,8 @@ def test_pretrain(tmp_path, monkeypatch):
     [rows] = cells.values()
     assert set(rows) == {"bertfast loop", "bertfast loop, launched"}
     assert all(r["sequences_per_second"] > 0 for r in rows.values())
-    [losses] = result["notes"].values()
+    *rates, losses = result["notes"].values()
+    assert len(rates) == 2
     assert losses["equal"] and losses["steps"] >= 4
 
 
@@ -185,6 +186,18 @@ def test_parts(tmp_path, monkeypatch, capsys):
     assert ran.read_text() == "x" and "done before" in shown
     with tarfile.open(file) as tar:
         assert {"out/works.done", "out/fails.log"} <= set(tar.getnames())
+
+
+def test_summary(tmp_path):
+    names = ("shipped", "(1, 1)", "Variant(2)", "Variant(3)", "cuDNN")
+    rows = [{"name": n, "milliseconds": i} for i, n in enumerate(names)]
+    cells = [{"task": "a", "rows": [*rows, {"name": "Tile(4)", "note": "died"}]}]
+    for name in ("tune_x", "gpu_x"):
+        text = json.dumps({"cells": cells, "notes": {"k": 1}})
+        (tmp_path / f"{name}.json").write_text(text)
+    whole, note, best, _ = gpu_run.summary(tmp_path)
+    assert whole.endswith("Variant(3) 3; cuDNN 4; Tile(4) died") and note == "k: 1"
+    assert best == "a: shipped 0; (1, 1) 1; Variant(2) 2; cuDNN 4"
 
 
 def test_commands_name_what_there_is(tmp_path):
