@@ -228,9 +228,9 @@ def test_fillers_of_masked_tokens(prepared, tape):
     task, model = tiny_pretrain.task(prepared)  # on the CPU
     batch = task.load(task.batches(0)[0])
     layout, values = batch.padded(False)
-    padded, n, tokens = layout.batch(values), len(batch.positions), len(batch.input_ids)
+    padded, n = layout.batch(values), len(batch.positions)
     assert len(padded.labels) >= n and (padded.labels[n:] == IGNORED).all()
-    assert (padded.positions[n:] == tokens).all()  # a filler
+    assert (padded.positions[n:] == layout.size.tokens - 1).all()
     lengths = padded.cu_seqlens.diff()
     assert lengths.sum() == layout.size.tokens and lengths.max() <= layout.size.longest
     assert torch.equal(lengths[: len(batch.targets)], batch.cu_seqlens.diff())
@@ -239,7 +239,7 @@ def test_fillers_of_masked_tokens(prepared, tape):
 
 @pytest.mark.parametrize("sequences", [1, 2, 7])
 def test_layouts(sequences):
-    """Every token is in a sequence no longer than the longest; there is a filler for who needs one."""
+    """Every token is in a sequence no longer than the longest; a full bucket has no fillers."""
     for tokens in (*range(sequences, 150), 512, 1000, 4096):
         lengths = [len(part) for part in np.array_split(range(tokens), sequences)]
         label = {"labels": 0}
@@ -248,10 +248,11 @@ def test_layouts(sequences):
         layout, values = batch.padded(False)
         padded, size = layout.batch(values), layout.size
         found = padded.cu_seqlens.diff()
-        assert tokens < len(padded.input_ids) == size.tokens == found.sum()
+        assert tokens <= len(padded.input_ids) == size.tokens == found.sum()
+        assert size.tokens == tokens or tokens < 16 or tokens & (tokens - 1)
         assert found[:sequences].tolist() == lengths and found.min() >= 0
         assert found.max() <= size.longest == padded.max_seqlen
-        assert padded.first[sequences:].min() >= tokens and padded.positions[1:].min() == tokens
+        assert padded.first.max() < size.tokens and (padded.positions[1:] == size.tokens - 1).all()
         assert padded.real.sum() == sequences == (padded.targets != IGNORED).sum()
 
 
