@@ -14,7 +14,12 @@ from bertfast.bench.command import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
-DETAIL = ("sweep", "breakdown", "gpu_operators")  # in report.md, and too much for the README
+DETAIL = (
+    "sweep",
+    "breakdown",
+    "gpu_operators",
+    "host_time",
+)  # in report.md, and too much for the README
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
     "sweep": ("Length and padding", ("sweep",)),
@@ -31,6 +36,7 @@ SECTIONS = {  # benchmark: its title in report.md, and its plots
     "gpu_pretrain_large": ("BERT-large, pre-training", ()),
     "gpu_checks_base": ("Replays against launches", ()),
     "gpu_operators": ("Operators", ()),
+    "host_time": ("What a call costs the host, on graphs that do nothing", ()),
 }
 
 

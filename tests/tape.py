@@ -5,6 +5,7 @@ As a graph's: a recording changes nothing, a number that was read on the host is
 for the device is an error, memory that graphs of a pool share holds nothing once another has run.
 """
 
+import weakref
 from contextlib import nullcontext
 
 import torch
@@ -36,6 +37,19 @@ def _poison(t):
         t.detach().fill_(float("nan") if t.is_floating_point() else -(10**6))
 
 
+class Pool:
+    """What tapes share. As torch's, it can't be used again once all of them are gone."""
+
+    def __init__(self):
+        self.tapes, self.used = weakref.WeakSet(), False
+
+    def add(self, tape):
+        if self.used and not self.tapes:
+            raise RuntimeError("a pool whose graphs are gone was given to another")
+        self.used = True
+        self.tapes.add(tape)
+
+
 class Tape(TorchDispatchMode):
     """`graph.CudaGraph`, on a CPU. limit: bytes that the tapes of a process may take."""
 
@@ -43,7 +57,9 @@ class Tape(TorchDispatchMode):
 
     def __init__(self, function, pool):
         super().__init__()
+        pool.add(self)
         self.calls, self.pool, self.new, self.before = [], pool, set(), {}
+        self.inner, self.read = {}, set()
         random, Tape._on = torch.get_rng_state(), True
         try:
             with self:
@@ -64,7 +80,6 @@ class Tape(TorchDispatchMode):
         self.read = set(read) - set(made)
         self.inner = {p: t for p, t in made.items() if p not in kept}
         self.bytes = sum(t.untyped_storage().nbytes() for t in self.inner.values())
-        pool.append(self)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in _WAITS:
@@ -84,7 +99,7 @@ class Tape(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
-        for other in self.pool:
+        for other in self.pool.tapes:
             if other is not self:
                 for pointer, t in other.inner.items():
                     if pointer not in self.read:
@@ -94,14 +109,14 @@ class Tape(TorchDispatchMode):
             for old, new in zip(_tensors(out), _tensors(found), strict=True):
                 if old.data_ptr() != new.data_ptr():
                     old.detach().copy_(new)
-        for other in self.pool:  # a backward gives a forward's memory back as it goes
+        for other in self.pool.tapes:  # a backward gives a forward's memory back as it goes
             if other is not self:
                 for pointer in self.read & set(other.inner):
                     _poison(other.inner[pointer])
 
     @staticmethod
     def pool():
-        return []
+        return Pool()
 
     @staticmethod
     def warm_up(function):

@@ -56,11 +56,15 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable, pool):
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may allocate meanwhile, as those that pin memory do.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            before = torch.cuda.memory_reserved()
-            self.result = function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # thread_local: other threads may allocate meanwhile, as those that pin memory do.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                before = torch.cuda.memory_reserved()
+                self.result = function()
+        except RuntimeError:
+            torch.cuda.set_stream(current)  # which torch leaves where a capture ends in an error
+            raise
         self.bytes, self.replay = torch.cuda.memory_reserved() - before, graph.replay
 
     @staticmethod

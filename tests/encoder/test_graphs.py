@@ -274,6 +274,15 @@ def test_least_recently_used_makes_room():
     assert list(fast.graphs) == [bucket(16, 1, 16), bucket(64, 1, 64)]
 
 
+def test_one_graph_at_a_time():
+    """Memory of graphs that are gone is not given to the next."""
+    model = build()
+    fast = graphed(model, max_graphs=1)
+    for n in (16, 32, 16):
+        assert_equal(fast, model, batch((n,)))
+        assert list(fast.graphs) == [bucket(n, 1, n)]
+
+
 def test_large_batches_run_plainly():
     model = build()
     fast = graphed(model, max_tokens=50)
