@@ -16,6 +16,7 @@ a row that says so.
 
 import argparse
 import copy
+import gc
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -195,6 +196,8 @@ def finetune(config, shapes, device, rounds, budget, results, what):
             results.add(task, {"name": STOCK, "note": "left out: no time"})
             continue
         with budget.step():
+            gc.collect()  # models of the shape before, their graphs with them
+            torch.cuda.empty_cache()
             torch.compiler.reset()
             for row in cell(
                 reference, names, labelled(config, shape, device), rounds, results.peak
