@@ -33,6 +33,8 @@ def script(monkeypatch, module, *arguments):
 def quick(monkeypatch):
     monkeypatch.setattr(gpu_models, "product", lambda *_: (lambda: None, 10**9))
     monkeypatch.setattr(gpu_loop, "WORDS", 6000)
+    for module in (gpu_models, gpu_loop):
+        monkeypatch.setattr(module, "NATURAL", 2)
     for module in (gpu_inference, gpu_training):
         monkeypatch.setattr(
             *(module, "take_turns"),
@@ -94,6 +96,7 @@ def test_finetune(tmp_path, monkeypatch):
     assert losses["equal"] and losses["steps"] >= 4
 
 
+@pytest.mark.seconds
 @pytest.mark.usefixtures("tape")
 def test_replays_are_counted_and_compared(tmp_path, monkeypatch):
     _, cells = run(monkeypatch, gpu_inference, "gpu_inference_tiny", tmp_path)

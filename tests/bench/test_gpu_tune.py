@@ -53,18 +53,18 @@ def test_attention(p, lengths):
 
 def test_a_sequence_keeps_its_nan_to_itself():
     qkv, *rest = inputs([20, 33, 20], 32, 0.0)
-    for variant in ATTENTION:
-        clean = attention.run(qkv, *rest, variant)[0]
-        for value in (float("nan"), float("inf")):
-            spoiled = qkv.clone()
-            spoiled[20:53] = value
-            found = attention.run(spoiled, *rest, variant)[0]
-            assert torch.equal(found[:20], clean[:20]) and torch.equal(found[53:], clean[53:])
+    spoiled = qkv.clone()
+    spoiled[20:53] = torch.tensor([float("nan"), float("inf"), float("-inf")] * 11)[
+        :, None, None, None
+    ]
+    for variant in (ATTENTION[1], ATTENTION[4]):  # descriptors know nothing of sequences
+        clean, found = (attention.run(t, *rest, variant)[0] for t in (qkv, spoiled))
+        assert torch.equal(found[:20], clean[:20]) and torch.equal(found[53:], clean[53:])
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [pytest.param(64, marks=pytest.mark.seconds), 128])
 def test_attention_of_other_heads(dim):
-    given = inputs([40, 33], dim, 0.1)
+    given = inputs([33], dim, 0.1)
     expected = attention_kernel.forward(*given, False, None, None)
     found = attention.run(*given, BASE._replace(tma=True, stored=True))
     assert max(gap(f, e) for f, e in zip(found, expected, strict=True)) < 4e-3
@@ -74,7 +74,7 @@ def test_attention_of_other_heads(dim):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_add_layer_norm(hidden, p):
     torch.manual_seed(0)
-    x, residual, grad = (torch.randn(21, hidden, device=GPU).bfloat16() for _ in range(3))
+    x, residual, grad = (torch.randn(9, hidden, device=GPU).bfloat16() for _ in range(3))
     weight, bias, x_bias = (torch.randn(hidden, device=GPU).bfloat16() for _ in range(3))
     seed = torch.tensor([7, 9], device=GPU) if p else None
     forward = norm_kernel.add_layer_norm(x, residual, weight, bias, 1e-12, x_bias, p, seed)
@@ -121,7 +121,7 @@ def test_linear_act(save):
 @pytest.mark.seconds
 @pytest.mark.parametrize(
     "name, only",
-    [("attention", ["forward, natural", "whole"]), ("linear", ["base"]), ("norm", ["ward"])],
+    [("attention", ["128 x 128, heads of 64, p=0.0"]), ("linear", ["base"]), ("norm", ["p=0.0"])],
 )
 def test_tuners(name, only, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(f"gpu_tune_{name}")
