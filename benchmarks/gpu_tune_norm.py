@@ -1,160 +1,135 @@
-"""Settings of `add_layer_norm`'s Triton kernels on a GPU, timed: 16,384 x 768 in bf16, and the
-forward also at 128 rows, where a launch's own latency counts.
+"""`add_layer_norm`'s Triton kernels on a GPU: settings that may ship, the variants of
+benchmarks/variants/add_layer_norm.py, and PyTorch's kernels, in the same run.
 
-    python benchmarks/gpu_tune_norm.py [--smoke]
+    python benchmarks/gpu_tune_norm.py [--only backward ...] [--seconds 60]
 
+16,384 x 768 and x 1024 in bf16, the forward also at 128 rows, where a launch's own latency counts.
 A setting is (rows, warps) of the forward, (rows, warps, programs on a processor, stages) of the
-backward, see `kernels/rows.py`. Each is called from a CUDA graph over rotating inputs and checked:
-against fp32 PyTorch, with dropout against what the shipped setting gives. Processes compile them
-beforehand. --smoke: tiny sizes in Triton's interpreter, plain calls.
+backward, see `kernels/rows.py`. By CUDA graph over rotating inputs; results are held against
+PyTorch's in fp32, with dropout against the shipped kernels'. "copy" reads and writes as many bytes
+as the case's rows say. --smoke: tiny sizes on the CPU, with TRITON_INTERPRET=1, without times.
 """
 
-import argparse
-import os
+import contextlib
 import sys
-import time
-from multiprocessing import get_context
 
+import gpu_tune
 import torch
-from gpu_ops import CALLS, DROPOUT, Graph, errors
+from bertfast.kernels import add_layer_norm as kernel
+from gpu_ops import DROPOUT
+from variants import add_layer_norm as variants
 
-HIDDEN, ROUNDS, WORKERS = 768, 7, 12
-FORWARD = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (1, 8)]
-BACKWARD = [(1, 4, 4, 1), (1, 4, 6, 1), (2, 4, 4, 1), (1, 8, 3, 1), (1, 8, 4, 1), (2, 8, 2, 1)]
-BACKWARD += [(1, 2, 6, 1), (1, 4, 4, 3), (1, 4, 6, 3), (1, 8, 3, 3)]
-CASES = [("_FORWARD", s, p) for s in FORWARD for p in (0.0, DROPOUT)]
-CASES += [("_BACKWARD", s, p) for s in BACKWARD for p in (0.0, DROPOUT)]
+FORWARD = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (2, 4), (4, 4)]
+BACKWARD = [(2, 4, 4, 1), (1, 4, 4, 1), (1, 4, 6, 1), (1, 8, 3, 1), (2, 8, 2, 1), (1, 2, 6, 1)]
+BACKWARD += [(1, 1, 8, 1), (1, 1, 12, 1), (1, 2, 8, 1), (1, 4, 4, 3), (1, 4, 6, 3), (1, 8, 3, 3)]
+SHIPPED = {"forward": kernel._FORWARD, "backward": kernel._BACKWARD}
+EPS = 1e-12
 
 
-def call(kernel, setting, p, sets, device):
-    """(run(*inputs) with the setting, inputs): of a backward with the forward's statistics."""
-    from bertfast.kernels import add_layer_norm as module
+@contextlib.contextmanager
+def shipping(which, setting):
+    name = f"_{which.upper()}"
+    kept = getattr(kernel, name)
+    setattr(kernel, name, setting)
+    try:
+        yield
+    finally:
+        setattr(kernel, name, kept)
 
-    seed = torch.tensor([7, 9], device=device) if p else None
 
-    def forward(x, residual, weight, bias, x_bias, grad):
-        return module.add_layer_norm(x, residual, weight, bias, 1e-12, x_bias, p, seed)
+def draw(tokens, hidden, device):
+    """x, residual, weight, bias, x_bias and the output's gradient."""
+    shapes = [(tokens, hidden)] * 2 + [(hidden,)] * 3 + [(tokens, hidden)]
+    made = [torch.randn(*shape, device=device) for shape in shapes]
+    made[2] = 1 + 0.1 * made[2]
+    return [t.bfloat16() for t in made]
+
+
+def exact(x, residual, weight, bias, x_bias, grad, *_):
+    """What PyTorch computes in fp32, without dropout: y; dx, ds, dweight, dbias, dx_bias."""
+    leaves = [t.float().requires_grad_() for t in (x, residual, weight, bias, x_bias)]
+    x, residual, weight, bias, x_bias = leaves
+    y = torch.nn.functional.layer_norm(residual + x + x_bias, x.shape[-1:], weight, bias, EPS)
+    return [y.detach()], list(torch.autograd.grad(y, leaves, grad.float()))
+
+
+def case_of(which, tokens, hidden, p, device, sets):
+    where = "cpu" if device == "meta" else device
+    seed = torch.tensor([7, 9], device=where) if p else None
+
+    def forward(x, residual, weight, bias, x_bias, *_):
+        return kernel.add_layer_norm(x, residual, weight, bias, EPS, x_bias, p, seed)
+
+    def both(found):
+        dx, ds, *rest = found
+        return [dx, ds if p else dx, *rest]
 
     def backward(x, residual, weight, bias, x_bias, grad, mean, rstd):
-        dx, ds, *rest = module.add_layer_norm_backward(
-            grad, x, residual, weight, mean, rstd, x_bias, p, seed
-        )
-        return dx, ds if p else dx, *rest
+        args = grad, x, residual, weight, mean, rstd, x_bias, p, seed
+        return both(kernel.add_layer_norm_backward(*args))
 
-    if kernel == "_BACKWARD":
-        sets = [(*inputs, *forward(*inputs)[1:]) for inputs in sets]
-    if setting:
-        setattr(module, kernel, setting)
-    return forward if kernel == "_FORWARD" else backward, sets
+    def variant(options):
+        def call(x, residual, weight, bias, x_bias, grad, mean, rstd):
+            args = grad, x, residual, weight, mean, rstd, x_bias, p, seed
+            return both(variants.run(*args, options))
 
+        return call
 
-def draw(tokens, count, device):
-    def one(*shape):
-        return torch.randn(*shape, device=device).bfloat16()
+    def set_to(setting, run):
+        def call(*inputs):
+            with shipping(which, setting):
+                return run(*inputs)
 
-    vectors = 1 + 0.1 * one(HIDDEN), one(HIDDEN), one(HIDDEN)
-    return [
-        (one(tokens, HIDDEN), one(tokens, HIDDEN), *vectors, one(tokens, HIDDEN))
-        for _ in range(count)
-    ]
+        return call
 
+    run = backward if which == "backward" else lambda *inputs: [forward(*inputs)[0]]
+    settings = FORWARD if which == "forward" else BACKWARD
+    calls = {"shipped": run}
+    for setting in settings if device != "cpu" else settings[:2]:
+        calls[str(setting)] = set_to(setting, run)
+    if which == "backward":
+        for options in variants.CANDIDATES if device != "cpu" else variants.CANDIDATES[::5]:
+            calls[f"variant {tuple(options)}"] = variant(options)
+    values = (6 if which == "forward" else 10 if p else 8) * tokens * hidden
+    if device == "cuda":
+        half = torch.empty(values // 4, dtype=torch.bfloat16, device=device)
+        calls["copy"] = lambda *_: [torch.mul(half, 1.5)]
+    inputs = []
+    for _ in range(sets if device != "meta" else 0):
+        made = draw(tokens, hidden, device)
+        inputs.append((*made, *forward(*made)[1:]))
+    truth = None if p else lambda: exact(*inputs[0])[which == "backward"]
 
-def exact(kernel, inputs):
-    """What PyTorch computes in fp32, without dropout: y; or dx, ds, dweight, dbias, dx_bias."""
-    leaves = [t.float().requires_grad_() for t in inputs[:5]]
-    x, residual, weight, bias, x_bias = leaves
-    y = torch.nn.functional.layer_norm(residual + x + x_bias, (HIDDEN,), weight, bias, 1e-12)
-    if kernel == "_FORWARD":
-        return [y.detach()]
-    return torch.autograd.grad(y, leaves, inputs[5].float())
+    def paste(name):
+        if name == "copy":
+            return None
+        if name.startswith("variant"):
+            return f"Variant{name.removeprefix('variant ')}"
+        return f"_{which.upper()} = {SHIPPED[which] if name == 'shipped' else name}"
 
-
-def compile_some(worker):
-    """Into Triton's cache on disk; what fails here is reported where it is timed."""
-    sets = draw(64, 1, "cuda")
-    for case in CASES[worker::WORKERS]:
-        try:
-            run, inputs = call(*case, sets, "cuda")
-            run(*inputs[0])
-        except Exception as error:
-            print(f"worker {worker}, {case}: {type(error).__name__}", flush=True)
-
-
-def compile_all():
-    # Forked, which spares the imports; this process has not touched the GPU yet.
-    workers = [get_context("fork").Process(target=compile_some, args=(i,)) for i in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        if worker.is_alive():
-            worker.terminate()
+    rate = lambda seconds: f"{values / seconds / 1e9:6.0f} GB/s"
+    return gpu_tune.Case(calls, inputs, truth, rate, paste, loose=("copy",))
 
 
-def seconds(run, sets, smoke):
-    if smoke:
-        start = time.perf_counter()
-        run(*sets[0])
-        return time.perf_counter() - start
-    graph = Graph(run, sets)
-    return sorted(graph.seconds() for _ in range(ROUNDS))[ROUNDS // 2]
+def cases(tokens, hiddens):
+    found = {}
 
+    def add(which, rows, hidden, p):
+        title = f"{which}, {rows} x {hidden}, p={p}"
+        found[title] = lambda device, sets: case_of(which, rows, hidden, p, device, sets)
 
-def measure(kernel, settings, tokens, p, device, smoke):
-    """[(seconds, setting)], sorted; prints what fails."""
-    from bertfast.kernels import add_layer_norm as module
-
-    sets, shipped = draw(tokens, 1 if smoke else min(4, CALLS), device), getattr(module, kernel)
-    if p:
-        run, inputs = call(kernel, None, p, sets, device)
-        truth = [t.float() for t in run(*inputs[0])]
-    else:
-        truth = exact(kernel, sets[0])
-    found = []
-    for setting in settings:
-        try:
-            run, inputs = call(kernel, setting, p, sets, device)
-            wrong = max(errors(run(*inputs[0])[: len(truth)], truth))
-            if not wrong < 1e-2:
-                raise ValueError(f"relative error {wrong:.1e}")
-            found.append((seconds(run, inputs, smoke), setting))
-        except Exception as error:
-            first = (str(error).splitlines() or [""])[0][:200]
-            print(f"{kernel} {setting} p={p}: {type(error).__name__}: {first}", flush=True)
-        finally:
-            setattr(module, kernel, shipped)
-    return sorted(found)
+    for hidden in hiddens:
+        for p in (DROPOUT, 0.0):
+            add("backward", tokens, hidden, p)
+    for p in (DROPOUT, 0.0):
+        add("forward", tokens, hiddens[0], p)
+    add("forward", min(tokens, 128), hiddens[0], 0.0)
+    return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
-    smoke = parser.parse_args().smoke
-    started = time.perf_counter()
-    if smoke:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported, so not above
-    else:
-        compile_all()
-        print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
-        if not torch.cuda.is_available():
-            parser.error("torch sees no GPU here")
-    device, large = ("cpu", 6) if smoke else ("cuda", 16384)
-    from bertfast.kernels import add_layer_norm as module
-
-    jobs = [("_FORWARD", FORWARD, large, p, 6) for p in (0.0, DROPOUT)]
-    jobs += [("_FORWARD", FORWARD, min(large, 128), 0.0, 6)]
-    jobs += [("_BACKWARD", BACKWARD, large, p, 10 if p else 8) for p in (0.0, DROPOUT)]
-    for kernel, settings, tokens, p, size in jobs:
-        for took, setting in measure(kernel, settings, tokens, p, device, smoke):
-            gbs = size * tokens * HIDDEN / took / 1e9
-            mark = " shipped" if setting == getattr(module, kernel) else ""
-            name = kernel.strip("_").lower()
-            print(
-                f"{name:8} {tokens:5} rows p={p:.1f} {setting!s:14} {1e6 * took:8.2f} us "
-                f"{gbs:6.0f} GB/s{mark}",
-                flush=True,
-            )
-    print(f"{time.perf_counter() - started:.0f} s in all", flush=True)
+    sizes = (6, (300,)) if "--smoke" in sys.argv else (16384, (768, 1024))
+    return gpu_tune.main("norm", __doc__, cases(*sizes))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from bertfast.bench.command import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
-DETAIL = ("sweep", "breakdown", "gpu_operators")  # in report.md, and too much for the README
+DETAIL = (
+    "sweep",
+    "breakdown",
+    "gpu_operators",
+    "host_time",
+)  # in report.md, and too much for the README
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
     "sweep": ("Length and padding", ("sweep",)),
@@ -22,7 +27,16 @@ SECTIONS = {  # benchmark: its title in report.md, and its plots
     "breakdown": ("One layer by operator", ("breakdown", "roofline")),
     "gpu_encoder_base": ("BERT-base", ()),
     "gpu_encoder_large": ("BERT-large", ()),
+    "gpu_inference_base": ("BERT-base, inference", ()),
+    "gpu_inference_base_compiled": ("BERT-base, inference under torch.compile", ()),
+    "gpu_inference_large": ("BERT-large, inference", ()),
+    "gpu_finetune_base": ("BERT-base, fine-tuning", ()),
+    "gpu_compiled_base": ("BERT-base, fine-tuning under torch.compile", ()),
+    "gpu_finetune_large": ("BERT-large, fine-tuning", ()),
+    "gpu_pretrain_large": ("BERT-large, pre-training", ()),
+    "gpu_checks_base": ("Replays against launches", ()),
     "gpu_operators": ("Operators", ()),
+    "host_time": ("What a call costs the host, on graphs that do nothing", ()),
 }
 
 
@@ -137,6 +151,7 @@ def report(found: dict[str, dict]) -> str:
         if name == "breakdown":
             blocks.append("Tables and arithmetic are in docs/performance.md.")
             continue
+        blocks += [f"{key}: {value}" for key, value in found[name].get("notes", {}).items()]
         for cell in found[name]["cells"]:
             peak = cell.get("matmul_peak_gflops")
             blocks.append(f"### {cell['task']}")

@@ -24,7 +24,7 @@ from harness import interleave, median, minilm, natural_lengths, real_batch, sav
 
 import bertfast
 from bertfast.bench.measure import emulated, encoder_flop
-from bertfast.train.loop import parameter_groups
+from bertfast.train.optimizer import parameter_groups
 
 PRECISIONS = ("fp32", "bf16")
 LABELS = 4

@@ -1,10 +1,11 @@
 """Compiles every shipped variant of every Triton kernel for sm_80 and sm_90, without a GPU.
 
     python benchmarks/triton_table.py           the table in docs/triton.md; 1 where one spills
-    python benchmarks/triton_table.py --json    the figures on stdout instead
+    python benchmarks/triton_table.py --json        the figures on stdout instead
+    python benchmarks/triton_table.py --variants    of benchmarks/variants: its README.md
 
-A kernel's file in kernels/ names its variants by `shipped()`. Registers and spills are ptxas's,
-shared memory is Triton's.
+A kernel's file in kernels/ names its variants by `shipped()`, one in benchmarks/variants what it
+tries by `specs()`. Registers and spills are ptxas's, shared memory is Triton's.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "triton.md"
+VARIANTS = Path(__file__).resolve().parent / "variants"
 BEGIN, END = "<!-- benchmarks/triton_table.py -->\n", "<!-- end -->\n"
 # Compute capability: the shared memory that a program may have there, in bytes (CUDA C++
 # programming guide, technical specifications per compute capability).
@@ -30,25 +32,30 @@ ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @cache
-def shipped(file: str) -> list:
-    module = importlib.import_module(f"bertfast.kernels.{file}")
-    return list(module.shipped()) if hasattr(module, "shipped") else []
+def shipped(name: str) -> list:
+    """(what it is, `Spec`) of a module's variants."""
+    module = importlib.import_module(name)
+    if hasattr(module, "specs"):
+        return list(module.specs())
+    return [
+        (f"{spec.types} {spec.constants} warps {spec.num_warps}", spec)
+        for spec in getattr(module, "shipped", list)()
+    ]
 
 
-def files() -> list[str]:
-    import bertfast.kernels
-
-    return sorted(m.name for m in pkgutil.iter_modules(bertfast.kernels.__path__))
+def modules(package: str) -> list[str]:
+    path = importlib.import_module(package).__path__
+    return [f"{package}.{m.name}" for m in sorted(pkgutil.iter_modules(path))]
 
 
 def figures(job) -> dict:
-    """Compile variant `index` of `file` for an architecture."""
+    """Compile variant `index` of a module for an architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    file, index, architecture = job
-    spec = shipped(file)[index]
+    module, index, architecture = job
+    variant, spec = shipped(module)[index]
     names = spec.kernel.names
     source = ASTSource(
         spec.kernel.function,
@@ -61,9 +68,9 @@ def figures(job) -> dict:
         },
     )
     row = {
-        "file": file,
+        "file": module.rsplit(".", 1)[1],
         "kernel": spec.kernel.function.__name__.lstrip("_"),
-        "variant": f"{spec.types} {spec.constants} warps {spec.num_warps}",
+        "variant": variant,
         "architecture": architecture,
     }
     log = io.StringIO()
@@ -90,11 +97,11 @@ def figures(job) -> dict:
     }
 
 
-def compile_all(workers: int) -> list[dict]:
+def compile_all(package: str, workers: int) -> list[dict]:
     jobs = [
-        (file, i, architecture)
-        for file in files()
-        for i, spec in enumerate(shipped(file))
+        (module, i, architecture)
+        for module in modules(package)
+        for i, (_, spec) in enumerate(shipped(module))
         for architecture in ARCHITECTURES
         if architecture >= spec.arch
     ]
@@ -129,9 +136,27 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def every(rows: list[dict]) -> str:
+    """benchmarks/variants/README.md: the ranges, and what spills."""
+    from importlib.metadata import version
+
+    spilled = [
+        f"- {r['file']}, sm_{r['architecture']}: {r['variant']}: {r['spills']} bytes"
+        for r in rows
+        if r["spills"]
+    ]
+    return (
+        "# Variants, compiled\n"
+        f"By `benchmarks/triton_table.py --variants`, Triton {version('triton')} and its ptxas. No "
+        "time is known of any:\n`benchmarks/gpu_tune_*.py` measure them. With tensor descriptors "
+        "they need sm_90.\n\n" + table(rows) + "\nThese spill:\n\n" + "\n".join(spilled) + "\n"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="figures to stdout, docs untouched")
+    parser.add_argument("--variants", action="store_true", help="those of benchmarks/variants")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -140,13 +165,18 @@ def main():
         # Always compile: a variant that equals another would come from the cache, without a log.
         os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
         os.environ["TRITON_CACHE_DIR"] = cache_folder
-        rows = compile_all(options.workers)
+        package = "variants" if options.variants else "bertfast.kernels"
+        rows = compile_all(package, options.workers)
     if options.json:
         json.dump(rows, sys.stdout)
+    elif options.variants:
+        (VARIANTS / "README.md").write_text(every(rows))
     else:
         before, rest = DOCUMENT.read_text().split(BEGIN)
         DOCUMENT.write_text(before + BEGIN + table(rows) + END + rest.split(END, 1)[1])
         print(f"wrote {DOCUMENT}")
+    if options.variants:
+        return
     bad = [r for r in rows if r["spills"] or r["shared"] > ARCHITECTURES[r["architecture"]]]
     for r in bad:
         print(f"spills, or has too much shared memory: {r}", file=sys.stderr)

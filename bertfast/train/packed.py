@@ -56,10 +56,12 @@ class Packed(NamedTuple):
     def padded(self, pin: bool) -> "Padded":
         """In the smallest bucket, in pinned memory or not.
 
-        At least one token is a filler, which fillers of `positions` and empty sequences name.
+        Fillers of `positions` name the last token, which may be a real one: no gradient comes of
+        them. The longest is a bound that costs nothing: in powers of two there are half as many
+        layouts of texts up to 512 tokens.
         """
         tokens, sequences = len(self.input_ids), len(self.cu_seqlens) - 1
-        size = bucket(tokens + 1, sequences + 1, self.max_seqlen)
+        size = bucket(tokens, sequences, 1 << (self.max_seqlen - 1).bit_length())
         masked = None if self.positions is None else rounded(max(1, len(self.positions)))
         shape = None if self.targets is None else tuple(self.targets.shape[1:])
         numbers = shape is not None and self.targets.is_floating_point()
@@ -74,7 +76,7 @@ class Packed(NamedTuple):
         real[:sequences], real[sequences:] = 1, 0
         if masked is not None:
             n = len(self.positions)
-            positions[:n], positions[n:] = self.positions.numpy(), tokens
+            positions[:n], positions[n:] = self.positions.numpy(), size.tokens - 1
             labels[:n], labels[n:] = self.labels.numpy(), IGNORED
         if shape is not None:
             n = self.targets.numel()

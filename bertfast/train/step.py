@@ -59,7 +59,7 @@ class Step:
         """What `add` takes of a batch that a task has loaded; for another thread to make."""
         if not isinstance(batch, Packed):
             return batch
-        fits = len(batch.input_ids) < graph.MAX_TOKENS
+        fits = len(batch.input_ids) <= graph.MAX_TOKENS
         if fits and self.replay and self.replay.recorder:
             return batch.padded(self.pin)
         return batch.to(self.device)
