@@ -70,7 +70,7 @@ class Replay:
         self.seen[key] = one
         self.seen.move_to_end(key)
         try:
-            with graph.paused():
+            with graph.paused(), graph.recording:
                 one.graph = self.recorder(lambda: function(one.buffer), self.pool)
         except RuntimeError as e:  # out of memory, or what can't be recorded
             self.stop(f"{e!s:.200}")
