@@ -1,5 +1,6 @@
 import os
 from collections import defaultdict
+from contextlib import nullcontext
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # OpenMP's threads sleep where they wait: spinning, on a machine that does something else as well,
@@ -54,6 +55,16 @@ def _always_tape(request, monkeypatch):
 
         request.getfixturevalue("tape")
         monkeypatch.setattr(replay.Sight, "WAIT", 0)  # at once
+
+
+@pytest.fixture
+def same_kernels():
+    """A tape records the operators: what is launched beside it takes them, too."""
+    import bertfast
+
+    on_a_gpu = torch.cuda.is_available()
+    with nullcontext() if on_a_gpu else bertfast.executor("operators"):
+        yield
 
 
 GUARD = 64  # bytes before and after each tensor that an operator allocates

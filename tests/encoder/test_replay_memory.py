@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from helpers import GPU
-from test_replay import (  # noqa: F401
+from replayed import (
     FULL,
     accelerated,
     batch,
@@ -16,7 +16,6 @@ from test_replay import (  # noqa: F401
     encoder,
     gradients,
     loss_of,
-    same_kernels,
     swap_data,
     why,
 )
