@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -13,6 +14,21 @@
 namespace bertfast {
 
 namespace py = pybind11;
+
+// Around kernels: without Python's lock, and with as many OpenMP threads as torch would take in
+// this thread, whose number torch sets where it is first asked there.
+class Running {
+ public:
+  Running() {
+    static thread_local const int threads =
+        py::module_::import("torch").attr("get_num_threads")().cast<int>();
+    (void)threads;
+    released_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> released_;
+};
 
 template <class T>
 struct Cross {

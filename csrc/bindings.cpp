@@ -1,6 +1,8 @@
 // bertfast._C: the C++ kernels on raw pointers (integers); bertfast/ops checks what it passes.
 #include "bindings.h"
 
+#include <omp.h>
+
 #include "bind.h"
 #include "dispatch.h"
 #ifdef BERTFAST_WITH_CUDA
@@ -14,7 +16,7 @@ namespace {
 template <class... Arguments>
 void add(py::module_& m, const char* name, void (*Kernels::*kernel)(Arguments...)) {
   m.def(name, [kernel](Crossing<Arguments>... values) {
-    py::gil_scoped_release release;
+    const Running running;
     (kernels().*kernel)(Cross<Arguments>::arrived(values)...);
   });
 }
@@ -22,7 +24,7 @@ void add(py::module_& m, const char* name, void (*Kernels::*kernel)(Arguments...
 template <class Args, class F>
 void add(py::module_& m, const char* name, void (*Kernels::*kernel)(const Args&), F fields) {
   m.def(name, from_fields<Args>(fields, [kernel](const Args& args) {
-          py::gil_scoped_release release;
+          const Running running;
           (kernels().*kernel)(args);
         }));
 }
@@ -99,6 +101,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace bertfast;
   m.doc() = "bertfast's C++ kernels; call them through bertfast.ops";
   m.def("build_info", &build_info);
+  // Ends the thread's team of OpenMP, torch's too, which a process forked from it would wait for.
+  m.def("end_threads", [] { return omp_pause_resource_all(omp_pause_hard); });
   bind_products(m);
   bind_attention(m);
   bind_norms(m);

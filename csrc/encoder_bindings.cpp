@@ -37,7 +37,7 @@ class Encoder {
   void forward(int64_t first, int64_t last, const Batch& batch) const {
     if (first < 0 || last > layers() || first >= last)
       throw std::invalid_argument("encoder: no such layers");
-    py::gil_scoped_release release;
+    const Running running;
     run(first, last, batch);
   }
   // All layers on a padded batch of ids, int64 [batch, seqlen] as mask and types, which may be
@@ -47,7 +47,7 @@ class Encoder {
   void texts(const std::array<ptr, 5>& tables, bool bf16, float eps, int64_t vocabulary,
              int64_t type_count, ptr ids, ptr mask, ptr types, int64_t batch, int64_t seqlen, ptr x,
              ptr packed, ptr y, bool y_bf16) const {
-    py::gil_scoped_release release;
+    const Running running;
     std::vector<int64_t> rows, positions, words, kinds;
     std::vector<int32_t> starts{0};
     for (auto* v : {&rows, &positions, &words, &kinds}) v->reserve(batch * seqlen);
@@ -111,7 +111,7 @@ class Encoder {
 void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, ptr out) {
   const LinearWeights from{{{at(weight), at(bias)}}, 1, false};
   const PackArgs g{from, n, k, Precision(precision), at<void>(out)};
-  py::gil_scoped_release release;
+  const Running running;
   kernels().pack_weights(g);
 }
 

@@ -26,6 +26,8 @@ def _load():
 try:
     C = _load()
     C.build_info()  # chooses the instruction set: a wrong BERTFAST_CPU_ISA raises here
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=C.end_threads)
 except ImportError as e:
     if "BERTFAST_EXTENSION" in os.environ:
         raise

@@ -1,0 +1,82 @@
+"""Servers: worker threads, and processes forked from one that has loaded a model."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, reads /proc")
+SETUP = """
+import os, signal, sys, threading, torch, transformers, bertfast
+config = transformers.BertConfig(
+    vocab_size=90, hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384
+)
+ids = torch.arange(64).expand(8, 64).contiguous()
+def live(): return bertfast.BertModel(config).eval()
+def frozen(): return bertfast.freeze(live())
+def int8(): return bertfast.freeze(live(), "int8")
+def accelerated():
+    model = transformers.BertModel(config).eval()
+    bertfast.accelerate(model)
+    return model
+def call(model):
+    model.pooler = None  # nothing that asks torch before ours
+    with torch.inference_mode():
+        return model(input_ids=ids)[0]
+models = live, frozen, int8, accelerated
+"""
+
+
+def run(program, threads):
+    command = [sys.executable, "-c", SETUP + program]
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    return done.stdout.split()
+
+
+def test_a_worker_thread_takes_as_many_threads_as_torch():
+    program = """
+torch.set_num_threads(1)
+def work(model):
+    before = len(os.listdir("/proc/self/task"))
+    call(model)
+    print(len(os.listdir("/proc/self/task")) - before)
+for make in models:
+    worker = threading.Thread(target=work, args=(make(),))
+    worker.start()
+    worker.join()
+"""
+    assert run(program, "4") == ["0"] * 4
+
+
+def test_a_forked_process_answers():
+    """Whether its parent has run the model or only loaded it; and so does the parent afterwards."""
+    program = """
+def answers(model, expected):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        found = call(model)
+        os._exit(expected is not None and not torch.equal(found, expected))
+    return os.waitpid(child, 0)[1] == 0
+for make in models:
+    for used in (False, True):
+        server = os.fork()  # one without threads so far
+        if server == 0:
+            signal.alarm(60)
+            model = make()
+            expected = call(model) if used else None
+            good = answers(model, expected) and answers(model, expected)
+            call(model)
+            os._exit(not good)
+        print(make.__name__, used, os.waitpid(server, 0)[1])
+"""
+    found = run(program, "2")
+    names = [
+        f"{make} {used} 0"
+        for make in ("live", "frozen", "int8", "accelerated")
+        for used in (False, True)
+    ]
+    assert " ".join(found) == " ".join(names)
