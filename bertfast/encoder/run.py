@@ -22,7 +22,7 @@ _forcing = Forcing("executor", tuple(EXECUTORS))
 
 
 def executor(name: str):
-    """A block in which one executor runs every encoder, in all threads.
+    """A block in which one executor runs every encoder of this thread.
 
     name: "whole_cpu", "whole_cuda" (all layers by one call, for inference), "node" (a node of
     autograd a layer) or "operators". One that can't serve a call raises RuntimeError naming the

@@ -23,12 +23,11 @@ class Entry(NamedTuple):
 
 
 class Forcing:
-    """A choice that blocks, or else an environment variable, force process-wide: what a block runs
-    may run in any thread."""
+    """A choice that blocks force in their thread, or else an environment variable in all."""
 
     def __init__(self, kind: str, names: tuple[str, ...]):
         self.kind, self.names, self.variable = kind, names, f"BERTFAST_{kind.upper()}"
-        self._blocks: list[str] = []
+        self._thread = threading.local()  # .blocks: the choices of those that it is in
 
     def _check(self, name: str) -> str:
         if name not in self.names:
@@ -39,15 +38,17 @@ class Forcing:
 
     @contextmanager
     def __call__(self, name: str):
-        self._blocks.append(self._check(name))
+        blocks = vars(self._thread).setdefault("blocks", [])
+        blocks.append(self._check(name))
         try:
             yield
         finally:
-            self._blocks.pop()
+            blocks.pop()
 
     def name(self) -> str | None:
-        if self._blocks:
-            return self._blocks[-1]
+        blocks = getattr(self._thread, "blocks", None)
+        if blocks:
+            return blocks[-1]
         name = os.environ.get(self.variable)
         return self._check(name) if name else None
 
@@ -58,7 +59,8 @@ _remembered = threading.local()  # .name: what the forward was forced to, while 
 
 
 def backend(name: str):
-    """Force every operator inside the block, in all threads, to one backend.
+    """Force every operator that the block runs, in its thread, to one backend; their backward, too,
+    wherever it runs.
 
     A backend that can't serve a call raises `RuntimeError` naming the limit: there is no fallback.
     The environment variable `BERTFAST_BACKEND` does the same for a whole process.

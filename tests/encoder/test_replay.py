@@ -198,7 +198,7 @@ def test_threads():
         t.start()
     for t in threads:
         t.join()
-    assert not wrong and counts(model)[0] >= 40
+    assert not wrong and counts(model)[0] > 30  # theirs are not forced: recorded anew
 
 
 def test_anomaly_detection():

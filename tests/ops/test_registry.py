@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -191,6 +193,30 @@ def test_backward_keeps_the_backend(name, monkeypatch):
     used.clear()
     function(*tensors).sum().backward()
     assert used and {f for _, f in used} == {os.environ.get("BERTFAST_BACKEND") or None}
+
+
+def test_threads_force_their_own():
+    """Also where blocks begin and end in another order than they are nested in."""
+    names = ("reference", "cpu", None)
+    together, seen = threading.Barrier(len(names), timeout=30), {}
+
+    def work(name):
+        with ops.backend(name) if name else nullcontext():
+            together.wait()  # all are in their blocks
+            seen[name] = [registry.forced()]
+            with ops.backend("reference"):
+                together.wait()
+            seen[name].append(registry.forced())
+            together.wait()
+        seen[name].append(registry.forced())
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    everywhere = os.environ.get("BERTFAST_BACKEND")
+    assert seen == {n: [n or everywhere, n or everywhere, everywhere] for n in names}
 
 
 def test_default_is_cpu_and_serves_all():
