@@ -40,7 +40,7 @@ class Recorded:
     def replay(self):
         pass
 
-    pool, recording = staticmethod(list), staticmethod(lambda: False)
+    pool, capturing = staticmethod(list), staticmethod(lambda: False)
     warm_up = staticmethod(lambda function: function())
     memory, empty = staticmethod(lambda: 2**40), staticmethod(lambda: None)
 

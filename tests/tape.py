@@ -123,7 +123,7 @@ class Tape(TorchDispatchMode):
         function()
 
     @staticmethod
-    def recording():
+    def capturing():
         return Tape._on
 
     @staticmethod

@@ -97,7 +97,7 @@ class CudaGraph:
         current.wait_stream(stream)
 
     @staticmethod
-    def recording() -> bool:
+    def capturing() -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     @staticmethod

@@ -25,7 +25,8 @@ CUDA_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Freezable:
-    """Mixed into an encoder's class. `bertfast.freeze` takes its layers and sets `packed`."""
+    """Mixed into an encoder's class: what was read off its layers, and their graphs.
+    `bertfast.freeze` takes the layers and sets `packed`."""
 
     packed = None  # a `Packed`: the encoder's layers are gone
     bertfast_graphs: Graphs | None = None  # None: it is never replayed

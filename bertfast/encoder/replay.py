@@ -185,7 +185,7 @@ class Graphs:
 
     def _limit(self, batch, record) -> str | None:
         hidden, bias = batch.hidden, batch.bias
-        if batch.captured or is_paused() or record.recording():
+        if batch.captured or is_paused() or record.capturing():
             return "a graph of more than the layers is recorded"
         if not 0 < len(hidden) <= self.max_tokens:
             return f"there are {len(hidden)} tokens, a graph takes 1 to {self.max_tokens}"

@@ -163,7 +163,7 @@ def test_out_of_memory_beside_graphs(number, tmp_path, tape, monkeypatch):
 
     def short(self, batch, factor=1.0):
         real(self, batch, factor)
-        if not Tape.recording():
+        if not Tape.capturing():
             calls.append(1)
             if len(calls) == number:
                 raise torch.OutOfMemoryError("out of memory, says the test")
