@@ -10,7 +10,7 @@ from ..encoder import Batch, Layer, Unfit, run
 from ..encoder.batch import Packing, PaddedPacking
 from ..encoder.packed import Freezable
 from ..encoder.run import Choice
-from ..encoder.watch import call_limit, hooked
+from ..encoder.watch import call_limit, hooked, outside_graphs
 from ..families import Family
 from . import readers
 from .guards import asked, key_mask
@@ -77,6 +77,7 @@ class FusedEncoder(Freezable):
 
     bertfast_last = Last()
 
+    @outside_graphs
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         forced = self.bertfast_backend
         with nullcontext() if forced == "auto" else ops.backend(forced):

@@ -18,6 +18,9 @@ from ..encoder.watch import hooked, untouched
 _PASSING = {
     "bertfast.dropin.fused",
     "bertfast.dropin.readers",
+    "bertfast.encoder.compile",
+    "bertfast.encoder.watch",
+    "torch._dynamo.eval_frame",
     "torch.nn.modules.module",
     "torch.nn.parallel.distributed",
     "torch.utils._contextlib",
@@ -36,17 +39,20 @@ _AFTER_POOLING = ("Normalize", "Dense", "Dropout", "LayerNorm")
 _OWNERS = ("_inference", "encode", "compute_loss")
 _ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.CrossEntropyLoss, nn.ModuleList}
 _BASE, _FIRST, _TOKENS = range(3)
-_FORWARDS = {}  # code of a forward -> what becomes of the states there, and by which module
+_FORWARDS = {}  # place of a forward -> what becomes of the states there, and by which module
 
 
 def register(family) -> None:
     """A `Family`'s `Readers`."""
+
+    def place(name):
+        return _place(_code(family.named(name)))
+
     base, first, tokens = family.readers
-    _FORWARDS[_code(family.named(base))] = _BASE, None
+    _FORWARDS[place(base)] = _BASE, None
     for head, taker in first.items():
-        taker = taker and (taker[0], family.named(taker[1]))
-        _FORWARDS[_code(family.named(head))] = _FIRST, taker
-    _FORWARDS.update({_code(family.named(head)): (_TOKENS, None) for head in tokens})
+        _FORWARDS[place(head)] = _FIRST, taker and (taker[0], family.named(taker[1]))
+    _FORWARDS.update({place(head): (_TOKENS, None) for head in tokens})
 
 
 def _code(cls: type):
@@ -54,6 +60,11 @@ def _code(cls: type):
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function.__code__
+
+
+def _place(code):
+    """Of a function: torch.compile runs other code for it, with the same variables, from there."""
+    return code.co_filename, code.co_firstlineno, code.co_name
 
 
 def reader(packing) -> str | None:
@@ -73,8 +84,8 @@ def _reader(packing):
         if isinstance(frame, nn.Module):
             return f"a hook on {type(frame).__name__}"
         code, module = frame.f_code, frame.f_globals.get("__name__", "")
-        if code in _FORWARDS:
-            own, (kind, taker) = _variables(frame), _FORWARDS[code]
+        if _place(code) in _FORWARDS:
+            own, (kind, taker) = _variables(frame), _FORWARDS[_place(code)]
             if kind == _FIRST:
                 return _column_0(own["self"], taker, packing)
             changed = _changed(own["self"], kind)

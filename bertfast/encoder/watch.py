@@ -154,6 +154,22 @@ class Snapshot:
             return False
 
 
+def outside_graphs(method):
+    """A method that runs as ever while torch compiles its callers, which would take it apart: the
+    graph breaks around it, where it may."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            from .compile import outside, unbroken
+
+            if not unbroken():
+                return outside(method, *args, **kwargs)
+        return method(*args, **kwargs)
+
+    return call
+
+
 def dispatch_limit(hidden) -> str | None:
     """What keeps kernels from running without torch's dispatcher."""
     if not unwatched():
@@ -168,7 +184,7 @@ def call_limit(hidden_states) -> str | None:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "the model is being exported"
     if torch.compiler.is_compiling():
-        return "torch.compile takes the stock layers"
+        return "torch.compile takes the stock layers into a graph that may not break"
     if global_hooks():
         return "there are global module hooks"
     if type(hidden_states) not in PLAIN:

@@ -134,6 +134,7 @@ class BertModel(BertPreTrainedModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
 
+    @watch.outside_graphs
     def forward(
         self,
         input_ids=None,
@@ -205,6 +206,7 @@ class BertModel(BertPreTrainedModel):
             return None
         return self.encoder.packed.texts(tables, self.embeddings.LayerNorm.eps, ids, mask, types)
 
+    @watch.outside_graphs
     def encode(
         self,
         input_ids=None,
@@ -248,6 +250,7 @@ class BertModel(BertPreTrainedModel):
             hidden = packing.first(hidden) if rows is None else packing.zero_padded(hidden)
         return packing, hidden, states and tuple(states), attentions and tuple(attentions)
 
+    @watch.outside_graphs
     def encode_packed(
         self,
         input_ids,

@@ -270,21 +270,6 @@ def test_second_derivatives_raise():
 
 
 @pytest.mark.seconds
-def test_compile():
-    theirs, ours, report = pair()
-    given = inputs_for()
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    assert_same_outputs(compiled, theirs, given)
-    mask = given["attention_mask"]
-    found = gradients(compiled, given, mask)
-    found = {n.removeprefix("_orig_mod."): g for n, g in found.items()}
-    same_gradients(found, theirs, given, mask)
-    assert "torch.compile" in str(report)
-    assert_same_outputs(ours, theirs, given)
-    assert not any(report.fallbacks.values())
-
-
-@pytest.mark.seconds
 def test_export():
     theirs, ours, _ = pair()
     given = inputs_for()

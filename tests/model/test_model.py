@@ -222,15 +222,6 @@ def test_dropout_only_in_training():
     assert torch.equal(model.eval()(**inputs)[0], model(**inputs)[0])
 
 
-@pytest.mark.seconds
-def test_compile_full_graph():
-    _, ours = pair()
-    inputs = batch()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        close_to_truth(compiled(**inputs)[0], exact(ours, inputs)[0])
-
-
 def test_bad_inputs():
     _, ours = pair()
     ids, mask = torch.ones(2, 5, dtype=int), torch.ones(2, 4)

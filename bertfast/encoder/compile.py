@@ -1,0 +1,17 @@
+"""What `watch.outside_graphs` needs of torch's compiler; imported while that traces, for it brings
+200 MB."""
+
+import torch
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+
+@torch.compiler.assume_constant_result
+def unbroken() -> bool:
+    """Whether the graph that is being traced may not break (`fullgraph=True`)."""
+    tracer = InstructionTranslator.current_tx()
+    return bool(tracer.one_graph or getattr(tracer, "error_on_graph_break", False))
+
+
+@torch.compiler.disable
+def outside(method, *args, **kwargs):
+    return method(*args, **kwargs)
