@@ -265,9 +265,6 @@ struct Encoder {
 #pragma omp parallel num_threads(threads)
     {
       const Team team = Team::all(crew);
-      for (int64_t t = team.begin(tokens); hidden_row > spec.hidden && t < team.end(tokens); ++t)
-        std::memset(context + t * hidden_row + spec.hidden, 0,
-                    (hidden_row - spec.hidden) * sizeof(T));
       layers.pack_qkv(0, team, panel_memory.mine());
       team.meet();
       each_block(together, team, [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {

@@ -72,6 +72,13 @@ MUTANTS = [
     ("bias of the encoder's scores ignored", "encoder_attention.h", "if (!bias.data) return scale;", "return scale;", "whole_cpu"),
     ("live queries for keys and values", "pack_weights.h", "(from.part[n / part_n].weight)", "(from.part[0].weight)", "whole_cpu"),
     ("live weights of the first layer for all", "encoder_layers.h", "const LayerWeights& w = g.live[i];\n    pack({{w.out}", "const LayerWeights& w = g.live[0];\n    pack({{w.out}", "whole_cpu"),
+    ("AVX2: a NaN in an int8 row is none", "packed_linear.h", "to.low[m] = low + sum(poison);", "to.low[m] = low;", "frozen_edges"),
+    ("int8: the last k of 4 n + 1 dropped", "pack_weights.h", "row && k < to.k ? to_float", "row && k < to.k - (to.k % 4 == 1) ? to_float", "frozen_edges"),
+    ("bf16: ties round up", "isa/generic.h", "(u + 0x7fff + ((u >> 16) & 1)) >> 16", "(u + 0x8000) >> 16", "linear_act"),
+    ("bf16: a NaN of all bits rounds to -0", "isa/generic.h", "v == v ? rounded : (u >> 16) | 0x40", "rounded", "frozen_edges"),
+    ("coarse GELU cut at 3", "vec.h", "return x > 4.f ? x : (x < -4.f", "return x > 3.f ? x : (x < -3.f", "frozen_edges"),
+    ("exp is 0 below -60", "vec.h", "low = splat(-87.33f)", "low = splat(-60.f)", "attention"),
+    ("frozen positions counted by kept tokens", "../encoder_bindings.cpp", "positions.push_back(j)", "positions.push_back(int64_t(positions.size()) - starts.back())", "frozen_edges"),
     ("AMX: the least part of a float dropped", "isa/avx512_amx.h", "        BERTFAST_LOAD_A(2);\n        BERTFAST_DOTS\n", "", "linear_act"),
     ("AMX: the second bf16 of weights dropped", "isa/avx512_amx.h", "        BERTFAST_LOAD_B(1);\n        BERTFAST_DOTS\n", "", "linear_act"),
     ("AMX: a frozen panel's split stops early", "packed_linear.h", "0, steps * kStep * 2};", "0, steps * kStep * 2 - 1};", "frozen"),
@@ -135,7 +142,11 @@ def test_the_sources_pass(tree, stem, cuda):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, file, old, new, stem", CHOSEN, ids=[m[0] for m in CHOSEN])
 def test_fault_is_caught(tree, name, file, old, new, stem):
-    isas = {"AMX": ["avx512_amx"], "AVX2": ["avx2", "avx512"]}.get(name.split(":")[0])
+    isas = {
+        "AMX": ["avx512_amx"],
+        "AVX2": ["avx2", "avx512"],
+        "bf16": ["avx512", "avx2", "baseline"],
+    }.get(name.split(":")[0])
     if isas and C.build_info()["cpu_isa"] not in isas:
         pytest.skip(f"nothing would run it on this processor, which has none of {isas}")
     path = source_of(tree, file)

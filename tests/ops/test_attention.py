@@ -185,6 +185,21 @@ def test_large_logits(backend):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_probabilities_count(backend):
+    """e^-80 of a value of 1e33 is a result like any other in fp32."""
+    gaps = torch.tensor([0.0, -30, -60, -70, -80, -86])
+    qkv = torch.zeros(len(gaps), 3, 1, 32, device=DEVICES[backend])
+    qkv[:, 0, 0, 0], qkv[:, 1, 0, 0] = 1, gaps.to(qkv.device)
+    for key in range(1, len(gaps)):
+        value = qkv.clone()
+        value[key, 2] = 1e33
+        with ops.backend(backend):
+            found = ops.attention(value, starts([len(gaps)], backend), len(gaps), scale=1.0)
+        truth = plain(value.double().cpu(), [len(gaps)], scale=1.0)
+        close_to_truth(found, truth, floor=3e-5)  # the scores' own rounding, times 86
+
+
 def flash(qkv, lengths):
     """PyTorch's own kernel."""
     out = []

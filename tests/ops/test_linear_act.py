@@ -204,6 +204,20 @@ def test_threads_do_not_change_bits(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_rounds_ties_to_even(backend):
+    ones = torch.ones(1, 2, dtype=torch.bfloat16)
+    low = torch.arange(-256, 256).repeat(4, 1).T.reshape(-1) * 2.0**-8
+    x = torch.stack([torch.tensor([1.0, -1, 2, -2]).repeat(512), low], 1)
+    keep = (x.bfloat16() == x).all(1)  # pairs whose sum is exact in fp32 and often a tie in bf16
+    x = x[keep]
+    with ops.backend(backend):
+        y = ops.linear_act(*on(backend, x.bfloat16(), ones))
+    assert torch.equal(y.cpu()[:, 0], x.sum(1).bfloat16())
+    ties = (x.sum(1).view(torch.int32) & 0xFFFF) == 0x8000
+    assert ties.sum() > 100
+
+
 @pytest.mark.parametrize("other", range(3))
 @pytest.mark.parametrize("backend", backends("qkv_linear"))
 def test_qkv_weights_of_different_strides(backend, other):

@@ -309,3 +309,18 @@ def test_refusals():
     refused(ValueError, r"weight has shape \[6, 9\]", loss, x, w.T, b, labels)
     refused(ValueError, r"bias has shape \[5\]", loss, x, w, b[:5], labels)
     refused(TypeError, "float64", loss, x, w.double(), b, labels)
+
+
+@pytest.mark.skipif("triton" not in backends("masked_cross_entropy"), reason="no Triton")
+@pytest.mark.parametrize("label", [1, -100])
+def test_gradient_is_zero_behind_the_vocabulary(label):
+    """Products that read pairs look there."""
+    from bertfast.kernels.masked_cross_entropy import _launch
+
+    device = DEVICES["triton"]
+    rows = torch.full((2, 64), float("nan"), device=device)
+    logits = rows[:, :61]
+    logits.copy_(torch.randn(2, 61))
+    labels = torch.tensor([label, 3], device=device)
+    _launch(logits, None, labels, torch.empty(2, device=device), 64, -100, True)
+    assert rows.isfinite().all() and not rows[:, 61:].any()
