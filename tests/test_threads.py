@@ -36,8 +36,11 @@ def run(program, threads):
     return done.stdout.split()
 
 
-def test_a_worker_thread_takes_as_many_threads_as_torch():
-    program = """
+@pytest.mark.parametrize("threads, cores", [("4", None), ("16", 1)])
+def test_a_worker_thread_takes_as_many_threads_as_torch(threads, cores):
+    """Whatever OpenMP was told, and where the process is limited to fewer cores."""
+    program = f"""
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
 torch.set_num_threads(1)
 def work(model):
     before = len(os.listdir("/proc/self/task"))
@@ -48,7 +51,7 @@ for make in models:
     worker.start()
     worker.join()
 """
-    assert run(program, "4") == ["0"] * 4
+    assert run(program, threads) == ["0"] * 4
 
 
 def test_a_forked_process_answers():

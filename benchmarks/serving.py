@@ -1,0 +1,212 @@
+"""MiniLM in servers on a CPU: worker threads, one core, and forked workers, beside the stock model.
+
+    python benchmarks/serving.py [--seconds 2] [--rounds 2]
+
+Each case is a process of its own that answers requests, one text of natural length each, for so
+many seconds, in each of these ways:
+
+    worker      one worker thread, torch.set_num_threads(1)
+    workers     as many worker threads as cores, torch.set_num_threads(1)
+    one_core    the process may use one core; OMP_NUM_THREADS=16, torch.set_num_threads(1)
+    fork        the parent loads the model and forks a worker for each core
+    fork_after  the same, once the parent has answered requests itself
+
+Told of each: texts a second, CPU seconds a second, threads of the operating system beyond what the
+process had before, and how many workers answered. Models take turns; the embeddings of the first
+texts are compared with the stock model's.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+MODELS = {"stock": None, "accelerated": "fp32", "frozen fp32": "fp32", "frozen int8": "int8"}
+WAYS = ("worker", "workers", "one_core", "fork", "fork_after")
+CHECKED = 4  # texts whose embeddings are compared
+PATIENCE = 30  # seconds after which a worker counts as hung
+
+
+def load(name: str):
+    import transformers
+    from harness import minilm
+
+    import bertfast
+
+    if name.startswith("frozen"):
+        model = bertfast.BertModel.from_pretrained(minilm())
+        return bertfast.freeze(model, MODELS[name])
+    model = transformers.BertModel.from_pretrained(minilm(), attn_implementation="sdpa").eval()
+    if name == "accelerated":
+        bertfast.accelerate(model, strict=True)
+    return model
+
+
+def requests() -> list[dict]:
+    import transformers
+    from harness import minilm, natural_lengths, real_batch
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+    texts = real_batch(tokenizer, natural_lengths(32))
+    lengths = texts["attention_mask"].sum(1).tolist()
+    return [{k: v[i : i + 1, :n] for k, v in texts.items()} for i, n in enumerate(lengths)]
+
+
+def embed(model, text):
+    import torch
+
+    with torch.inference_mode():
+        return model(**text).last_hidden_state.mean(1)[0]
+
+
+def answer(model, texts, seconds) -> dict:
+    """Requests for so long: how many, the CPU's seconds, and threads at the end."""
+    count, start, used = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - start < seconds:
+        embed(model, texts[count % len(texts)])
+        count += 1
+    wall = time.perf_counter() - start
+    return {
+        "texts": count / wall,
+        "cpu": (time.process_time() - used) / wall,
+        "threads": len(os.listdir("/proc/self/task")),
+    }
+
+
+def in_threads(model, texts, seconds, workers) -> dict:
+    found, used, start = [], time.process_time(), time.perf_counter()
+    before = len(os.listdir("/proc/self/task"))
+    threads = [
+        threading.Thread(target=lambda: found.append(answer(model, texts, seconds)))
+        for _ in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cpu = (time.process_time() - used) / (time.perf_counter() - start)
+    return {
+        "texts": sum(one["texts"] for one in found),
+        "cpu": cpu,
+        "threads": max(one["threads"] for one in found) - before - workers,
+        "answered": len(found),
+    }
+
+
+def in_forks(model, texts, seconds, workers) -> dict:
+    children = []
+    for _ in range(workers):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(PATIENCE + int(seconds))
+            os.write(writer, json.dumps(answer(model, texts, seconds)).encode())
+            os._exit(0)
+        os.close(writer)
+        children.append((child, reader))
+    found = []
+    for child, reader in children:
+        if os.waitpid(child, 0)[1] == 0:
+            found.append(json.loads(os.read(reader, 10_000)))
+    return {
+        "texts": sum(one["texts"] for one in found),
+        "cpu": sum(one["cpu"] for one in found),
+        "threads": max((one["threads"] - 1 for one in found), default=None),
+        "answered": len(found),
+    }
+
+
+def child(name: str, way: str, seconds: float) -> None:
+    """One case: prints what came of it."""
+    if way == "one_core":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    import torch
+
+    torch.set_num_threads(1)
+    model, texts = load(name), requests()
+    cores = len(os.sched_getaffinity(0))
+    if way == "fork_after":
+        answer(model, texts, 0.5)
+    if way.startswith("fork"):
+        found = in_forks(model, texts, seconds, cores)
+    else:
+        found = in_threads(model, texts, seconds, cores if way == "workers" else 1)
+    found["expected"] = cores if way.startswith("fork") or way == "workers" else 1
+    found["embeddings"] = [embed(model, text).tolist() for text in texts[:CHECKED]]
+    print(json.dumps(found))
+
+
+def measure(rounds: int, seconds: float) -> list[dict]:
+    import torch
+    from harness import median
+
+    from bertfast.bench.measure import turns
+
+    rows = []
+    for way in WAYS:
+        runs = {name: [] for name in MODELS}
+        environment = os.environ | ({"OMP_NUM_THREADS": "16"} if way == "one_core" else {})
+        for _, name in turns(list(MODELS), rounds):
+            command = [sys.executable, __file__, "--child", name, way, str(seconds)]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise SystemExit(f"{name}, {way}: {done.stderr}")
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+        expected = torch.tensor(runs["stock"][0]["embeddings"])
+        for name, found in runs.items():
+            actual = torch.tensor(found[0]["embeddings"])
+            cosine = torch.cosine_similarity(actual, expected).min().item()
+            if not cosine >= (0.99 if MODELS[name] == "int8" else 0.99999):
+                raise SystemExit(f"{name}, {way}: cosine {cosine:.6f} to stock")
+            row = {"way": way, "model": name, "cosine": round(cosine, 6)}
+            row |= {k: round(median([f[k] for f in found]), 2) for k in ("texts", "cpu")}
+            row["threads"] = max(f["threads"] or 0 for f in found)
+            row["answered"] = min(f["answered"] for f in found)
+            row["workers"] = found[0]["expected"]
+            rows.append(row)
+            print(
+                "{way:10} {model:12} {texts:7.1f} texts/s, {cpu:.2f} CPU s/s, {threads} more "
+                "threads, {answered} of {workers} answered".format(**row),
+                flush=True,
+            )
+    return rows
+
+
+def summary(rows) -> list[dict]:
+    stock = {row["way"]: row["texts"] for row in rows if row["model"] == "stock"}
+    return [
+        {
+            "task": f"serving MiniLM, {row['way']}: {row['model']}",
+            "unit": "texts/s",
+            "bertfast": row["texts"],
+            "rival": stock[row["way"]],
+            "rival_name": "transformers SDPA, fp32",
+            "ratio": round(row["texts"] / stock[row["way"]], 2),
+        }
+        for row in rows
+        if row["model"] != "stock"
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each case")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
+    args = parser.parse_args()
+    from harness import save
+
+    rows = measure(args.rounds, args.seconds)
+    save("serving", {"rows": rows, "summary": summary(rows)}, args.out)
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        child(*sys.argv[-3:-1], float(sys.argv[-1]))
+    else:
+        main()
