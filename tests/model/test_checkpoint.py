@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_model import MINILM
 
 import bertfast
+from bertfast.files import write_whole
 from bertfast.model import CheckpointError
-from bertfast.model.checkpoint import verify, write_whole
+from bertfast.model.checkpoint import verify
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_corrupt_header_and_config(folder):
 def test_sizes_that_do_not_fit(folder):
     refused(
         CheckpointError,
-        r"word_embeddings.weight is \[200, 48\], expected \[300, 48\]",
+        r"vocab_size is 300, but embeddings.word_embeddings.weight is \[200, 48\]",
         load,
         folder,
         vocab_size=300,

@@ -1,0 +1,212 @@
+"""Configurations and tokenizers with values changed, lost or of another kind: what is read either
+works or is refused with the documented error, in one line, soon."""
+
+import copy
+import json
+import math
+import random
+import shutil
+import time
+
+import pytest
+import tiny
+import torch
+
+import bertfast
+import bertfast.data
+from bertfast.cli import main
+from bertfast.model import CheckpointError
+from bertfast.model.tokenizer import load_tokenizer
+
+NUMBERS = [0, 1, 2, 3, 4, 7, 8, 12, 100, 512, 513, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30]
+NUMBERS += [0.0, 1.0, 0.5, 1e-12, 2.5, 1e38, 1e300, math.inf, math.nan]
+NUMBERS += [-n for n in NUMBERS]
+OTHERS = [
+    None,
+    True,
+    False,
+    "",
+    "8",
+    "gelu",
+    "relu",
+    "bert",
+    "float16",
+    "int8",
+    "\ud800",
+    "x" * 9999,
+]
+OTHERS += [[], [8], [None], {}, {"0": "a"}, {"a": 0}, {"0": "a", "1": "b", "2": "c"}, {"1": {}}]
+NAMES = ["position_embedding_type", "classifier_dropout", "is_decoder", "add_cross_attention"]
+NAMES += ["quantization_config", "per_layer_config", "num_labels", "problem_type", "torch_dtype"]
+NAMES += ["chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict"]
+NAMES += [
+    "attn_implementation",
+    "_attn_implementation",
+    "rope_scaling",
+    "rope_theta",
+    "layer_types",
+]
+NAMES += ["to_dict", "__class__", "__dict__", "name_or_path", "_name_or_path", "", "a.b", "\ud800"]
+NAMES += [
+    "tokenizer_class",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "label2id",
+    "architectures",
+    "model_type",
+]
+
+
+def places(value, path=()):
+    """The path of every value in a tree."""
+    yield path
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in keys:
+        yield from places(value[key], (*path, key))
+
+
+def value_for(draw, tree):
+    kind = draw.randrange(8)
+    if kind < 4:
+        return draw.choice(NUMBERS)
+    if kind < 7:
+        return copy.deepcopy(draw.choice(OTHERS))
+    found = tree
+    for key in draw.choice(list(places(tree))[1:]):
+        found = found[key]
+    return copy.deepcopy(found)
+
+
+def mutate(draw, tree):
+    """One change: a value set, lost, renamed or made another's; `tree` is changed or a new one."""
+    path = draw.choice(list(places(tree))[1:])
+    owner = tree
+    for key in path[:-1]:
+        owner = owner[key]
+    kind = draw.randrange(12)
+    if kind < 7:
+        owner[path[-1]] = value_for(draw, tree)
+    elif kind < 9:
+        del owner[path[-1]]
+    elif kind < 11 and isinstance(owner, dict):
+        owner[draw.choice(NAMES)] = value_for(draw, tree)
+    elif kind == 11 and draw.random() < 0.2:
+        return value_for(draw, tree)
+    return tree
+
+
+def mutated(draw, text: str) -> bytes:
+    """A JSON file with up to three changes, now and then with bytes changed or lost."""
+    tree = json.loads(text)
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        if isinstance(tree, dict) and tree:
+            tree = mutate(draw, tree)
+    data = bytearray(json.dumps(tree).encode())
+    kind = draw.randrange(30)
+    if kind == 0:
+        del data[draw.randrange(len(data)) :]
+    elif kind == 1:
+        data[draw.randrange(len(data))] = draw.randrange(256)
+    elif kind == 2:
+        data = bytearray(draw.choice((b"[", b'{"a":')) * 100_000)
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A classifier of three classes with its tokenizer."""
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("source"))
+    base = bertfast.BertModel.from_pretrained(folder)
+    names = dict(enumerate(("red", "green", "blue")))
+    base.config.id2label, base.config.label2id = names, {n: i for i, n in names.items()}
+    bertfast.BertForSequenceClassification(base.config).save_pretrained(folder)
+    tiny.write(folder / "texts.jsonl", tiny.rows(3))
+    return folder
+
+
+def cases(source, folder, seed, n, files):
+    """`n` times a copy of `source` with one of its files changed, and what it then holds."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    texts = {name: (source / name).read_text() for name in files}
+    for i in range(n):
+        draw = random.Random(f"{seed} {i}")
+        name = draw.choice(files)
+        data = mutated(draw, texts[name])
+        (folder / name).write_bytes(data)
+        yield f"{name}, case {i} of seed {seed}: {data[:2000]!r}", data
+        (folder / name).write_text(texts[name])
+
+
+def soon(case, function, *arguments):
+    """What the function returns, None for the documented error, within two seconds."""
+    start = time.monotonic()
+    try:
+        found = function(*arguments)
+    except CheckpointError as e:
+        assert str(e).strip() and "\n" not in str(e), case
+        found = None
+    except BaseException as e:
+        raise AssertionError(f"{type(e).__name__}: {e}; {case}") from e
+    assert time.monotonic() - start < 2, case
+    return found
+
+
+def logits(folder):
+    model = bertfast.BertForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        return model(torch.tensor([[2, 5, 9, 3]]), return_dict=True).logits
+
+
+def check_configurations(source, folder, seed, n):
+    loaded = 0
+    for case, _ in cases(source, folder, seed, n, ["config.json"]):
+        found = soon(case, logits, folder)
+        loaded += found is not None
+        assert found is None or (found.shape == (1, 3) and found.isfinite().all()), case
+    assert n / 10 < loaded < n * 9 / 10  # some of each
+
+
+def check_tokenizers(source, folder, seed, n):
+    files = ["tokenizer.json", "tokenizer_config.json"]
+    for case, _ in cases(source, folder, seed, n, files):
+        tokenizer = soon(case, load_tokenizer, folder)
+        if tokenizer is not None:
+            rows = bertfast.data.encode(tokenizer, ["a red bird"], max_length=16)
+            assert all(0 <= i < len(tokenizer) for i in rows[0]["input_ids"]), case
+
+
+def check_commands(source, folder, seed, n, capsys):
+    """On the command line: the work done, or one line and no traceback."""
+    files = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    command = ["predict", "classify", "--model", str(folder), "--device", "cpu"]
+    command += ["--input", str(source / "texts.jsonl")]
+    for case, _ in cases(source, folder, seed, n, files):
+        code = soon(case, main, command)
+        out, err = capsys.readouterr()
+        if code:
+            lines = [line for line in err.splitlines() if line.startswith("bertfast: ")]
+            assert code in (1, 2) and len(lines) == 1 and "Traceback" not in err, (case, err)
+        else:
+            assert len(out.splitlines()) == 3, (case, err)
+
+
+def test_mutated_configurations(source, tmp_path):
+    check_configurations(source, tmp_path, 0, 200)
+
+
+def test_mutated_tokenizers(source, tmp_path):
+    check_tokenizers(source, tmp_path, 1, 50)
+
+
+def test_mutated_on_the_command_line(source, tmp_path, capsys):
+    check_commands(source, tmp_path, 2, 20, capsys)
+
+
+@pytest.mark.slow
+def test_5000_mutations(source, tmp_path, capsys):
+    check_configurations(source, tmp_path, 3, 4000)
+    check_tokenizers(source, tmp_path, 4, 800)
+    check_commands(source, tmp_path, 5, 200, capsys)
