@@ -117,6 +117,8 @@ def _check_encoder(folder, config, own, found, spelled) -> None:
 
 def load(cls, name_or_folder, allow_pickle, dtype, overrides):
     """The body of `from_pretrained`."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, DTYPES))}")
     folder = resolve(name_or_folder)
     config = read_config(folder / CONFIG, cls.config_class, **overrides)
     found, spelled = by_name(folder, read(folder, allow_pickle), cls.base_model_prefix)

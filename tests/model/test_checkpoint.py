@@ -1,11 +1,13 @@
 """Checkpoints that don't fit, are damaged or unsafe."""
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 from helpers import refused
@@ -16,7 +18,8 @@ from test_model import MINILM
 import bertfast
 from bertfast.files import write_whole
 from bertfast.model import CheckpointError
-from bertfast.model.checkpoint import verify
+from bertfast.model.checkpoint import check_finite, verify
+from bertfast.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -119,6 +122,81 @@ def test_pickle_is_refused_unless_asked_for(folder):
     assert torch.equal(load(folder, allow_pickle=True)(**batch())[0], expected(**batch())[0])
     torch.save({"x": os.system}, folder / "pytorch_model.bin")
     refused(CheckpointError, "weights_only", load, folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_pickle_behind_an_index(folder, index):
+    expected = load(folder)
+    os.remove(folder / "model.safetensors")
+    torch.save(expected.state_dict(), folder / "a.bin")
+    (folder / index).write_text(json.dumps({"weight_map": {"x": "a.bin"}}))
+    refused(CheckpointError, r"pickle \(a.bin\).*allow_pickle=True", load, folder)
+    refused(CheckpointError, "pickle", verify, folder)
+    assert torch.equal(load(folder, allow_pickle=True)(**batch())[0], expected(**batch())[0])
+
+
+@pytest.mark.parametrize(
+    "held", [[1], {"model": {}}, {1: torch.ones(1)}, {"x": torch.eye(2).to_sparse()}, {"x": 1}]
+)
+def test_pickle_of_something_else(folder, held):
+    os.remove(folder / "model.safetensors")
+    torch.save(held, folder / "pytorch_model.bin")
+    refused(CheckpointError, "no dictionary of dense", load, folder, allow_pickle=True)
+
+
+def test_quantised(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(values))
+    refused(CheckpointError, "quantization_config is .*bitsandbytes.*dequantise", load, folder)
+    refused(CheckpointError, "quantization_config", verify, folder)
+
+
+def test_number_of_layers(folder):
+    message = "num_hidden_layers is {}, but it holds 2 layers; correct config.json"
+    refused(CheckpointError, message.format(3), load, folder, num_hidden_layers=3)
+    assert len(load(folder, num_hidden_layers=1).encoder.layer) == 1
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 1}))
+    refused(CheckpointError, message.format(1) + ", or ask for fewer", load, folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers(folder, value):
+    model = load(folder)
+    check_finite(model, folder)
+    with torch.no_grad():
+        model.pooler.dense.bias[3] = value
+    refused(CheckpointError, "pooler.dense.bias holds NaN or inf", check_finite, model, folder)
+
+
+FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors"]
+FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"]
+KINDS = {
+    "pipe": lambda path: os.mkfifo(path),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file(tmp_path, awake, name, kind):
+    folder = tiny.checkpoint(tmp_path / "m")
+    if name == "a.safetensors":
+        index = json.dumps({"weight_map": {"x": name}})
+        (folder / "model.safetensors.index.json").write_text(index)
+    if name.endswith(("index.json", "a.safetensors")):
+        os.remove(folder / "model.safetensors")
+    (folder / name).unlink(missing_ok=True)
+    KINDS[kind](folder / name)
+    text = f"{name} is a {'folder' if kind == 'folder' else 'pipe or a device'}, expected a file"
+    if "token" in name or name == "vocab.txt":
+        refused(CheckpointError, text, load_tokenizer, folder)
+        return
+    refused(CheckpointError, text, load, folder)
+    refused(CheckpointError, text, verify, folder)
 
 
 def test_other_faults(folder, tmp_path):

@@ -11,6 +11,7 @@ import time
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 import bertfast
 import bertfast.data
@@ -191,6 +192,19 @@ def check_commands(source, folder, seed, n, capsys):
             assert code in (1, 2) and len(lines) == 1 and "Traceback" not in err, (case, err)
         else:
             assert len(out.splitlines()) == 3, (case, err)
+
+
+@pytest.mark.parametrize("command", ["predict --input", "evaluate --data"])
+def test_weights_that_are_no_numbers(source, tmp_path, capsys, command):
+    """A class comes out of NaN as well: the first."""
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["classifier.bias"][1] = math.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    name, option = command.split()
+    texts = str(source / "texts.jsonl")
+    assert main([name, "classify", "--model", str(tmp_path), option, texts]) == 1
+    assert "classifier.bias holds NaN" in capsys.readouterr().err
 
 
 def test_mutated_configurations(source, tmp_path):
