@@ -125,6 +125,7 @@ def source(tmp_path_factory):
     base.config.id2label, base.config.label2id = names, {n: i for i, n in names.items()}
     bertfast.BertForSequenceClassification(base.config).save_pretrained(folder)
     tiny.write(folder / "texts.jsonl", tiny.rows(3))
+    tiny.write(folder / "train.jsonl", tiny.rows(60))
     return folder
 
 
@@ -182,16 +183,18 @@ def check_tokenizers(source, folder, seed, n):
 def check_commands(source, folder, seed, n, capsys):
     """On the command line: the work done, or one line and no traceback."""
     files = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-    command = ["predict", "classify", "--model", str(folder), "--device", "cpu"]
-    command += ["--input", str(source / "texts.jsonl")]
-    for case, _ in cases(source, folder, seed, n, files):
-        code = soon(case, main, command)
+    common = ["classify", "--model", str(folder), "--device", "cpu"]
+    predict = ["predict", *common, "--input", str(source / "texts.jsonl")]
+    train = ["finetune", *common, "--train", str(source / "train.jsonl"), "--max-length", "16"]
+    train += ["--out", str(folder / "out"), "--dry-run"]
+    for i, (case, _) in enumerate(cases(source, folder, seed, n, files)):
+        code = soon(case, main, train if i % 2 else predict)
         out, err = capsys.readouterr()
         if code:
             lines = [line for line in err.splitlines() if line.startswith("bertfast: ")]
             assert code in (1, 2) and len(lines) == 1 and "Traceback" not in err, (case, err)
         else:
-            assert len(out.splitlines()) == 3, (case, err)
+            assert len(out.splitlines()) == (0 if i % 2 else 3), (case, err)
 
 
 @pytest.mark.parametrize("command", ["predict --input", "evaluate --data"])
