@@ -46,11 +46,11 @@ def _index(folder, name) -> dict[str, str]:
     for shard in set(shards.values()):
         if os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard:
             raise CheckpointError(
-                f"{folder / name} points to {shard!r}, outside its folder: refused"
+                f"{folder / name} points to {shard!r:.200}, outside its folder: refused"
             )
-        if not (folder / shard).exists():
-            raise CheckpointError(f"{folder / name} names {shard!r}, which is not there")
-        with unreadable():
+        with unreadable(folder / name):  # names that no file can have
+            if not (folder / shard).exists():
+                raise CheckpointError(f"{folder / name} names {shard!r}, which is not there")
             regular(folder / shard)
     return shards
 

@@ -86,6 +86,13 @@ def test_index_outside_its_folder(folder, target):
     refused(CheckpointError, "outside its folder: refused", load, folder)
 
 
+@pytest.mark.parametrize("name", ["gone.safetensors", "x" * 9999, "\ud800"])
+def test_index_of_what_is_not_there(folder, name):
+    os.remove(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    refused(CheckpointError, "index.json( names|: )", load, folder)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
 def test_truncated(folder, cut):
     path = folder / "model.safetensors"

@@ -19,6 +19,7 @@ from bertfast.cli import main
 from bertfast.model import CheckpointError
 from bertfast.model.tokenizer import load_tokenizer
 
+INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00001.safetensors"
 NUMBERS = [0, 1, 2, 3, 4, 7, 8, 12, 100, 512, 513, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30]
 NUMBERS += [0.0, 1.0, 0.5, 1e-12, 2.5, 1e38, 1e300, math.inf, math.nan]
 NUMBERS += [-n for n in NUMBERS]
@@ -123,7 +124,11 @@ def source(tmp_path_factory):
     base = bertfast.BertModel.from_pretrained(folder)
     names = dict(enumerate(("red", "green", "blue")))
     base.config.id2label, base.config.label2id = names, {n: i for i, n in names.items()}
-    bertfast.BertForSequenceClassification(base.config).save_pretrained(folder)
+    model = bertfast.BertForSequenceClassification(base.config)
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / SHARD)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(list(model.state_dict())[:3], SHARD)}
+    (folder / INDEX).write_text(json.dumps(index))
     tiny.write(folder / "texts.jsonl", tiny.rows(3))
     tiny.write(folder / "train.jsonl", tiny.rows(60))
     return folder
@@ -164,7 +169,7 @@ def logits(folder):
 
 def check_configurations(source, folder, seed, n):
     loaded = 0
-    for case, _ in cases(source, folder, seed, n, ["config.json"]):
+    for case, _ in cases(source, folder, seed, n, [*["config.json"] * 9, INDEX]):
         found = soon(case, logits, folder)
         loaded += found is not None
         assert found is None or (found.shape == (1, 3) and found.isfinite().all()), case
@@ -201,9 +206,9 @@ def check_commands(source, folder, seed, n, capsys):
 def test_weights_that_are_no_numbers(source, tmp_path, capsys, command):
     """A class comes out of NaN as well: the first."""
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / SHARD)
     weights["classifier.bias"][1] = math.nan
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, tmp_path / SHARD, metadata={"format": "pt"})
     name, option = command.split()
     texts = str(source / "texts.jsonl")
     assert main([name, "classify", "--model", str(tmp_path), option, texts]) == 1
