@@ -31,8 +31,8 @@ def _whole(low, high=_LARGEST, none=False):
 
 
 def _number(high, none=False):
-    text = f"a number from 0 to {high}" + " or null" * none
-    return lambda v: (none and v is None) or (type(v) in (int, float) and 0 <= v <= high), text
+    text = f"a number from 0 to less than {high}" + " or null" * none
+    return lambda v: (none and v is None) or (type(v) in (int, float) and 0 <= v < high), text
 
 
 def _one_of(*known):
@@ -127,7 +127,7 @@ def read(path: Path, config_class: type[BertConfig] = BertConfig, **overrides) -
                 f"it holds {reprlib.repr(values)}, expected names and values in braces"
             )
         _check_values(values | overrides)
-        methods = [n for n in values if n.startswith("__") or callable(getattr(BertConfig, n, 0))]
+        methods = [n for n in values if n.startswith("__") or callable(getattr(config_class, n, 0))]
         if methods:
             raise ValueError(f"{reprlib.repr(methods[0])} is no name of a setting: remove it")
         config, unknown = config_class.from_dict(values, return_unused_kwargs=True, **overrides)

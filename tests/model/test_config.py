@@ -21,6 +21,7 @@ NUMBERS = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dr
 NUMBERS += ["initializer_range", "layer_norm_eps"]
 BAD = {name: [-1, True, "8", 2.0, math.nan, None, [8], 10**9 + 2**30, 10**40] for name in WHOLE}
 BAD |= {name: [-1, -0.1, True, "0.1", math.nan, math.inf, 101, 10**400, {}] for name in NUMBERS}
+BAD |= {name: [*BAD[name], 1, 1.0] for name in NUMBERS if "dropout" in name}
 BAD |= {
     "pad_token_id": [-1, True, "0", 0.0, math.nan, 200],
     "hidden_act": ["silu", "", None, 1, []],
@@ -108,7 +109,7 @@ def test_good_values_load(saved):
     """What is at the edge, or that others write."""
     folder, values = saved
     for change in (
-        {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 1.0, "layer_norm_eps": 0.5},
+        {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0.99, "layer_norm_eps": 0.5},
         {"pad_token_id": None, "classifier_dropout": None, "quantization_config": None},
         {"torch_dtype": "float16", "position_embedding_type": "absolute", "pruned_heads": {}},
         {"gradient_checkpointing": False, "directionality": "bidi", "use_cache": True},
