@@ -11,7 +11,7 @@ import tiny
 import torch
 import transformers
 from helpers import refused
-from native import batch, config
+from native import batch, config, load
 from safetensors.torch import load_file, save_file
 from test_model import MINILM
 
@@ -20,17 +20,6 @@ from bertfast.files import write_whole
 from bertfast.model import CheckpointError
 from bertfast.model.checkpoint import check_finite, verify
 from bertfast.model.tokenizer import load_tokenizer
-
-
-@pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    bertfast.BertModel(config()).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def load(folder, name="BertModel", **options):
-    return getattr(bertfast, name).from_pretrained(folder, **options)
 
 
 def test_headless_into_classifier_warns(folder):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -52,11 +51,9 @@ def saved(tmp_path_factory):
 def test_value_is_named(saved, name, value):
     folder, values = saved
     (folder / "config.json").write_text(json.dumps(values | {name: value}))
-    start = time.monotonic()
     for read in (bertfast.BertModel.from_pretrained, verify):
         refused(CheckpointError, rf"config.json: (.*\b)?{name}\b", read, folder)
     refused(ValueError, rf"\b{name}\b", bert_config, str(folder))
-    assert time.monotonic() - start < 2
 
 
 DIRECT = ["num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size", "pad_token_id"]

@@ -7,10 +7,13 @@ import math
 import random
 import shutil
 import time
+from contextlib import suppress
 
 import pytest
 import tiny
 import torch
+import transformers
+from helpers import relative
 from safetensors.torch import load_file, save_file
 
 import bertfast
@@ -135,7 +138,7 @@ def source(tmp_path_factory):
 
 
 def cases(source, folder, seed, n, files):
-    """`n` times a copy of `source` with one of its files changed, and what it then holds."""
+    """`n` times `folder` is a copy of `source` with one file changed: what it then holds."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     texts = {name: (source / name).read_text() for name in files}
     for i in range(n):
@@ -143,13 +146,13 @@ def cases(source, folder, seed, n, files):
         name = draw.choice(files)
         data = mutated(draw, texts[name])
         (folder / name).write_bytes(data)
-        yield f"{name}, case {i} of seed {seed}: {data[:2000]!r}", data
+        yield f"{name}, case {i} of seed {seed}: {data[:2000]!r}"
         (folder / name).write_text(texts[name])
 
 
 def soon(case, function, *arguments):
-    """What the function returns, None for the documented error, within two seconds."""
-    start = time.monotonic()
+    """What the function returns, None for the documented error, within two seconds' work."""
+    start = time.process_time()
     try:
         found = function(*arguments)
     except CheckpointError as e:
@@ -157,28 +160,36 @@ def soon(case, function, *arguments):
         found = None
     except BaseException as e:
         raise AssertionError(f"{type(e).__name__}: {e}; {case}") from e
-    assert time.monotonic() - start < 2, case
+    assert time.process_time() - start < 2, case
     return found
 
 
-def logits(folder):
-    model = bertfast.BertForSequenceClassification.from_pretrained(folder)
+def logits(folder, library=bertfast):
+    model = library.BertForSequenceClassification.from_pretrained(folder).float().eval()
     with torch.no_grad():
         return model(torch.tensor([[2, 5, 9, 3]]), return_dict=True).logits
 
 
 def check_configurations(source, folder, seed, n):
+    assert logits(source).shape == (1, 3)
     loaded = 0
-    for case, _ in cases(source, folder, seed, n, [*["config.json"] * 9, INDEX]):
+    for case in cases(source, folder, seed, n, [*["config.json"] * 9, INDEX]):
         found = soon(case, logits, folder)
-        loaded += found is not None
-        assert found is None or (found.shape == (1, 3) and found.isfinite().all()), case
+        if found is not None:
+            loaded += 1
+            assert found.shape == (1, 3) and found.isfinite().all(), case
+            if case.startswith("config.json") and (loaded < 20 or not loaded % 20):
+                stock = found
+                with suppress(Exception):  # what it reads beyond what is ours: chunks, attention
+                    stock = logits(folder, transformers)
+                assert relative(found, stock) < 0.01, (found, stock, case)
     assert n / 10 < loaded < n * 9 / 10  # some of each
 
 
 def check_tokenizers(source, folder, seed, n):
     files = ["tokenizer.json", "tokenizer_config.json"]
-    for case, _ in cases(source, folder, seed, n, files):
+    assert load_tokenizer(source) is not None
+    for case in cases(source, folder, seed, n, files):
         tokenizer = soon(case, load_tokenizer, folder)
         if tokenizer is not None:
             rows = bertfast.data.encode(tokenizer, ["a red bird"], max_length=16)
@@ -192,7 +203,10 @@ def check_commands(source, folder, seed, n, capsys):
     predict = ["predict", *common, "--input", str(source / "texts.jsonl")]
     train = ["finetune", *common, "--train", str(source / "train.jsonl"), "--max-length", "16"]
     train += ["--out", str(folder / "out"), "--dry-run"]
-    for i, (case, _) in enumerate(cases(source, folder, seed, n, files)):
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    assert main(predict) == main(train) == 0
+    capsys.readouterr()
+    for i, case in enumerate(cases(source, folder, seed, n, files)):
         code = soon(case, main, train if i % 2 else predict)
         out, err = capsys.readouterr()
         if code:
@@ -229,6 +243,6 @@ def test_mutated_on_the_command_line(source, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_5000_mutations(source, tmp_path, capsys):
-    check_configurations(source, tmp_path, 3, 4000)
-    check_tokenizers(source, tmp_path, 4, 800)
+    check_configurations(source, tmp_path, 3, 5000)
+    check_tokenizers(source, tmp_path, 4, 1000)
     check_commands(source, tmp_path, 5, 200, capsys)

@@ -8,22 +8,11 @@ import warnings
 import pytest
 import torch
 from helpers import refused
-from native import config
+from native import config, load
 from safetensors.torch import load_file, save_file
 
 import bertfast
 from bertfast.model import CheckpointError
-
-
-@pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    bertfast.BertModel(config()).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def load(folder, name="BertModel", **options):
-    return getattr(bertfast, name).from_pretrained(folder, **options)
 
 
 def rewrite(folder, change):
