@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from ..files import write_whole
 from .config import CONFIG, DTYPES
 from .config import read as read_config
-from .errors import CheckpointError
+from .errors import CheckpointError, unreadable
 from .tensors import PICKLE, SAFETENSORS, by_name, canonical, files, opened, read
 
 _SIZES = {  # of a configuration -> the weight that has it, and its dimension
@@ -25,24 +25,16 @@ _INNER = {"intermediate_size": ("encoder.layer.0.intermediate.dense.weight", 0)}
 def resolve(name_or_folder, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub name is fetched (or found in the hub's cache)."""
     folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file, expected the folder that holds config.json")
+    with unreadable(f"{str(name_or_folder)!r:.200} is no name of a folder"):
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"{folder} is a file, expected the folder that holds config.json")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(
-            snapshot_download(
-                str(name_or_folder),
-                allow_patterns=["*.json", "*.txt", "*.model"] + ["*.safetensors", PICKLE] * weights,
-            )
-        )
-    except Exception as e:
-        raise CheckpointError(
-            f"{str(name_or_folder)!r} is no local folder, and the hub did not give it: "
-            + " ".join(str(e).split())
-        ) from e
+    patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors", PICKLE] * weights
+    with unreadable(f"{str(name_or_folder)!r} is no local folder, and the hub did not give it"):
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=patterns))
 
 
 def verify(folder, allow_pickle: bool = False) -> None:

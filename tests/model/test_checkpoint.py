@@ -203,6 +203,8 @@ def test_other_faults(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
     refused(CheckpointError, "'roberta'", load, folder)
     refused(CheckpointError, "no local folder", load, "no/such-model-anywhere")
+    for name in ("x" * 9999, "a\0b", "\ud800", "a b/c/d"):
+        refused(CheckpointError, "no (local|name of a) folder", load, name)
 
 
 def test_dtype_and_overrides():

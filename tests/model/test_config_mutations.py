@@ -229,6 +229,7 @@ def test_weights_that_are_no_numbers(source, tmp_path, capsys, command):
     assert "classifier.bias holds NaN" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 def test_mutated_configurations(source, tmp_path):
     check_configurations(source, tmp_path, 0, 200)
 
@@ -237,6 +238,7 @@ def test_mutated_tokenizers(source, tmp_path):
     check_tokenizers(source, tmp_path, 1, 50)
 
 
+@pytest.mark.seconds
 def test_mutated_on_the_command_line(source, tmp_path, capsys):
     check_commands(source, tmp_path, 2, 20, capsys)
 
