@@ -1,5 +1,6 @@
 """Files written whole or not at all, and folders that one run has for itself."""
 
+import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -54,6 +55,24 @@ def _lock(handle, folder):
         return
     os.ftruncate(handle, 0)
     os.write(handle, f"{os.getpid()}\n".encode())
+
+
+def regular(path) -> Path:
+    """`path`, which is a file or a link to one. OSError for what would be waited for or read for
+    ever (a pipe, a device), and for a folder."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise OSError(f"{path} is {kind}, expected a file: give one in its place")
+    return path
+
+
+def read_json(path):
+    """The value in a JSON file. Raises OSError, and ValueError where it is no JSON."""
+    try:
+        return json.loads(regular(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, MemoryError) as e:  # no UTF-8, numbers of 4301 digits, ...
+        raise ValueError(f"{path} is no JSON: {e}") from None
 
 
 def check_file(path) -> None:

@@ -12,6 +12,7 @@ import torch
 from . import data
 from .bench.measure import aligned
 from .encoder.packed import PRECISIONS
+from .files import regular
 from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
 from .train import metrics
@@ -65,9 +66,7 @@ def report(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the head that a headless checkpoint lacks
         network = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
-    lacking = [n for n in network.new_weights if n.startswith(("bert.embed", "bert.encoder"))]
-    if lacking:
-        raise checkpoint.CheckpointError(f"{folder} lacks weights: {', '.join(lacking)}")
+    checkpoint.check_finite(network, folder)
     labels = None if network.new_weights else label_set(network)
     tokenizer = load_tokenizer(folder)
     examples = _examples(check, text_column, text_pair_column, label_column, labels)
@@ -103,6 +102,7 @@ def _examples(path, text_column, text_pair_column, label_column, labels):
         raise ConfigError(
             f"label_column is {label_column!r}, but the model is no classifier: leave it out"
         )
+    path = regular(path)  # it is read twice
     if label_column is None and labels is not None and "label" in data.read_table(path):
         label_column = "label"
     task = "single_label" if labels is None else labels.task

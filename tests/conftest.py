@@ -1,4 +1,5 @@
 import os
+import signal
 from collections import defaultdict
 from contextlib import nullcontext
 
@@ -109,3 +110,17 @@ def saved(tmp_path_factory):
         return made[key]
 
     return folder
+
+
+@pytest.fixture
+def awake():
+    """What waits for a pipe is interrupted."""
+
+    def wake(*_):
+        raise TimeoutError("still waiting after 5 s")
+
+    before = signal.signal(signal.SIGALRM, wake)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -26,6 +26,10 @@ def pair(options=None, name="BertModel", **kwargs):
     return theirs, ours
 
 
+def load(folder, name="BertModel", **options):
+    return getattr(bertfast, name).from_pretrained(folder, **options)
+
+
 def batch(lengths=(37, 3, 20, 1, 40), vocabulary=200):
     g = torch.Generator().manual_seed(1)
     size = len(lengths), max(lengths)

@@ -7,9 +7,19 @@ import sys
 import threading
 
 import pytest
+import tiny
 from helpers import refused
 
-from bertfast.files import check_file, check_folder, locked, os_errors, write_text
+from bertfast.cli import main
+from bertfast.files import (
+    check_file,
+    check_folder,
+    locked,
+    os_errors,
+    read_json,
+    regular,
+    write_text,
+)
 
 HOLD = """
 import os, sys, time
@@ -87,7 +97,48 @@ def test_write_text(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_read_json(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"a": "é"}', encoding="utf-8")
+    (tmp_path / "link").symlink_to(path)
+    assert read_json(tmp_path / "link") == {"a": "é"} and regular(tmp_path / "no") is not None
+    for text in (b"", b"\xff", b"[" * 10**5, b"9" * 5000):
+        path.write_bytes(text)
+        refused(ValueError, "c.json is no JSON", read_json, path)
+    refused(OSError, "is a folder, expected a file", read_json, tmp_path)
+    refused(FileNotFoundError, "no.json", read_json, tmp_path / "no.json")
+
+
+pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+
+
+@pipes
+@pytest.mark.parametrize(
+    "command",
+    [
+        "finetune classify --model {m} --train {pipe} --out {m}/o",
+        "finetune classify --model {m} --train {rows} --valid {pipe} --out {m}/o",
+        "quantize --model {m} --check {pipe}",
+        "prepare --corpus {pipe} --out {m}/o",
+        "pretrain --data {m}/data --out {m}/o",
+        "predict classify --model {m} --input {rows}",
+    ],
+)
+def test_what_is_read_twice_is_no_pipe(tmp_path, awake, capsys, command):
+    """Whoever names a pipe there hears of it, and waits for nobody."""
+    folder = tiny.checkpoint(tmp_path / "m")
+    rows, pipe = tiny.write(tmp_path / "rows.jsonl", tiny.rows(60)), tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    (folder / "data").mkdir()
+    os.mkfifo(folder / "data" / "index.json")
+    if command.startswith("predict"):
+        (folder / "config.json").unlink()
+        os.mkfifo(folder / "config.json")
+    assert main(command.format(m=folder, pipe=pipe, rows=rows).split()) == 1
+    assert "is a pipe or a device, expected a file" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pipes
 def test_write_text_into_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     found = []

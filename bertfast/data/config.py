@@ -4,6 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 
+from ..files import regular
 from .errors import DataError
 
 
@@ -60,7 +61,7 @@ class PrepareConfig:
 
 def _size_and_time(path):
     try:
-        status = os.stat(path)
+        status = os.stat(regular(path))  # it is read by several processes
     except OSError as e:
-        raise DataError(f"{path}: cannot be read: {e.strerror}") from None
+        raise DataError(f"{path}: cannot be read: {e.strerror or e}") from None
     return status.st_size, status.st_mtime_ns

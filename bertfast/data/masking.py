@@ -6,11 +6,11 @@ Spans: after Joshi et al., SpanBERT, arXiv:1907.10529. Entities: after Sun et al
 arXiv:1904.09223.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..files import regular
 from .dedup import mix
 from .errors import DataError
 
@@ -58,7 +58,7 @@ class Lexicon:
 
     def __init__(self, path, tokenizer, inner: np.ndarray):
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = regular(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"{path}: cannot be read as UTF-8 text: {e}") from None
         phrases = [line.strip() for line in lines if line.strip()]

@@ -227,9 +227,10 @@ def _make_tokenizer(config, out, work, batches) -> int:
         temporary = work / "tokenizer"
         shutil.rmtree(temporary, ignore_errors=True)
         if config.tokenizer:
-            from transformers import AutoTokenizer
+            from ..model.checkpoint import resolve
+            from ..model.tokenizer import load_tokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+            tokenizer = load_tokenizer(resolve(config.tokenizer, weights=False))
             wordpiece.check_tokenizer(tokenizer, config.tokenizer)
             with os_errors(temporary):
                 tokenizer.save_pretrained(temporary)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import read_json, regular, write_whole
 from .errors import DataError
 
 INDEX = "index.json"
@@ -31,7 +31,7 @@ def token_dtype(vocab_size: int):
 
 
 def sha256(path) -> str:
-    with open(path, "rb") as f:
+    with open(regular(path), "rb") as f:
         digest = hashlib.sha256()
         while data := f.read(1 << 20):
             digest.update(data)
@@ -88,13 +88,14 @@ def read_index(folder) -> dict:
     """index.json of a prepared folder. Raises DataError."""
     path = Path(folder) / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except FileNotFoundError:
         raise DataError(f"{path} is not there: make the folder with `bertfast prepare`") from None
     except (OSError, ValueError) as e:
         raise DataError(f"{path} can't be read: {e}") from None
-    if index.get("format") != FORMAT:
-        raise DataError(f"{path} has format {index.get('format')!r}, expected {FORMAT}")
+    found = index.get("format") if isinstance(index, dict) else index
+    if found != FORMAT:
+        raise DataError(f"{path} has format {found!r:.80}, expected {FORMAT}")
     return index
 
 

@@ -1,7 +1,7 @@
 """BERT: transformers' classes and checkpoints over bertfast's packed encoder."""
 
 from .bert import BertModel, BertPreTrainedModel
-from .checkpoint import CheckpointError
+from .errors import CheckpointError
 from .graphs import cuda_graphs
 from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 

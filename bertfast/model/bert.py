@@ -12,11 +12,11 @@ from .. import ops
 from ..encoder import watch
 from ..encoder.batch import PackedSequences, Packing, check_mask
 from ..encoder.packed import PackedCpu
-from ..families import ACTIVATIONS
 from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
 from ..ops.library import unwatched
 from . import checkpoint
+from .config import check
 from .encoder import (
     BertEmbeddings,
     BertEncoder,
@@ -39,17 +39,7 @@ class BertPreTrainedModel(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act is {config.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {config.hidden_size} is no multiple of num_attention_heads "
-                f"{config.num_attention_heads}"
-            )
-        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-            raise ValueError("is_decoder and add_cross_attention are not supported: encoders only")
+        check(config)
         self.config = config
 
     def post_init(self):

@@ -1,171 +1,155 @@
 """Checkpoints: safetensors in, with their faults found before anything is built, and out again."""
 
-import json
-import os
+import re
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..files import write_whole
+from .config import CONFIG, DTYPES
+from .config import read as read_config
+from .errors import CheckpointError, unreadable
+from .tensors import PICKLE, SAFETENSORS, by_name, canonical, files, opened, read
 
-SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_SIZES = {  # of a configuration -> the weight that has it, and its dimension
+    "vocab_size": ("embeddings.word_embeddings.weight", 0),
+    "hidden_size": ("embeddings.word_embeddings.weight", 1),
+    "max_position_embeddings": ("embeddings.position_embeddings.weight", 0),
+    "type_vocab_size": ("embeddings.token_type_embeddings.weight", 0),
+}
+_INNER = {"intermediate_size": ("encoder.layer.0.intermediate.dense.weight", 0)}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, unsafe or made for another model."""
-
-
-def resolve(name_or_folder) -> Path:
+def resolve(name_or_folder, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub name is fetched (or found in the hub's cache)."""
     folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file, expected the folder that holds config.json")
+    with unreadable(f"{str(name_or_folder)!r:.200} is no name of a folder"):
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"{folder} is a file, expected the folder that holds config.json")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(
-            snapshot_download(
-                str(name_or_folder),
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", PICKLE],
-            )
-        )
-    except Exception as e:
-        raise CheckpointError(
-            f"{str(name_or_folder)!r} is no local folder, and the hub did not give it: {e}"
-        ) from e
-
-
-def files(folder: Path, allow_pickle: bool = False) -> list[Path]:
-    """The weight files of a folder, all inside it."""
-    if (folder / SAFETENSORS).is_file():
-        return [folder / SAFETENSORS]
-    if (folder / INDEX).is_file():
-        return _indexed(folder, INDEX)
-    for name in (PICKLE, PICKLE_INDEX):
-        if (folder / name).is_file():
-            if not allow_pickle:
-                raise CheckpointError(
-                    f"{folder} holds its weights as a pickle ({name}), which can run code when "
-                    "read; convert it to safetensors, or pass allow_pickle=True (--allow-pickle) "
-                    "if you trust it: it is then read with weights_only"
-                )
-            return [folder / name] if name == PICKLE else _indexed(folder, name)
-    raise CheckpointError(f"{folder} has no weights: expected {SAFETENSORS} or {INDEX}")
-
-
-def _indexed(folder, name) -> list[Path]:
-    index = _read_json(folder / name)
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-        raise CheckpointError(f"{folder / name} has no weight_map of parameter names to files")
-    paths = []
-    for shard in sorted(set(shards.values())):
-        if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-            raise CheckpointError(
-                f"{folder / name} points to {shard!r}, outside its folder: refused"
-            )
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / name} names {shard!r}, which is not there")
-        paths.append(folder / shard)
-    return paths
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there: is this a checkpoint's folder?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{path} is no JSON: {e}") from None
+    patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors", PICKLE] * weights
+    with unreadable(f"{str(name_or_folder)!r} is no local folder, and the hub did not give it"):
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=patterns))
 
 
 def verify(folder, allow_pickle: bool = False) -> None:
     """Check a local checkpoint without building a model: configuration, index, and that every
     safetensors file is whole. Raises CheckpointError."""
     folder = Path(folder)
-    _read_json(folder / "config.json")
+    read_config(folder / CONFIG)
     for path in files(folder, allow_pickle):
         if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt"):
-                    pass  # the header's sizes must add up to the file's
-            except (SafetensorError, OSError) as e:
-                raise CheckpointError(f"{path} is corrupt or truncated: {e}") from None
+            with opened(path):
+                pass  # the header's sizes must add up to the file's
 
 
-def read(folder: Path, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name."""
-    verify(folder, allow_pickle)
-    tensors = {}
-    for path in files(folder, allow_pickle):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        else:
-            try:
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as e:
-                raise CheckpointError(f"{path} can't be read with weights_only: {e}") from None
-    return tensors
+def _check_sizes(folder, config, found, fewer: bool) -> None:
+    """That the configuration's numbers are the weights', before anything is built of them; `fewer`
+    layers where that was asked for."""
+    has = len({m[1] for n in found if (m := re.match(r"encoder\.layer\.([0-9]+)\.", n))})
+    wanted = config.num_hidden_layers
+    for number, (name, dim) in (_SIZES | (_INNER if wanted else {})).items():
+        if name not in found:
+            some = ", ".join(sorted(found)[:3])
+            raise CheckpointError(f"{folder} holds no {name}, as BERT's do, but {some}, ...")
+        shape, value = list(found[name].shape), getattr(config, number)
+        if len(shape) != 2 or shape[dim] != value:
+            raise CheckpointError(
+                f"{folder} does not fit its configuration: {number} is {value}, but {name} is "
+                f"{shape}; correct {CONFIG}, or give the weights that belong to it"
+            )
+    if wanted > has or (wanted < has and not fewer):
+        raise CheckpointError(
+            f"{folder} does not fit its configuration: num_hidden_layers is {wanted}, but it holds "
+            f"{has} layers; correct {CONFIG}" + (", or ask for fewer" if wanted < has else "")
+        )
 
 
-def _rename(name: str) -> str:
-    for old, new in RENAMED.items():
-        name = name.replace(old, new)
-    return name
+def _check_parameter(folder, name, given, own, dtype) -> None:
+    if given.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{folder}: {name} is {str(given.dtype).removeprefix('torch.')}, expected a float of "
+            "16 bits or more: dequantise the model with what made it, and save it in float"
+        )
+    if given.shape != own.shape:
+        raise CheckpointError(
+            f"{folder} does not fit its configuration: {name} is {list(given.shape)}, expected "
+            f"{list(own.shape)} (a head of another size? Remove it from the checkpoint or keep "
+            "num_labels)"
+        )
+    limit = torch.finfo(dtype).max
+    if limit < torch.finfo(given.dtype).max and limit < given.abs().max() < torch.inf:
+        raise CheckpointError(f"{folder}: {name} holds numbers beyond {dtype}, {limit:.3g}")
 
 
-def _aligned(name: str, expected: set[str], prefix: str) -> str:
-    """The model's name for a checkpoint's tensor: with or without the base model's prefix."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in expected:
-            return candidate
-    return name
+def _check_encoder(folder, config, own, found, spelled) -> None:
+    """That all of an encoder is there, and nothing that ours would not compute; `own` and `found`
+    by canonical name."""
+    layers = "|".join(map(str, range(config.num_hidden_layers)))
+    inside = re.compile(rf"embeddings\.|encoder\.layer\.({layers})\.").match
+    lacking = sorted(name for name in own - found.keys() if inside(name))
+    other = sorted(name for name in found.keys() - own if inside(name))
+    more = [spelled[name] for name in other if found[name].dtype in DTYPES]  # no position_ids
+    if lacking:
+        raise CheckpointError(
+            f"{folder} lacks weights of the encoder: {', '.join(lacking[:5])}"
+            + (f"; instead it has {', '.join(more[:3])}" if more else "")
+        )
+    if more:
+        raise CheckpointError(
+            f"{folder} has weights in its encoder that BERT's has no place for: "
+            f"{', '.join(more[:5])}; merge adapters, or remove what has no effect"
+        )
 
 
 def load(cls, name_or_folder, allow_pickle, dtype, overrides):
     """The body of `from_pretrained`."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, DTYPES))}")
     folder = resolve(name_or_folder)
-    # transformers would read a wrong model_type with BERT's defaults, and say nothing.
-    kind = _read_json(folder / "config.json").get("model_type", "bert")
-    if kind != "bert":
-        raise CheckpointError(f"{folder} holds a {kind!r} model, expected 'bert'")
-    tensors = read(folder, allow_pickle)
-    config = cls.config_class.from_pretrained(folder, **overrides)
+    config = read_config(folder / CONFIG, cls.config_class, **overrides)
+    found, spelled = by_name(folder, read(folder, allow_pickle), cls.base_model_prefix)
+    _check_sizes(folder, config, found, "num_hidden_layers" in overrides)
     model = cls(config)
     own = model.state_dict()
-    found = {
-        _aligned(_rename(name), set(own), cls.base_model_prefix): t for name, t in tensors.items()
-    }
-    wrong = [
-        f"{name} is {list(found[name].shape)}, expected {list(own[name].shape)}"
-        for name in own
-        if name in found and found[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{folder} does not fit the configuration: {'; '.join(wrong[:5])}"
-            + (" (a head of another size? Remove it from the checkpoint or keep num_labels)")
-        )
-    new = [name for name in own if name not in found and cls.tied.get(name, name) not in found]
-    if len(new) == len(own):
-        raise CheckpointError(f"{folder} holds no weight of a {cls.__name__}")
+    names = {name: canonical(name, cls.base_model_prefix) for name in own}
+    _check_encoder(folder, config, set(names.values()), found, spelled)
+    given = {name: found[n] for name, n in names.items() if n in found}
+    for name, t in given.items():
+        _check_parameter(folder, name, t, own[name], dtype or own[name].dtype)
+    for name, other in cls.tied.items():
+        one = {name, other} <= given.keys() and own[name].data_ptr() == own[other].data_ptr()
+        if one and not torch.equal(given[name], given[other]):
+            raise CheckpointError(
+                f"{folder}: {name} and {other} differ, but are one parameter in a "
+                f"{cls.__name__}: remove one, or set tie_word_embeddings to false"
+            )
+    new = [name for name in own if name not in given and cls.tied.get(name, name) not in given]
     if new:
         warnings.warn(
             f"{cls.__name__}: not in {folder}, newly initialised, to be trained: {', '.join(new)}",
             stacklevel=3,
         )
-    model.load_state_dict({k: t for k, t in found.items() if k in own}, strict=False)
+    model.load_state_dict(given, strict=False)
     model.new_weights = new
-    model.unused_weights = sorted(set(found) - set(own))
+    model.unused_weights = sorted(spelled[n] for n in found.keys() - set(names.values()))
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def check_finite(model, folder) -> None:
+    """CheckpointError where a weight is NaN or infinite: a class, the largest of the logits, comes
+    out of those all the same."""
+    for name, t in model.state_dict().items():
+        if t.numel() and not torch.isfinite(t.sum(dtype=torch.float64)):
+            raise CheckpointError(
+                f"{folder}: {name} holds NaN or infinite numbers: the checkpoint is damaged or of "
+                "a run that diverged; take an earlier one"
+            )
 
 
 def save(model, folder) -> None:

@@ -1,10 +1,11 @@
 """Sizes of BERT: the two of the paper (Devlin et al., arXiv:1810.04805) and three smaller ones
 (Turc et al., arXiv:1908.08962)."""
 
-import json
 from pathlib import Path
 
 from transformers import BertConfig
+
+from .config import CONFIG, read
 
 PRESETS = {  # layers, hidden size, attention heads
     "tiny": (2, 128, 2),
@@ -30,15 +31,9 @@ def bert_config(name_or_file: str, **overrides) -> BertConfig:
             **overrides,
         )
     path = Path(name_or_file)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = path / CONFIG if path.is_dir() else path
+    if not path.exists():
         raise ValueError(
             f"config is {name_or_file!r}, expected {', '.join(PRESETS)} or a config.json"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} can't be read as a configuration: {e}") from None
-    if values.get("model_type", "bert") != "bert":
-        raise ValueError(f"{path} is of model_type {values['model_type']!r}, expected 'bert'")
-    return BertConfig(**(values | overrides))
+        )
+    return read(path, **overrides)

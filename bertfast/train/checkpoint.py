@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files import os_errors
+from ..files import os_errors, regular
 from .ranks import full, like
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -28,7 +28,7 @@ def _sync(path):
 
 
 def checksum(path) -> str:
-    with open(path, "rb") as f:
+    with open(regular(path), "rb") as f:
         return (
             hashlib.file_digest(f, "sha256").hexdigest()
             if sys.version_info >= (3, 11)
@@ -170,7 +170,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _body(checkpoint):
-    digest, _, text = (checkpoint / STATE).read_text().partition("\n")
+    digest, _, text = regular(checkpoint / STATE).read_text().partition("\n")
     if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise ValueError(f"{checkpoint / STATE} does not match its checksum")
     return json.loads(text)

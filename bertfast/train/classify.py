@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import data
-from ..files import locked, write_text
+from ..files import locked, regular, write_text
 from ..model import BertForSequenceClassification, checkpoint
 from . import metrics, outputs, plots
 from .checkpoint import checksum
@@ -100,7 +100,7 @@ class ClassificationTask(Task):
 
 def _load(config, path, text_label=True):
     return data.load_classification(
-        path,
+        regular(path),  # it is read again, for its checksum
         text_column=config.text_column,
         text_pair_column=config.text_pair_column,
         label_column=config.label_column if text_label else None,

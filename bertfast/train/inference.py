@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .. import data
 from ..freeze import freeze
 from ..model import BertForSequenceClassification, checkpoint
+from ..model.tokenizer import load_tokenizer
 from . import metrics
 from .config import ConfigError
 
@@ -52,12 +53,6 @@ def encoded_rows(tokenizer, examples, labels, max_length):
     return rows
 
 
-def load_tokenizer(folder):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def choose_device(name) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,6 +93,7 @@ def trained(model_folder, allow_pickle, device, precision=None):
             model = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
         except UserWarning as e:
             raise checkpoint.CheckpointError(f"{folder} is no fine-tuned classifier: {e}") from None
+    checkpoint.check_finite(model, folder)
     if precision is not None:
         freeze(model, precision)
     return model.to(choose_device(device)), load_tokenizer(folder), label_set(model)

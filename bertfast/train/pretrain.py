@@ -16,6 +16,7 @@ from ..data.shards import Shards, read_index, sha256
 from ..files import locked
 from ..model import BertForMaskedLM, BertForPreTraining, checkpoint
 from ..model.presets import bert_config
+from ..model.tokenizer import load_tokenizer
 from . import outputs, plots
 from .config import ConfigError, PretrainConfig
 from .inference import choose_device
@@ -180,15 +181,13 @@ class PretrainTask(Task):
 
 def _tokenizer(config):
     """The prepared folder's tokenizer; a checkpoint to go on from must have the same."""
-    from transformers import AutoTokenizer
-
     folder = Path(config.data) / "tokenizer"
     for name, expected in read_index(config.data)["tokenizer_sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ConfigError(f"{folder / name} does not match its checksum; prepare the data anew")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     if config.model and (Path(config.model) / "tokenizer_config.json").is_file():
-        other = AutoTokenizer.from_pretrained(config.model)
+        other = load_tokenizer(config.model)
         if other.get_vocab() != tokenizer.get_vocab():
             raise ConfigError(
                 f"{config.data} was prepared with another vocabulary than {config.model} has: "

@@ -7,8 +7,9 @@ import pytest
 from helpers import refused
 from test_masking import WORDS
 
+from bertfast.data import DataError
 from bertfast.data.sequences import Sequences
-from bertfast.data.shards import Shard, Shards, write_json, write_shard
+from bertfast.data.shards import Shard, Shards, read_index, write_json, write_shard
 
 
 def folder(path, documents, per_shard=8):
@@ -149,3 +150,9 @@ def test_refusals(tmp_path):
     refused(ValueError, "length is 4", Sequences, shards, WORDS, length=4)
     with pytest.raises(ValueError, match="too small for sentence pairs"):
         Sequences(shards, WORDS, pairs=True).window(0)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"format": [1]}', "{", "[" * 10**5])
+def test_index_of_another_kind(tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    refused(DataError, "index.json (has format|can't be read)", read_index, tmp_path)

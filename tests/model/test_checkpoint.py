@@ -1,32 +1,25 @@
 """Checkpoints that don't fit, are damaged or unsafe."""
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 from helpers import refused
-from native import batch, config
+from native import batch, config, load
 from safetensors.torch import load_file, save_file
 from test_model import MINILM
 
 import bertfast
+from bertfast.files import write_whole
 from bertfast.model import CheckpointError
-from bertfast.model.checkpoint import verify, write_whole
-
-
-@pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    bertfast.BertModel(config()).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def load(folder, name="BertModel", **options):
-    return getattr(bertfast, name).from_pretrained(folder, **options)
+from bertfast.model.checkpoint import check_finite, verify
+from bertfast.model.tokenizer import load_tokenizer
 
 
 def test_headless_into_classifier_warns(folder):
@@ -82,6 +75,13 @@ def test_index_outside_its_folder(folder, target):
     refused(CheckpointError, "outside its folder: refused", load, folder)
 
 
+@pytest.mark.parametrize("name", ["gone.safetensors", "x" * 9999, "\ud800"])
+def test_index_of_what_is_not_there(folder, name):
+    os.remove(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    refused(CheckpointError, "index.json( names|: )", load, folder)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
 def test_truncated(folder, cut):
     path = folder / "model.safetensors"
@@ -103,7 +103,7 @@ def test_corrupt_header_and_config(folder):
 def test_sizes_that_do_not_fit(folder):
     refused(
         CheckpointError,
-        r"word_embeddings.weight is \[200, 48\], expected \[300, 48\]",
+        r"vocab_size is 300, but embeddings.word_embeddings.weight is \[200, 48\]",
         load,
         folder,
         vocab_size=300,
@@ -120,6 +120,81 @@ def test_pickle_is_refused_unless_asked_for(folder):
     refused(CheckpointError, "weights_only", load, folder, allow_pickle=True)
 
 
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_pickle_behind_an_index(folder, index):
+    expected = load(folder)
+    os.remove(folder / "model.safetensors")
+    torch.save(expected.state_dict(), folder / "a.bin")
+    (folder / index).write_text(json.dumps({"weight_map": {"x": "a.bin"}}))
+    refused(CheckpointError, r"pickle \(a.bin\).*allow_pickle=True", load, folder)
+    refused(CheckpointError, "pickle", verify, folder)
+    assert torch.equal(load(folder, allow_pickle=True)(**batch())[0], expected(**batch())[0])
+
+
+@pytest.mark.parametrize(
+    "held", [[1], {"model": {}}, {1: torch.ones(1)}, {"x": torch.eye(2).to_sparse()}, {"x": 1}]
+)
+def test_pickle_of_something_else(folder, held):
+    os.remove(folder / "model.safetensors")
+    torch.save(held, folder / "pytorch_model.bin")
+    refused(CheckpointError, "no dictionary of dense", load, folder, allow_pickle=True)
+
+
+def test_quantised(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(values))
+    refused(CheckpointError, "quantization_config is .*bitsandbytes.*dequantise", load, folder)
+    refused(CheckpointError, "quantization_config", verify, folder)
+
+
+def test_number_of_layers(folder):
+    message = "num_hidden_layers is {}, but it holds 2 layers; correct config.json"
+    refused(CheckpointError, message.format(3), load, folder, num_hidden_layers=3)
+    assert len(load(folder, num_hidden_layers=1).encoder.layer) == 1
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 1}))
+    refused(CheckpointError, message.format(1) + ", or ask for fewer", load, folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers(folder, value):
+    model = load(folder)
+    check_finite(model, folder)
+    with torch.no_grad():
+        model.pooler.dense.bias[3] = value
+    refused(CheckpointError, "pooler.dense.bias holds NaN or inf", check_finite, model, folder)
+
+
+FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors"]
+FILES += ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"]
+KINDS = {
+    "pipe": lambda path: os.mkfifo(path),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file(tmp_path, awake, name, kind):
+    folder = tiny.checkpoint(tmp_path / "m")
+    if name == "a.safetensors":
+        index = json.dumps({"weight_map": {"x": name}})
+        (folder / "model.safetensors.index.json").write_text(index)
+    if name.endswith(("index.json", "a.safetensors")):
+        os.remove(folder / "model.safetensors")
+    (folder / name).unlink(missing_ok=True)
+    KINDS[kind](folder / name)
+    text = f"{name} is a {'folder' if kind == 'folder' else 'pipe or a device'}, expected a file"
+    if "token" in name or name == "vocab.txt":
+        refused(CheckpointError, text, load_tokenizer, folder)
+        return
+    refused(CheckpointError, text, load, folder)
+    refused(CheckpointError, text, verify, folder)
+
+
 def test_other_faults(folder, tmp_path):
     refused(CheckpointError, "is a file", load, folder / "config.json")
     os.remove(folder / "model.safetensors")
@@ -128,6 +203,8 @@ def test_other_faults(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
     refused(CheckpointError, "'roberta'", load, folder)
     refused(CheckpointError, "no local folder", load, "no/such-model-anywhere")
+    for name in ("x" * 9999, "a\0b", "\ud800", "a b/c/d"):
+        refused(CheckpointError, "no (local|name of a) folder", load, name)
 
 
 def test_dtype_and_overrides():
