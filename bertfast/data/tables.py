@@ -145,9 +145,15 @@ def _read_csv(raw, name, columns) -> Table:
         first[-1] = "\n"
         separator = given[1]
     else:
-        fields = lambda d: len(next(csv.reader(first[-1:], delimiter=d), ()))
-        separator = max(",;\t", key=fields)
+        separator = max(",;\t", key=lambda s: _fields("".join(first[-1:]), s))
     return _records(chain(first, lines), name, columns, delimiter=separator)
+
+
+def _fields(line: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=separator)))
+    except csv.Error:  # which reading the file will name
+        return 0
 
 
 def _read_tsv(raw, name, columns) -> Table:

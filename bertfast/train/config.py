@@ -126,6 +126,7 @@ class FinetuneConfig(RunConfig):
         self._check("batch_tokens", tokens is None or tokens >= 1, "1 or more")
         by_size = tokens is not None and self.batch_size != type(self).batch_size
         self._check("batch_tokens", not by_size, f"none beside batch_size {self.batch_size}")
+        self.text_pair_column = self.text_pair_column or None
         metrics = METRICS[self.task]
         self.metric = self.metric or metrics[0]
         self._check(

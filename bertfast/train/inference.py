@@ -155,6 +155,8 @@ def evaluate(
     columns["label_column"] = label_column
     columns = as_trained(given.folder, **columns, max_length=max_length)
     max_length = columns.pop("max_length")
+    if columns["label_column"] is None:
+        raise ConfigError("label_column is none: evaluate needs the column of the labels")
     examples = data.load_classification(path, **columns, task=given.labels.task)
     if not len(examples):
         raise data.DataError(f"{path} has no rows")

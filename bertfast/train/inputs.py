@@ -47,7 +47,7 @@ def as_trained(folder: Path, **given) -> dict:
         say(f"as in {folder / RUN_CONFIG}: {', '.join(used)}")
     for name, value in given.items():
         if value is not None:
-            chosen[name] = None if value == "" else value
+            chosen[name] = None if value == "" and name != "text_column" else value
             if name in known and chosen[name] != known[name]:
                 say(f"note: {name} is {chosen[name]!r}, the model was trained with {known[name]!r}")
     return {name: chosen[name] for name in given}

@@ -48,7 +48,7 @@ class _Loss(nn.Module):
 
 def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable = print) -> dict:
     """Train `model` in place; afterwards it holds the best evaluation's weights, or the last ones
-    where config.metric is None.
+    where config.metric is None or was a number in none.
 
     The loss of a step is the sum over all its micro-batches, of all ranks, divided by their total
     weight, so neither accumulation nor ranks change the gradient. `fingerprint` is what must not

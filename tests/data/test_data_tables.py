@@ -174,6 +174,10 @@ def test_ragged_row_is_named_by_its_first_line(tmp_path):
     _refused(_write(tmp_path, "t.csv", 'a,b\n"1\n2",3\n"4\n5"\n'), "line 4 has 1 fields")
 
 
+def test_line_ends_of_old_macs(tmp_path):
+    _refused(_write(tmp_path, "t.csv", "text,label\ra,b\r"), "line 1 is malformed", "new-line")
+
+
 def test_unclosed_quote_names_where_it_begins(tmp_path):
     path = _write(tmp_path, "t.csv", 'text,label\na,b\n"open,c\nd,e\n')
     _refused(path, "begins at line 3", "malformed")

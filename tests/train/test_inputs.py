@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig
 
 import bertfast
 from bertfast.cli import main
+from bertfast.data import DataError
 from bertfast.model.checkpoint import CheckpointError
 from bertfast.quantize import report
 from bertfast.train import (
@@ -105,6 +106,13 @@ def test_command_line(folder, tmp_path, capfd):
         for length in (0, -3, 3, 33):
             assert main([*arguments, "--max-length", str(length)]) == 2
             assert f"max_length is {length}, " in capfd.readouterr().err
+
+
+def test_a_column_that_is_needed(folder):
+    model, table = str(folder / "model"), str(folder / "pairs.jsonl")
+    refused(DataError, "no column ''", predict_table, model, table, text_column="")
+    refused(ConfigError, "evaluate needs the column", evaluate, model, table, label_column="")
+    assert FinetuneConfig(text_pair_column="").text_pair_column is None
 
 
 def test_empty_texts_have_one_rule(folder, tmp_path, capfd):
