@@ -69,7 +69,6 @@ class RunConfig:
         for name in ("weight_decay", "clip"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("lr", self.lr > 0, "above 0")
-        self._check("beta2", 0 <= self.beta2 < 1, "0 or more and below 1")
         self._check("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
         self._check("beta2", 0 < self.beta2 < 1, "between 0 and 1")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
@@ -122,6 +121,8 @@ class FinetuneConfig(RunConfig):
         self._check("parallel", self.parallel is None, "none: finetune trains in one process")
         for name in ("batch_size", "max_length"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("train", "valid", "test"):
+            self._check(name, getattr(self, name) != "-", "a file, which a resumed run reads again")
         tokens = self.batch_tokens
         self._check("batch_tokens", tokens is None or tokens >= 1, "1 or more")
         by_size = tokens is not None and self.batch_size != type(self).batch_size

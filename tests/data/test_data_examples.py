@@ -202,6 +202,8 @@ def test_ids_are_no_flags(tmp_path):
     path = _jsonl(tmp_path, *({"text": "a", "label": v} for v in ids))
     found = load_classification(path, task="multi_label")
     assert found.labels == [["0", "1"], ["1"], ["2", "0"], []] and found.width is None
+    path = _jsonl(tmp_path, *({"text": "a", "label": v} for v in ("2", "0 1")))
+    _refused(path, "row 2", "is a vector of 2 flags", task="multi_label")
 
 
 def test_multi_label_lists_strings_and_none(tmp_path):
@@ -286,8 +288,8 @@ def test_label_set_single():
 
 
 def test_label_set_of_a_model_with_other_spellings():
-    labels = LabelSet(("true", "1.0", "1", "a"))
-    assert labels.encode(["True", "1", "a"]).tolist() == [0, 2, 3]
+    labels = LabelSet(("true", "1", "1.0", "a"))
+    assert labels.encode(["True", "1", "a"]).tolist() == [0, 1, 3]
     assert LabelSet(("2.0", "x")).encode(["2"]).tolist() == [0]
 
 

@@ -57,6 +57,12 @@ def test_every_format_reads_the_same_rows(tmp_path, kind, suffix):
 def test_quotes_in_tsv_are_plain_characters(tmp_path):
     path = _write(tmp_path, "t.tsv", 'text\tlabel\n"open\ta\n""\tb\n')
     assert read_table(path) == {"text": ['"open', '""'], "label": ["a", "b"]}
+    # Well-formed, but nothing that writes tables with quotes would write these.
+    for text in ('"quoted"', '"so", he said', 'say "hi"', '""', '"a" "b"'):
+        path = _write(tmp_path, "t.tsv", f'text\tlabel\n{text}\ta\n"" x\tb\n')
+        assert read_table(path)["text"] == [text, '"" x']
+        path = _write(tmp_path, "t.tsv", f"text\tlabel\n{text}\ta\n")
+        assert read_table(path)["text"] == [text]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

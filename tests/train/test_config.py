@@ -9,7 +9,9 @@ import yaml
 from helpers import refused
 
 from bertfast.cli import main
+from bertfast.data import LabelSet
 from bertfast.train import ConfigError, FinetuneConfig, PretrainConfig
+from bertfast.train.classify import ClassificationTask
 from bertfast.train.config import read_yaml
 
 
@@ -108,6 +110,19 @@ def test_bad_class_weights_on_the_command_line(capsys, given):
     assert re.search("class.weights.*(red|a label stands twice)", err)
 
 
+def test_class_weights_by_name():
+    """A class has one name here too, whatever wrote it; not all weights may be 0."""
+    labels = LabelSet(("True", "2", "c"))
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
+    task = lambda **weights: ClassificationTask(
+        FinetuneConfig(class_weights=weights), labels, tokenizer, [], [], "cpu"
+    ).class_weights.tolist()
+    assert task(**{"true": 3.0, "2.0": 0}) == [3, 0, 1]
+    refused(ConfigError, "class_weights names pink, which no row has; known are True, 2, c",
+            task, pink=2.0)  # fmt: skip
+    refused(ConfigError, "class_weights are 0 for all", task, **{"True": 0, "2": 0, "c": 0})
+
+
 def test_of_prepare(tmp_path, capsys):
     """Wrong usage as everywhere: exit code 2."""
     given = ["prepare", "--corpus", "c.txt", "--out", str(tmp_path / "o")]
@@ -124,5 +139,9 @@ def test_every_number_is_finite():
         for f in dataclasses.fields(settings):
             for value in (math.inf, math.nan) if f.type is float else ():
                 refused(ConfigError, f"{f.name} is {value}", settings, **{f.name: value})
-    for name, value in (("beta2", 1.0), ("beta2", -0.1), ("seed", -1)):
-        refused(ConfigError, f"{name} is {value}", FinetuneConfig, **{name: value})
+    refused(ConfigError, "seed is -1", FinetuneConfig, seed=-1)
+
+
+def test_standard_input_is_not_for_training():
+    for name in ("train", "valid", "test"):
+        refused(ConfigError, f"{name} is '-', expected a file", FinetuneConfig, **{name: "-"})
