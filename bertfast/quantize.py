@@ -14,17 +14,9 @@ from .bench.measure import aligned
 from .encoder.packed import PRECISIONS
 from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
-from .train import metrics
+from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
 from .train.inference import label_set, mean_loss
-from .train.inputs import (
-    as_trained,
-    check_fit,
-    check_length,
-    encoded_rows,
-    load_tokenizer,
-    warn_unknown,
-)
 
 
 def report(
@@ -78,9 +70,9 @@ def report(
     if lacking:
         raise checkpoint.CheckpointError(f"{folder} lacks weights: {', '.join(lacking)}")
     labels = None if network.new_weights else label_set(network)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = inputs.load_tokenizer(folder)
     columns = {"text_column": text_column, "text_pair_column": text_pair_column}
-    known = as_trained(folder, **columns, label_column=label_column, max_length=max_length)
+    known = inputs.as_trained(folder, **columns, label_column=label_column, max_length=max_length)
     max_length = known.pop("max_length")
     if label_column is None and (
         labels is None or known["label_column"] not in data.read_table(check)
@@ -88,13 +80,12 @@ def report(
         known["label_column"] = None
     examples = _examples(check, labels, **known)
     pairs = examples.pairs is not None
-    check_fit(tokenizer, network, folder, pairs)
-    max_length = check_length(tokenizer, network, max_length, pairs)
+    max_length = inputs.check(tokenizer, network, folder, max_length, pairs)
     if limit is not None and limit < len(examples):
         examples = examples.select(np.linspace(0, len(examples) - 1, limit).astype(int).tolist())
     labelled = labels if examples.labels is not None else None
-    rows = encoded_rows(tokenizer, examples, labelled, max_length)
-    warn_unknown(tokenizer, rows, pairs)
+    rows = inputs.encoded_rows(tokenizer, examples, labelled, max_length)
+    inputs.warn_unknown(tokenizer, rows, pairs)
     models, found_ill = {"not frozen": network}, []
     for precision in precisions:
         with warnings.catch_warnings(record=True) as caught:  # of layers that int8 suits ill

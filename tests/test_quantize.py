@@ -59,7 +59,7 @@ def test_figures_against_plain_arithmetic(folder):
     assert not {"agreement", "accuracy", "macro_f1"} & set(row)
     plain = bertfast.BertModel.from_pretrained(model)
     packed = bertfast.freeze(bertfast.BertModel.from_pretrained(model), "int8")
-    tokenizer = quantize.load_tokenizer(model)
+    tokenizer = quantize.inputs.load_tokenizer(model)
     cosines, error = [], 0.0
     with torch.inference_mode():
         for one in tiny.rows(21, 1):
@@ -126,7 +126,7 @@ def test_limit_spreads_over_the_table(folder):
         str(folder / "model"), str(folder / "valid.jsonl"), precisions=["fp32"], limit=5
     )
     assert result["texts"] == 5
-    tokenizer = quantize.load_tokenizer(str(folder / "model"))
+    tokenizer = quantize.inputs.load_tokenizer(str(folder / "model"))
     texts = [tiny.rows(21, 1)[i]["text"] for i in (0, 5, 10, 15, 20)]
     assert result["tokens"] == sum(map(len, tokenizer(texts)["input_ids"]))
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .. import data
 from ..files import locked, write_text
 from ..model import BertForSequenceClassification, checkpoint
-from . import metrics, outputs, plots
+from . import inputs, metrics, outputs, plots
 from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
 from .inference import (
@@ -21,7 +21,7 @@ from .inference import (
     mean_loss,
     scored,
 )
-from .inputs import check_fit, check_length, encoded_rows, load_tokenizer
+from .inputs import encoded_rows, load_tokenizer
 from .loop import train
 from .outputs import say
 from .packed import Packed
@@ -173,9 +173,7 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
     labels = data.LabelSet.from_examples(train_part)
     tokenizer = load_tokenizer(folder)
     model = _model(config, folder, labels)
-    pairs = train_part.pairs is not None
-    check_fit(tokenizer, model, folder, pairs)
-    check_length(tokenizer, model, config.max_length, pairs)
+    inputs.check(tokenizer, model, folder, config.max_length, train_part.pairs is not None)
     config = _defined(config, valid)
     report = data.dataset_report(train_part, valid, test, tokenizer, config.max_length)
     say(str(report))

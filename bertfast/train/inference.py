@@ -13,15 +13,7 @@ from ..freeze import freeze
 from ..model import BertForSequenceClassification, checkpoint
 from . import metrics
 from .config import ConfigError
-from .inputs import (
-    as_trained,
-    check_fit,
-    check_length,
-    encoded_rows,
-    load_tokenizer,
-    remembered,
-    warn_unknown,
-)
+from .inputs import as_trained, check, encoded_rows, load_tokenizer, remembered, warn_unknown
 from .outputs import say
 
 PROBLEM = {
@@ -97,8 +89,7 @@ class Trained(NamedTuple):
     def encoded(self, examples, labels, max_length):
         """`encoded_rows`, after checks of what they need."""
         pairs = examples.pairs is not None
-        check_fit(self.tokenizer, self.model, self.folder, pairs)
-        max_length = check_length(self.tokenizer, self.model, max_length, pairs)
+        max_length = check(self.tokenizer, self.model, self.folder, max_length, pairs)
         rows = encoded_rows(self.tokenizer, examples, labels, max_length)
         warn_unknown(self.tokenizer, rows, pairs)
         return rows

@@ -53,29 +53,28 @@ def as_trained(folder: Path, **given) -> dict:
     return {name: chosen[name] for name in given}
 
 
-def check_fit(tokenizer, model, folder, pairs: bool) -> None:
-    """CheckpointError where the tokenizer gives ids or, for pairs, token types that the model has
-    no embedding for, or can't pad."""
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if size > model.config.vocab_size:
+def check(tokenizer, model, folder, max_length: int | None, pairs: bool) -> int:
+    """Tokens a text (or pair) is cut to: `max_length`, or 512 or what the model takes.
+
+    CheckpointError where the tokenizer gives ids or, for pairs, token types that the model has no
+    embedding for, or can't pad; ConfigError where the length is not the model's.
+    """
+    size, config = max(tokenizer.get_vocab().values(), default=-1) + 1, model.config
+    if size > config.vocab_size:
         raise checkpoint.CheckpointError(
             f"{folder}: the tokenizer has {size} tokens, the model embeddings for "
-            f"{model.config.vocab_size}: give the model its own tokenizer, or more embeddings "
+            f"{config.vocab_size}: give the model its own tokenizer, or more embeddings "
             f"(transformers: model.resize_token_embeddings({size}))"
         )
     if tokenizer.pad_token_id is None:
         raise checkpoint.CheckpointError(f"{folder}: the tokenizer has no padding token")
     types = max(data.encode(tokenizer, ["a"], ["a"])[0].get("token_type_ids", [0])) + 1
-    if pairs and types > model.config.type_vocab_size:
+    if pairs and types > config.type_vocab_size:
         raise checkpoint.CheckpointError(
             f"{folder}: the tokenizer marks a pair by {types} token types, the model has "
-            f"{model.config.type_vocab_size}: give single texts"
+            f"{config.type_vocab_size}: give single texts"
         )
-
-
-def check_length(tokenizer, model, max_length: int | None, pairs: bool) -> int:
-    """Tokens a text (or pair) is cut to: what is asked for, or 512 or what the model takes."""
-    limit = model.config.max_position_embeddings
+    limit = config.max_position_embeddings
     if max_length is None:
         return min(512, limit)
     if max_length > limit:
