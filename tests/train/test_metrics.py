@@ -32,6 +32,15 @@ def test_of_equal_numbers(targets):
     assert len(targets) == 1 or varied["pearson"] == 0
 
 
+def test_macro_f1_is_over_the_classes_that_occur():
+    """In truth or prediction, as scikit-learn's default; over all in a multi-label task."""
+    logits = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]  # of four classes, the last never
+    found = metrics.summary(logits, np.array([0, 0, 1, 1]), "single_label", 0.0)
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    flags = np.array([[1, 0, 0], [1, 1, 0]])
+    assert metrics.summary(flags - 0.5, flags, "multi_label", 0.0)["macro_f1"] == 2 / 3
+
+
 def run(folder, **options):
     settings = tiny.settings(folder, max_steps=4, eval_steps=1, metric="accuracy", **options)
     return finetune(FinetuneConfig(**settings))
