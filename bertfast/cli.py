@@ -83,7 +83,8 @@ def _settings(parser, settings):
         elif "list" in kinds:
             parser.add_argument(option, nargs="+", metavar="FILE", **common)
         elif "dict" in kinds:
-            parser.add_argument(option, nargs="+", type=_weight, metavar="LABEL=WEIGHT", **common)
+            common |= {"action": _Weights, "type": _weight, "metavar": "LABEL=WEIGHT"}
+            parser.add_argument(option, nargs="+", **common)
         else:
             kind = float if "float" in kinds else int if "int" in kinds else str
             parser.add_argument(option, type=kind, choices=CHOICES.get(f.name), **common)
@@ -97,11 +98,24 @@ def _weight(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected LABEL=WEIGHT") from None
 
 
+class _Weights(argparse.Action):
+    """Pairs of a label and its weight, as a dict."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        weights = dict(values)
+        if len(weights) < len(values):
+            parser.error(f"argument {option_string}: a label stands twice; give each one weight")
+        setattr(namespace, self.dest, weights)
+
+
 def _model_arguments(parser):
     parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--text-pair-column")
-    parser.add_argument("--max-length", type=int, help="tokens a text is cut to")
+    text = "column of the text (default: the one trained with, or text)"
+    parser.add_argument("--text-column", metavar="COLUMN", help=text)
+    text = "column of a pair's second text (default: the one trained with, if any; '' for none)"
+    parser.add_argument("--text-pair-column", metavar="COLUMN", help=text)
+    text = "tokens a text is cut to (default: those trained with, or 512 or what the model takes)"
+    parser.add_argument("--max-length", type=int, metavar="N", help=text)
     parser.add_argument("--allow-pickle", action="store_true", help="read pickled weights")
 
 
@@ -115,7 +129,7 @@ def _inference_arguments(parser):
 def _quantize_arguments(parser):
     _model_arguments(parser)
     parser.add_argument("--check", required=True, metavar="FILE", help="a table of texts")
-    text = "a classifier's labels (default: label where the table has it; '' for none)"
+    text = "a classifier's labels (default: as evaluate's where the table has it; '' for none)"
     parser.add_argument("--label-column", help=text)
     every = ("fp32", "bf16", "int8")
     parser.add_argument("--precision", nargs="+", choices=every, default=every)
@@ -128,7 +142,8 @@ def _quantize_arguments(parser):
 def _evaluate_arguments(parser):
     _inference_arguments(parser)
     parser.add_argument("--data", required=True, help="labelled data")
-    parser.add_argument("--label-column", default="label")
+    text = "column of the label (default: the one trained with, or label)"
+    parser.add_argument("--label-column", metavar="COLUMN", help=text)
     parser.add_argument("--json", metavar="FILE", help="write the metrics here, not to stdout")
 
 
@@ -156,8 +171,6 @@ def _run_config(args, settings):
 
     values = read_yaml(args.yaml, settings) if args.yaml else {}
     values |= _given(args, settings)
-    if "class_weights" in values:
-        values["class_weights"] = dict(values["class_weights"])
     config = settings(**values)
     if args.print_config:
         import yaml
@@ -174,11 +187,12 @@ def _pretrain(args):
     if config is None:
         return
     config.require("data", "out")
+    from .files import json_text
     from .train import pretrain
 
     results = pretrain(config, dry_run=args.dry_run)
     if results and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(results["valid"]))
+        print(json_text(results["valid"]))
 
 
 def _finetune(args):
@@ -188,114 +202,58 @@ def _finetune(args):
     if config is None:
         return
     config.require("model", "train", "out")
+    from .files import json_text
     from .train import finetune
 
     results = finetune(config, dry_run=args.dry_run)
     if results:
         part = results.get("test") or results["valid"]
-        print(json.dumps({k: v for k, v in part.items() if not isinstance(v, dict)}))
+        print(json_text({k: v for k, v in part.items() if not isinstance(v, dict)}))
 
 
-def _text_settings(args) -> dict:
-    names = ("text_column", "text_pair_column", "label_column", "max_length")
-    return {name: getattr(args, name) for name in names}
+def _inference_settings(args) -> dict:
+    names = ("text_column", "text_pair_column", "label_column", "max_length", "allow_pickle")
+    names += ("device", "precision")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def _evaluate(args):
-    from .train import evaluate
+    from .files import json_text
+    from .train import evaluate, outputs
 
-    _check_file(args.json)
-    result = evaluate(
-        args.model,
-        args.data,
-        **_text_settings(args),
-        allow_pickle=args.allow_pickle,
-        device=args.device,
-        precision=args.precision,
-    )
-    if args.json:
-        _write_json(args.json, result)
-    else:
-        print(json.dumps(result, indent=2))
+    outputs.check_result(args.json, args.data, args.model)
+    result = evaluate(args.model, args.data, **_inference_settings(args))
+    outputs.write_result(args.json, json_text(result, indent=2) + "\n")
 
 
 def _predict(args):
-    from . import data
-    from .files import write_text
-    from .train import predict
+    from .files import json_text
+    from .train import outputs, predict_table
 
-    _check_file(args.output)
-    columns = [c for c in (args.text_column, args.text_pair_column) if c]
-    if args.input == "-":
-        table = {c: [] for c in columns}
-        for number, line in enumerate(sys.stdin, 1):
-            try:
-                row = json.loads(line)
-                for c in columns:
-                    table[c].append(row[c])
-            except (ValueError, KeyError, TypeError) as e:
-                raise data.DataError(
-                    f"stdin, line {number}: expected a JSON object with {', '.join(columns)} ({e})"
-                ) from None
-    else:
-        table = data.read_table(args.input, columns)
-    for c in columns:
-        for number, value in enumerate(table[c], 1):
-            if not isinstance(value, str):
-                raise data.DataError(f"{args.input}, row {number}: {c} is {value!r}, expected text")
-    pairs = table[args.text_pair_column] if args.text_pair_column else None
-    rows = predict(
-        args.model,
-        table[args.text_column],
-        pairs,
-        max_length=args.max_length,
-        allow_pickle=args.allow_pickle,
-        device=args.device,
-        precision=args.precision,
-    )
-    lines = [json.dumps(row) + "\n" for row in rows]
-    if args.output == "-":
-        sys.stdout.writelines(lines)
-    else:
-        write_text(args.output, "".join(lines))
+    outputs.check_result(args.output, args.input, args.model)
+    rows = predict_table(args.model, args.input, **_inference_settings(args))
+    outputs.write_result(args.output, "".join(json_text(row) + "\n" for row in rows))
 
 
 def _quantize(args):
     from . import quantize
+    from .files import json_text
+    from .train import outputs
 
-    _check_file(args.json)
+    outputs.check_result(args.json, args.check, args.model)
+    settings = _inference_settings(args)
     result = quantize.report(
         args.model,
         args.check,
-        precisions=args.precision,
-        **_text_settings(args),
+        precisions=settings.pop("precision"),
+        **settings,
         batch_size=args.batch_size,
         limit=args.limit,
-        allow_pickle=args.allow_pickle,
         say=_say,
     )
     print(quantize.table(result))
     if args.json:
-        _write_json(args.json, result)
-
-
-def _check_file(path):
-    from .files import check_file
-
-    if path not in (None, "-"):
-        check_file(path)
-
-
-def _write_json(path, value):
-    """Into a file; to stdout where that fails, for the figures took long to make."""
-    from .files import write_text
-
-    text = json.dumps(value, indent=2)
-    try:
-        write_text(path, text + "\n")
-    except OSError:
-        print(text)
-        raise
+        outputs.write_result(args.json, json_text(result, indent=2) + "\n")
 
 
 def _say(text):

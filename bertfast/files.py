@@ -1,6 +1,7 @@
 """Files written whole or not at all, and folders that one run has for itself."""
 
 import json
+import math
 import os
 import tempfile
 from contextlib import contextmanager
@@ -127,6 +128,19 @@ def write_whole(path: Path, write) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def json_text(value, indent: int | None = None) -> str:
+    """`value` as JSON that every reader takes: a number that is not finite is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path, text: str) -> None:

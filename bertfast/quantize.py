@@ -15,9 +15,10 @@ from .encoder.packed import PRECISIONS
 from .files import regular
 from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
-from .train import metrics
+from .model.tokenizer import load_tokenizer
+from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
-from .train.inference import encoded_rows, label_set, load_tokenizer, longest, mean_loss
+from .train.inference import label_set, mean_loss
 
 
 def report(
@@ -25,7 +26,7 @@ def report(
     check: str,
     *,
     precisions=PRECISIONS,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
     max_length: int | None = None,
@@ -40,8 +41,9 @@ def report(
         model: folder or hub name; the head counts where it is a sequence classifier's.
         check: the table, see `data.read_table`.
         precisions: of "fp32", "bf16" and "int8".
-        label_column: of a classifier's labels; None takes "label" where the table has it, "" none.
-        max_length: tokens a text is cut to (None: 512, or the model's limit).
+        text_column, text_pair_column, max_length: as of `train.evaluate`.
+        label_column: of a classifier's labels; None takes the run's, or "label", where the table
+            has it, "" none.
         limit: rows to read, evenly spread over the table; None for all.
         say: called with a line of progress, now and then.
 
@@ -58,9 +60,10 @@ def report(
     Raises: ConfigError, data.DataError, model.CheckpointError; RuntimeError without the compiled
     extension.
     """
-    for name, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more")
+    check = regular(check)  # it is read twice
     folder = checkpoint.resolve(model)
     checkpoint.verify(folder, allow_pickle)
     with warnings.catch_warnings():
@@ -69,11 +72,21 @@ def report(
     checkpoint.check_finite(network, folder)
     labels = None if network.new_weights else label_set(network)
     tokenizer = load_tokenizer(folder)
-    examples = _examples(check, text_column, text_pair_column, label_column, labels)
+    columns = {"text_column": text_column, "text_pair_column": text_pair_column}
+    known = inputs.as_trained(folder, **columns, label_column=label_column, max_length=max_length)
+    max_length = known.pop("max_length")
+    if label_column is None and (
+        labels is None or known["label_column"] not in data.read_table(check)
+    ):
+        known["label_column"] = None
+    examples = _examples(check, labels, **known)
+    pairs = examples.pairs is not None
+    max_length = inputs.check(tokenizer, network, folder, max_length, pairs)
     if limit is not None and limit < len(examples):
         examples = examples.select(np.linspace(0, len(examples) - 1, limit).astype(int).tolist())
     labelled = labels if examples.labels is not None else None
-    rows = encoded_rows(tokenizer, examples, labelled, longest(network, max_length))
+    rows = inputs.encoded_rows(tokenizer, examples, labelled, max_length)
+    inputs.warn_unknown(tokenizer, rows, pairs)
     models, found_ill = {"not frozen": network}, []
     for precision in precisions:
         with warnings.catch_warnings(record=True) as caught:  # of layers that int8 suits ill
@@ -96,19 +109,14 @@ def report(
     }
 
 
-def _examples(path, text_column, text_pair_column, label_column, labels):
+def _examples(path, labels, label_column, **columns):
     """With labels only where there are a classifier and a column of them."""
     if labels is None and label_column:
         raise ConfigError(
             f"label_column is {label_column!r}, but the model is no classifier: leave it out"
         )
-    path = regular(path)  # it is read twice
-    if label_column is None and labels is not None and "label" in data.read_table(path):
-        label_column = "label"
     task = "single_label" if labels is None else labels.task
-    examples = data.load_classification(
-        path, text_column, text_pair_column, label_column or None, task
-    )
+    examples = data.load_classification(path, label_column=label_column, **columns, task=task)
     if not len(examples):
         raise data.DataError(f"{path} has no rows")
     return examples

@@ -59,15 +59,16 @@ def test_predict_from_stdin(folder, monkeypatch, capsys):
     arguments = ["predict", "classify", "--model", str(folder / "out"), "--input", "-"]
     done = subprocess.run(
         [sys.executable, "-m", "bertfast", *arguments],
-        input='{"text": "red cat dog"}\n{"text": "walk blue"}\n',
+        input='\ufeff{"text": "red cat dog"}\n\n{"text": "walk blue"}\n\n',
         capture_output=True,
         text=True,
     )
     assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == ["red", "blue"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "a"}\n{"t": "b"}\n'))
+    raw = io.BytesIO(b'{"text": "a"}\n\n{"t": "b"}\n')
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw))
     assert main(arguments) == 1
     out, err = capsys.readouterr()
-    assert "stdin, line 2" in err and out == ""
+    assert "standard input: row 2 (line 3): column 'text' is missing" in err and out == ""
 
 
 def test_info(capsys):

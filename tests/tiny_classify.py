@@ -1,6 +1,7 @@
 """A tiny classifier on rows at random, and runs of the loop with it."""
 
 import json
+import math
 
 import numpy as np
 import torch
@@ -53,5 +54,7 @@ def run(out, model, task, config, said=None):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, outcome["step"] + 1))
-    curve = torch.tensor([[r["loss"], r["gradient_norm"]] for r in steps], dtype=torch.float64)
+    number = lambda value: math.nan if value is None else value  # JSON has no NaN
+    curve = [[r["loss"], number(r["gradient_norm"])] for r in steps]
+    curve = torch.tensor(curve, dtype=torch.float64)
     return curve, {k: v.cpu().clone() for k, v in model.state_dict().items()}, outcome

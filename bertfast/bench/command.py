@@ -1,7 +1,6 @@
 """`bertfast bench`: the table to stdout, progress to stderr, all of it to a JSON file."""
 
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..files import check_file
+from ..files import json_text
 from ..model.presets import PRESETS, bert_config
 from ..ops.registry import BACKENDS
 from ..train.config import ConfigError
+from ..train.outputs import check_result, write_result
 from . import encoder, memory, ops, train
 from .measure import aligned, origin, padded_lengths, random_batch
 from .rivals import IMPLEMENTATIONS
@@ -92,7 +92,7 @@ def check(args) -> None:
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ConfigError(f"--json {args.json}: no such folder")
     if args.json:
-        check_file(args.json)
+        check_result(args.json, args.model or "")
     config = bert_config(args.model)
     if max(args.seq) > config.max_position_embeddings:
         raise ConfigError(
@@ -250,6 +250,6 @@ def run(args) -> dict:
         torch.set_num_threads(before)
     result = {"benchmark": f"bench {args.kind}", **about, "model": args.model, "cells": cells}
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(args.json, json_text(result, indent=2) + "\n")
         say(f"wrote {args.json}")
     return result

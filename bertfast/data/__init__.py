@@ -3,7 +3,8 @@
 Imports numpy and torch only; pyarrow is loaded where a Parquet file is read.
 """
 
-from .batching import batches, collate, encode
+from .batching import UNKNOWN, batches, collate, encode, unknown_share, unknown_text
+from .cells import normal
 from .clean import clean_text
 from .errors import DataError
 from .examples import Examples, load_classification
@@ -13,6 +14,7 @@ from .splitting import split
 from .tables import read_table
 
 __all__ = [
+    "UNKNOWN",
     "DataError",
     "Examples",
     "LabelSet",
@@ -23,6 +25,9 @@ __all__ = [
     "dataset_report",
     "encode",
     "load_classification",
+    "normal",
     "read_table",
     "split",
+    "unknown_share",
+    "unknown_text",
 ]

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 _CHUNK = 1024  # texts in one call of the tokenizer, which bounds its memory
+UNKNOWN = 0.05  # share of unknown tokens above which users are warned: emoji alone give less
 
 
 def encode(tokenizer, texts, pairs=None, max_length: int | None = None) -> list[dict]:
@@ -34,6 +35,21 @@ def encode(tokenizer, texts, pairs=None, max_length: int | None = None) -> list[
             for values in zip(*(out[k] for k in fields), strict=True)
         ]
     return rows
+
+
+def unknown_share(tokenizer, rows: list[dict], pairs: bool) -> float:
+    """The share of tokens, without the specials, of which the tokenizer knows nothing."""
+    specials = tokenizer.num_special_tokens_to_add(pair=pairs)
+    tokens = sum(len(row["input_ids"]) - specials for row in rows)
+    unknown = sum(row["input_ids"].count(tokenizer.unk_token_id) for row in rows)
+    return unknown / max(tokens, 1)
+
+
+def unknown_text(share: float) -> str:
+    return (
+        f"{share:.1%} of the tokens are unknown to the tokenizer ([UNK]): is it for this language, "
+        "with upper and lower case as in the texts?"
+    )
 
 
 def collate(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -1,11 +1,12 @@
 """Settings of `bertfast prepare`."""
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 
 from ..files import regular
-from .errors import DataError
+from .errors import ConfigError, DataError
 
 
 def _setting(default, text):
@@ -44,11 +45,11 @@ class PrepareConfig:
             ("min_words", self.min_words >= 1, "1 or more"),
             ("similarity", 0 <= self.similarity <= 1, "between 0 and 1"),
             ("boilerplate", 0 <= self.boilerplate <= 1, "between 0 and 1"),
-            ("shard_mb", self.shard_mb > 0, "above 0"),
+            ("shard_mb", 0 < self.shard_mb < math.inf, "a number above 0"),
             ("processes", self.processes >= 1, "1 or more"),
         ):
             if not good:
-                raise DataError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
     def fingerprint(self) -> dict:
         """What must not differ between the runs that make one folder."""

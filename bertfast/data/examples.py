@@ -1,10 +1,8 @@
 """Labelled texts of a classification or regression task."""
 
-import json
-import math
-import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from . import cells
 from .clean import clean_text
 from .errors import DataError
 from .tables import read_table
@@ -17,7 +15,9 @@ class Examples:
     """Texts with their labels, row by row.
 
     labels: a name (single_label), a list of names (multi_label) or a float (regression) a row;
-    None where the data has none. rows: each example's row in its file, counted from 1.
+    None where the data has none. Names of labels that were vectors of flags are their places, "0"
+    to "n - 1", and `width` is n. path, rows, lines: the file, and of each example its row and the
+    line where it begins, counted from 1, for errors.
     """
 
     texts: list[str]
@@ -25,12 +25,15 @@ class Examples:
     labels: list | None = None
     task: str = "single_label"
     rows: list[int] = field(default_factory=list)
+    lines: list[int] | None = None
+    path: str = ""
+    width: int | None = None
 
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
         self.rows = self.rows or list(range(1, len(self.texts) + 1))
-        for name in ("pairs", "labels", "rows"):
+        for name in ("pairs", "labels", "rows", "lines"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.texts):
                 raise ValueError(f"{len(values)} {name} for {len(self.texts)} texts")
@@ -41,13 +44,21 @@ class Examples:
     def select(self, indices) -> "Examples":
         """The examples at these positions, in this order."""
         take = lambda values: None if values is None else [values[i] for i in indices]
-        return Examples(*map(take, (self.texts, self.pairs, self.labels)), self.task,
-                        take(self.rows))  # fmt: skip
+        names = ("texts", "pairs", "labels", "rows", "lines")
+        return replace(self, **{name: take(getattr(self, name)) for name in names})
+
+    def place(self, i: int) -> str:
+        """Where an example stands, for an error."""
+        return _place(self.path, self.rows[i], self.lines and self.lines[i])
 
     def keys(self) -> list[tuple[str, ...]]:
         """What counts as the same text: equal up to case, whitespace and Unicode form."""
         sides = [self.texts] if self.pairs is None else [self.texts, self.pairs]
         return list(zip(*([clean_text(s).casefold() for s in side] for side in sides), strict=True))
+
+
+def _place(path, row, line) -> str:
+    return f"{path}: " * bool(path) + f"row {row}" + f" (line {line})" * bool(line)
 
 
 def load_classification(
@@ -61,23 +72,31 @@ def load_classification(
 ) -> Examples:
     """Read a table of texts (or pairs of texts) with labels; label_column=None reads texts only.
 
-    Labels are names: integers and booleans become strings. Multi-label cells are lists, or strings
-    with names separated by "|" (an empty one has no label). `dedup` keeps the first of each text.
-    A missing, null or empty text, a missing label and a non-finite number are refused by row.
-    Raises DataError.
+    Labels are names, in one form whatever the format: 1, 1.0, "1" and "1.0" are "1"; true, "true"
+    and "TRUE" are "True". Multi-label cells are lists (in text as JSON, Python or NumPy write
+    them), or strings with names separated by "|" (an empty one has no label), or in every row
+    vectors of 0 and 1 of one length. `dedup` keeps the first of each text.
+
+    One text of a pair may be empty, null or missing; both, or the only text, are refused by row, as
+    are a missing label and a number that is not finite in float32. Raises DataError.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     columns = [c for c in (text_column, text_pair_column, label_column) if c is not None]
-    table = read_table(path, columns)
+    table = _Cells(path, columns)
+    needed = text_pair_column is None
     texts, pairs = (
-        None if c is None else _column(path, c, table[c], lambda v: _text(v, clean))
+        None if c is None else table.parse(c, lambda v: cells.text(v, clean, needed), needed)
         for c in (text_column, text_pair_column)
     )
-    labels = None
-    if label_column is not None:
-        labels = _column(path, label_column, table[label_column], _LABEL[task])
-    examples = Examples(texts, pairs, labels, task)
+    if pairs is not None:
+        table.parse(text_column, _one_text, values=list(zip(texts, pairs, strict=True)))
+    labels = width = None
+    if label_column is not None and task == "multi_label":
+        labels, width = _several(table, label_column)
+    elif label_column is not None:
+        labels = table.parse(label_column, cells.name if task == "single_label" else cells.number)
+    examples = Examples(texts, pairs, labels, task, lines=table.lines, path=table.name, width=width)
     if dedup:
         first = {}
         for i, key in enumerate(examples.keys()):
@@ -86,84 +105,56 @@ def load_classification(
     return examples
 
 
-def _column(path, name, values, parse) -> list:
-    """Parse every cell; the error names the first bad row and how many there are."""
-    parsed, bad, reason = [], [], None
-    for row, value in enumerate(values, 1):
-        try:
-            if value is None:
-                raise ValueError("is missing; fill it or drop the row")
-            parsed.append(parse(value))
-        except ValueError as e:
-            bad.append(row)
-            reason = reason or e
-    if bad:
-        others = f" (and {len(bad) - 1} more such rows: {_some(bad[1:])})" if bad[1:] else ""
-        raise DataError(f"{path}: row {bad[0]}: column {name!r} {reason}{others}") from reason
-    return parsed
+class _Cells:
+    """The columns of a file, parsed cell by cell."""
+
+    def __init__(self, path, columns):
+        self.name = "standard input" if str(path) == "-" else str(path)
+        self.table = read_table(path, columns)
+        self.lines = self.table.lines
+
+    def parse(self, column, parse, needed=True, values=None) -> list:
+        """Parse every cell, or these values; the error names the first bad row and how many there
+        are."""
+        parsed, bad, reason = [], [], None
+        for row, value in enumerate(self.table[column] if values is None else values, 1):
+            try:
+                if value is None and needed:
+                    raise ValueError("is missing; fill it or drop the row")
+                parsed.append(parse(value))
+            except ValueError as e:
+                bad.append(row)
+                reason = reason or e
+        if bad:
+            others = f" (and {len(bad) - 1} more such rows: {_some(bad[1:])})" if bad[1:] else ""
+            place = _place(self.name, bad[0], self.lines and self.lines[bad[0] - 1])
+            raise DataError(f"{place}: column {column!r} {reason}{others}") from reason
+        return parsed
 
 
 def _some(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
 
-def _text(value, clean: bool) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"is {reprlib.repr(value)}, a {type(value).__name__}; expected a string")
-    text = clean_text(value) if clean else value
-    if not text.strip():
-        raise ValueError("is an empty text; fill it or drop the row")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds a lone surrogate, which has no UTF-8 form; clean it") from None
-    return text
+def _one_text(pair):
+    if not any(text.strip() for text in pair):
+        raise ValueError("is empty, and so is the pair's other text; fill one or drop the row")
 
 
-def _name(value) -> str:
-    """A label as a name; the same for "1", 1 and the 1.0 that Parquet makes of it."""
-    if isinstance(value, float):
-        if not value.is_integer():
+def _several(table: _Cells, column) -> tuple[list[list[str]], int | None]:
+    """Names a row; and the length of vectors of flags, where every row is one."""
+    found = table.parse(column, cells.names)
+    flags = lambda names: len(names) > 1 and {*names} <= cells.ON | cells.OFF
+    width = len(found[0]) if found else 0
+    if all(len(names) == width and flags(names) for names in found):
+        return [[str(i) for i, v in enumerate(names) if v in cells.ON] for names in found], width
+
+    def no_vector(names):
+        if flags(names) and (isinstance(names, cells.Flags) or len({*names}) < len(names)):
             raise ValueError(
-                f"is {reprlib.repr(value)}, no class name; for numbers use task 'regression'"
+                f"is a vector of {len(names)} flags, the first row's label {found[0]}; expected "
+                "vectors of one length in every row, or names"
             )
-        value = int(value)
-    if not isinstance(value, (str, int)):
-        raise ValueError(
-            f"is {reprlib.repr(value)}; expected one name (lists belong to task 'multi_label')"
-        )
-    name = clean_text(str(value))
-    if not name:
-        raise ValueError("is an empty label; fill it or drop the row")
-    return name
 
-
-def _names(value) -> list[str]:
-    if isinstance(value, str):
-        text = value.strip()
-        try:
-            value = json.loads(text) if text[:1] == "[" else None
-        except ValueError:
-            value = None
-        if value is None:
-            value = text.split("|") if text else []
-    if not isinstance(value, list):
-        raise ValueError(
-            f"is {reprlib.repr(value)}; expected a list of names or names separated by '|'"
-        )
-    return list(dict.fromkeys(map(_name, value)))
-
-
-def _number(value) -> float:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"is {reprlib.repr(value)}; expected a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"is {reprlib.repr(value)}; expected a finite number")
-    return number
-
-
-_LABEL = {"single_label": _name, "multi_label": _names, "regression": _number}
+    table.parse(column, no_vector, values=found)
+    return [list(dict.fromkeys(names)) for names in found], None

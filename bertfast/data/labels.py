@@ -1,16 +1,18 @@
 """Names of classes and their ids."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
+from .cells import normal
 from .errors import DataError
 from .examples import Examples
 
 
 def _order(names: set[str]) -> tuple[str, ...]:
     """Sorted; whole numbers by value, so that labels 0..n-1 keep their own ids."""
-    if all(n.lstrip("-").isdecimal() for n in names):
+    if all(re.fullmatch(r"-?\d{1,100}", n) for n in names):
         return tuple(sorted(names, key=lambda n: (int(n), n)))
     return tuple(sorted(names))
 
@@ -32,33 +34,41 @@ class LabelSet:
             return cls((), task)
         cells = [cell for part in parts for cell in part.labels]
         names = {n for cell in cells for n in (cell if task == "multi_label" else [cell])}
+        names |= {str(i) for part in parts for i in range(part.width or 0)}
         least = 1 if task == "multi_label" else 2
         if len(names) < least:
-            raise DataError(f"the labels are {sorted(names)}; expected {least} or more classes")
+            of = f"{parts[0].path}: " if parts[0].path else ""
+            raise DataError(f"{of}the labels are {sorted(names)}; expected {least} or more classes")
         return cls(_order(names), task)
 
     def __len__(self):
         return len(self.names)
 
-    def encode(self, labels, rows=None) -> np.ndarray:
+    def encode(self, examples) -> np.ndarray:
         """int64 [n] ids; for multi_label float32 [n, classes] of 0 and 1; for a regression
-        float32 [n].
-
-        `rows` are the row numbers an error names, by default the positions counted from 1.
-        """
-        if isinstance(labels, Examples):
-            labels, rows = labels.labels, labels.rows
+        float32 [n]. Of `Examples` or of labels alone. Vectors of flags have a place for each class,
+        in the order of ids. DataError names the place of a label that is unknown."""
+        if not isinstance(examples, Examples):
+            examples = Examples([""] * len(examples), labels=list(examples), task=self.task)
         if self.task == "regression":
-            return np.asarray(labels, np.float32)
-        ids = {name: i for i, name in enumerate(self.names)}
-        out = np.zeros((len(labels), len(self)), np.float32)
-        single = np.zeros(len(labels), np.int64)
-        for i, cell in enumerate(labels):
+            return np.asarray(examples.labels, np.float32)
+        if examples.width not in (None, len(self)):
+            raise DataError(
+                f"{examples.place(0)}: the label is a vector of {examples.width} flags, expected "
+                f"{len(self)}: {', '.join(self.names)}"
+            )
+        ids = {normal(name): i for i, name in enumerate(self.names)}
+        ids |= {name: i for i, name in enumerate(self.names)}
+        if examples.width is not None:
+            ids = {str(i): i for i in range(len(self))}
+        out = np.zeros((len(examples), len(self)), np.float32)
+        single = np.zeros(len(examples), np.int64)
+        for i, cell in enumerate(examples.labels):
             for name in cell if self.task == "multi_label" else [cell]:
                 if name not in ids:
-                    row = i + 1 if rows is None else rows[i]
                     raise DataError(
-                        f"row {row}: unknown label {name!r}; known are {', '.join(self.names)}"
+                        f"{examples.place(i)}: unknown label {name!r}; known are "
+                        f"{', '.join(self.names)}"
                     )
                 out[i, ids[name]] = 1
                 single[i] = ids[name]

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .batching import encode
+from .batching import UNKNOWN, encode, unknown_share, unknown_text
 from .examples import Examples
 from .splitting import MIN_TEXTS_TO_SPLIT
 
@@ -19,6 +19,8 @@ class Part:
     rows: int
     tokens: dict[str, int]
     truncated: float  # share of rows longer than max_length
+    unknown: float  # share of tokens that the tokenizer doesn't know, special tokens excluded
+    empty: int  # pairs of which one text is empty
     duplicates: int  # rows whose text stood before in this part
     conflicting: int  # distinct texts that have more than one label
     classes: dict[str, int] | None  # rows a class; None without labels and for a regression
@@ -42,6 +44,10 @@ class Report:
         for name, part in self.parts.items():
             if part.conflicting:
                 out.append(f"{name}: {part.conflicting} texts have more than one label")
+            if part.empty:
+                out.append(f"{name}: {part.empty} pairs have an empty text")
+            if part.unknown > UNKNOWN:
+                out.append(f"{name}: {unknown_text(part.unknown)}")
             if part.truncated > 0.05:
                 out.append(
                     f"{name}: {part.truncated:.1%} of the texts are cut at {self.max_length} tokens"
@@ -64,6 +70,7 @@ class Report:
         for q in _QUANTILES:
             row(f"tokens, {q}", lambda p, q=q: str(p.tokens[q]))
         row(f"cut at {self.max_length} tokens", lambda p: f"{p.truncated:.1%}")
+        row("unknown tokens", lambda p: f"{p.unknown:.1%}")
         row("repeated texts", lambda p: f"{p.duplicates:,}")
         row("texts of several labels", lambda p: f"{p.conflicting:,}")
         if any(p.values for p in self.parts.values()):
@@ -125,6 +132,11 @@ def _part(examples, keys, tokenizer, max_length) -> Part:
         rows=len(examples),
         tokens=tokens,
         truncated=float((lengths > max_length).mean()),
+        unknown=unknown_share(tokenizer, rows, examples.pairs is not None),
+        empty=sum(
+            not (a and b)
+            for a, b in zip(examples.texts, examples.pairs or examples.texts, strict=True)
+        ),
         duplicates=len(keys) - len(set(keys)),
         conflicting=conflicting,
         classes=classes,

@@ -4,10 +4,12 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 from .errors import DataError
@@ -15,16 +17,27 @@ from .errors import DataError
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def read_table(path, columns: Iterable[str] | None = None) -> dict[str, list]:
+class Table(dict):
+    """Columns by name, lists of equal length; and the line where each row begins, counted from 1
+    (None where the file has no lines)."""
+
+    lines: list[int] | None = None
+
+
+def read_table(path, columns: Iterable[str] | None = None) -> Table:
     """Read a table into lists of equal length, one a column.
 
     `path` ends in .jsonl, .csv, .tsv or .parquet, with .gz or not; "-" is JSONL on standard input.
-    CSV and TSV have a header line; quotes in TSV are plain characters; their values are strings.
-    A JSONL row that lacks a column has None there; blank lines are skipped. `columns` restricts
-    the result and must exist. Raises DataError.
+    CSV and TSV have a header line; their values are strings. CSV's separator is the one of comma,
+    semicolon and tab that cuts the header into most columns; empty columns and rows at its ends,
+    as Excel leaves them, are dropped. Quotes in TSV are plain characters, unless the header is
+    quoted or the file is as Python and pandas write it. A JSONL row that lacks a column has None
+    there; blank lines are skipped. `columns` restricts the result and must exist. Raises DataError.
     """
     name = "standard input" if str(path) == "-" else str(path)
     kind = ".jsonl" if str(path) == "-" else _kind(Path(path))
+    columns = None if columns is None else list(columns)
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses texts over 128 KiB
     try:
         with open_stream(path) as raw:
             table = _READERS[kind](raw, name, columns)
@@ -33,13 +46,13 @@ def read_table(path, columns: Iterable[str] | None = None) -> dict[str, list]:
     except OSError as e:
         raise DataError(f"{name}: cannot be read: {e.strerror or e}") from e
     if columns is not None:
-        columns = list(columns)
         for column in columns:
             if column not in table:
                 raise DataError(
                     f"{name}: no column {column!r}; it has: {', '.join(map(repr, table))}"
                 )
-        table = {column: table[column] for column in columns}
+        for column in set(table) - set(columns):
+            del table[column]
     return table
 
 
@@ -60,6 +73,7 @@ def _kind(path: Path) -> str:
 def open_stream(path):
     """Binary stream; gzip is recognised by its first bytes, whatever the file is called."""
     with nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as raw:
+        raw = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
         yield gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == _GZIP_MAGIC else raw
 
 
@@ -79,14 +93,23 @@ def _lines(raw, name: str) -> Iterator[str]:
         yield text
 
 
-def _read_jsonl(raw, name, columns) -> dict[str, list]:
+def _object(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
+
+
+def _read_jsonl(raw, name, columns) -> Table:
     wanted = None if columns is None else set(columns)
-    table, seen, rows = {}, {}, 0
+    cells, seen, lines = {}, {}, []
     for number, line in enumerate(_lines(raw, name), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as e:
             raise DataError(f"{name}: line {number} is not valid JSON: {e}") from e
         if not isinstance(row, dict):
@@ -97,22 +120,71 @@ def _read_jsonl(raw, name, columns) -> dict[str, list]:
         for key, value in row.items():
             seen[key] = True
             if wanted is None or key in wanted:
-                cells = table.setdefault(key, [])
-                cells.extend([None] * (rows - len(cells)))  # rows before that lacked the key
-                cells.append(value)
-        rows += 1
-    if not rows:
+                column = cells.setdefault(key, [])
+                column.extend([None] * (len(lines) - len(column)))  # rows before lacked the key
+                column.append(value)
+        lines.append(number)
+    if not lines:
         raise DataError(f"{name}: is empty; expected one JSON object a line")
-    for cells in table.values():
-        cells.extend([None] * (rows - len(cells)))
-    return {key: table.get(key, []) for key in seen}
+    for column in cells.values():
+        column.extend([None] * (len(lines) - len(column)))
+    table = Table((key, cells.get(key, [])) for key in seen)
+    table.lines = lines
+    return table
 
 
-def _read_csv(raw, name, columns, **dialect) -> dict[str, list]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses texts over 128 KiB
+def _read_csv(raw, name, columns) -> Table:
+    lines = _lines(raw, name)
+    first = []  # blank lines, and the header's first
+    for line in lines:
+        first.append(line)
+        if line.strip():
+            break
+    given = re.fullmatch(r"sep=(.)\s*", first[-1]) if first else None  # Excel's own first line
+    if given:
+        first[-1] = "\n"
+        separator = given[1]
+    else:
+        separator = max(",;\t", key=lambda s: _fields("".join(first[-1:]), s))
+    return _records(chain(first, lines), name, columns, delimiter=separator)
+
+
+def _fields(line: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=separator)))
+    except csv.Error:  # which reading the file will name
+        return 0
+
+
+def _read_tsv(raw, name, columns) -> Table:
+    lines = list(_lines(raw, name))
+    quoting = csv.QUOTE_MINIMAL if _quoted(lines) else csv.QUOTE_NONE
+    return _records(lines, name, columns, delimiter="\t", quoting=quoting)
+
+
+def _quoted(lines: list[str]) -> bool:
+    """Whether quotes enclose fields. They do where the header's are all enclosed, and where the
+    csv module, which pandas uses, would write the same file; in others they are characters."""
+    if not any(line.startswith('"') or '\t"' in line for line in lines):
+        return False
+    header = next(line for line in lines if line.strip()).strip().split("\t")
+    if all(len(field) > 1 and field[0] == field[-1] == '"' for field in header):
+        return True
+    written = io.StringIO()
+    try:
+        rows = csv.reader(lines, delimiter="\t", strict=True)
+        csv.writer(written, delimiter="\t").writerows(rows)
+    except csv.Error:
+        return False
+    plain = lambda text: text.replace("\r\n", "\n").rstrip("\n")
+    return plain(written.getvalue()) == plain("".join(lines))
+
+
+def _records(lines, name, columns, **dialect) -> Table:
     # strict: an unclosed quote would otherwise swallow the rest of the file without a word.
-    reader = csv.reader(_lines(raw, name), strict=True, **dialect)
+    reader = csv.reader(lines, strict=True, **dialect)
     header = cells = keep = None
+    filled, begins = 0, []  # rows up to the last that holds something; where each begins
     start = 1  # line where the current record begins; quoted fields may hold line feeds
     while True:
         try:
@@ -126,12 +198,11 @@ def _read_csv(raw, name, columns, **dialect) -> dict[str, list]:
         if not row:  # blank line
             pass
         elif header is None:
-            header = row
-            _refuse_twins(header, name)
+            header = _header(row, name)
             wanted = set(header if columns is None else columns)
             keep = [i for i, column in enumerate(header) if column in wanted]
             cells = [[] for _ in header]
-        elif len(row) != len(header):
+        elif len(row) < len(header) or any(row[len(header) :]):
             raise DataError(
                 f"{name}: line {start} has {len(row)} fields, the header has {len(header)} "
                 f"({', '.join(map(repr, header))})"
@@ -139,13 +210,25 @@ def _read_csv(raw, name, columns, **dialect) -> dict[str, list]:
         else:
             for i in keep:
                 cells[i].append(row[i])
+            begins.append(start)
+            if any(row) or len(row) == 1:
+                filled = len(begins)
         start = reader.line_num + 1
     if header is None:
         raise DataError(f"{name}: is empty; expected a header line and rows")
-    table = dict(zip(header, cells, strict=True))
-    if keep and not cells[keep[0]]:
+    if not filled:
         raise DataError(f"{name}: has a header ({', '.join(map(repr, header))}) but no rows")
+    table = Table((column, cells[i][:filled]) for i, column in enumerate(header))
+    table.lines = begins[:filled]
     return table
+
+
+def _header(row: list[str], name: str) -> list[str]:
+    """The columns' names, without the nameless ones at the end."""
+    while len(row) > 1 and not row[-1]:
+        row = row[:-1]
+    _refuse_twins(row, name)
+    return row
 
 
 def _refuse_twins(header: list[str], name: str) -> None:
@@ -154,11 +237,7 @@ def _refuse_twins(header: list[str], name: str) -> None:
             raise DataError(f"{name}: column {column!r} stands twice in the header")
 
 
-def _read_tsv(raw, name, columns) -> dict[str, list]:
-    return _read_csv(raw, name, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_parquet(raw, name, columns) -> dict[str, list]:
+def _read_parquet(raw, name, columns) -> Table:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -179,7 +258,7 @@ def _read_parquet(raw, name, columns) -> dict[str, list]:
     if not file.metadata.num_rows:
         raise DataError(f"{name}: has no rows")
     read = dict(zip(wanted, (column.to_pylist() for column in data.columns), strict=True))
-    return {column: read.get(column, []) for column in names}
+    return Table((column, read.get(column, [])) for column in names)
 
 
 _READERS = {

@@ -2,7 +2,7 @@
 
 from .classify import finetune
 from .config import ConfigError, FinetuneConfig, PretrainConfig
-from .inference import evaluate, predict
+from .inference import evaluate, predict, predict_table
 from .loop import InterruptedRunError, TrainingError
 from .pretrain import pretrain
 
@@ -15,5 +15,6 @@ __all__ = [
     "evaluate",
     "finetune",
     "predict",
+    "predict_table",
     "pretrain",
 ]

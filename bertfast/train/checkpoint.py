@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files import os_errors, regular
+from ..files import json_text, os_errors, regular
 from .ranks import full, like
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -101,7 +101,7 @@ def save(
         if state["best"] and state["best"]["step"] == step:
             state = state | {"best_weights": {"checkpoint": final.name, "sha256": sums[MODEL]}}
         body = {"step": step, "rng": rng_state(), **state}
-        text = json.dumps({"sha256": sums, "state": body})
+        text = json_text({"sha256": sums, "state": body})
         digest = hashlib.sha256(text.encode()).hexdigest()
         with open(temporary / STATE, "w") as f:
             f.write(digest + "\n" + text)

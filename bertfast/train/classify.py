@@ -1,5 +1,6 @@
 """Fine-tuning for classification (single- and multi-label, pairs) and regression."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -10,18 +11,18 @@ from torch.nn import functional as F
 from .. import data
 from ..files import locked, regular, write_text
 from ..model import BertForSequenceClassification, checkpoint
-from . import metrics, outputs, plots
+from ..model.tokenizer import load_tokenizer
+from . import inputs, metrics, outputs, plots
 from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
 from .inference import (
     PROBLEM,
     choose_device,
     compute_logits,
-    encoded_rows,
-    evaluated,
-    load_tokenizer,
     mean_loss,
+    scored,
 )
+from .inputs import encoded_rows
 from .loop import train
 from .outputs import say
 from .packed import Packed
@@ -43,14 +44,17 @@ class ClassificationTask(Task):
         self.train, self.valid = train, valid
         self.class_weights = self.on_device = None
         if config.class_weights:
-            unknown = set(config.class_weights) - set(labels.names)
+            given = {data.normal(name): w for name, w in config.class_weights.items()}
+            own = [data.normal(name) for name in labels.names]
+            unknown = sorted(set(given) - set(own))
             if unknown:
                 raise ConfigError(
-                    f"class_weights names {', '.join(sorted(unknown))}, which no row has; "
+                    f"class_weights names {', '.join(unknown)}, which no row has; "
                     f"known are {', '.join(labels.names)}"
                 )
-            weights = [config.class_weights.get(name, 1.0) for name in labels.names]
-            self.class_weights = torch.tensor(weights)
+            self.class_weights = torch.tensor([float(given.get(name, 1)) for name in own])
+            if not self.class_weights.any():
+                raise ConfigError("class_weights are 0 for all classes, expected one above 0")
             self.on_device = self.class_weights.to(device)
 
     def batches(self, epoch):
@@ -156,21 +160,24 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
     Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError;
     OSError where `out` can't be written or another run has it, or the disk is full.
     """
-    import sklearn.metrics  # noqa: F401  where it lacks, no run should start
+    import accelerate  # noqa: F401  where one lacks, no run should start
+    import sklearn.metrics  # noqa: F401
 
     config.require("model", "train", "out")
     require_one_process("finetune")
     out = Path(config.out)
-    outputs.check(out, config.model)
+    outputs.check(out, config.model, (config.train, config.valid, config.test))
     folder = checkpoint.resolve(config.model)
     device = choose_device(config.device)
     checkpoint.verify(folder, config.allow_pickle)
     train_part, valid, test = _read_data(config)
     labels = data.LabelSet.from_examples(train_part)
     tokenizer = load_tokenizer(folder)
+    model = _model(config, folder, labels)
+    inputs.check(tokenizer, model, folder, config.max_length, train_part.pairs is not None)
+    config = _defined(config, valid)
     report = data.dataset_report(train_part, valid, test, tokenizer, config.max_length)
     say(str(report))
-    model = _model(config, folder, labels)
     encoded = {
         name: encoded_rows(tokenizer, part, labels, config.max_length)
         for name, part in (("train", train_part), ("valid", valid), ("test", test))
@@ -189,6 +196,17 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
         return _results(config, model, tokenizer, labels, encoded, outcome, out)
 
 
+def _defined(config, valid):
+    """The settings with a metric that these validation data have."""
+    if config.metric not in ("r2", "pearson") or len(set(valid.labels)) > 1:
+        return config
+    say(
+        f"warning: there is no {config.metric} of validation labels that are all "
+        f"{valid.labels[0]} (rows: {len(valid)}): the loss picks the best evaluation"
+    )
+    return dataclasses.replace(config, metric="loss")
+
+
 def _model(config, folder, labels):
     torch.manual_seed(config.seed)
     names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
@@ -204,9 +222,6 @@ def _model(config, folder, labels):
         )
     for w in caught:
         say(str(w.message))
-    limit = model.config.max_position_embeddings
-    if config.max_length > limit:
-        raise ConfigError(f"max_length is {config.max_length}, the model takes up to {limit}")
     freeze(model, config.freeze_layers)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
     return model
@@ -232,7 +247,8 @@ def _results(config, model, tokenizer, labels, encoded, outcome, out) -> dict:
     results = {"train": outcome}
     for name in ("valid", "test"):
         if name in encoded:
-            logits, results[name] = evaluated(model, encoded[name], labels, tokenizer)
+            logits = compute_logits(model, encoded[name], tokenizer.pad_token_id)
+            results[name] = scored(logits, encoded[name], labels)
     with outputs.optional(out / "eval_results.json") as path:
         outputs.write_json(path, results)
     with outputs.optional(out / "README.md") as path:

@@ -1,9 +1,12 @@
 """Settings of a run, from Python, a YAML file or the command line."""
 
 import dataclasses
+import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..data.errors import ConfigError
 from ..data.masking import KINDS
 
 METRICS = {
@@ -12,6 +15,7 @@ METRICS = {
     "regression": ("mse", "mae", "pearson", "r2", "loss"),
 }
 LOWER_IS_BETTER = {"loss", "mse", "mae"}
+MAX_WEIGHT = 1e30  # of a class: float32 holds sums of it
 CHOICES = {
     "task": tuple(METRICS),
     "schedule": ("linear", "cosine", "constant"),
@@ -20,10 +24,6 @@ CHOICES = {
     "parallel": ("ddp", "fsdp"),
     "masking": KINDS,
 }
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown, missing or out of range."""
 
 
 def _setting(default, text):
@@ -58,6 +58,9 @@ class RunConfig:
     metric: str | None = None  # what picks the weights kept at the end; None: the last
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            if f.type is float:
+                self._check(f.name, math.isfinite(getattr(self, f.name)), "a finite number")
         for name in ("epochs", "accumulation", "keep"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
         for name in ("max_steps", "patience", "save_steps", "eval_steps"):
@@ -66,6 +69,7 @@ class RunConfig:
         for name in ("weight_decay", "clip"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("lr", self.lr > 0, "above 0")
+        self._check("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
         self._check("beta2", 0 < self.beta2 < 1, "between 0 and 1")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")
         for f in dataclasses.fields(self):
@@ -81,9 +85,12 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def require(self, *names):
+        """ConfigError where one of these is not set, or what to resume is not there."""
         for name in names:
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set: give --{name.replace('_', '-')}")
+        folder = self.resume not in ("auto", "no") and Path(self.resume)
+        self._check("resume", not folder or folder.is_dir(), "auto, no or a checkpoint's folder")
 
 
 @dataclass
@@ -114,10 +121,13 @@ class FinetuneConfig(RunConfig):
         self._check("parallel", self.parallel is None, "none: finetune trains in one process")
         for name in ("batch_size", "max_length"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("train", "valid", "test"):
+            self._check(name, getattr(self, name) != "-", "a file, which a resumed run reads again")
         tokens = self.batch_tokens
         self._check("batch_tokens", tokens is None or tokens >= 1, "1 or more")
         by_size = tokens is not None and self.batch_size != type(self).batch_size
         self._check("batch_tokens", not by_size, f"none beside batch_size {self.batch_size}")
+        self.text_pair_column = self.text_pair_column or None
         metrics = METRICS[self.task]
         self.metric = self.metric or metrics[0]
         self._check(
@@ -128,6 +138,11 @@ class FinetuneConfig(RunConfig):
             self.task == "single_label" or not self.class_weights,
             "none unless the task is single_label",
         )
+        for label, weight in self.class_weights.items():
+            if not (isinstance(weight, int | float) and 0 <= weight <= MAX_WEIGHT):
+                raise ConfigError(
+                    f"class_weights: {label} is {weight!r}, expected a number, 0 to {MAX_WEIGHT:g}"
+                )
 
 
 @dataclass
@@ -169,37 +184,71 @@ class PretrainConfig(RunConfig):
         )
 
 
-def read_yaml(path, settings=FinetuneConfig) -> dict:
-    """The settings in a YAML file, checked for names and kinds against a dataclass."""
+def read_yaml(path, settings=FinetuneConfig, only=None) -> dict:
+    """The settings in a YAML file, checked for names and kinds against a dataclass; `only` these
+    names, whatever else is there.
+
+    Values are read as the command line's are, by the setting's kind: `no` is a name where a name
+    is expected, and 1e-4 a number, which YAML 1.1 would take for a boolean and a string.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as e:
         raise ConfigError(f"{path} can't be read as YAML: {e}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}, expected `setting: value` lines")
+    if root is None or root.id != "mapping":
+        kind = "nothing" if root is None else f"a {root.id}"
+        raise ConfigError(f"{path} holds {kind}, expected `setting: value` lines")
     fields = {f.name: f for f in dataclasses.fields(settings)}
-    for name, value in values.items():
-        if name not in fields:
+    values = {}
+    for name, node in _entries(path, root).items():
+        if name not in fields and only is None:
             raise ConfigError(f"{path}: unknown setting {name!r}; known are {', '.join(fields)}")
-        values[name] = _coerce(path, fields[name], value)
+        if only is None or name in only:
+            values[name] = _value(path, fields[name], node)
     return values
 
 
-def _coerce(path, f, value):
-    wanted = str(f.type)
-    if value is None and "None" in wanted:
-        return value
-    for kind in (bool, int, float, str):
-        if kind.__name__ in wanted.split(" | ") or f.type is kind:
-            if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-                try:
-                    return float(value)  # YAML 1.1 reads 1e-4 as a string
-                except ValueError:
-                    break
-            if type(value) is kind:
-                return value
-    if "dict" in wanted and isinstance(value, dict):
-        return {str(k): float(v) for k, v in value.items()}
-    raise ConfigError(f"{path}: {f.name} is {value!r}, expected {wanted}")
+def _entries(path, mapping) -> dict:
+    """A YAML mapping's nodes by key."""
+    found = {}
+    for key, node in mapping.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key.value, str):
+            raise ConfigError(f"{path}, line {line}: a key is no name")
+        if key.value in found:
+            raise ConfigError(f"{path}, line {line}: {key.value!r} stands twice; keep one")
+        found[key.value] = node
+    return found
+
+
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _value(path, f, node):
+    """A setting's value from its YAML node."""
+    if typing.get_origin(f.type) is not dict:
+        return _scalar(path, f.name, node, typing.get_args(f.type) or (f.type,))
+    if node.id == "mapping":
+        entries = _entries(path, node).items()
+        return {k: _scalar(path, f"{f.name}: {k}", n, (float,)) for k, n in entries}
+    return _scalar(path, f.name, node, (dict, type(None))) or {}
+
+
+def _scalar(path, name, node, kinds):
+    """A node's text as the first of `kinds`; None where it says nothing and that is one of them."""
+    scalar = node.id == "scalar"
+    nothing = scalar and node.style is None and node.value.lower() in ("", "~", "null")
+    try:
+        if nothing and type(None) in kinds:
+            return None
+        if nothing or not scalar:
+            raise ValueError
+        return _BOOLS[node.value.lower()] if kinds[0] is bool else kinds[0](node.value)
+    except (ValueError, KeyError):
+        given = repr(node.value) if scalar else f"a {node.id}"
+        wanted = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path}, line {line}: {name} is {given}, expected {wanted}") from None

@@ -1,6 +1,8 @@
 """Fine-tuned classifiers and regressors at work: logits, `evaluate`, `predict`."""
 
 import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from ..model import BertForSequenceClassification, checkpoint
 from ..model.tokenizer import load_tokenizer
 from . import metrics
 from .config import ConfigError
+from .inputs import as_trained, check, encoded_rows, remembered, warn_unknown
+from .outputs import say
 
 PROBLEM = {
     "single_label": "single_label_classification",
@@ -45,14 +49,6 @@ def mean_loss(logits, targets, task) -> float:
     return F.cross_entropy(logits, targets).item()
 
 
-def encoded_rows(tokenizer, examples, labels, max_length):
-    rows = data.encode(tokenizer, examples.texts, examples.pairs, max_length)
-    if labels is not None:
-        for row, target in zip(rows, labels.encode(examples), strict=True):
-            row["labels"] = target
-    return rows
-
-
 def choose_device(name) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,11 +57,15 @@ def choose_device(name) -> torch.device:
     return torch.device(name)
 
 
-def evaluated(model, rows, labels, tokenizer):
-    logits = compute_logits(model, rows, tokenizer.pad_token_id)
+def scored(logits, rows, labels) -> dict:
+    """All metrics of logits; says which are not a number."""
     targets = np.array([row["labels"] for row in rows])
     loss = mean_loss(logits, targets, labels.task)
-    return logits, metrics.full(logits, targets, labels.task, labels.names, loss)
+    found = metrics.full(logits, targets, labels.task, labels.names, loss)
+    undefined = [k for k, v in found.items() if isinstance(v, float) and not np.isfinite(v)]
+    if undefined:
+        say(f"warning: no number, null in JSON: {', '.join(undefined)} (of {len(rows)} rows)")
+    return found
 
 
 def label_set(model) -> data.LabelSet:
@@ -79,8 +79,34 @@ def label_set(model) -> data.LabelSet:
     return data.LabelSet(tuple(model.config.id2label[i] for i in names), task)
 
 
-def trained(model_folder, allow_pickle, device, precision=None):
-    """(model, tokenizer, labels) of a fine-tuned checkpoint."""
+class Trained(NamedTuple):
+    """A fine-tuned checkpoint."""
+
+    model: BertForSequenceClassification
+    tokenizer: object
+    labels: data.LabelSet
+    folder: Path
+
+    def encoded(self, examples, labels, max_length):
+        """`encoded_rows`, after checks of what they need."""
+        pairs = examples.pairs is not None
+        max_length = check(self.tokenizer, self.model, self.folder, max_length, pairs)
+        rows = encoded_rows(self.tokenizer, examples, labels, max_length)
+        warn_unknown(self.tokenizer, rows, pairs)
+        return rows
+
+    def logits(self, examples, rows):
+        found = compute_logits(self.model, rows, self.tokenizer.pad_token_id)
+        bad = np.flatnonzero(~np.isfinite(found).all(1))
+        if len(bad):
+            raise checkpoint.CheckpointError(
+                f"{self.folder} gives numbers that are not finite for {len(bad)} of {len(rows)} "
+                f"texts, the first in {examples.place(bad[0])}: look for NaN in its weights"
+            )
+        return found
+
+
+def trained(model_folder, allow_pickle, device, precision=None) -> Trained:
     if precision is not None:
         if device == "cuda":
             raise ConfigError(f"precision {precision} is for a CPU, device is 'cuda'; drop one")
@@ -96,38 +122,39 @@ def trained(model_folder, allow_pickle, device, precision=None):
     checkpoint.check_finite(model, folder)
     if precision is not None:
         freeze(model, precision)
-    return model.to(choose_device(device)), load_tokenizer(folder), label_set(model)
-
-
-def longest(model, max_length: int | None) -> int:
-    """Tokens a text is cut to: what is asked for, or 512, and what the model takes."""
-    return min(max_length or 512, model.config.max_position_embeddings)
+    model = model.to(choose_device(device))
+    return Trained(model, load_tokenizer(folder), label_set(model), folder)
 
 
 def evaluate(
     model: str,
     path: str,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     max_length: int | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
     precision: str | None = None,
 ) -> dict:
     """Metrics of a fine-tuned model on labelled data: accuracy, precision, recall, F1 (macro,
-    micro, per class), or the errors of a regression. A label the model doesn't know is a
-    DataError naming it and its row. `precision` is `bertfast.freeze`'s, on a CPU; None runs the
-    model as it is stored, in fp32."""
-    network, tokenizer, labels = trained(model, allow_pickle, device, precision)
-    examples = data.load_classification(
-        path, text_column, text_pair_column, label_column, labels.task
-    )
+    micro, per class), or the errors of a regression. Columns and length that are None are those
+    that it was trained with ("": no column), else "text", "label", and 512 or the model's limit. A
+    label the model doesn't know is a DataError naming it and its place. `precision` is
+    `bertfast.freeze`'s, on a CPU; None runs the model as it is stored, in fp32."""
+    given = trained(model, allow_pickle, device, precision)
+    columns = {"text_column": text_column, "text_pair_column": text_pair_column}
+    columns["label_column"] = label_column
+    columns = as_trained(given.folder, **columns, max_length=max_length)
+    max_length = columns.pop("max_length")
+    if columns["label_column"] is None:
+        raise ConfigError("label_column is none: evaluate needs the column of the labels")
+    examples = data.load_classification(path, **columns, task=given.labels.task)
     if not len(examples):
         raise data.DataError(f"{path} has no rows")
-    rows = encoded_rows(tokenizer, examples, labels, longest(network, max_length))
-    return evaluated(network, rows, labels, tokenizer)[1]
+    rows = given.encoded(examples, given.labels, max_length)
+    return scored(given.logits(examples, rows), rows, given.labels)
 
 
 def predict(
@@ -141,13 +168,42 @@ def predict(
     precision: str | None = None,
 ) -> list[dict]:
     """For each text (or pair) its label and the probability of each: {"label", "probabilities"};
-    "labels" for a multi-label model, "value" alone for a regression. `precision` as in
-    `evaluate`."""
-    network, tokenizer, labels = trained(model, allow_pickle, device, precision)
-    texts = [data.clean_text(t) for t in texts]
-    pairs = None if pairs is None else [data.clean_text(t) for t in pairs]
-    rows = data.encode(tokenizer, texts, pairs, longest(network, max_length))
-    logits = compute_logits(network, rows, tokenizer.pad_token_id)
+    "labels" for a multi-label model, "value" alone for a regression. `max_length` and `precision`
+    as in `evaluate`."""
+    given = trained(model, allow_pickle, device, precision)
+    max_length = as_trained(given.folder, max_length=max_length)["max_length"]
+    known = remembered(given.folder)
+    if known and (known.get("text_pair_column") is None) != (pairs is None):
+        kinds = ("pairs", "single texts")
+        say(f"warning: given {kinds[pairs is None]}, the model was trained on {kinds[bool(pairs)]}")
+    clean = lambda side: None if side is None else [data.clean_text(t) for t in side]
+    return _predicted(given, data.Examples(clean(texts), clean(pairs)), max_length)
+
+
+def predict_table(
+    model: str,
+    path: str,
+    *,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    max_length: int | None = None,
+    allow_pickle: bool = False,
+    device: str | None = None,
+    precision: str | None = None,
+) -> list[dict]:
+    """`predict` for the rows of a table, "-" for JSON lines on standard input; columns and length
+    as in `evaluate`."""
+    given = trained(model, allow_pickle, device, precision)
+    columns = {"text_column": text_column, "text_pair_column": text_pair_column}
+    columns = as_trained(given.folder, **columns, max_length=max_length)
+    max_length = columns.pop("max_length")
+    examples = data.load_classification(path, **columns, label_column=None)
+    return _predicted(given, examples, max_length)
+
+
+def _predicted(given: Trained, examples, max_length) -> list[dict]:
+    labels = given.labels
+    logits = given.logits(examples, given.encoded(examples, None, max_length))
     if labels.task == "regression":
         return [{"value": float(v)} for v in logits[:, 0]]
     chosen = labels.decode(metrics.predicted(logits, labels.task))

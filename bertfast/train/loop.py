@@ -48,7 +48,7 @@ class _Loss(nn.Module):
 
 def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable = print) -> dict:
     """Train `model` in place; afterwards it holds the best evaluation's weights, or the last ones
-    where config.metric is None.
+    where config.metric is None or was a number in none.
 
     The loss of a step is the sum over all its micro-batches, of all ranks, divided by their total
     weight, so neither accumulation nor ranks change the gradient. `fingerprint` is what must not
@@ -295,12 +295,14 @@ class _Run:
         if config.metric is None:
             return
         sign = -1 if config.metric in LOWER_IS_BETTER else 1
-        best = state["best"]
-        if best is None or sign * metrics[config.metric] > sign * best["metrics"][config.metric]:
+        best, value = state["best"], metrics[config.metric]
+        if not math.isfinite(value):
+            self.say(f"warning: {config.metric} is {value}: these weights don't count as the best")
+        # "not <=", for a best that is NaN, from a checkpoint of an older version, gives way
+        elif best is None or not sign * value <= sign * best["metrics"][config.metric]:
             state["best"] = {"epoch": state["epoch"], "step": self.step, "metrics": metrics}
-            state["bad_evaluations"] = 0
-        else:
-            state["bad_evaluations"] += 1
+            state["bad_evaluations"] = -1
+        state["bad_evaluations"] += 1
         state["stopped"] = (
             config.patience is not None and state["bad_evaluations"] >= config.patience
         )

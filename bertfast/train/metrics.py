@@ -1,6 +1,10 @@
 """Metrics of a task, by scikit-learn."""
 
+import math
+
 import numpy as np
+
+from .config import METRICS
 
 
 def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
@@ -22,18 +26,21 @@ def predicted(logits: np.ndarray, task: str) -> np.ndarray:
 
 
 def summary(logits: np.ndarray, targets: np.ndarray, task: str, loss: float) -> dict:
-    """The figures that a validation prints: floats by name."""
+    """The figures that a validation prints: floats by name, NaN where there is no such figure (r2
+    and pearson of equal targets; all of logits that are not finite)."""
     from sklearn import metrics as sk
 
+    if not np.isfinite(logits).all():
+        return dict.fromkeys(METRICS[task], math.nan)
     y = predicted(logits, task)
     if task == "regression":
-        varies = len(y) > 1 and np.std(y) > 0 and np.std(targets) > 0
+        varies = np.ptp(targets) > 0
         return {
             "loss": loss,
             "mse": float(sk.mean_squared_error(targets, y)),
             "mae": float(sk.mean_absolute_error(targets, y)),
-            "r2": float(sk.r2_score(targets, y)) if len(y) > 1 else float("nan"),
-            "pearson": float(np.corrcoef(targets, y)[0, 1]) if varies else 0.0,
+            "r2": float(sk.r2_score(targets, y)) if varies else math.nan,
+            "pearson": _pearson(targets, y) if varies else math.nan,
         }
     labels = _present(targets, y, logits.shape[1], task)
     score = lambda average: float(
@@ -45,6 +52,10 @@ def summary(logits: np.ndarray, targets: np.ndarray, task: str, loss: float) -> 
         "macro_f1": score("macro"),
         "micro_f1": score("micro"),
     }
+
+
+def _pearson(targets, y) -> float:
+    return float(np.corrcoef(targets, y)[0, 1]) if np.ptp(y) > 0 else 0.0
 
 
 def _present(targets, y, classes, task):
@@ -59,7 +70,7 @@ def full(logits, targets, task: str, names, loss: float) -> dict:
     from sklearn import metrics as sk
 
     result = summary(logits, targets, task, loss) | {"examples": len(targets)}
-    if task == "regression":
+    if task == "regression" or not np.isfinite(logits).all():
         return result
     y = predicted(logits, task)
     labels = _present(targets, y, logits.shape[1], task)

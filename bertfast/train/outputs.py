@@ -1,25 +1,72 @@
 """What a run leaves in its folder: first the model, then what may fail with a warning."""
 
-import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import check_folder, os_errors, write_text
+from ..files import check_file, check_folder, json_text, os_errors, write_text
 from .config import ConfigError
+
+RUN_CONFIG = "run_config.yaml"
+_READ = {RUN_CONFIG, "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"}
+_READ |= {"special_tokens_map.json", "added_tokens.json", "README.md"}
+_WEIGHTS = {".safetensors", ".bin"}
+_MADE = {RUN_CONFIG, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+_MADE |= {"metrics.jsonl", "data_report.json", "eval_results.json", "training_curve.png"}
+_MADE |= {"confusion_matrix.csv", "confusion_matrix.png"}
 
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def check(out: Path, model: str | None) -> None:
-    """Before a run: OSError where `out` can't be written, ConfigError where it is `model`."""
+def check(out: Path, model: str | None, inputs=()) -> None:
+    """Before a run: OSError where its files can't be written to `out`, ConfigError where one would
+    take the place of `model`, of an input, or of what no run made."""
     check_folder(out)
     if model and Path(model).resolve() == out.resolve():
         raise ConfigError(
             f"out is {out}, the folder of the model, whose weights would be lost: give another"
         )
+    for path in filter(None, inputs):
+        if Path(path).resolve().parent == out.resolve() and Path(path).name in _MADE:
+            raise ConfigError(f"{path} is a name of the run's own files in {out}: give another out")
+    there = sorted(name for name in _MADE if (out / name).exists())
+    if there and RUN_CONFIG not in there:
+        raise ConfigError(
+            f"out is {out}, which holds {', '.join(there)} but no {RUN_CONFIG}: they are of no run "
+            "and would be lost; give another"
+        )
+    for name in there:
+        check_file(out / name)
+    for name in ("checkpoints", "tensorboard"):
+        check_folder(out / name)
+
+
+def check_result(path, *inputs) -> None:
+    """Before the work whose result goes to the file `path` (None or "-": to stdout): OSError where
+    it can't be written, ConfigError where it would take the place of an input, a file or one of
+    those that make a model's folder."""
+    if path in (None, "-"):
+        return
+    check_file(path)
+    path = Path(path)
+    for given in map(Path, inputs):
+        own = path.name in _READ or path.suffix in _WEIGHTS
+        inside = own and given.is_dir() and path.resolve().parent == given.resolve()
+        if inside or (given.is_file() and path.is_file() and path.samefile(given)):
+            raise ConfigError(f"{path} is read from, and would be overwritten: give another file")
+
+
+def write_result(path, text: str) -> None:
+    """Into a file, or to stdout (None, "-"); there too where the file fails, for it took long."""
+    try:
+        if path not in (None, "-"):
+            return write_text(path, text)
+    except OSError:
+        sys.stdout.write(text)
+        raise
+    sys.stdout.write(text)
 
 
 def save(model, tokenizer, out: Path) -> None:
@@ -45,7 +92,7 @@ def optional(path: Path):
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def write_yaml(path: Path, config) -> None:

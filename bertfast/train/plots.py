@@ -68,7 +68,10 @@ def training_curve(metrics_file: Path, metric: str, path: Path) -> None:
         records = [json.loads(line) for line in f]
     steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
     valid = [
-        (r["step"], r[f"valid_{metric}"], r["valid_loss"]) for r in records if "valid_loss" in r
+        # null where it is no number, which matplotlib takes for a gap
+        (r["step"], r[f"valid_{metric}"], r["valid_loss"])
+        for r in records
+        if "valid_loss" in r
     ]
     figure = _figure(8, 4.5)
     axes = figure.subplots()

@@ -1,12 +1,13 @@
 """A run seen from outside: asked to stop, and logged."""
 
-import json
 import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..files import json_text
 
 
 class Stop:
@@ -68,7 +69,7 @@ class Log:
     def write(self, **record):
         if self.file is None:
             return
-        self.file.write((json.dumps(record) + "\n").encode())
+        self.file.write((json_text(record) + "\n").encode())
         self.file.flush()
         with self._board_may_fail():
             for name, value in record.items() if self.board else ():

@@ -126,6 +126,18 @@ def test_report_counts_what_was_planted(tokenizer):
         assert line in shown
 
 
+def test_report_of_unknown_tokens_and_empty_texts(tokenizer):
+    unk = "\u4dc0 " * 2  # no piece of the vocabulary has it
+    train = Examples(["one two", unk], ["three", ""], labels=["x", "y"])
+    report = dataset_report(train, None, None, tokenizer, 16)
+    part = report.as_dict()["parts"]["train"]
+    assert part["unknown"] == 2 / 5 and part["empty"] == 1
+    assert "warning: train: 40.0% of the tokens are unknown to the tokenizer" in str(report)
+    assert "warning: train: 1 pairs have an empty text" in str(report)
+    plain = dataset_report(Examples(["one"]), None, None, tokenizer, 16)
+    assert plain.as_dict()["parts"]["train"]["unknown"] == 0 and "unknown to the" not in str(plain)
+
+
 def test_report_of_other_tasks(tokenizer):
     numbers = Examples(["a", "b"], labels=[1.0, 3.0], task="regression")
     part = dataset_report(numbers, None, None, tokenizer, 16).as_dict()["parts"]["train"]

@@ -1,12 +1,12 @@
-"""Cleaning, loading, labels and the split."""
+"""Cleaning, loading and labels."""
 
 import json
-from collections import Counter
+from decimal import Decimal
 
 import numpy as np
 import pytest
 
-from bertfast.data import DataError, Examples, LabelSet, clean_text, load_classification, split
+from bertfast.data import DataError, Examples, LabelSet, clean_text, load_classification
 
 
 def _jsonl(tmp_path, *rows):
@@ -84,9 +84,126 @@ def test_lone_surrogate_is_refused_uncleaned_and_dropped_cleaned(tmp_path):
     _refused(path, "row 1", "lone surrogate", clean=False)
 
 
-def test_single_labels_are_names_whatever_the_type(tmp_path):
-    path = _jsonl(tmp_path, *({"text": "a", "label": v} for v in ("1", 1, 1.0, True)))
-    assert load_classification(path).labels == ["1", "1", "1", "True"]
+LABELS = {  # as JSON and Parquet have it, as CSV does: the name
+    "1": ([1, 1.0, "1", "1.0", " 1 "], ["1", "1.0", "1.00"]),
+    "0": ([0, 0.0, -0.0, "0"], ["0", "0.0", "-0.0"]),
+    "-12": ([-12, -12.0], ["-12", "-12.0"]),
+    "True": ([True, "true", "True"], ["true", "True", "TRUE"]),
+    "False": ([False, "false"], ["false", "FALSE"]),
+    "007": (["007"], ["007"]),
+    "2.5": (["2.5"], ["2.5"]),
+    "no": (["no"], ["no"]),
+    "[UNK]": (["[UNK]"], ["[UNK]"]),
+}
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+@pytest.mark.parametrize("name", LABELS)
+def test_a_label_has_one_name_whatever_the_format(tmp_path, name, task):
+    values, written = LABELS[name]
+    table = tmp_path / "t.csv"
+    table.write_text("text,label\n" + "".join(f"a,{v}\n" for v in written))
+    found = load_classification(_jsonl(tmp_path, *({"text": "a", "label": v} for v in values)), task=task)  # fmt: skip
+    expected = name if task == "single_label" else [name]
+    assert found.labels == [expected] * len(values)
+    assert load_classification(table, task=task).labels == [expected] * len(written)
+
+
+@pytest.mark.parametrize("kind", ["bool", "int8", "float32", "decimal", "string", "dictionary"])  # fmt: skip
+def test_labels_of_parquet(tmp_path, kind):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    values = {
+        "bool": [True, False],
+        "decimal": [Decimal("1.0"), Decimal("0.0")],
+        "string": ["1.0", "x"],
+        "dictionary": ["1", "x"],
+    }
+    column = pa.array(values.get(kind, [1, 0]))
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    elif kind not in values:
+        column = column.cast(kind)
+    pq.write_table(pa.table({"text": ["a", "b"], "label": column}), tmp_path / "t.parquet")
+    expected = {"bool": ["True", "False"], "string": ["1", "x"], "dictionary": ["1", "x"]}
+    assert load_classification(tmp_path / "t.parquet").labels == expected.get(kind, ["1", "0"])
+
+
+def test_a_list_is_no_single_label_however_it_is_written(tmp_path):
+    table = tmp_path / "t.csv"
+    for label in ('"[1, 0]"', "['a']", "\"('a', 'b')\""):
+        table.write_text(f"text,label\na,{label}\n")
+        _refused(table, "row 1", "lists belong to task 'multi_label'")
+
+
+LISTS = {  # as JSON, Python (pandas), and NumPy write it, and sets and tuples
+    '["a", "it\'s", "new york"]': ["a", "it's", "new york"],
+    """['a', "it's", 'new york']""": ["a", "it's", "new york"],
+    """['a' "it's"\n 'new york']""": ["a", "it's", "new york"],
+    "['a']": ["a"],
+    "{'b', 'a'}": ["b", "a"],
+    "('a',)": ["a"],
+    "[]": [],
+    "[3, 7]": ["3", "7"],
+    "[3 7]": ["3", "7"],
+    "[3. 7.]": ["3", "7"],
+    "[other]|x": ["[other]", "x"],
+    "(a, b)": ["(a, b)"],
+}
+
+
+@pytest.mark.parametrize("written", LISTS)
+def test_lists_as_text(tmp_path, written):
+    path = _jsonl(tmp_path, {"text": "a", "label": written})
+    assert load_classification(path, task="multi_label").labels == [LISTS[written]]
+
+
+def _flags(row, kind):
+    return {
+        "list": list(row),
+        "bools": [v == 1 for v in row],
+        "floats": [float(v) for v in row],
+        "json": str(list(row)),
+        "numpy": str(np.array(row)),
+        "numpy floats": str(np.array(row, float)),
+        "spaces": " ".join(map(str, row)),
+        "commas": ",".join(map(str, row)),
+        "bars": "|".join(map(str, row)),
+    }[kind]
+
+
+KINDS = ["list", "bools", "floats", "json", "numpy", "numpy floats", "spaces", "commas", "bars"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_of_flags(tmp_path, kind):
+    """A class for each place, those of no row too; never classes "0" and "1"."""
+    vectors = [(1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 0, 0)]
+    path = _jsonl(tmp_path, *({"text": "a", "label": _flags(v, kind)} for v in vectors))
+    found = load_classification(path, task="multi_label")
+    assert (found.labels, found.width) == ([["0"], ["1", "2"], []], 4)
+    labels = LabelSet.from_examples(found)
+    assert labels.names == ("0", "1", "2", "3")
+    assert labels.encode(found).tolist() == [list(v) for v in vectors]
+    named = LabelSet(("w", "x", "y", "z"), "multi_label")  # a model's classes, in their order
+    assert named.decode(named.encode(found)) == [["w"], ["x", "y"], []]
+    with pytest.raises(DataError, match=r"row 1 \(line 1\): the label is a vector of 4 flags, expected 3"):  # fmt: skip
+        LabelSet(("x", "y", "z"), "multi_label").encode(found)
+    for other in ("", "a", [1, 0, 0]):
+        rows = [*vectors, other]
+        label = lambda v: _flags(v, kind) if isinstance(v, tuple) else v
+        path = _jsonl(tmp_path, *({"text": "a", "label": label(v)} for v in rows))
+        _refused(path, "row 1", "is a vector of 4 flags", "one length", task="multi_label")
+
+
+def test_ids_are_no_flags(tmp_path):
+    ids = [[0, 1], [1], [2, 0], []]
+    path = _jsonl(tmp_path, *({"text": "a", "label": v} for v in ids))
+    found = load_classification(path, task="multi_label")
+    assert found.labels == [["0", "1"], ["1"], ["2", "0"], []] and found.width is None
+    path = _jsonl(tmp_path, *({"text": "a", "label": v} for v in ("2", "0 1")))
+    _refused(path, "row 2", "is a vector of 2 flags", task="multi_label")
 
 
 def test_multi_label_lists_strings_and_none(tmp_path):
@@ -100,8 +217,11 @@ def test_multi_label_lists_strings_and_none(tmp_path):
     assert load_classification(table, task="multi_label").labels == [["x", "y"], []]
     for bad, part in (
         (None, "missing"),
-        (3, "expected a list"),
         (["x", None], "one name"),
+        (["x", ["y"]], "one name"),
+        ("['x', y]", "no list that can be read"),
+        ("[x y, z]", "no list that can be read"),
+        ("['x' + 'y']", "no list that can be read"),
         ("x||y", "empty"),
     ):
         _refused(_jsonl(tmp_path, {"text": "a", "label": bad}), "row 1", part, task="multi_label")
@@ -111,12 +231,28 @@ def test_regression_numbers(tmp_path):
     table = tmp_path / "t.tsv"
     table.write_text("text\tlabel\na\t-1.5\nb\t2e3\n")
     assert load_classification(table, task="regression").labels == [-1.5, 2000.0]
-    for bad in ("nan", "inf", "-Infinity"):
+    for bad in ("nan", "inf", "-Infinity", "1e39", "-1e400", "9" * 400):
         table.write_text(f"text\tlabel\na\t1\nb\t{bad}\n")
-        _refused(table, "row 2", repr(bad), "finite", task="regression")
+        _refused(table, "row 2 (line 3)", "finite", "float32", task="regression")
+        if bad[-1].isdigit():
+            path = tmp_path / "t.jsonl"
+            path.write_text(f'{{"text": "a", "label": {bad}}}\n')
+            _refused(path, "row 1", "float32", task="regression")
+    table.write_text("text\tlabel\na\t1,5\n")
+    _refused(table, "'1,5'; expected a number with a decimal point", task="regression")
     for bad in ("good", True, [1]):
         path = _jsonl(tmp_path, {"text": "a", "label": bad})
         _refused(path, "row 1", "expected a number", task="regression")
+
+
+def test_one_text_of_a_pair_may_be_empty(tmp_path):
+    given = [{"a": "x", "b": ""}, {"a": None, "b": "y"}, {"a": "z"}, {"a": " ", "b": None}]
+    path = _jsonl(tmp_path, *given[:3])
+    found = load_classification(path, "a", "b", None)
+    assert (found.texts, found.pairs) == (["x", "", "z"], ["", "y", ""])
+    _refused(path, "row 2", "column 'a' is missing", text_column="a", label_column=None)
+    both = {"text_column": "a", "text_pair_column": "b", "label_column": None}
+    _refused(_jsonl(tmp_path, *given), "row 4", "so is the pair's other text", **both)
 
 
 def test_dedup_keeps_the_first_and_its_row_number(tmp_path):
@@ -145,13 +281,24 @@ def test_label_set_single():
     assert labels.decode(ids) == ["y", "x"]
     with pytest.raises(DataError, match=r"row 2: unknown label 'w'; known are x, y"):
         labels.encode(["x", "w"])
-    with pytest.raises(DataError, match=r"row 7: unknown label 'w'"):
-        labels.encode(Examples(["a"], labels=["w"], rows=[7]))
+    with pytest.raises(DataError, match=r"t.csv: row 7 \(line 9\): unknown label 'w'"):
+        labels.encode(Examples(["a"], labels=["w"], rows=[7], lines=[9], path="t.csv"))
+    with pytest.raises(DataError, match=r"t.csv: the labels are \['w'\]"):
+        LabelSet.from_examples(Examples(["a"], labels=["w"], path="t.csv"))
+
+
+def test_label_set_of_a_model_with_other_spellings():
+    labels = LabelSet(("true", "1", "1.0", "a"))
+    assert labels.encode(["True", "1", "a"]).tolist() == [0, 1, 3]
+    assert LabelSet(("2.0", "x")).encode(["2"]).tolist() == [0]
 
 
 def test_label_set_numbers_sort_by_value():
     labels = LabelSet.from_examples(Examples(list("abc"), labels=["10", "9", "-1"]))
     assert labels.names == ("-1", "9", "10")
+    for odd in ("--5", "-", "5-", "\u00b2", "9" * 5000):
+        labels = LabelSet.from_examples(Examples(list("abc"), labels=["10", "9", odd]))
+        assert labels.names == tuple(sorted(["10", "9", odd]))
 
 
 def test_label_set_multi_and_regression():
@@ -173,67 +320,3 @@ def test_label_set_needs_two_classes_and_labels():
         LabelSet.from_examples(Examples(["a"], labels=["x"]))
     with pytest.raises(DataError, match="no labels"):
         LabelSet.from_examples(Examples(["a"]))
-
-
-def _many(n=1000, seed=0):
-    rng = np.random.default_rng(seed)
-    labels = rng.choice(["a", "b", "c", "d"], n, p=[0.6, 0.25, 0.1, 0.05]).tolist()
-    return Examples([f"text {i}" for i in range(n)], labels=labels)
-
-
-def test_split_is_stratified_disjoint_and_seeded():
-    examples = _many()
-    parts = split(examples, seed=3)
-    assert [len(p) for p in parts] == [800, 100, 100]
-    assert sorted(r for p in parts for r in p.rows) == examples.rows
-    for name, n in Counter(examples.labels).items():
-        for part, fraction in zip(parts, (0.8, 0.1, 0.1), strict=True):
-            assert abs(part.labels.count(name) - fraction * n) <= 2
-    assert [p.rows for p in split(examples, seed=3)] == [p.rows for p in parts]
-    assert split(examples, seed=4)[1].rows != parts[1].rows
-    assert parts[0].rows == sorted(parts[0].rows)
-
-
-def test_split_keeps_duplicates_on_one_side():
-    texts = [f"{'TEXT' if i % 2 else 'text'}  {i % 50}" for i in range(300)]
-    parts = split(Examples(texts, labels=[str(i % 50 % 2) for i in range(300)]))
-    seen = [set(p.keys()) for p in parts]
-    assert all(seen) and not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
-
-
-def test_split_same_text_with_another_pair_is_another_example():
-    examples = Examples(["q"] * 40, [f"d{i}" for i in range(40)], ["x", "y"] * 20)
-    assert [len(p) for p in split(examples)] == [32, 4, 4]
-
-
-def test_split_tiny_classes_stay_in_train():
-    big = _many(100)
-    labels = [*big.labels, "one", "two", "two"]
-    train, valid, test = split(Examples([*big.texts, "x", "y", "z"], labels=labels))
-    assert train.labels.count("one") == 1 and train.labels.count("two") == 2
-    assert not {"one", "two"} & {*valid.labels, *test.labels}
-
-
-def test_split_every_class_keeps_a_training_text():
-    examples = Examples([f"t{i}" for i in range(30)], labels=[str(i // 3) for i in range(30)])
-    assert set(split(examples, (0.1, 0.45, 0.45))[0].labels) == set(examples.labels)
-
-
-def test_split_other_tasks_and_an_empty_part():
-    n = 200
-    texts = [f"t{i}" for i in range(n)]
-    _, valid, test = split(Examples(texts, labels=[float(i) for i in range(n)], task="regression"))
-    assert abs(np.mean(valid.labels) - 99.5) < 15 and len(test) == 20
-    multi = [["common"] + ["rare"] * (i % 20 == 0) for i in range(n)]
-    _, valid, test = split(Examples(texts, labels=multi, task="multi_label"), (0.8, 0.2, 0.0))
-    assert sum("rare" in c for c in valid.labels) == 2 and len(test) == 0
-    assert [len(p) for p in split(Examples(texts))] == [160, 20, 20]
-
-
-def test_split_refuses_bad_fractions_and_too_few_rows():
-    with pytest.raises(ValueError, match="of sum 1"):
-        split(_many(10), (0.8, 0.1, 0.2))
-    with pytest.raises(ValueError, match="above 0"):
-        split(_many(10), (0.0, 0.5, 0.5))
-    with pytest.raises(DataError, match="validation part empty"):
-        split(Examples(["a", "b", "c"], labels=["x", "y", "x"]))

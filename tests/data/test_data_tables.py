@@ -1,5 +1,6 @@
 """Reading tables: formats, and one clear error for each kind of bad file."""
 
+import csv
 import gzip
 import io
 import json
@@ -56,6 +57,48 @@ def test_every_format_reads_the_same_rows(tmp_path, kind, suffix):
 def test_quotes_in_tsv_are_plain_characters(tmp_path):
     path = _write(tmp_path, "t.tsv", 'text\tlabel\n"open\ta\n""\tb\n')
     assert read_table(path) == {"text": ['"open', '""'], "label": ["a", "b"]}
+    # Well-formed, but nothing that writes tables with quotes would write these.
+    for text in ('"quoted"', '"so", he said', 'say "hi"', '""', '"a" "b"'):
+        path = _write(tmp_path, "t.tsv", f'text\tlabel\n{text}\ta\n"" x\tb\n')
+        assert read_table(path)["text"] == [text, '"" x']
+        path = _write(tmp_path, "t.tsv", f"text\tlabel\n{text}\ta\n")
+        assert read_table(path)["text"] == [text]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC, csv.QUOTE_ALL])
+def test_tsv_as_pandas_writes_it(tmp_path, quoting, end):
+    """`to_csv(sep="\\t")`, that is the csv module."""
+    rows = [["text", "n"], ['say "hi"', 1], ["a\tb\nc", 2], ["", 3], ['"', 4]]
+    out = io.StringIO()
+    csv.writer(out, delimiter="\t", lineterminator=end, quoting=quoting).writerows(rows)
+    path = _write(tmp_path, "t.tsv", out.getvalue())
+    table = read_table(path)
+    assert table == {"text": [r[0] for r in rows[1:]], "n": list("1234")}
+    assert table.lines == [2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("sep, first", [(",", ""), (";", ""), ("\t", ""), (";", "sep=;"), ("|", "sep=|")])  # fmt: skip
+def test_csv_as_excel_writes_it(tmp_path, sep, first, end):
+    """A byte-order mark, any separator, empty columns and rows; fewer of them in some rows."""
+    lines = ["text,label,,", '"a, b; c",1,,', "x,2,", "", "y,3", ",,,", ",,,"]
+    lines = [line.replace(",", sep).replace(f"a{sep} b", "a, b") for line in lines]
+    text = "".join(line + end for line in ([first] if first else []) + lines)
+    table = read_table(_write(tmp_path, "t.csv", "\ufeff" + text))
+    assert table == {"text": ["a, b; c", "x", "y"], "label": ["1", "2", "3"]}
+    assert table.lines == [n + bool(first) for n in (2, 3, 5)]
+
+
+def test_csv_is_not_cut_where_a_cell_has_no_column(tmp_path):
+    _refused(
+        _write(tmp_path, "t.csv", "text,label,,\na,b,,\nhello, world,x,\n"), "line 3 has 4 fields"
+    )
+    _refused(_write(tmp_path, "t.csv", "text,label\na,b,c\n"), "line 2 has 3 fields")
+    path = _write(tmp_path, "t.csv", ",text,label\n0,a,b\n1,,\n")  # pandas' index
+    assert read_table(path, ["text"]) == {"text": ["a", ""]}
+    path = _write(tmp_path, "t.csv", "text,label\na,b\n,\nc,d\n")  # no end: a row to be told of
+    assert read_table(path)["text"] == ["a", "", "c"]
 
 
 def test_csv_quoted_line_breaks_crlf_bom_blank_lines_and_long_fields(tmp_path):
@@ -72,6 +115,18 @@ def test_gzip_is_recognised_by_content_and_bom_is_dropped_from_jsonl(tmp_path):
 def test_jsonl_rows_with_other_keys_are_filled_with_none(tmp_path):
     path = _write(tmp_path, "t.jsonl", '{"a": 1}\n{"b": 2}\n{"a": 3, "b": 4}\n')
     assert read_table(path) == {"a": [1, None, 3], "b": [None, 2, 4]}
+
+
+def test_lines_of_rows(tmp_path):
+    path = _write(tmp_path, "t.jsonl", '\ufeff\n{"a": 1}\n\n{"a": 2}\n')
+    assert read_table(path).lines == [2, 4]
+    path = _write(tmp_path, "t.csv", '\na\n\n"1\n2"\n3\n')
+    assert read_table(path).lines == [4, 6]
+
+
+def test_json_key_twice(tmp_path):
+    path = _write(tmp_path, "t.jsonl", '{"text": "a", "text": "b"}\n')
+    _refused(path, "line 1", "'text' stands twice")
 
 
 def test_standard_input_is_jsonl(monkeypatch):
@@ -123,6 +178,10 @@ def test_ragged_rows(tmp_path, name, sep):
 
 def test_ragged_row_is_named_by_its_first_line(tmp_path):
     _refused(_write(tmp_path, "t.csv", 'a,b\n"1\n2",3\n"4\n5"\n'), "line 4 has 1 fields")
+
+
+def test_line_ends_of_old_macs(tmp_path):
+    _refused(_write(tmp_path, "t.csv", "text,label\ra,b\r"), "line 1 is malformed", "new-line")
 
 
 def test_unclosed_quote_names_where_it_begins(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import resource
 import struct
 import sys
@@ -14,6 +15,7 @@ import tiny
 import tiny_pretrain
 from helpers import refused
 
+from bertfast import files
 from bertfast.cli import main
 from bertfast.train import (
     ConfigError,
@@ -228,7 +230,7 @@ def test_files_of_results_are_checked_first(tmp_path, monkeypatch, capfd):
     import bertfast.train
 
     ran = []
-    for name in ("evaluate", "predict"):
+    for name in ("evaluate", "predict_table"):
         monkeypatch.setattr(bertfast.train, name, lambda *_, **__: ran.append(1) or {"f1": 1})
     ev = ["evaluate", "classify", "--model", "m", "--data", "d", "--json"]
     pr = ["predict", "classify", "--model", "m", "--input", "d", "--output"]
@@ -241,3 +243,77 @@ def test_files_of_results_are_checked_first(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("bertfast.files.write_whole", lambda *_: (_ for _ in ()).throw(OSError(28)))
     assert main([*ev, str(tmp_path / "r.json")]) == 1
     assert json.loads(capfd.readouterr().out) == {"f1": 1}
+    assert main([*pr, str(tmp_path / "r.jsonl")]) == 1
+    assert json.loads(capfd.readouterr().out) == "f1"
+
+
+def test_no_result_takes_an_inputs_place(tmp_path, capfd):
+    """Nor a file's of the model's folder, whose scores may be written again."""
+    model, data = tmp_path / "m", tmp_path / "d.jsonl"
+    model.mkdir()
+    for path in (model / "config.json", model / "scores.json", data):
+        path.write_text("x")
+    (tmp_path / "link").symlink_to(data)
+    commands = (
+        ["evaluate", "classify", "--data", str(data), "--json"],
+        ["predict", "classify", "--input", str(data), "--output"],
+        ["quantize", "--check", str(data), "--json"],
+    )
+    names = ["model.safetensors", "config.json", "tokenizer.json", "run_config.yaml", "README.md"]
+    for command in commands:
+        for target in (data, tmp_path / "link", *(model / name for name in names)):
+            assert main([*command, str(target), "--model", str(model)]) == 2
+            assert f"{target} is read from, and would be overwritten" in capfd.readouterr().err
+        for target in (model / "scores.json", model / "new.json", tmp_path / "config.json"):
+            assert main([*command, str(target), "--model", str(model)]) == 1  # no model is there
+            assert "overwritten" not in capfd.readouterr().err
+    assert data.read_text() == "x"
+
+
+def test_nobodys_files_are_lost(tmp_path, capfd):
+    """`out` may be a folder with other things in it, not with files of the run's names that no run
+    made, nor with the run's data under such a name; a dry run says so too."""
+    settings = tiny.settings(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("x")
+    (out / "README.md").write_text("x")
+    outputs.check(out, settings["model"])
+    for name in ("metrics.jsonl", "config.json", "confusion_matrix.csv"):
+        (out / name).write_text("mine")
+        config = FinetuneConfig(**settings)
+        refused(ConfigError, f"out is {out}, which holds {name} but no run_config.yaml",
+                finetune, config, dry_run=True)  # fmt: skip
+        refused(ConfigError, f"holds {name}", pretrain, PretrainConfig(data="d", out=str(out)))
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    (out / "run_config.yaml").write_text("")
+    (out / "metrics.jsonl").write_text("mine")
+    for name in ("train", "valid", "test"):
+        config = FinetuneConfig(**settings | {name: str(out / "metrics.jsonl")})
+        refused(ConfigError, "metrics.jsonl is a name of the run's own files", finetune, config)
+    assert (out / "metrics.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", "checkpoints"])
+def test_what_stands_in_the_place_of_a_file(tmp_path, name):
+    settings = tiny.settings(tmp_path)
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    (out / "run_config.yaml").write_text("")
+    if name == "checkpoints":
+        (out / name).rmdir()
+        (out / name).write_text("x")
+    refused(OSError, name, finetune, FinetuneConfig(**settings), dry_run=True)
+
+
+def test_what_is_resumed_is_there(tmp_path):
+    settings = tiny.settings(tmp_path, resume=str(tmp_path / "none"))
+    refused(ConfigError, "resume is .*none', expected auto, no or a checkpoint's folder",
+            finetune, FinetuneConfig(**settings), dry_run=True)  # fmt: skip
+
+
+def test_json_has_no_nan():
+    value = {"a": [math.nan, {"b": (math.inf, 1.5, "NaN", True, None)}], "c": -math.inf}
+    expected = '{"a": [null, {"b": [null, 1.5, "NaN", true, null]}], "c": null}'
+    assert files.json_text(value) == expected

@@ -282,7 +282,11 @@ def test_bad_data(tmp_path):
     refused(DataError, "2 or more classes", run, tmp_path, train=str(tmp_path / "one.jsonl"))
     tiny.write(tmp_path / "new.jsonl", [{"text": "red", "label": "pink"}])
     refused(
-        DataError, "row 1: unknown label 'pink'", run, tmp_path, valid=str(tmp_path / "new.jsonl")
+        DataError,
+        r"new.jsonl: row 1 \(line 1\): unknown label 'pink'",
+        run,
+        tmp_path,
+        valid=str(tmp_path / "new.jsonl"),
     )
     refused(ConfigError, "max_length is 99, the model takes up to 32", run, tmp_path, max_length=99)
     refused(ConfigError, "out is not set", finetune, FinetuneConfig(model="x", train="y"))

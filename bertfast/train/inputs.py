@@ -1,0 +1,95 @@
+"""How a model reads text: the columns and the length it was trained with, and a tokenizer that
+fits it."""
+
+from pathlib import Path
+
+from .. import data
+from ..model import checkpoint
+from .config import ConfigError, read_yaml
+from .outputs import RUN_CONFIG, say
+
+_DEFAULTS = {
+    "text_column": "text",
+    "text_pair_column": None,
+    "label_column": "label",
+    "max_length": None,
+}
+
+
+def remembered(folder: Path) -> dict:
+    """Columns and length that the run which left `folder` was trained with; {} of no run."""
+    path = folder / RUN_CONFIG
+    try:
+        return read_yaml(path, only=_DEFAULTS) if path.is_file() else {}
+    except (ConfigError, ImportError) as e:
+        say(f"warning: how the model was trained is not known: {e}")
+        return {}
+
+
+def as_trained(folder: Path, **given) -> dict:
+    """What is `given`; for None what the run that left `folder` was trained with, or else the
+    default. "" stands for no column. Says which columns come from the run, where they are not the
+    default's, and where `given` differs from it."""
+    known = remembered(folder)
+    chosen = _DEFAULTS | known
+    used = [
+        f"{name} {known[name]!r}"
+        for name, value in given.items()
+        if value is None and name != "max_length" and chosen[name] != _DEFAULTS[name]
+    ]
+    if used:
+        say(f"as in {folder / RUN_CONFIG}: {', '.join(used)}")
+    for name, value in given.items():
+        if value is not None:
+            chosen[name] = None if value == "" and name != "text_column" else value
+            if name in known and chosen[name] != known[name]:
+                say(f"note: {name} is {chosen[name]!r}, the model was trained with {known[name]!r}")
+    return {name: chosen[name] for name in given}
+
+
+def check(tokenizer, model, folder, max_length: int | None, pairs: bool) -> int:
+    """Tokens a text (or pair) is cut to: `max_length`, or 512 or what the model takes.
+
+    CheckpointError where the tokenizer gives ids or, for pairs, token types that the model has no
+    embedding for; ConfigError where the length is not the model's.
+    """
+    size, config = max(tokenizer.get_vocab().values(), default=-1) + 1, model.config
+    if size > config.vocab_size:
+        raise checkpoint.CheckpointError(
+            f"{folder}: the tokenizer has {size} tokens, the model embeddings for "
+            f"{config.vocab_size}: give the model its own tokenizer, or more embeddings "
+            f"(transformers: model.resize_token_embeddings({size}))"
+        )
+    types = max(data.encode(tokenizer, ["a"], ["a"])[0].get("token_type_ids", [0])) + 1
+    if pairs and types > config.type_vocab_size:
+        raise checkpoint.CheckpointError(
+            f"{folder}: the tokenizer marks a pair by {types} token types, the model has "
+            f"{config.type_vocab_size}: give single texts"
+        )
+    limit = config.max_position_embeddings
+    if max_length is None:
+        return min(512, limit)
+    if max_length > limit:
+        raise ConfigError(f"max_length is {max_length}, the model takes up to {limit}")
+    specials = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length <= specials:
+        raise ConfigError(
+            f"max_length is {max_length}, expected more than the {specials} special tokens"
+        )
+    return max_length
+
+
+def encoded_rows(tokenizer, examples, labels, max_length):
+    """Rows of token ids, with labels where a `LabelSet` is given."""
+    rows = data.encode(tokenizer, examples.texts, examples.pairs, max_length)
+    if labels is not None:
+        for row, target in zip(rows, labels.encode(examples), strict=True):
+            row["labels"] = target
+    return rows
+
+
+def warn_unknown(tokenizer, rows, pairs: bool) -> None:
+    """Says so where many of the rows' tokens are unknown to the tokenizer."""
+    share = data.unknown_share(tokenizer, rows, pairs)
+    if share > data.UNKNOWN:
+        say(f"warning: {data.unknown_text(share)}")
