@@ -41,20 +41,25 @@ def picked(rows, *tensors):
     return tensors if rows is None else [t.index_select(0, rows) for t in tensors]
 
 
-def _product(k, layer: Layer, role: str, x):
-    """x by a role's matrix, and the bias that is left to add: none behind an adapter."""
+def _product(k, layer: Layer, role: str, x, biased: bool = True):
+    """[n, in] -> [n, out] by a role's linear layer, or the adapter over it, which adds its bias."""
     weight, bias = getattr(layer.weights, role)
     if role in layer.adapters:
-        return layer.adapters[role](x).to(x.dtype), None
-    return k.linear_act(x, weight, None, 0, False)[0], bias
+        return layer.adapters[role](x).to(x.dtype)
+    return k.linear_act(x, weight, bias if biased else None, 0, False)[0]
+
+
+def _unbiased(k, layer: Layer, role: str, x):
+    """The same, and the bias that is left to add where the dropout and the residual are."""
+    bias = None if role in layer.adapters else getattr(layer.weights, role).bias
+    return _product(k, layer, role, x, False), bias
 
 
 def _qkv(k, layer: Layer, hidden):
     """[tokens, 3, heads, head_dim]"""
     spec, w = layer.spec, layer.weights
     if any([role in layer.adapters for role in _QKV]):
-        found = [_product(k, layer, role, hidden) for role in _QKV]
-        qkv = torch.stack([y if bias is None else y + bias for y, bias in found], 1)
+        qkv = torch.stack([_product(k, layer, role, hidden) for role in _QKV], 1)
     else:
         qkv = k.qkv_linear(hidden, *w.query, *w.key, *w.value)
     return qkv.view(hidden.shape[0], 3, spec.heads, spec.head_dim)
@@ -64,7 +69,7 @@ def _inner(k, layer: Layer, x, save: bool):
     """[n, inner], and what `linear_act` saves."""
     activation = layer.spec.activation
     if "up" in layer.adapters:
-        return _ACTIVATE[activation](_product(k, layer, "up", x)[0]), None
+        return _ACTIVATE[activation](_product(k, layer, "up", x)), None
     return k.linear_act(x, *layer.weights.up, ACTIVATIONS.index(activation), save)
 
 
@@ -90,11 +95,10 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
         *(False, batch.bias, batch.seqused_k),
     )
     wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
-    # The biases of both outputs are added where the dropout and the residual are.
-    projected, bias = _product(k, layer, "out", wanted)
+    projected, bias = _unbiased(k, layer, "out", wanted)
     middle, *stats1 = k.add_layer_norm(projected, residual, *w.norm1, spec.eps, bias, p1, seed1)
     inner, z = _inner(k, layer, middle, save)
-    out, bias = _product(k, layer, "down", inner)
+    out, bias = _unbiased(k, layer, "down", inner)
     y, *stats2 = k.add_layer_norm(out, middle, *w.norm2, spec.eps, bias, p2, seed2)
     return y, (qkv, context, lse, projected, *stats1, middle, inner, z, out, *stats2)
 
