@@ -4,10 +4,11 @@
 
 SentenceTransformer.encode of 256 sentences, CrossEncoder.predict of 128 pairs, and a step of
 transformers' Trainer (batches of 32 texts of natural lengths, padded by its collator; dropout as
-in the checkpoint). A step of question answering on such a batch, whose softmax reads the padding:
-as the stock model computes it, and with padding="zeros", which is another loss. The text is the
-standard library's docstrings. The rival is the untouched model with SDPA. Outputs, and the
-gradients of every parameter, are compared first.
+in the checkpoint), of all weights and of peft's LoRA alone (r 8, query and value). A step of
+question answering on such a batch, whose softmax reads the padding: as the stock model computes it,
+and with padding="zeros", which is another loss. The text is the standard library's docstrings. The
+rival is the untouched model with SDPA. Outputs, and the gradients of every parameter, are compared
+first.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 from harness import minilm, real_batch, real_text, save
@@ -29,6 +31,7 @@ from bertfast.bench.measure import interleave, median, natural_lengths
 
 TOLERANCE = 2e-5
 BATCH = 32
+LORA_DROPOUT = 0.0, 0.05
 
 
 def sentences(count: int) -> list[str]:
@@ -97,7 +100,7 @@ def gradients(model, rows, tokenizer) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def fine_tuning(rounds, steps) -> dict:
+def fine_tuning(rounds, steps, lora: peft.LoraConfig | None = None) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
     batch = real_batch(tokenizer, natural_lengths(BATCH * steps))
     rows = [
@@ -109,6 +112,9 @@ def fine_tuning(rounds, steps) -> dict:
     stock = transformers.AutoModelForSequenceClassification.from_pretrained(
         minilm(), num_labels=4, attn_implementation="sdpa"
     )
+    if lora is not None:
+        torch.manual_seed(0)
+        stock = peft.get_peft_model(stock, lora)
     ours = accelerated(stock)
     theirs_found, ours_found = (gradients(m, rows, tokenizer) for m in (stock, ours))
     whole = torch.stack([g.norm() for g in theirs_found]).norm()
@@ -182,6 +188,16 @@ def main():
         ),
         f"transformers Trainer, a step of {BATCH} texts": fine_tuning(args.rounds, args.steps),
     }
+    for p in LORA_DROPOUT:
+        lora = peft.LoraConfig(
+            task_type="SEQ_CLS",
+            r=8,
+            lora_dropout=p,
+            target_modules=["query", "value"],
+            init_lora_weights=False,  # or half of its gradients would be zeros
+        )
+        task = f"transformers Trainer, a LoRA step of {BATCH} texts, lora_dropout={p}"
+        rows[task] = fine_tuning(args.rounds, args.steps, lora)
     for padding, row in question_answering(args.rounds).items():
         rows[f"question answering, a step of {BATCH} texts, padding={padding!r}"] = row
     summary = []

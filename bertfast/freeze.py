@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from . import heap
-from .encoder import Layer, Unfit, watch
+from .encoder import Layer, Unfit, adapters, watch
 from .encoder.noise import Sample
 from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable, PackedCpu, PackedCuda
 from .encoder.weights import FLAT, shapes
@@ -96,6 +96,9 @@ def _center(owner, size):
 
 def _layers(name: str, encoder) -> list[Layer]:
     """An encoder's, all of one kind. Raises ValueError for what packed weights can't stand for."""
+    for path, m in encoder.named_modules(prefix=name):
+        if adapters.unmerged(m):
+            _refuse(path, f"it is a {watch.class_name(m)} that is not merged")
     watched = {name: encoder, f"{name}.layer": encoder.layer}
     watched |= {f"{name}.layer.{i}": layer for i, layer in enumerate(encoder.layer)}
     for path, m in watched.items():

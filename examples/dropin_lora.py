@@ -1,5 +1,5 @@
-"""PEFT's LoRA on an accelerated model: layers with an adapter train by PEFT's code, the others
-fused; merged, all are fused.
+"""PEFT's LoRA on an accelerated model: PEFT's adapters, our kernels around them; merged, a plain
+model again.
 
     python examples/dropin_lora.py
 """
@@ -24,7 +24,6 @@ def main():
             task_type="SEQ_CLS",
             r=8,
             target_modules=["query", "value"],
-            layers_to_transform=[4, 5],  # the upper layers
         ),
     )
     print(bertfast.accelerate(model))  # the one line, before or after PEFT's

@@ -20,7 +20,7 @@ SCRIPTS = {
         [(r"found first: (\S+)", 0.3, 1), (r"pairs: (\S+)", 0.4, 1)],
     ),
     "dropin_cross_encoder": (["sentence_transformers"], 6, [(r"scores within (\S+);", 0, 2e-5)]),
-    "dropin_lora": (["peft"], 4, [(r"logits within (\S+)", 0, 2e-5), (r"(6) of 6 layers", 6, 6)]),
+    "dropin_lora": (["peft"], 6, [(r"logits within (\S+)", 0, 2e-5), (r"(6) of 6 layers", 6, 6)]),
 }  # fmt: skip
 
 

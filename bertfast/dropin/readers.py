@@ -26,6 +26,8 @@ _PASSING = {
     "torch.utils._contextlib",
     "torch.amp.autocast_mode",
     "accelerate.utils.operations",
+    "peft.peft_model",
+    "peft.tuners.tuners_utils",
     "transformers.utils.generic",
     "transformers.utils.output_capturing",
 }

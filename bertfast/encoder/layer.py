@@ -4,7 +4,10 @@
 dispatcher's.
 """
 
+from functools import partial
+
 import torch
+from torch.nn import functional as F
 
 from ..ops.attention import default_scale
 from ..ops.dropout import as_seed
@@ -12,6 +15,9 @@ from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
 from .batch import Batch
 from .spec import Layer, LayerSpec
 from .weights import LayerWeights
+
+_ACTIVATE = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+_QKV = "query", "key", "value"
 
 
 def seeds_of(layer: Layer, seeds, device) -> list[torch.Tensor | None]:
@@ -35,6 +41,38 @@ def picked(rows, *tensors):
     return tensors if rows is None else [t.index_select(0, rows) for t in tensors]
 
 
+def _product(k, layer: Layer, role: str, x, biased: bool = True):
+    """[n, in] -> [n, out] by a role's linear layer, or the adapter over it, which adds its bias."""
+    weight, bias = getattr(layer.weights, role)
+    if role in layer.adapters:
+        return layer.adapters[role](x).to(x.dtype)
+    return k.linear_act(x, weight, bias if biased else None, 0, False)[0]
+
+
+def _unbiased(k, layer: Layer, role: str, x):
+    """The same, and the bias that is left to add where the dropout and the residual are."""
+    bias = None if role in layer.adapters else getattr(layer.weights, role).bias
+    return _product(k, layer, role, x, False), bias
+
+
+def _qkv(k, layer: Layer, hidden):
+    """[tokens, 3, heads, head_dim]"""
+    spec, w = layer.spec, layer.weights
+    if any([role in layer.adapters for role in _QKV]):
+        qkv = torch.stack([_product(k, layer, role, hidden) for role in _QKV], 1)
+    else:
+        qkv = k.qkv_linear(hidden, *w.query, *w.key, *w.value)
+    return qkv.view(hidden.shape[0], 3, spec.heads, spec.head_dim)
+
+
+def _inner(k, layer: Layer, x, save: bool):
+    """[n, inner], and what `linear_act` saves."""
+    activation = layer.spec.activation
+    if "up" in layer.adapters:
+        return _ACTIVATE[activation](_product(k, layer, "up", x)), None
+    return k.linear_act(x, *layer.weights.up, ACTIVATIONS.index(activation), save)
+
+
 def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     """One layer on packed tokens.
 
@@ -49,23 +87,19 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     Returns: [tokens or n, hidden], and what `backward` takes besides `hidden` and the weights; the
     query, key and value [tokens, 3, heads, head_dim] first.
     """
-    spec, w, (p0, p1, p2) = layer
+    spec, w, (p0, p1, p2), _ = layer
     seed0, seed1, seed2 = seeds
-    qkv = k.qkv_linear(hidden, *w.query, *w.key, *w.value)
-    qkv = qkv.view(hidden.shape[0], 3, spec.heads, spec.head_dim)
+    qkv = _qkv(k, layer, hidden)
     context, lse = k.attention(
         *(qkv, batch.cu_seqlens, batch.longest, default_scale(spec.head_dim), p0, seed0),
         *(False, batch.bias, batch.seqused_k),
     )
     wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
-    # The biases of both outputs are added where the dropout and the residual are.
-    projected, _ = k.linear_act(wanted, w.out.weight, None, 0, False)
-    middle, *stats1 = k.add_layer_norm(
-        projected, residual, *w.norm1, spec.eps, w.out.bias, p1, seed1
-    )
-    inner, z = k.linear_act(middle, *w.up, ACTIVATIONS.index(spec.activation), save)
-    out, _ = k.linear_act(inner, w.down.weight, None, 0, False)
-    y, *stats2 = k.add_layer_norm(out, middle, *w.norm2, spec.eps, w.down.bias, p2, seed2)
+    projected, bias = _unbiased(k, layer, "out", wanted)
+    middle, *stats1 = k.add_layer_norm(projected, residual, *w.norm1, spec.eps, bias, p1, seed1)
+    inner, z = _inner(k, layer, middle, save)
+    out, bias = _unbiased(k, layer, "down", inner)
+    y, *stats2 = k.add_layer_norm(out, middle, *w.norm2, spec.eps, bias, p2, seed2)
     return y, (qkv, context, lse, projected, *stats1, middle, inner, z, out, *stats2)
 
 

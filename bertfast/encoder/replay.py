@@ -29,7 +29,7 @@ from .graph import (
     settings,
 )
 from .recorded import Graph, Key
-from .run import forced
+from .run import adapters_limit, forced
 from .spec import Layer
 
 LANES = 4  # forwards that may wait for their backward
@@ -159,7 +159,7 @@ class Graphs:
             if self._memory is not None:
                 self.release()
             return None
-        why = self._limit(batch, record)
+        why = self._limit(batch, record) or adapters_limit(layers)
         if why is not None:
             return why
         with self._lock, _device(batch.hidden):

@@ -44,10 +44,16 @@ class Choice(NamedTuple):
         return "; ".join([self.name, *(f"{n}: {why}" for n, why in self.declined.items())])
 
 
+def adapters_limit(layers: list[Layer]) -> str | None:
+    """What keeps all but the operators, among which an adapter is called."""
+    roles = dict.fromkeys([role for layer in layers for role in layer.adapters])
+    return f"there is an adapter on {', '.join(roles)}" if roles else None
+
+
 def choose(layers: list[Layer], batch: Batch) -> Choice:
     """Raises RuntimeError where one is forced that can't."""
     declined, wanted, device = {}, forced(), batch.hidden.device.type
-    why = watch.dispatch_limit(batch.hidden)
+    why = watch.dispatch_limit(batch.hidden) or adapters_limit(layers)
     for name, one in EXECUTORS.items():
         if name == wanted or (wanted is None and one.DEVICE in (None, device)):
             limit = why if one is not operators else None
@@ -63,7 +69,8 @@ def run(layers: list[Layer], batch: Batch, graphs=None):
 
     graphs: the `replay.Graphs` of an encoder, whose calls may be replayed.
 
-    Returns: [tokens or rows, hidden], and the `Choice` of who ran them.
+    Returns: [tokens or rows, hidden], and the `Choice` of who ran them: "node and operators" where
+        some have adapters.
 
     Raises: TypeError, ValueError or IndexError for a batch that doesn't fit.
     """
@@ -72,10 +79,29 @@ def run(layers: list[Layer], batch: Batch, graphs=None):
     found = graphs.run(layers, batch) if replayed else None
     if isinstance(found, tuple):
         return found
-    choice = choose(layers, batch)
-    if found is not None:
-        choice = Choice(choice.name, {"graph": found} | choice.declined)
-    return EXECUTORS[choice.name].run(layers, batch), choice
+    names, declined, hidden, first = {}, {} if found is None else {"graph": found}, batch.hidden, 0
+    for part in _parts(layers):
+        last = first + len(part)
+        own = batch._replace(
+            hidden=hidden,
+            rows=batch.rows if last == len(layers) else None,
+            seeds=None if batch.seeds is None else batch.seeds[3 * first : 3 * last],
+        )
+        choice = choose(part, own)
+        hidden, first = EXECUTORS[choice.name].run(part, own), last
+        names[choice.name], declined = None, declined | choice.declined
+    return hidden, Choice(" and ".join(names), declined)
+
+
+def _parts(layers: list[Layer]) -> list[list[Layer]]:
+    """As they follow each other, those with adapters and those without apart."""
+    parts = [[layers[0]]]
+    for layer in layers[1:]:
+        if bool(layer.adapters) == bool(parts[-1][0].adapters):
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return parts
 
 
 def served() -> dict[str, str | None]:

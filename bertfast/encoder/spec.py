@@ -1,5 +1,7 @@
 """What a layer of an encoder is: post-norm (Devlin et al., arXiv:1810.04805)."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .weights import LayerWeights
@@ -33,6 +35,8 @@ class Layer(NamedTuple):
     spec: LayerSpec
     weights: LayerWeights
     dropout: DropoutRates = DropoutRates()
+    # a matrix's role -> what is called in its product's place, bias included: [n, in] -> [n, out]
+    adapters: Mapping[str, Callable] = MappingProxyType({})
 
 
 class Unfit(NamedTuple):

@@ -130,7 +130,11 @@ class Snapshot:
         self.root, self.also, self.found = root, also, found
         self.modules = list(root.modules())
         self.types, self.vars = [*map(type, self.modules)], [*map(vars, self.modules)]
-        self.then = [*map(dict, self.vars)]
+        # Lists are changed in place, as peft's of what it has merged.
+        self.then = [
+            {name: v.copy() if type(v) is list else v for name, v in own.items()}
+            for own in self.vars
+        ]
         self.hooks = [*chain.from_iterable(map(_hooks, self.modules))]
         self.hooked = [*map(dict, self.hooks)] if any(self.hooks) else None
         self.children = [m._modules for m in self.modules if m._modules]

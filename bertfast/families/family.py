@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..encoder import DropoutRates, Layer, LayerSpec, LayerWeights, Parameters, Unfit, watch
+from ..encoder.adapters import split
 from ..encoder.weights import NORMS
 
 # transformers' names for what the kernels compute
@@ -112,6 +113,9 @@ class Family:
         if kernel is None:
             return Unfit(self.activation, f"no kernel has {found[plan.activation]!r}")
         modules = tuple([found[i] for i in plan.checked])
+        modules, adapted = split(modules, plan.names)
+        if isinstance(modules, Unfit):
+            return modules
         why = watch.limit(modules, (*plan.types, type(found[plan.activation])), plan.names)
         if why:
             return why
@@ -137,7 +141,8 @@ class Family:
         hidden, inner = weights.norm1.bias.shape[0], weights.up.bias.shape[0]
         heads = weights.query.bias.shape[0] // head_dim
         spec = LayerSpec(hidden, heads, head_dim, inner, kernel, modules[plan.norm1].eps)
-        return Layer(spec, weights, rates)
+        adapted = {LayerWeights._fields[i]: m for i, m in adapted.items()}
+        return Layer(spec, weights, rates, adapted)
 
 
 class _Plan:

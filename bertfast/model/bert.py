@@ -67,6 +67,11 @@ class BertPreTrainedModel(nn.Module):
             if isinstance(module, BertEncoder):
                 module.gradient_checkpointing = enabled
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Without this, peft puts a hook on the embeddings in any case."""
+        return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, BertEncoder))
+
     def gradient_checkpointing_disable(self):
         self.gradient_checkpointing_enable(False)
 

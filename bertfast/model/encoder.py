@@ -239,8 +239,10 @@ class BertEncoder(Freezable, nn.Module):
             arguments = (hidden, *batch[1:3], seeds[3 * i : 3 * i + 3], rows if last else None)
             arguments += (keep_qkv, number if last else None, batch.seqused_k)
             if checkpointing:
-                # The seeds are arguments: no RNG state needs keeping for equal dropout masks.
-                out = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                # Seeds are arguments: equal masks need no RNG state, but those of others' dropouts.
+                found = FAMILY.read(layer)
+                foreign = isinstance(found, Unfit) or bool(found.adapters)
+                out = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=foreign)
             else:
                 out = layer(*arguments)
             hidden, qkv = out if keep_qkv else (out, None)

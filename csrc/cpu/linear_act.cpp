@@ -29,11 +29,10 @@ int64_t row_units(int64_t k) {
 
 // Panel p of b over the block's k; the parts may meet inside it: `rows` [NR, k] is for that.
 template <Unit u>
-void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
+void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* dst, float* rows) {
   if (block.k == 0) return;
   const int64_t n0 = p * NR, part_k = g.split_k ? g.k / g.b.count : g.k;
   const int64_t part_n = g.split_k ? g.n : g.n / g.b.count;
-  float* dst = block.data + p * block.units * NR;
   const auto pack = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     // Rows of one part at a time; a panel that spans two is packed by element.
@@ -64,16 +63,14 @@ void pack_b(const GemmArgs& g, const Block& block, int64_t p, float* rows) {
     pack(static_cast<float*>(nullptr));
 }
 
-// Rows [m0, m0 + rows) of a over the block's k.
+// Rows [m0, m0 + rows) of a over the block's k, `tile` in a panel.
 template <Unit u>
-void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows) {
+void pack_a(const GemmArgs& g, const Block& block, int64_t m0, int64_t rows, int64_t tile) {
   const auto pack = [&](auto* a) {
-    constexpr int R = kRows<u>;
-    for (int64_t m = 0; m < rows; m += R) {
-      const auto* from = a + (m0 + m) * g.a_row + block.k0 * g.a_k;
-      pack_operand<u, false>(block.data + m * block.units, from, g.a_row, g.a_k, min(R, rows - m),
-                             block.k);
-    }
+    float* dst = block.data;
+    for (int64_t m = 0; m < rows; m += tile, dst += kRows<u> * block.units)
+      pack_operand<u, false>(dst, a + (m0 + m) * g.a_row + block.k0 * g.a_k, g.a_row, g.a_k,
+                             min(tile, rows - m), block.k);
   };
   if (g.a_bf16)
     pack(static_cast<const bf16*>(g.a));
@@ -174,9 +171,12 @@ void gemm_in(const GemmArgs& g) {
       ceil_div(ceil_div(g.m, MC), g.m > MC ? threads : 1) * (g.m > MC ? threads : 1);
   const int64_t mc = ceil_div(ceil_div(g.m, m_tasks), R) * R;
   const int64_t n_tasks = min(panels, ceil_div((u == Unit::split ? 1 : 2) * threads, m_tasks));
+  // Of few rows each panel of b meets one task, which packs it right before, into its own cache.
+  const bool few = m_tasks == 1;
+  const int64_t together = few ? 1 : PC<u>, panel = units * NR, a_size = (mc + R) * units;
   static thread_local Buffer a_buffer, b_buffer, sums_buffer;
-  const PerThread<float> scratch(a_buffer, max((mc + R) * units, NR * kc));
-  float* bias = b_buffer.get<float>(panels * NR * (1 + ceil_div(ks, kc) * units));
+  const PerThread<float> scratch(a_buffer, max(a_size, NR * kc) + (few ? panel + NR * kc : 0));
+  float* bias = b_buffer.get<float>(panels * (NR + (few ? 0 : ceil_div(ks, kc) * panel)));
   float* b = bias + panels * NR;
   gather_bias(g, bias, panels * NR);
   // Sums over several blocks of k wait here in fp32.
@@ -189,10 +189,13 @@ void gemm_in(const GemmArgs& g) {
       const int64_t k0 = s0 + i * kc, k = min(kc, send - k0);
       return Block{data, k0, k, row_units<u>(k)};
     };
-    const auto b_block = [&](int64_t i) { return block_at(i, b + i * panels * units * NR); };
+    const auto b_block = [&](int64_t i) { return block_at(i, b + i * panels * panel); };
 #pragma omp for schedule(static) collapse(2)
-    for (int64_t i = 0; i < blocks; ++i)
-      for (int64_t p = 0; p < panels; ++p) pack_b<u>(g, b_block(i), p, scratch.mine());
+    for (int64_t i = 0; i < (few ? 0 : blocks); ++i)
+      for (int64_t p = 0; p < panels; ++p) {
+        const Block bb = b_block(i);
+        pack_b<u>(g, bb, p, bb.data + p * bb.units * NR, scratch.mine());
+      }
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t mt = 0; mt < m_tasks; ++mt)
       for (int64_t nt = 0; nt < n_tasks; ++nt) {
@@ -200,24 +203,29 @@ void gemm_in(const GemmArgs& g) {
         const int64_t m0 = mt * mc, rows = min(mc, g.m - m0);
         const int64_t p_end = panels * (nt + 1) / n_tasks;
         if (rows <= 0) continue;
+        // Tiles alike in size, since one of few rows would wait for its sums.
+        const int64_t tile = kMatrix<u> ? R : ceil_div(rows, ceil_div(rows, R));
+        float* fresh = scratch.mine() + a_size;
         alignas(64) float tiles[2][R * NR];
         Finished before{&g, finish};
         int current = 0;
         for (int64_t i = 0; i < blocks; ++i) {
           const Block bb = b_block(i), ab = block_at(i, scratch.mine());
           const bool first = bb.k0 == 0, last = bb.k0 + bb.k == g.k;
-          pack_a<u>(g, ab, m0, rows);
-          for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += PC<u>) {
-            const float* next = bb.data + (p0 + PC<u>)*bb.units * NR;
-            [[maybe_unused]] Ahead ahead{next, next + PC<u> * bb.units * NR};
-            for (int64_t m = 0; m < rows; m += R)
-              for (int64_t p = p0; p < min(p0 + PC<u>, p_end); ++p) {
-                const int64_t valid = min(R, rows - m);
+          pack_a<u>(g, ab, m0, rows, tile);
+          for (int64_t p0 = panels * nt / n_tasks; p0 < p_end; p0 += together) {
+            if (few) pack_b<u>(g, bb, p0, fresh, fresh + panel);
+            const float *from = few ? fresh : bb.data + p0 * bb.units * NR,
+                        *next = from + together * bb.units * NR;
+            [[maybe_unused]] Ahead ahead{next, few ? next : next + together * bb.units * NR};
+            for (int64_t m = 0, t = 0; m < rows; m += tile, t += R)
+              for (int64_t p = p0; p < min(p0 + together, p_end); ++p) {
+                const int64_t valid = min(tile, rows - m);
                 // Tile by tile: rows of the result would lie pages apart.
-                float* out = sums ? sums + ((m0 + m) * panels + p * R) * NR : tiles[current ^= 1];
+                float* out = sums ? sums + ((m0 + t) * panels + p * R) * NR : tiles[current ^= 1];
                 if (last) prefetch_rows(g, m0 + m, valid, p * NR);
-                tile_packed<u>(ab.data + m * ab.units, valid, bb.data + p * bb.units * NR, bb.units,
-                               out, !first, [&](int64_t times) {
+                tile_packed<u>(ab.data + t * ab.units, valid, from + (p - p0) * bb.units * NR,
+                               bb.units, out, !first, [&](int64_t times) {
                                  before.take(ceil_div(R, times));
                                  if constexpr (u == Unit::split) ahead.take(2);
                                });

@@ -4,6 +4,7 @@
 // of high-performance matrix multiplication", 2008. Panels for the matrix unit hold a step of k
 // after the other, see isa/unit.h: [part][TILE][16 units] of a, [part][16 units][TILE] of b.
 #pragma once
+#include <array>
 #include <utility>
 
 #include "matrix.h"
@@ -34,15 +35,15 @@ inline vf dot(vf acc, vf a, vf b) {
 // less.
 constexpr int64_t kRun = 256;
 
-// out[i, 0:NR] (+)= sum_k a[i][k * step] b[k, 0:NR], i < MR.
+// out[i, 0:NR] (+)= sum_k a[i][k * step] b[k, 0:NR], i < R.
 // rows: where each row of a starts.
-template <Unit u, class Rows>
+template <Unit u, int R = MR, class Rows>
 inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t units, float* out,
                          int64_t out_row, bool accumulate) {
   for (int64_t start = 0; start == 0 || start < units; start += kRun) {
-    vf acc[MR][NV];
+    vf acc[R][NV];
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
     for (int64_t k = start; k < min(start + kRun, units); ++k) {
@@ -50,20 +51,30 @@ inline void tile_product(const Rows& rows, int64_t step, const float* b, int64_t
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) bk[j] = load(b + k * NR + j * W);
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
+      for (int i = 0; i < R; ++i) {
         const vf a = Isa::broadcast(rows(i) + k * step);
 #pragma GCC unroll 2
         for (int j = 0; j < NV; ++j) acc[i][j] = dot<u>(acc[i][j], a, bk[j]);
       }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
         float* to = out + i * out_row + j * W;
         store(to, start || accumulate ? load(to) + acc[i][j] : acc[i][j]);
       }
   }
+}
+
+template <Unit u, int R>
+void tile_of(const float* a, const float* b, int64_t units, float* out, bool accumulate) {
+  tile_product<u, R>([a](int i) { return a + i; }, MR, b, units, out, NR, accumulate);
+}
+template <Unit u, int... I>
+constexpr std::array<decltype(&tile_of<u, 1>), sizeof...(I)> tiles_of(
+    std::integer_sequence<int, I...>) {
+  return {tile_of<u, I + 1>...};
 }
 
 // A whole tile out[rows][NR]; a is a packed panel, of which `rows` are wanted. units: of all parts.
@@ -76,7 +87,8 @@ void tile_packed(const float* a, [[maybe_unused]] int64_t rows, const float* b, 
     Isa::matrix_product<u>({a, kStep, kParts<u> * kBlock}, rows, b, steps, out, NR, accumulate,
                            [&] { meanwhile(steps * kPauses<u>); });
   } else {
-    tile_product<u>([a](int i) { return a + i; }, MR, b, units, out, NR, accumulate);
+    static constexpr auto tiles = tiles_of<u>(std::make_integer_sequence<int, MR>{});
+    tiles[rows - 1](a, b, units, out, accumulate);
   }
 }
 

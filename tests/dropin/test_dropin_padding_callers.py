@@ -124,11 +124,19 @@ def test_trainer_predicts_at_every_position(tmp_path):
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification"])
-def test_trainer_trains_alike(head, tmp_path):
-    """Masked labels, of which the trainer takes the loss alone."""
-    models, _ = three(stock("Bert", head))
+@pytest.mark.parametrize(
+    "head, lora", [("ForMaskedLM", False), ("ForTokenClassification", False), ("ForMaskedLM", True)]
+)
+def test_trainer_trains_alike(head, lora, tmp_path):
+    """Masked labels, of which the trainer takes the loss alone, peft's models between or not."""
+    (*models,), report = three(stock("Bert", head))
     given = padded() | labels(models[1], padded())
+    if lora:
+        peft = pytest.importorskip("peft")
+        for i, model in enumerate(models):
+            config = peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+            torch.manual_seed(6)
+            models[i] = peft.get_peft_model(model, config).to(model.dtype)
     rows = [{k: v[i] for k, v in given.items()} for i in range(4)]
     seen = []
     for model in models:
@@ -143,3 +151,4 @@ def test_trainer_trains_alike(head, tmp_path):
             {"losses": torch.tensor(losses)} | {n: p.detach() for n, p in model.named_parameters()}
         )
     assert_same(*seen)
+    assert [*report.padding.values()] == ["skipped: nobody reads them"]

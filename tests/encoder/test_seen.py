@@ -73,6 +73,7 @@ def same(a, b):
             if isinstance(x, Unfit)
             else x.spec == y.spec
             and x.dropout == y.dropout
+            and x.adapters == y.adapters
             and all(p is q for p, q in zip(x.weights.flat(), y.weights.flat(), strict=True))
         )
         for x, y in zip(a, b, strict=True)
@@ -93,6 +94,37 @@ def test_changes(change, build):
     if change == "an array":
         layer_of(encoder).mine = torch.ones(2)
         assert same(encoder.describe(), before)  # neither equal nor different
+
+
+ADAPTERS = {
+    "another": lambda m: m.add_adapter("more", peft_config("key")),
+    "the active one": lambda m: m.set_adapter("more"),
+    "merged": lambda m: m.merge_adapter(),
+    "unmerged": lambda m: m.unmerge_adapter(),
+    "disabled": lambda m: m.base_model.disable_adapter_layers(),
+    "enabled": lambda m: m.base_model.enable_adapter_layers(),
+    "gone": lambda m: m.unload(),
+}
+
+
+def peft_config(*names):
+    return pytest.importorskip("peft").LoraConfig(target_modules=[*names])
+
+
+@pytest.mark.parametrize("build", [native, fused])
+def test_changes_of_adapters(build):
+    """peft keeps what it has merged in a list, which it changes in place."""
+    encoder = build()
+    before = encoder.describe()
+    model = pytest.importorskip("peft").get_peft_model(encoder, peft_config("query"))
+    for what, change in {"added": lambda m: m, **ADAPTERS}.items():
+        change(model)
+        after = encoder.describe()
+        assert same(after, encoder.read()), what
+        assert same(after, before) == (what == "the active one"), what
+        assert encoder.describe() is after
+        before = after
+    assert not any(layer.adapters for layer in before)
 
 
 def test_a_native_heads_size_is_its_configurations():

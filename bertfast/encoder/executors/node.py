@@ -50,7 +50,7 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return "the sequences are no int32 offsets with a longest one that is known"
     if batch.bias is not None and not (here and plain(batch.bias)):
         return "it takes a bias on the scores on a CPU alone"
-    for spec, weights, _ in layers:
+    for spec, weights, *_ in layers:
         w = weights.flat()
         if hidden.shape[-1] != spec.hidden or [p.shape for p in w] != shapes(spec):
             return "the weights' shapes don't fit together"
