@@ -14,15 +14,18 @@ struct Encoder {
   static constexpr Unit kHeads = is_fp32(kQkv) || kBf16Unit != Unit::bf16 ? Unit::fp32 : Unit::bf16;
   using A = Element<u>;
   using T = Element<kHeads>;
-  // So few rows are worked on together: each thread reads its part of the weights, not all.
+  // So few rows are worked on together: weights cross memory once, each thread reads its part.
   static constexpr int64_t kTogether = 128;
 
   const EncoderArgs& g;
   const LayerSpec& spec = g.spec;
   const Batch& batch = g.batch;
-  // Row lengths in elements: whole panels, and whole units of a matrix tile.
-  const int64_t hidden_row = round_up(spec.hidden, 64), inner_row = round_up(spec.inner, 64);
+  // Row lengths in elements: whole panels, and whole units of a matrix tile; 64 more, for the rows
+  // of a tile would share sets of the L1 cache where they lie multiples of 4 KB apart.
+  const int64_t hidden_row = round_up(spec.hidden, 64) + 64;
+  const int64_t inner_row = round_up(spec.inner, 64) + 64;
   const int64_t qkv_row = round_up(3 * spec.hidden, 64) + 64;
+  const int threads = omp_get_max_threads();
   const int64_t block_columns = u == Unit::split ? min(inner_row, 512) : inner_row;
   float* hidden;   // [tokens, hidden_row], the residual stream
   T* qkv;          // [tokens, qkv_row]
@@ -62,23 +65,26 @@ struct Encoder {
     }
   };
 
-  explicit Encoder(const EncoderArgs& args) : g(args), tokens(args.batch.tokens), layers(args) {}
+  explicit Encoder(const EncoderArgs& args)
+      : g(args), tokens(args.batch.tokens), layers(args, !kMatrix<u> && tokens <= kTogether) {}
 
   // A product, or the team's part of its panels.
   template <Unit p, class Put>
-  void product(const Linear<p>& w, Part part, const Operand<p>& a, int64_t rows, const Team& team,
+  void product(const Matrix<p>& w, Part part, const Operand<p>& a, int64_t rows, const Team& team,
                const Put& put) const {
     const int64_t p0 = part.p0, panels = part.p1 - p0;
     part.p0 = p0 + team.begin(panels), part.p1 = p0 + team.end(panels);
-    linear(w, a, rows, part, panel_memory.mine(), put);
+    float* scratch = panel_memory.mine();
+    const auto fetch = [&](int64_t i) { return w.panel(i, scratch); };
+    linear(w.packed, a, rows, part, scratch, fetch, put);
     team.meet();
   }
 
-  void project_qkv(const PackedLayer& layer, int64_t m0, int64_t rows, const Scratch& s,
+  void project_qkv(int64_t index, int64_t m0, int64_t rows, const Scratch& s,
                    const Team& team) const {
     T* to = qkv + m0 * qkv_row;
-    const Linear<kQkv> w = layers.qkv(layer);
-    product(w, w.whole(), s.qkv, rows, team,
+    const Matrix<kQkv> w = layers.qkv(index);
+    product(w, w.packed.whole(), s.qkv, rows, team,
             [&](int64_t m, int64_t n, vf v) { store(to + m * qkv_row + n, v); });
   }
 
@@ -106,10 +112,10 @@ struct Encoder {
 
   // Up and down, some of the inner activations after the other: sum becomes x + the result.
   template <int activation>
-  void feed_forward(const PackedLayer& layer, const float* x, int64_t rows, const Scratch& s,
+  void feed_forward(int64_t index, const float* x, int64_t rows, const Scratch& s,
                     const Team& team) const {
     constexpr bool quantised = u == Unit::int8;
-    const Linear<u> up = layers.up(layer), down = layers.down(layer);
+    const Matrix<u> up = layers.up(index), down = layers.down(index);
     for (int64_t c = 0; c < spec.inner; c += s.inner.row) {
       const int64_t columns = min(s.inner.row, spec.inner - c), put_to = round_up(columns, NR);
       product(up, {c / NR, ceil_div(c + columns, NR), 0, spec.hidden}, s.operand, rows, team,
@@ -133,7 +139,7 @@ struct Encoder {
         team.meet();
       }
       const float* before = c ? s.sum : x;
-      product(down, {0, down.panels, c, columns}, s.inner, rows, team,
+      product(down, {0, down.packed.panels, c, columns}, s.inner, rows, team,
               [&](int64_t m, int64_t n, vf v) {
                 const int64_t at = m * hidden_row + n;
                 store(s.sum + at, v + load(before + at));
@@ -155,12 +161,11 @@ struct Encoder {
       put_row(s.qkv, m, is_int8(kQkv) ? centred : to, spec.hidden);
     }
     team.meet();
-    project_qkv(layers[0], m0, rows, s, team);
+    project_qkv(0, m0, rows, s, team);
   }
 
   // What follows the attention of a layer, and the next one's projection.
   void finish(int64_t index, int64_t m0, int64_t rows, const Scratch& s, const Team& team) const {
-    const PackedLayer layer = layers[index];
     T* from = context + m0 * hidden_row;
     const float* residual = hidden + m0 * hidden_row;
     Operand<u> operand = s.operand;
@@ -171,24 +176,24 @@ struct Encoder {
         put_row(operand, m, from + m * hidden_row, spec.hidden);
       team.meet();
     }
-    const Linear<u> out = layers.out(layer);
-    product(out, out.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
+    const Matrix<u> out = layers.out(index);
+    product(out, out.packed.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
       const int64_t at = m * hidden_row + n;
       store(s.sum + at, v + load(residual + at));
     });
-    normalise(layer.norm1, m0, rows, s, s.operand, team);
+    normalise(layers.norm1(index), m0, rows, s, s.operand, team);
     switch (spec.activation) {
       case 1:
-        feed_forward<1>(layer, residual, rows, s, team);
+        feed_forward<1>(index, residual, rows, s, team);
         break;
       case 2:
-        feed_forward<2>(layer, residual, rows, s, team);
+        feed_forward<2>(index, residual, rows, s, team);
         break;
       default:
-        feed_forward<3>(layer, residual, rows, s, team);
+        feed_forward<3>(index, residual, rows, s, team);
     }
-    normalise(layer.norm2, m0, rows, s, s.qkv, team);
-    if (index + 1 < g.layers) return project_qkv(layers[index + 1], m0, rows, s, team);
+    normalise(layers.norm2(index), m0, rows, s, s.qkv, team);
+    if (index + 1 < g.layers) return project_qkv(index + 1, m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
       for (int64_t j = 0; j < spec.hidden; j += W) {
         const vf v = load(hidden + (m0 + m) * hidden_row + j);
@@ -226,7 +231,7 @@ struct Encoder {
   // too few for that, each block by all threads together.
   template <class Work>
   void each_block(float* shared, const Team& team, const Work& work) const {
-    if (tokens <= kTogether && team.size > 1)
+    if (tokens <= kTogether)
       return work(0, tokens, Scratch(*this, shared, kTogether, inner_row), team);
     const int64_t blocks = round_up(ceil_div(tokens, block_most()), team.size);
     const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<u>);
@@ -246,7 +251,6 @@ struct Encoder {
     context = reinterpret_cast<T*>(hidden_kept + kept * hidden_row);
     T* context_kept = context + padded * hidden_row;
     qkv = context_kept + kept * hidden_row;
-    const int threads = omp_get_max_threads();
     float* together = shared.get<float>(Scratch::floats(*this, kTogether, inner_row));
     const int64_t rows = round_up(min(block_most(), max(tokens, batch.results())), kTileRows<u>);
     block_memory = {blocks, Scratch::floats(*this, rows, block_columns)};
@@ -258,7 +262,7 @@ struct Encoder {
     const PerThread<float> head_memory(heads, Head<kHeads>::floats(longest, attention.dim));
     const int64_t widest = max(spec.hidden, spec.inner);
     const int64_t split = 2 * max(split_panel<u>(widest), split_panel<kQkv>(widest));
-    panel_memory = {panels, max(split, g.live ? NR * spec.hidden : 0)};
+    panel_memory = {panels, max(split, g.live ? Matrix<u>::scratch(widest) : 0)};
     const int64_t tasks = batch.batch * spec.heads;
     const int64_t parts = tasks < 2 * threads ? ceil_div(2 * threads, tasks) : 1;
     Crew crew;

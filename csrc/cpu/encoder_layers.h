@@ -6,62 +6,90 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
+// A layer's matrix, and what a panel that is packed late is packed from.
+template <Unit u>
+struct Matrix {
+  Linear<u> packed;
+  LinearWeights live;
+  bool late;
+
+  // Floats of one panel, and of rows to pack it from where parts meet.
+  static int64_t scratch(int64_t k) { return Linear<u>(nullptr, NR, k).panel_bytes() / 4 + NR * k; }
+  // Where panel p is now.
+  const Stored<u>* panel(int64_t p, float* scratch) const {
+    if (!late) return packed.panel(p);
+    const int64_t size = packed.units * NR;
+    Linear<u> here = packed;
+    here.data = reinterpret_cast<const Stored<u>*>(scratch) - p * size;
+    pack_linear(live, here, p, scratch + packed.panel_bytes() / 4);
+    return here.panel(p);
+  }
+  // The thread's share, of what is not packed late; whoever reads it must meet the others first.
+  void pack(const Team& team, float* scratch) const {
+    if (late) return;
+    for (int64_t p = team.begin(packed.panels); p < team.end(packed.panels); ++p)
+      pack_linear(live, packed, p, scratch);
+  }
+};
+
 template <Unit u, Unit qkv_unit>
 class Layers {
  public:
-  explicit Layers(const EncoderArgs& args) : g(args) {}
+  // together: all rows meet a panel one after the other. So a live one is packed late, by who
+  // multiplies it and into its cache: a layer's weights cross memory once.
+  Layers(const EncoderArgs& args, bool together) : g(args), late_(args.live && together) {}
 
-  PackedLayer operator[](int64_t i) const {
-    if (!g.live) return g.packed[i];
-    PackedLayer layer = repacked_;
-    layer.norm1 = g.live[i].norm1, layer.norm2 = g.live[i].norm2;
-    return layer;
+  Matrix<qkv_unit> qkv(int64_t i) const {
+    if (!g.live) return {{g.packed[i].qkv, 3 * hidden, hidden}, {}, false};
+    const LayerWeights& w = g.live[i];
+    return {{qkv_, 3 * hidden, hidden}, {{w.query, w.key, w.value}, 3, g.live_bf16}, late_};
   }
-
-  // The views of a layer's matrices.
-  Linear<qkv_unit> qkv(const PackedLayer& l) const { return {l.qkv, 3 * hidden, hidden}; }
-  Linear<u> out(const PackedLayer& l) const { return {l.out, hidden, hidden}; }
-  Linear<u> up(const PackedLayer& l) const { return {l.up, inner, hidden}; }
-  Linear<u> down(const PackedLayer& l) const { return {l.down, hidden, inner}; }
+  Matrix<u> out(int64_t i) const {
+    return matrix(i, &PackedLayer::out, &LayerWeights::out, out_, hidden, hidden);
+  }
+  Matrix<u> up(int64_t i) const {
+    return matrix(i, &PackedLayer::up, &LayerWeights::up, up_, inner, hidden);
+  }
+  Matrix<u> down(int64_t i) const {
+    return matrix(i, &PackedLayer::down, &LayerWeights::down, down_, hidden, inner);
+  }
+  const Parameter& norm1(int64_t i) const { return g.live ? g.live[i].norm1 : g.packed[i].norm1; }
+  const Parameter& norm2(int64_t i) const { return g.live ? g.live[i].norm2 : g.packed[i].norm2; }
 
   // For live weights, of one layer.
   void make_room(Buffer& buffer) {
     if (!g.live) return;
-    const int64_t sizes[] = {qkv({}).bytes(), out({}).bytes(), up({}).bytes(), down({}).bytes()};
+    const int64_t sizes[] = {Linear<qkv_unit>(nullptr, 3 * hidden, hidden).bytes(),
+                             Linear<u>(nullptr, hidden, hidden).bytes(),
+                             Linear<u>(nullptr, inner, hidden).bytes(),
+                             Linear<u>(nullptr, hidden, inner).bytes()};
     int64_t total = 0;
     for (const int64_t size : sizes) total += round_up(size, 64);
-    char* at = buffer.get<char>(total);
-    repacked_.qkv = at;
-    repacked_.out = at += round_up(sizes[0], 64);
-    repacked_.up = at += round_up(sizes[1], 64);
-    repacked_.down = at += round_up(sizes[2], 64);
+    qkv_ = buffer.get<char>(total);
+    out_ = qkv_ + round_up(sizes[0], 64);
+    up_ = out_ + round_up(sizes[1], 64);
+    down_ = up_ + round_up(sizes[2], 64);
   }
-  // The thread's share of what is live, if any; whoever reads the panels must meet the others
-  // first. scratch [NR, hidden] is its own.
+  // The thread's share of what is live, if any. scratch [NR, hidden] is its own.
   void pack_qkv(int64_t i, const Team& team, float* scratch) const {
-    if (!g.live || i == g.layers) return;
-    const LayerWeights& w = g.live[i];
-    pack({{w.query, w.key, w.value}, 3, g.live_bf16}, qkv(repacked_), team, scratch);
+    if (g.live && i < g.layers) qkv(i).pack(team, scratch);
   }
   void pack_rest(int64_t i, const Team& team, float* scratch) const {
     if (!g.live) return;
-    const LayerWeights& w = g.live[i];
-    pack({{w.out}, 1, g.live_bf16}, out(repacked_), team, scratch);
-    pack({{w.up}, 1, g.live_bf16}, up(repacked_), team, scratch);
-    pack({{w.down}, 1, g.live_bf16}, down(repacked_), team, scratch);
+    for (const Matrix<u>& m : {out(i), up(i), down(i)}) m.pack(team, scratch);
   }
 
  private:
-  template <Unit p>
-  static void pack(const LinearWeights& from, const Linear<p>& to, const Team& team,
-                   float* scratch) {
-    for (int64_t i = team.begin(to.panels); i < team.end(to.panels); ++i)
-      pack_linear(from, to, i, scratch);
+  Matrix<u> matrix(int64_t i, const void* PackedLayer::* packed, Parameter LayerWeights::* live,
+                   const char* room, int64_t n, int64_t k) const {
+    if (!g.live) return {{g.packed[i].*packed, n, k}, {}, false};
+    return {{room, n, k}, {{g.live[i].*live}, 1, g.live_bf16}, late_};
   }
 
   const EncoderArgs& g;
   const int64_t hidden = g.spec.hidden, inner = g.spec.inner;
-  PackedLayer repacked_{};
+  const bool late_;
+  char *qkv_ = nullptr, *out_ = nullptr, *up_ = nullptr, *down_ = nullptr;
 };
 
 }  // namespace

@@ -93,10 +93,10 @@ int64_t split_panel(int64_t k) {
 
 // put(row, column, register) for all rows and the part's columns, which run on to the end of the
 // last panel. `a` starts at the part's k0; the bias is added with the first k. panels: room for two
-// that are split.
-template <Unit u, class Put>
+// that are split. fetch(p): where panel p is by now.
+template <Unit u, class Fetch, class Put>
 void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& part, float* panels,
-            const Put& put) {
+            const Fetch& fetch, const Put& put) {
   [[maybe_unused]] const MatrixScope<u> scope{};
   alignas(64) float tiles[2][kMaxTileRows * NR];
   const int64_t count = tile_count<u>(rows);
@@ -132,7 +132,8 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
   int current = 0;
   for (int64_t p = part.p0; p < part.p1; ++p) {
     splitter.take(splitter.end);
-    const float* b = u == Unit::split ? splitter.to : reinterpret_cast<const float*>(w.panel(p));
+    const Stored<u>* weights = fetch(p);
+    const float* b = u == Unit::split ? splitter.to : reinterpret_cast<const float*>(weights);
     split(p + 1);
     [[maybe_unused]] const int64_t share = ceil_div(splitter.end, pauses * count);
     for (int64_t t = 0; t < count; ++t) {
@@ -147,7 +148,7 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
                                  splitter.take(share);
                                });
       else
-        multiply<u>(lhs, a.row / kPer<u>, valid, w.panel(p), int64_t(NR), w.units, tile, NR,
+        multiply<u>(lhs, a.row / kPer<u>, valid, weights, int64_t(NR), w.units, tile, NR,
                     {reinterpret_cast<const char*>(w.panel(p + 1)) + w.panel_bytes() * m / rows,
                      w.panel_bytes() * valid / (rows * w.units)});
       finish(kMaxTileRows);
