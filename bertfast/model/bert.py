@@ -93,7 +93,10 @@ class BertPreTrainedModel(nn.Module):
 
     def save_pretrained(self, folder):
         """config.json and model.safetensors, each written whole or not at all, as transformers
-        reads them."""
+        reads them. The configuration says what the modules are now, where those were changed.
+
+        Raises: ValueError for a model that no configuration describes, or a frozen one.
+        """
         checkpoint.save(self, folder)
 
 
@@ -162,7 +165,7 @@ class BertModel(BertPreTrainedModel):
             isinstance(getattr(self.encoder, "packed", None), PackedCpu)
             and type(self).encode is BertModel.encode
             and type(input_ids) is torch.Tensor
-            and input_ids.shape[-1] <= self.config.max_position_embeddings
+            and input_ids.shape[-1] <= self._longest()
             and position_ids is None
             and inputs_embeds is None
             and not (output_attentions or output_hidden_states)
@@ -269,7 +272,7 @@ class BertModel(BertPreTrainedModel):
         """
         if isinstance(max_seqlen, torch.Tensor | np.integer):
             max_seqlen = int(max_seqlen)
-        limit = self.config.max_position_embeddings
+        limit = self._longest()
         if max_seqlen > limit and position_ids is None:
             raise ValueError(f"max_seqlen is {max_seqlen}, the model takes up to {limit} tokens")
         _PACKED.check(
@@ -299,8 +302,13 @@ class BertModel(BertPreTrainedModel):
 
     def _seeds(self, device):
         """One of each dropout in training: int64 [1 + 3 * layers, 2]."""
-        n = 1 + 3 * self.config.num_hidden_layers
+        n = 1 + 3 * len(getattr(self.encoder, "layer", ()))
         return ops.draw_seeds(n, device) if self.training else [None] * n
+
+    def _longest(self) -> int:
+        """Tokens that there are positions for."""
+        table = self.embeddings.position_embeddings
+        return getattr(table, "num_embeddings", self.config.max_position_embeddings)
 
     def _sizes(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
         """(batch, seqlen) of inputs that fit together; ValueError for others."""
@@ -313,7 +321,7 @@ class BertModel(BertPreTrainedModel):
                 "inputs_embeds [batch, seqlen, hidden]"
             )
         batch, seqlen = given.shape[:2]
-        limit = self.config.max_position_embeddings
+        limit = self._longest()
         if position_ids is None and seqlen > limit:
             raise ValueError(
                 f"the input has {seqlen} tokens, the model takes up to {limit}: truncate it "
