@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .. import ops
 from ..encoder import watch
-from ..encoder.batch import PackedSequences, Packing, check_mask
+from ..encoder.batch import PackedSequences, Packing, check_mask, lowered
 from ..encoder.packed import PackedCpu
 from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
@@ -227,7 +227,7 @@ class BertModel(BertPreTrainedModel):
             )
         packing, ids, positions, types, embeds = input_ids
         seeds = self._seeds(positions.device)
-        hidden = _autocast(self.embeddings(ids, positions, types, seeds[0], embeds))
+        hidden = lowered(self.embeddings(ids, positions, types, seeds[0], embeds))
         states = [packing.unpack(hidden)] if output_hidden_states else None
         attentions = [] if output_attentions else None
 
@@ -289,7 +289,7 @@ class BertModel(BertPreTrainedModel):
         seeds = self._seeds(input_ids.device)
         hidden = self.embeddings(input_ids, position_ids, token_type_ids, seeds[0])
         packing = PackedSequences(cu_seqlens, max_seqlen)
-        return self._encoded(_autocast(hidden), packing, seeds[1:], rows)
+        return self._encoded(lowered(hidden), packing, seeds[1:], rows)
 
     def _encoded(self, hidden, packing, seeds, rows, collect=None, keep_qkv=False):
         """`rows` of the encoder's result, None for all. Whoever looks into it sees all tokens, with
@@ -362,14 +362,6 @@ class BertModel(BertPreTrainedModel):
         ids = None if input_ids is None else packed(input_ids, "input_ids")
         embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
         return PackedInputs(packing, ids, positions, types, embeds)
-
-
-def _autocast(hidden):
-    """In autocast's dtype where that is on: our operators take the dtype they are given."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return hidden.to(torch.get_autocast_dtype(device))
-    return hidden
 
 
 def _refuse(arguments):

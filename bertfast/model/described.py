@@ -26,15 +26,13 @@ def described(model):
     Raises: ValueError where no configuration can say it (layers that differ, pruned heads,
     adapters, parametrizations), or for a frozen model.
     """
-    if any(getattr(m, "packed", None) is not None for m in model.modules()):
-        raise ValueError("a frozen model can't be saved: save it before bertfast.freeze")
-    config, wrong = copy.deepcopy(model.config), []
-    for name, values in _read(model).items():
+    config, own, wrong = copy.deepcopy(model.config), model.state_dict(), []
+    for name, values in _read(model, own).items():
         if len(values) > 1 or None in values:
             wrong.append(f"{name} is {' and '.join(sorted(map(str, values)))} in its modules")
         elif values != {_value(config, name)}:
             setattr(config, name, *(_NAMES[v] if name == "hidden_act" else v for v in values))
-    wrong = wrong or _misfits(model, config)
+    wrong = wrong or _misfits(model, config, own)
     if wrong:
         raise ValueError(
             f"this {type(model).__name__} can't be saved, for no {type(config).__name__} describes "
@@ -50,7 +48,7 @@ def _value(config, name):
     return ACTIVATIONS[value] if name == "hidden_act" else value
 
 
-def _read(model) -> dict[str, set]:
+def _read(model, own) -> dict[str, set]:
     """Each setting that modules can contradict: the values that they have."""
     found = defaultdict(set)
     for m in model.modules():
@@ -71,8 +69,7 @@ def _read(model) -> dict[str, set]:
         _rows(found["num_labels"], model.classifier)
     for name, shared in model.tied.items():
         if shared == f"{model.base_model_prefix}.embeddings.word_embeddings.weight":
-            state = model.state_dict()
-            tied = name in state and state[name].data_ptr() == state[shared].data_ptr()
+            tied = name in own and own[name].data_ptr() == own[shared].data_ptr()
             found["tie_word_embeddings"].add(tied)
     return {name: values for name, values in found.items() if values}
 
@@ -93,18 +90,17 @@ class _Undrawn(TorchFunctionMode):
         return kwargs["tensor"] if drawn else function(*args, **kwargs)
 
 
-def _misfits(model, config) -> list[str]:
+def _misfits(model, config, own) -> list[str]:
     """What of the weights a model made of the configuration would not take."""
     with torch.device("meta"), _Undrawn():
         expected = {name: t.shape for name, t in type(model)(config).state_dict().items()}
     prefix = "" if model.base_model_prefix not in model._modules else f"{model.base_model_prefix}."
     inside = f"{prefix}encoder.", f"{prefix}embeddings."
-    own = {name: t.shape for name, t in model.state_dict().items()}
     added = [name for name in own if name.startswith(inside) and name not in expected]
     wrong = [f"{name} is not BERT's" for name in added]
     for name, shape in expected.items():
         if name not in own and not name.startswith(f"{prefix}pooler."):
             wrong.append(f"{name} is missing")
-        elif own.get(name, shape) != shape:
-            wrong.append(f"{name} is {list(own[name])}, expected {list(shape)}")
+        elif name in own and own[name].shape != shape:
+            wrong.append(f"{name} is {list(own[name].shape)}, expected {list(shape)}")
     return wrong
