@@ -27,9 +27,15 @@ def freeze(model, precision: str = "fp32"):
 
     The encoder's layers are gone: it can't be trained, saved, copied or moved any more.
 
-    Raises: ValueError for an unknown precision or a model that can't be frozen (one whose encoder
-    holds adapters, hooks or parametrizations), RuntimeError without the compiled extension.
+    Raises: TypeError for what is no module, ValueError for an unknown precision or a model that
+    can't be frozen (one whose encoder holds adapters, hooks or parametrizations), RuntimeError
+    without the compiled extension.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"freeze got a {watch.class_name(model)}, expected a torch.nn.Module: of what holds a "
+            "model, as a pipeline does, give that"
+        )
     where = {p.device.type for p in model.parameters()}
     cuda = where == {"cuda"} or registry.forced() == "cuda"
     known = CUDA_PRECISIONS if cuda else PRECISIONS

@@ -1,19 +1,23 @@
 """Swaps the classes of a model's encoders and layers for fused ones, and back.
 
 The modules, their parameters and their names stay: only `__class__` changes, to one of the same
-name, so checkpoints, deepcopy, pickle, Trainer and gradient checkpointing see the model they know.
+name, so checkpoints, deepcopy, Trainer and gradient checkpointing see the model they know; a pickle
+holds the stock model.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain, islice
 
 from torch import nn
 
+from .. import families, ops
 from ..encoder import Unfit
 from ..encoder.replay import NO_GRAPHS, Counts, Graphs
-from ..encoder.watch import Seen
+from ..encoder.watch import Seen, class_name, kernel_limit
 from ..ops import registry
 from .classes import fused
 from .fused import FOREIGN, FusedEncoder, FusedLayer
+from .holders import modules
 
 
 class AccelerationError(RuntimeError):
@@ -24,22 +28,13 @@ class Report:
     """What `accelerate` did. It looks at the model when asked or printed, so it knows what has
     changed since."""
 
-    def __init__(self, encoders: dict[str, FusedEncoder]):
-        self._encoders = encoders
+    def __init__(self, encoders: dict[str, FusedEncoder], models: dict[str, nn.Module]):
+        self._encoders, self._models = encoders, models
 
     @property
     def layers(self) -> dict[str, str | None]:
         """Each encoder layer's name: None where it can run fused, else the reason."""
-        found = {}
-        for name, encoder in self._encoders.items():
-            for i, layer in enumerate(encoder.layer):
-                if isinstance(layer, FusedLayer):
-                    fit = layer.describe()
-                    why = str(fit) if isinstance(fit, Unfit) else None
-                else:
-                    why = FOREIGN.format(type(layer).__name__)
-                found[f"{name}.layer.{i}".lstrip(".")] = why
-        return found
+        return _layers(self._encoders)
 
     @property
     def fallbacks(self) -> dict[str, str | None]:
@@ -74,7 +69,7 @@ class Report:
 
     def __str__(self):
         if not self._encoders:
-            return "bertfast: no encoder of a family that bertfast knows; nothing changed"
+            return _unknown(self._models)
         layers = self.layers
         lines = [f"bertfast: {self.fused} of {len(layers)} layers fused"]
         lines += [f"  {name}: {reason or 'fused'}" for name, reason in layers.items()]
@@ -93,11 +88,49 @@ class Report:
     __repr__ = __str__
 
 
+def _layers(encoders, backend=None) -> dict[str, str | None]:
+    """`Report.layers`, as by a backend that an encoder is to have."""
+    found = {}
+    for name, encoder in encoders.items():
+        forced = backend or encoder.bertfast_backend
+        with nullcontext() if forced == "auto" else ops.backend(forced):
+            for i, layer in enumerate(encoder.layer):
+                found[f"{name}.layer.{i}".lstrip(".")] = _unfit(layer)
+    return found
+
+
+def _unfit(layer) -> str | None:
+    """Why a layer can't run fused now, or None."""
+    if not isinstance(layer, FusedLayer):
+        return FOREIGN.format(class_name(layer))
+    fit = layer.describe()
+    if isinstance(fit, Unfit):
+        return str(fit)
+    weight = fit.weights.query.weight
+    return kernel_limit(weight.device.type, weight.dtype)
+
+
+def _unknown(models: dict[str, nn.Module]) -> str:
+    """What is said of models without an encoder that is known."""
+    from transformers import PreTrainedModel
+
+    names = {class_name(m): None for m in models.values()}
+    for model in models.values():
+        inside = (class_name(m) for m in model.modules() if isinstance(m, PreTrainedModel))
+        names |= dict.fromkeys(islice(inside, 1))
+    known = ", ".join(family.module.rpartition("modeling_")[2] for family in families.known())
+    return (
+        f"bertfast: no encoder of a family that is known here ({known}) in {', '.join(names)}: "
+        "nothing changed. Other models of transformers can have their attention replaced: import "
+        'bertfast.dropin and load them with attn_implementation="bertfast"'
+    )
+
+
 PADDING = ("auto", "stock", "zeros")
 
 
 def accelerate(
-    model: nn.Module,
+    model,
     backend: str = "auto",
     strict: bool = False,
     padding: str = "auto",
@@ -107,7 +140,9 @@ def accelerate(
 
     Args:
         model: any module that holds one: a transformers model with any head, a
-            SentenceTransformer, a CrossEncoder. Accelerating twice is harmless.
+            SentenceTransformer, a CrossEncoder; or an object that has such modules in its
+            attributes, or in theirs: a pipeline, a Trainer, a SetFitModel, embeddings of LangChain
+            and LlamaIndex. Accelerating twice is harmless.
         backend: "auto", or the operators' backend to force ("reference", "cpu", ...).
         strict: raise if a layer can't be fused now, and change nothing.
         padding: of the rows of hidden states at padding. "auto": the stock model's, where anyone
@@ -121,14 +156,10 @@ def accelerate(
 
     Returns: a `Report`; print it. What a layer can't do fused it does by its own class, as before.
 
-    Raises: TypeError for what is no module, ValueError for an unknown backend, AccelerationError
-    under `strict`.
+    Raises: TypeError for what neither is nor has a module, ValueError for an unknown backend,
+    AccelerationError under `strict`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"accelerate got a {type(model).__name__}, expected a torch.nn.Module; "
-            "of a pipeline or a trainer, give its .model"
-        )
+    models = modules(model)
     if backend != "auto" and backend not in registry.BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}; expected auto, {', '.join(registry.BACKENDS)}"
@@ -136,14 +167,19 @@ def accelerate(
     if padding not in PADDING:
         raise ValueError(f"unknown padding {padding!r}; expected {', '.join(PADDING)}")
     swapped = []
-    for module in model.modules():
+    for module in _inside(models):
         cls = fused(type(module))
         if cls is not None:
             module.__class__ = cls
             swapped.append(module)
-    encoders = {n: m for n, m in model.named_modules() if isinstance(m, FusedEncoder)}
-    report = Report(encoders)
-    reasons = [f"{name}: {reason}" for name, reason in report.layers.items() if reason]
+    encoders = {
+        name: m
+        for path, model in models.items()
+        for name, m in model.named_modules(prefix=path)
+        if isinstance(m, FusedEncoder)
+    }
+    report, layers = Report(encoders, models), _layers(encoders, backend)
+    reasons = [f"{name}: {reason}" for name, reason in layers.items() if reason]
     if strict and (reasons or not encoders):
         _restore(swapped)
         raise AccelerationError("\n".join(reasons) or str(report))
@@ -154,18 +190,22 @@ def accelerate(
     return report
 
 
-def restore(model: nn.Module) -> None:
+def _inside(models: dict[str, nn.Module]):
+    return chain.from_iterable(m.modules() for m in models.values())
+
+
+def restore(model) -> None:
     """The exact inverse of `accelerate`; harmless on a model that isn't accelerated.
 
     Raises: ValueError where another class has been laid over ours since (FSDP2's `fully_shard`), or
     for a frozen encoder.
     """
-    _restore(model.modules())
+    _restore(_inside(modules(model)))
 
 
-def _restore(modules):
-    modules = [m for m in modules if isinstance(m, FusedEncoder | FusedLayer)]
-    for module in modules:
+def _restore(candidates):
+    swapped = [m for m in candidates if isinstance(m, FusedEncoder | FusedLayer)]
+    for module in swapped:
         if type(module).stock not in type(module).__bases__:
             raise ValueError(
                 f"a {type(module).__name__} has been made of an accelerated layer since: restore "
@@ -175,19 +215,19 @@ def _restore(modules):
             raise ValueError(
                 f"a {type(module).__name__} is frozen, its layers are gone: load the model anew"
             )
-    for module in modules:
+    for module in swapped:
         for name in FusedEncoder.SETTINGS:
             vars(module).pop(name, None)
         module.__class__ = type(module).stock
 
 
-def is_accelerated(model: nn.Module) -> bool:
+def is_accelerated(model) -> bool:
     """Whether an encoder inside is accelerated."""
-    return any(isinstance(m, FusedEncoder) for m in model.modules())
+    return any(isinstance(m, FusedEncoder) for m in _inside(modules(model)))
 
 
 @contextmanager
-def accelerated(model: nn.Module, *args, **options):
+def accelerated(model, *args, **options):
     """`with accelerated(model) as report:` accelerates inside the block; arguments as there."""
     was = is_accelerated(model)
     report = accelerate(model, *args, **options)

@@ -7,10 +7,10 @@ import torch
 
 from .. import ops
 from ..encoder import Batch, Layer, Unfit, run
-from ..encoder.batch import Packing, PaddedPacking
+from ..encoder.batch import Packing, PaddedPacking, lowered
 from ..encoder.packed import Freezable
 from ..encoder.run import Choice
-from ..encoder.watch import call_limit, hooked, outside_graphs
+from ..encoder.watch import call_limit, class_name, hooked, outside_graphs
 from ..families import Family
 from . import readers
 from .guards import asked, key_mask
@@ -23,6 +23,7 @@ class Call(NamedTuple):
 
     packing: Packing
     bias: torch.Tensor | None  # on the scores
+    dtype: torch.dtype  # of what padded layers return
     padded: bool  # whether each layer must return [batch, seqlen, hidden]: somebody looks
     ran: list[Unfit | Choice]  # of each layer: why it didn't run fused, or who ran it
 
@@ -56,10 +57,10 @@ class FusedLayer:
             call.ran.append(layer)
             padded = packing.unpack(hidden_states) if packed else hidden_states
             return super().forward(padded, attention_mask, *args, **kwargs)
-        hidden = hidden_states if packed else packing.pack(hidden_states)
+        hidden = hidden_states if packed else packing.pack(lowered(hidden_states))
         hidden, choice = run([layer], Batch.of(hidden, packing, bias=call.bias, seeds=seeds))
         call.ran.append(choice)
-        out = packing.unpack(hidden) if call.padded else hidden
+        out = packing.unpack(hidden).to(call.dtype) if call.padded else hidden
         return (out,) if self.family.in_tuple else out
 
     def describe(self) -> Layer | Unfit:
@@ -126,9 +127,9 @@ class FusedEncoder(Freezable):
 
     def _fused(self, hidden_states, attention_mask, packing, padded, watched, found, kwargs):
         device, dtype, count = hidden_states.device, hidden_states.dtype, len(found)
-        hidden, states = hidden_states, [hidden_states]
-        if torch.is_autocast_enabled(device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(device.type))
+        if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            dtype = torch.float32  # of a layer norm there
+        hidden, states = lowered(hidden_states), [hidden_states]
         bias = None if self.family.bias is None else self.family.bias(self, hidden_states)
         given = () if bias is None else (bias,)
         seeds = ops.draw_seeds(3 * count, device) if self.training and count else None
@@ -138,7 +139,8 @@ class FusedEncoder(Freezable):
             hidden = self.packed.run(batch, self.training, collect, self.bertfast_graphs)
             ran = [self.packed.choice]
         elif self._by_modules(watched, found):
-            call = Call(packing, bias, watched, [])
+            call = Call(packing, bias, dtype, watched, [])
+            hidden = hidden_states if watched else hidden
             seeds = [None] * (3 * count) if seeds is None else seeds
             for i, layer in enumerate(self.layer):
                 hidden = layer(
@@ -183,7 +185,7 @@ class FusedEncoder(Freezable):
             return "it has no layers", None
         for layer in self.layer:
             if not isinstance(layer, FusedLayer):
-                return FOREIGN.format(type(layer).__name__), None
+                return FOREIGN.format(class_name(layer)), None
             if "forward" in vars(layer):
                 return "a layer has a forward of its own", None
         given = [*args, *(kwargs.get(n) for n in ("encoder_hidden_states", "past_key_values"))]

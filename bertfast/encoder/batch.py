@@ -60,6 +60,14 @@ class PackedSequences(NamedTuple):
     seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
 
 
+def lowered(hidden):
+    """In autocast's dtype where that is on: our operators take the dtype they are given."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
+
+
 def check_mask(attention_mask, batch: int, seqlen: int):
     if attention_mask is not None and attention_mask.shape != (batch, seqlen):
         raise ValueError(

@@ -45,6 +45,14 @@ class Freezable:
             return self.read()
         return self.bertfast_seen.get(self.layer, self.sizes(), self.read)
 
+    def _save_to_state_dict(self, *args):
+        if self.packed is not None:
+            raise ValueError(
+                "a frozen model can't be saved, its layers' weights are gone: save it before "
+                "bertfast.freeze"
+            )
+        super()._save_to_state_dict(*args)
+
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
         replica.bertfast_graphs = replica.bertfast_seen = None  # those are of other weights

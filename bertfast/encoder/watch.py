@@ -195,7 +195,11 @@ def call_limit(hidden_states) -> str | None:
         return f"the hidden states are a {type(hidden_states).__name__}"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a torch.func transform or forward-mode differentiation is active"
-    device, dtype = hidden_states.device.type, hidden_states.dtype
+    return kernel_limit(hidden_states.device.type, hidden_states.dtype)
+
+
+def kernel_limit(device: str, dtype) -> str | None:
+    """Why no kernel takes states of a dtype, or what autocast makes of it, on a type of device."""
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if registry.forced() is None and not all(registry.fast(o, device, dtype) for o in _OPERATORS):

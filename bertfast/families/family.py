@@ -109,6 +109,10 @@ class Family:
         own = layer.__dict__
         if own.get("is_decoder") or own.get("add_cross_attention"):
             return Unfit("", "it is a decoder layer")
+        config = vars(attention).get("config")
+        positions = getattr(config, "position_embedding_type", None)
+        if positions not in (None, "absolute"):  # transformers 5 itself has forgotten them
+            return Unfit(self.attention, f"its positions are {positions!r}, not 'absolute'")
         kernel = kernel_of(found[plan.activation])
         if kernel is None:
             return Unfit(self.activation, f"no kernel has {found[plan.activation]!r}")

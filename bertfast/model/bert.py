@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .. import ops
 from ..encoder import watch
-from ..encoder.batch import PackedSequences, Packing, check_mask
+from ..encoder.batch import PackedSequences, Packing, check_mask, lowered
 from ..encoder.packed import PackedCpu
 from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
@@ -93,7 +93,10 @@ class BertPreTrainedModel(nn.Module):
 
     def save_pretrained(self, folder):
         """config.json and model.safetensors, each written whole or not at all, as transformers
-        reads them."""
+        reads them. The configuration says what the modules are now, where those were changed.
+
+        Raises: ValueError for a model that no configuration describes, or a frozen one.
+        """
         checkpoint.save(self, folder)
 
 
@@ -162,7 +165,7 @@ class BertModel(BertPreTrainedModel):
             isinstance(getattr(self.encoder, "packed", None), PackedCpu)
             and type(self).encode is BertModel.encode
             and type(input_ids) is torch.Tensor
-            and input_ids.shape[-1] <= self.config.max_position_embeddings
+            and input_ids.shape[-1] <= self._longest()
             and position_ids is None
             and inputs_embeds is None
             and not (output_attentions or output_hidden_states)
@@ -224,7 +227,7 @@ class BertModel(BertPreTrainedModel):
             )
         packing, ids, positions, types, embeds = input_ids
         seeds = self._seeds(positions.device)
-        hidden = _autocast(self.embeddings(ids, positions, types, seeds[0], embeds))
+        hidden = lowered(self.embeddings(ids, positions, types, seeds[0], embeds))
         states = [packing.unpack(hidden)] if output_hidden_states else None
         attentions = [] if output_attentions else None
 
@@ -269,7 +272,7 @@ class BertModel(BertPreTrainedModel):
         """
         if isinstance(max_seqlen, torch.Tensor | np.integer):
             max_seqlen = int(max_seqlen)
-        limit = self.config.max_position_embeddings
+        limit = self._longest()
         if max_seqlen > limit and position_ids is None:
             raise ValueError(f"max_seqlen is {max_seqlen}, the model takes up to {limit} tokens")
         _PACKED.check(
@@ -286,7 +289,7 @@ class BertModel(BertPreTrainedModel):
         seeds = self._seeds(input_ids.device)
         hidden = self.embeddings(input_ids, position_ids, token_type_ids, seeds[0])
         packing = PackedSequences(cu_seqlens, max_seqlen)
-        return self._encoded(_autocast(hidden), packing, seeds[1:], rows)
+        return self._encoded(lowered(hidden), packing, seeds[1:], rows)
 
     def _encoded(self, hidden, packing, seeds, rows, collect=None, keep_qkv=False):
         """`rows` of the encoder's result, None for all. Whoever looks into it sees all tokens, with
@@ -299,8 +302,13 @@ class BertModel(BertPreTrainedModel):
 
     def _seeds(self, device):
         """One of each dropout in training: int64 [1 + 3 * layers, 2]."""
-        n = 1 + 3 * self.config.num_hidden_layers
+        n = 1 + 3 * len(getattr(self.encoder, "layer", ()))
         return ops.draw_seeds(n, device) if self.training else [None] * n
+
+    def _longest(self) -> int:
+        """Tokens that there are positions for."""
+        table = self.embeddings.position_embeddings
+        return getattr(table, "num_embeddings", self.config.max_position_embeddings)
 
     def _sizes(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
         """(batch, seqlen) of inputs that fit together; ValueError for others."""
@@ -313,7 +321,7 @@ class BertModel(BertPreTrainedModel):
                 "inputs_embeds [batch, seqlen, hidden]"
             )
         batch, seqlen = given.shape[:2]
-        limit = self.config.max_position_embeddings
+        limit = self._longest()
         if position_ids is None and seqlen > limit:
             raise ValueError(
                 f"the input has {seqlen} tokens, the model takes up to {limit}: truncate it "
@@ -354,14 +362,6 @@ class BertModel(BertPreTrainedModel):
         ids = None if input_ids is None else packed(input_ids, "input_ids")
         embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
         return PackedInputs(packing, ids, positions, types, embeds)
-
-
-def _autocast(hidden):
-    """In autocast's dtype where that is on: our operators take the dtype they are given."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return hidden.to(torch.get_autocast_dtype(device))
-    return hidden
 
 
 def _refuse(arguments):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ..files import write_whole
 from .config import CONFIG, DTYPES
 from .config import read as read_config
+from .described import described
 from .errors import CheckpointError, unreadable
 from .tensors import PICKLE, SAFETENSORS, by_name, canonical, files, opened, read
 
@@ -154,15 +155,18 @@ def check_finite(model, folder) -> None:
 
 def save(model, folder) -> None:
     """The body of `save_pretrained`."""
+    config = described(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shared = getattr(model, "tied", {})
-    tensors = {
-        name: t.detach().cpu().contiguous()
-        for name, t in model.state_dict().items()
-        if name not in shared or t.data_ptr() != model.state_dict()[shared[name]].data_ptr()
-    }
-    config = model.config.__class__.from_dict(model.config.to_dict())
+    state = model.state_dict()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    for name, other in getattr(model, "tied", {}).items():
+        if state[name].data_ptr() != state[other].data_ptr():
+            continue
+        if config.tie_word_embeddings:
+            del tensors[name]
+        else:  # transformers then reads both
+            tensors[name] = tensors[name].clone()
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     write_whole(folder / "config.json", lambda p: Path(p).write_text(config.to_json_string()))

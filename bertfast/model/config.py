@@ -61,6 +61,10 @@ _FLAG, _NO = _one_of(True, False, None), _one_of(False, None)
 _DTYPE = (lambda v: v is None or v in (*_NAMES, *DTYPES)), f"{', '.join(_NAMES)} or null"
 _RULES = {
     "model_type": _one_of("bert"),
+    "architectures": (
+        lambda v: v is None or (isinstance(v, list) and all(map(_text, v))),
+        "a list of names or null",
+    ),
     "quantization_config": (
         lambda v: v is None,
         "none: quantised weights are not read; load the model with what quantised it, dequantise "

@@ -248,7 +248,7 @@ class BertEncoder(Freezable, nn.Module):
             hidden, qkv = out if keep_qkv else (out, None)
             if collect is not None:
                 collect(hidden, qkv)
-        return hidden
+        return hidden if self.layer or rows is None else hidden[rows]
 
     def sizes(self):
         return self.config.hidden_size, self.config.num_attention_heads

@@ -268,7 +268,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
     def _loss(self, logits, labels):
         if self.config.problem_type is None:
-            if self.num_labels == 1:
+            if logits.shape[1] == 1:
                 self.config.problem_type = "regression"
             elif labels.dtype in (torch.int64, torch.int32):
                 self.config.problem_type = "single_label_classification"
@@ -278,7 +278,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         if self.config.problem_type == "regression":
             return F.mse_loss(logits.squeeze(), labels.squeeze().float())
         if self.config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
+            return F.cross_entropy(logits, labels.view(-1).long())
         return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 

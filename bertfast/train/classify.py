@@ -10,13 +10,12 @@ from torch.nn import functional as F
 
 from .. import data
 from ..files import locked, regular, write_text
-from ..model import BertForSequenceClassification, checkpoint
+from ..model import checkpoint
 from ..model.tokenizer import load_tokenizer
-from . import inputs, metrics, outputs, plots
+from . import head, inputs, metrics, outputs, plots
 from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
 from .inference import (
-    PROBLEM,
     choose_device,
     compute_logits,
     mean_loss,
@@ -173,7 +172,7 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict:
     train_part, valid, test = _read_data(config)
     labels = data.LabelSet.from_examples(train_part)
     tokenizer = load_tokenizer(folder)
-    model = _model(config, folder, labels)
+    model, labels = _model(config, folder, labels, train_part.width is not None)
     inputs.check(tokenizer, model, folder, config.max_length, train_part.pairs is not None)
     config = _defined(config, valid)
     report = data.dataset_report(train_part, valid, test, tokenizer, config.max_length)
@@ -207,24 +206,17 @@ def _defined(config, valid):
     return dataclasses.replace(config, metric="loss")
 
 
-def _model(config, folder, labels):
+def _model(config, folder, labels, flags):
+    """The model, and the classes in the order of its outputs."""
     torch.manual_seed(config.seed)
-    names = dict(enumerate(labels.names)) or {0: "LABEL_0"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = BertForSequenceClassification.from_pretrained(
-            folder,
-            allow_pickle=config.allow_pickle,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: i for i, name in names.items()},
-            problem_type=PROBLEM[config.task],
-        )
+        model, labels = head.load(folder, labels, config.fresh_head, flags, config.allow_pickle)
     for w in caught:
         say(str(w.message))
     freeze(model, config.freeze_layers)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
-    return model
+    return model, labels
 
 
 def _fingerprint(config, folder) -> dict:
@@ -232,8 +224,9 @@ def _fingerprint(config, folder) -> dict:
     base = [p for name in _BASE if (p := folder / name).is_file()]
     base += checkpoint.files(folder, config.allow_pickle)
     given = {k: v for k, v in config.as_dict().items() if k not in _FREE}
-    if given["batch_tokens"] is None:  # checkpoints of before there was one go on
-        del given["batch_tokens"]
+    for name in ("batch_tokens", "fresh_head"):  # checkpoints of before there was one go on
+        if given[name] is None:
+            del given[name]
     given |= {
         f"{k}_sha256": checksum(getattr(config, k))
         for k in ("train", "valid")

@@ -112,6 +112,10 @@ class FinetuneConfig(RunConfig):
     max_length: int = _setting(128, "tokens a text is cut to")
     metric: str | None = _setting(None, "what picks the best evaluation (default: by task)")
     class_weights: dict[str, float] = _setting(dict, "label=weight in the loss, others 1")
+    fresh_head: bool | None = _setting(
+        None,
+        "a new head, or the checkpoint's (default: that if its classes are the data's)",
+    )
     freeze_layers: int | None = _setting(None, "freeze the embeddings and the first N layers")
     allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
     parallel: str | None = _setting(None, "for pretrain only: finetune trains in one process")

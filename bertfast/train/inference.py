@@ -79,6 +79,14 @@ def label_set(model) -> data.LabelSet:
     return data.LabelSet(tuple(model.config.id2label[i] for i in names), task)
 
 
+def other_task(config) -> str | None:
+    """The models that a checkpoint's head is of, where those are no sequence classifier: its
+    weights may have a classifier's names all the same."""
+    names = config.architectures or ()
+    own = not names or any(name.endswith("ForSequenceClassification") for name in names)
+    return None if own else ", ".join(names)
+
+
 class Trained(NamedTuple):
     """A fine-tuned checkpoint."""
 
@@ -119,6 +127,10 @@ def trained(model_folder, allow_pickle, device, precision=None) -> Trained:
             model = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
         except UserWarning as e:
             raise checkpoint.CheckpointError(f"{folder} is no fine-tuned classifier: {e}") from None
+    if other_task(model.config):
+        raise checkpoint.CheckpointError(
+            f"{folder} is no fine-tuned classifier, but a {other_task(model.config)}"
+        )
     checkpoint.check_finite(model, folder)
     if precision is not None:
         freeze(model, precision)

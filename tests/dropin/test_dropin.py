@@ -1,7 +1,9 @@
 """`bertfast.accelerate` on transformers' own models: same outputs, same gradients, same habits."""
 
 import copy
+import io
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from families import (
     same_gradients,
     tensors,
 )
-from helpers import close_to_truth, exact
+from helpers import close_to_truth, exact, refused
 
 import bertfast
 from bertfast.dropin import AccelerationError
@@ -143,8 +145,11 @@ def test_copies_saves_and_loads(tmp_path):
             p.zero_()
         assert not clone(**given).logits.any()  # its own weights, not the original's
         torch.testing.assert_close(model(**given).logits, expected, rtol=0, atol=0)
-        thawed = pickle.loads(pickle.dumps(model))
-        torch.testing.assert_close(thawed(**given).logits, expected, rtol=0, atol=0)
+        sent = pickle.loads(ForkingPickler.dumps(model))  # as to a process of multiprocessing
+        assert bertfast.is_accelerated(sent) and bertfast.is_accelerated(
+            copy.copy(model.bert.encoder)
+        )
+        torch.testing.assert_close(sent(**given).logits, expected, rtol=0, atol=0)
         model.save_pretrained(tmp_path)
         assert model.config.architectures == ["BertForSequenceClassification"]
         loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -153,6 +158,44 @@ def test_copies_saves_and_loads(tmp_path):
         state = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
         assert not model(**given).logits.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pickle_is_the_stock_model(family):
+    """It names nothing of ours, so that it loads where bertfast isn't; and takes it again."""
+    model = build(family, "ForSequenceClassification")
+    before = [(n, type(m), sorted(vars(m))) for n, m in model.named_modules()]
+    bertfast.accelerate(model, padding="zeros")
+    model(**inputs_for())
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        file = io.BytesIO()
+        torch.save(model, file, pickle_protocol=protocol)
+        assert b"bertfast" not in file.getvalue()
+        thawed = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        found = [(n, type(m), sorted(vars(m))) for n, m in thawed.named_modules()]
+        assert found == before and bertfast.is_accelerated(model)
+    assert bertfast.accelerate(thawed, padding="zeros").fused == 2
+    with torch.no_grad():
+        assert torch.equal(thawed(**inputs_for()).logits, model(**inputs_for()).logits)
+    layer = pickle.loads(pickle.dumps(next(m for m in model.modules() if hasattr(m, "layer"))))
+    assert not bertfast.is_accelerated(layer)
+
+
+@pytest.mark.seconds
+def test_saved_before_save_pretrained(tmp_path):
+    """In every form that stock takes."""
+    model = build("Roberta", "ForMaskedLM")
+    ours = copy.deepcopy(model)
+    bertfast.accelerate(ours)
+    for i, options in enumerate(({}, {"safe_serialization": False}, {"max_shard_size": "100KB"})):
+        folders = tmp_path / f"stock{i}", tmp_path / f"ours{i}"
+        for m, folder in zip((model, ours), folders, strict=True):
+            m.save_pretrained(folder, **options)
+        names = [sorted(p.name for p in f.iterdir()) for f in folders]
+        assert names[0] == names[1]
+        for name in names[0]:
+            assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+        assert not b"".join(p.read_bytes() for p in folders[1].iterdir()).count(b"bertfast")
 
 
 def test_a_changed_module_is_not_bypassed():
@@ -210,6 +253,82 @@ def test_other_models_are_left_alone():
         bertfast.accelerate(torch.nn.Linear(2, 2), strict=True)
     with pytest.raises(ValueError, match="'fast'"):
         bertfast.accelerate(build("Bert"), backend="fast")
+
+
+def test_what_is_said_of_an_unknown_model():
+    """Its class, in a wrapper too; the families known; what helps."""
+    c = transformers.ModernBertConfig(vocab_size=90, hidden_size=48, num_hidden_layers=1,
+                                      num_attention_heads=3, intermediate_size=80, pad_token_id=0)  # fmt: skip
+    text = str(bertfast.accelerate(torch.nn.ModuleDict({"0": transformers.ModernBertModel(c)})))
+    for said in (
+        "torch.nn.modules.container.ModuleDict",
+        "transformers.models.modernbert.modeling_modernbert.ModernBertModel",
+        "bert, roberta, xlm_roberta, camembert, electra, distilbert, mpnet",
+        'attn_implementation="bertfast"',
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query", "rope"])
+@pytest.mark.parametrize("family", ["Bert", "Electra"])
+def test_positions_that_transformers_no_longer_computes(family, kind):
+    theirs = build(family, position_embedding_type=kind)
+    ours = copy.deepcopy(theirs)
+    refused(AccelerationError, f"positions are '{kind}'", bertfast.accelerate, ours, strict=True)
+    assert not bertfast.is_accelerated(ours)
+    report = bertfast.accelerate(ours)
+    assert report.fused == 0 and str(report).count(kind) == 2
+    with torch.no_grad():  # its own code
+        assert torch.equal(ours(**inputs_for())[0], theirs(**inputs_for())[0])
+    refused(ValueError, kind, bertfast.freeze, ours)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_no_kernel_serves_is_said_at_once(family):
+    theirs = build(family).half()
+    ours = copy.deepcopy(theirs)
+    refused(AccelerationError, "torch.float16 on cpu", bertfast.accelerate, ours, strict=True)
+    report = bertfast.accelerate(ours)
+    assert report.fused == 0 and set(report.layers.values()) == {
+        "no kernel serves torch.float16 on cpu"
+    }
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs_for())[0], theirs(**inputs_for())[0])
+    assert bertfast.accelerate(ours, backend="reference", strict=True).fused == 2
+    bertfast.accelerate(ours)
+    ours.bfloat16()
+    assert report.fused == 2  # it looks when asked
+    with torch.autocast("cpu", torch.float16):
+        assert report.fused == 0
+    with pytest.raises(AccelerationError), torch.autocast("cpu", torch.float16):
+        bertfast.accelerate(ours, strict=True, padding="zeros")
+    assert bertfast.is_accelerated(ours)  # as it was before
+    assert {e.bertfast_padding for e in ours.modules() if hasattr(e, "bertfast_padding")} == {
+        "auto"
+    }
+
+
+def dtypes(output):
+    return {k: [t.dtype for t in (v if isinstance(v, tuple) else (v,))] for k, v in output.items()}
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dtypes_out_of_autocast(family, head, states):
+    theirs = build(family, head)
+    ours, seen = copy.deepcopy(theirs), []
+    report = bertfast.accelerate(ours)
+    for hooked in (False, True):
+        for m in (theirs, ours) if hooked else ():
+            layer = next(c for c in m.modules() if hasattr(c, "layer")).layer[0]
+            layer.register_forward_hook(lambda _, a, out: seen.append((a[0].dtype, out[0].dtype)))
+        for m in theirs, ours:
+            m.train(hooked)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [m(**inputs_for(head), output_hidden_states=states) for m in (theirs, ours)]
+        assert dtypes(found[0]) == dtypes(found[1])
+    assert seen[0] == seen[1] and not any(report.fallbacks.values())
 
 
 def test_forced_backend(monkeypatch):

@@ -56,7 +56,7 @@ def test_heads_and_hidden_states(family):
         close_to_truth(real(a, given["attention_mask"]), real(e, given["attention_mask"]))
 
 
-def test_what_it_can_not_do():
+def test_what_it_can_not_do(tmp_path):
     _, ours, report = frozen("Bert", "fp32")
     given = inputs_for()
     refused(RuntimeError, "frozen.*attention maps", ours, **given, output_attentions=True)
@@ -64,6 +64,7 @@ def test_what_it_can_not_do():
     ours.eval()
     refused(TypeError, "copied or pickled", copy.deepcopy, ours)
     refused(TypeError, "copied or pickled", pickle.dumps, ours)
+    refused(ValueError, "saved, its layers", ours.save_pretrained, tmp_path)
     refused(ValueError, "is frozen", bertfast.restore, ours)
     refused(ValueError, "isn't frozen", bertfast.freeze, ours)
     refused(ValueError, "isn't frozen", bertfast.freeze, build("Bert"))

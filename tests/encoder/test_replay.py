@@ -5,6 +5,7 @@ import copy
 import pickle
 import threading
 import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import families
 import pytest
@@ -170,7 +171,7 @@ def test_the_last_used_stay(monkeypatch):
 def test_copies_and_pickles():
     model = accelerated(0.1).train()
     expected = [gradients(model) for _ in range(2)][-1]
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (copy.deepcopy(model), pickle.loads(ForkingPickler.dumps(model))):
         assert counts(other) == (0, 0, 0)
         for _ in range(3):
             assert_same(gradients(other), expected)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import families
 import pytest
@@ -159,7 +160,7 @@ def test_hidden_states_that_were_asked_for_once():
 def test_copies_see_their_own(build):
     encoder = build()
     encoder.describe()
-    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+    for other in (copy.deepcopy(encoder), pickle.loads(ForkingPickler.dumps(encoder))):
         assert same(other.describe(), other.read()) and not same(other.describe(), encoder.read())
     replica = encoder._replicate_for_data_parallel()  # nn.DataParallel's, with weights of its own
     assert replica.bertfast_seen is replica.bertfast_graphs is None
