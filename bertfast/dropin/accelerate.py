@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import families, ops
 from ..encoder import Unfit
+from ..encoder.packed import Freezable
 from ..encoder.replay import NO_GRAPHS, Counts, Graphs
 from ..encoder.watch import Seen, class_name, kernel_limit
 from ..ops import registry
@@ -115,6 +116,8 @@ def _unknown(models: dict[str, nn.Module]) -> str:
     from transformers import PreTrainedModel
 
     names = {class_name(m): None for m in models.values()}
+    if any(isinstance(m, Freezable) for m in _inside(models)):
+        return f"bertfast: nothing changed: {', '.join(names)} runs on these kernels as it is"
     for model in models.values():
         inside = (class_name(m) for m in model.modules() if isinstance(m, PreTrainedModel))
         names |= dict.fromkeys(islice(inside, 1))
