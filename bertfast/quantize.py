@@ -18,7 +18,7 @@ from .model import BertForSequenceClassification, checkpoint
 from .model.tokenizer import load_tokenizer
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
-from .train.inference import label_set, mean_loss
+from .train.inference import label_set, mean_loss, other_task
 
 
 def report(
@@ -70,7 +70,8 @@ def report(
         warnings.simplefilter("ignore")  # of the head that a headless checkpoint lacks
         network = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
     checkpoint.check_finite(network, folder)
-    labels = None if network.new_weights else label_set(network)
+    headless = network.new_weights or other_task(network.config)
+    labels = None if headless else label_set(network)
     tokenizer = load_tokenizer(folder)
     columns = {"text_column": text_column, "text_pair_column": text_pair_column}
     known = inputs.as_trained(folder, **columns, label_column=label_column, max_length=max_length)

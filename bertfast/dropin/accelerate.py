@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import families, ops
 from ..encoder import Unfit
+from ..encoder.packed import Freezable
 from ..encoder.replay import NO_GRAPHS, Counts, Graphs
 from ..encoder.watch import Seen, class_name, kernel_limit
 from ..ops import registry
@@ -115,6 +116,8 @@ def _unknown(models: dict[str, nn.Module]) -> str:
     from transformers import PreTrainedModel
 
     names = {class_name(m): None for m in models.values()}
+    if any(isinstance(m, Freezable) for m in _inside(models)):
+        return f"bertfast: nothing changed: {', '.join(names)} runs on these kernels as it is"
     for model in models.values():
         inside = (class_name(m) for m in model.modules() if isinstance(m, PreTrainedModel))
         names |= dict.fromkeys(islice(inside, 1))
@@ -172,12 +175,11 @@ def accelerate(
         if cls is not None:
             module.__class__ = cls
             swapped.append(module)
-    encoders = {
-        name: m
-        for path, model in models.items()
-        for name, m in model.named_modules(prefix=path)
-        if isinstance(m, FusedEncoder)
-    }
+    encoders = {}
+    for path, one in models.items():
+        for name, module in one.named_modules(prefix=path):
+            if isinstance(module, FusedEncoder) and module not in encoders.values():
+                encoders[name] = module
     report, layers = Report(encoders, models), _layers(encoders, backend)
     reasons = [f"{name}: {reason}" for name, reason in layers.items() if reason]
     if strict and (reasons or not encoders):
@@ -190,8 +192,9 @@ def accelerate(
     return report
 
 
-def _inside(models: dict[str, nn.Module]):
-    return chain.from_iterable(m.modules() for m in models.values())
+def _inside(models: dict[str, nn.Module]) -> list[nn.Module]:
+    """All modules, each once: a Trainer's two may be one in the other."""
+    return [*dict.fromkeys(chain.from_iterable(m.modules() for m in models.values()))]
 
 
 def restore(model) -> None:

@@ -38,5 +38,7 @@ def modules(holder) -> dict[str, nn.Module]:
 def _attributes(one) -> dict:
     if isinstance(one, type | ModuleType | FunctionType):
         return {}
-    private = getattr(one, "__pydantic_private__", None)  # in a slot, not among the others
-    return getattr(one, "__dict__", {}) | (private if isinstance(private, dict) else {})
+    found = dict(getattr(one, "__dict__", {}))
+    if hasattr(type(one), "__pydantic_private__"):  # a slot
+        found |= one.__pydantic_private__ or {}
+    return found

@@ -65,7 +65,7 @@ def _read(model, own) -> dict[str, set]:
         norm = m._modules.get("LayerNorm")
         if isinstance(norm, nn.LayerNorm):
             found["layer_norm_eps"].add(norm.eps)
-    if "classifier" in model._modules:
+    if _is_own(model) and "classifier" in model._modules:
         _rows(found["num_labels"], model.classifier)
     for name, shared in model.tied.items():
         if shared == f"{model.base_model_prefix}.embeddings.word_embeddings.weight":
@@ -91,16 +91,26 @@ class _Undrawn(TorchFunctionMode):
 
 
 def _misfits(model, config, own) -> list[str]:
-    """What of the weights a model made of the configuration would not take."""
+    """What of the weights a model made of the configuration would not take; of somebody's subclass,
+    whose own modules may be anything, what of the encoder's."""
+    from .bert import BertModel
+
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix in model._modules else ""
+    if not isinstance(getattr(model, model.base_model_prefix, model), BertModel):
+        return []
+    cls, before = (type(model), "") if _is_own(model) else (BertModel, prefix)
     with torch.device("meta"), _Undrawn():
-        expected = {name: t.shape for name, t in type(model)(config).state_dict().items()}
-    prefix = "" if model.base_model_prefix not in model._modules else f"{model.base_model_prefix}."
+        expected = {f"{before}{name}": t for name, t in cls(config).state_dict().items()}
     inside = f"{prefix}encoder.", f"{prefix}embeddings."
     added = [name for name in own if name.startswith(inside) and name not in expected]
     wrong = [f"{name} is not BERT's" for name in added]
-    for name, shape in expected.items():
+    for name, t in expected.items():
         if name not in own and not name.startswith(f"{prefix}pooler."):
             wrong.append(f"{name} is missing")
-        elif name in own and own[name].shape != shape:
-            wrong.append(f"{name} is {list(own[name].shape)}, expected {list(shape)}")
+        elif name in own and own[name].shape != t.shape:
+            wrong.append(f"{name} is {list(own[name].shape)}, expected {list(t.shape)}")
     return wrong
+
+
+def _is_own(model) -> bool:
+    return type(model).__module__.startswith(f"{__package__}.")

@@ -12,6 +12,7 @@ from families import (
     FAMILIES,
     MASKS,
     build,
+    config,
     gradients,
     heads,
     inputs_for,
@@ -267,6 +268,9 @@ def test_what_is_said_of_an_unknown_model():
         'attn_implementation="bertfast"',
     ):
         assert said in text
+    native = bertfast.BertModel(config("Bert"))
+    text = "bertfast.model.bert.BertModel runs on these kernels as it is"
+    assert text in str(bertfast.accelerate(native))
 
 
 @pytest.mark.parametrize("kind", ["relative_key", "relative_key_query", "rope"])

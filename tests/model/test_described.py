@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import bertfast
+from bertfast.model import BertPreTrainedModel
 from bertfast.model.encoder import BertLayer
 
 
@@ -209,18 +211,54 @@ def test_what_no_configuration_says_is_refused(change, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_subclass_is_saved_as_it_is(tmp_path):
-    class Own(bertfast.BertForSequenceClassification):
-        def __init__(self, c):
-            super().__init__(c)
-            self.more = nn.LayerNorm(48, eps=0.5)
+class Ordinal(bertfast.BertForSequenceClassification):
+    """With a head of its own, of which the configuration says something else."""
 
-    model = Own(config(num_labels=4))
+    def __init__(self, c, size=8):
+        super().__init__(c)
+        self.classifier = nn.Linear(48, c.num_labels - 1)
+        self.more = nn.LayerNorm(size, eps=0.5)
+
+
+class Needs(Ordinal):
+    def __init__(self, c, size):
+        super().__init__(c, size)
+
+
+class Apart(BertPreTrainedModel):
+    def __init__(self, c):
+        super().__init__(c)
+        self.bert = bertfast.BertModel(c, add_pooling_layer=False)
+        self.head = nn.Linear(48, 2)
+
+
+@pytest.mark.parametrize("make", [Ordinal, lambda c: Needs(c, 4), Apart])
+def test_subclasses(make, tmp_path):
+    model = make(config(num_labels=4))
+    fewer_layers(model)
     model.bert.pooler = None  # as without one: made anew, with a warning
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"newly initialised.*pooler"):
-        again = Own.from_pretrained(tmp_path)
-    assert again.config.num_labels == 4 and not again.unused_weights
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["num_hidden_layers"] == 1 and len(saved["id2label"]) == 4
+    if not isinstance(model, Needs):
+        with pytest.warns(UserWarning) if isinstance(model, Ordinal) else nullcontext():
+            again = type(model).from_pretrained(tmp_path)
+        assert not again.unused_weights and again.bert.encoder.layer[0] is not None
+        for name, t in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], t), name
+    pruned(model)
+    refused(ValueError, r"query.weight is \[24, 48\]", model.save_pretrained, tmp_path)
+
+
+def test_adapters_that_are_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    _, model = pair({"num_labels": 3}, "BertForSequenceClassification")
+    lora = peft.LoraConfig(target_modules=["query", "dense"], init_lora_weights=False)
+    merged = peft.get_peft_model(model, lora).eval().merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = bertfast.BertForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**batch()).logits, merged(**batch()).logits)
 
 
 def test_finetunes(tmp_path):

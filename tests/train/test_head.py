@@ -11,6 +11,7 @@ import transformers
 from helpers import refused
 
 import bertfast
+from bertfast import quantize
 from bertfast.cli import main
 from bertfast.data import LabelSet
 from bertfast.model import CheckpointError, checkpoint
@@ -147,6 +148,8 @@ def test_a_head_of_another_task_predicts_nothing(tmp_path):
     choice = transformers.BertForMultipleChoice
     folder, _ = headed(tmp_path / "m", (), cls=choice, num_labels=1)
     refused(CheckpointError, "but a BertForMultipleChoice", predict, str(folder), ["cat"])
+    texts = tiny.write(tmp_path / "texts.jsonl", tiny.rows(3))
+    assert quantize.report(str(folder), texts, precisions=["fp32"])["task"] is None
 
 
 def test_without_a_head(tmp_path, capsys):
