@@ -128,6 +128,7 @@ def pretrain_loop(config, sequences, length, device):
         folder = Path(name)
         quick = {"similarity": 0, "boilerplate": 0, "shard_mb": 0.1, "vocab_size": 150}
         sources = {"corpus": [corpus(folder / "corpus.txt")], "out": str(folder / "data")}
+        sources |= {"valid_fraction": 0}
         prepare(PrepareConfig(**sources, **quick), lambda text: None)
         settings = PretrainConfig(
             data=str(folder / "data"), out=str(folder / "out"), length=length, nsp=False,

@@ -192,7 +192,7 @@ def _pretrain(args):
 
     results = pretrain(config, dry_run=args.dry_run)
     if results and os.environ.get("RANK", "0") == "0":
-        print(json_text(results["valid"]))
+        print(json_text(results["valid"] or results["train"]))
 
 
 def _finetune(args):

@@ -21,7 +21,7 @@ def sentences(r, topic, n):
     for _ in range(n):
         start = r.randrange(2)
         words = [topic + "ab"[(start + i) % 2] for i in range(r.randint(5, 9))]
-        yield " ".join(words) + "."
+        yield " ".join(words).capitalize() + "."
 
 
 def folder(path: Path, documents=240, seed=0) -> Path:
@@ -29,8 +29,7 @@ def folder(path: Path, documents=240, seed=0) -> Path:
     r = random.Random(seed)
     topics = ["ka", "mo", "si", "tu", "re", "ni", "fo", "la"]
     text = "\n\n".join(
-        " ".join(sentences(r, r.choice(topics), r.randint(2, 6))).capitalize()
-        for _ in range(documents)
+        " ".join(sentences(r, r.choice(topics), r.randint(2, 6))) for _ in range(documents)
     )
     path.mkdir(parents=True, exist_ok=True)
     (path / "corpus.txt").write_text(text + "\n")

@@ -24,10 +24,13 @@ class PrepareConfig:
     valid_corpus: list[str] = _setting(list, "files whose documents are all for validation")
     valid_fraction: float = _setting(0.01, "share of the corpus for validation, without such files")
     text_column: str = _setting("text", "key of the text in .jsonl files")
+    encoding: str = _setting("utf-8", "of the files: utf-8, cp1252, gb18030, ...")
     tokenizer: str | None = _setting(None, "folder of a WordPiece tokenizer (default: train one)")
     vocab_size: int = _setting(30522, "size of the vocabulary to train")
-    lowercase: bool = _setting(True, "lower case and no accents, where a tokenizer is trained")
-    min_words: int = _setting(5, "drop shorter documents")
+    lowercase: bool = _setting(True, "lower case, and no accents unless most of the corpus's marks "
+                               "are vowel signs, where a tokenizer is trained")  # fmt: skip
+    min_words: int = _setting(5, "drop shorter documents; in Chinese, Thai and other scripts "
+                              "without spaces of so many letters")  # fmt: skip
     similarity: float = _setting(
         0.8, "drop documents this similar to an earlier one; 0: equal only"
     )
@@ -41,6 +44,7 @@ class PrepareConfig:
             ("corpus", len(self.corpus) > 0, "one file or more: give --corpus"),
             ("out", bool(self.out), "a folder: give --out"),
             ("valid_fraction", 0 <= self.valid_fraction < 1, "between 0 and 1"),
+            ("encoding", _keeps_ascii(self.encoding), "one that keeps ASCII, as utf-8 or cp1252"),
             ("vocab_size", self.vocab_size >= 100, "100 or more"),
             ("min_words", self.min_words >= 1, "1 or more"),
             ("similarity", 0 <= self.similarity <= 1, "between 0 and 1"),
@@ -58,6 +62,14 @@ class PrepareConfig:
         for name in ("corpus", "valid_corpus"):
             values[name] = [[str(p), *_size_and_time(p)] for p in values[name]]
         return values
+
+
+def _keeps_ascii(encoding) -> bool:
+    """Whether lines and documents can be told apart before anything is decoded."""
+    try:
+        return "a \t\n{".encode(encoding) == b"a \t\n{"
+    except LookupError:
+        return False
 
 
 def _size_and_time(path):

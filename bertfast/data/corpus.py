@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .clean import DROP
+from .clean import DROP, UNSPACED
 from .errors import DataError
 from .sentences import split_sentences
 from .tables import open_stream
@@ -86,15 +86,21 @@ def _last_cut(block: bytes, jsonl: bool) -> int:
     return 0
 
 
-def documents(block: bytes, jsonl: bool, column: str = "text", name: str = "") -> list[str]:
-    """The documents of a block, not yet cleaned; bytes that are no UTF-8 become U+FFFD."""
+def documents(
+    block: bytes, jsonl: bool, column: str = "text", name: str = "", encoding: str = "utf-8"
+) -> list[str]:
+    """The documents of a block, not yet cleaned; bytes that `encoding` lacks become U+FFFD."""
     if not jsonl:
-        return [d.decode("utf-8", "replace") for d in _DOCUMENT_END.split(block)]
+        return [d.decode(encoding, "replace") for d in _DOCUMENT_END.split(block)]
     out = []
     for line in block.split(b"\n"):
         if line.strip():
             try:
-                text = json.loads(line)[column]
+                text = json.loads(line.decode(encoding).removeprefix("\ufeff"))[column]
+            except UnicodeDecodeError as e:
+                raise DataError(
+                    f"{name}: {line[:80]!r} is not {encoding} ({e.reason}): give --encoding"
+                ) from None
             except (ValueError, KeyError, TypeError) as e:
                 raise DataError(
                     f"{name}: expected JSON objects with {column!r}, found {line[:80]!r} ({e!r})"
@@ -110,14 +116,13 @@ def split_words(texts: list[str], min_words: int = 1) -> Words:
 
     Words are what stands between spaces, and each CJK ideograph: BERT's tokenizer never looks
     across them, so a distinct word needs tokenizing only once. Cleaning: Unicode NFC, no control
-    characters, no sentence with fewer letters than other characters, no sentence that stood
-    before in its document, no document under `min_words`.
+    characters, no sentence with fewer letters than other characters, no document under `min_words`
+    (see `select`).
     """
     table = defaultdict(count().__next__)
     words, lengths, sizes = [], [], []
-    broken = 0
+    lost = [text.count("\ufffd") for text in texts]
     for text in texts:
-        broken += "\ufffd" in text
         text = DROP.sub("", text)
         if not text.isascii():
             text = _CJK.sub(r" \1 ", unicodedata.normalize("NFC", text))
@@ -134,7 +139,8 @@ def split_words(texts: list[str], min_words: int = 1) -> Words:
     kept = select(found, ~poor, min_words)
     counts = {
         "documents": len(texts),
-        "documents_not_utf8": broken,
+        "documents_undecoded": sum(map(bool, lost)),
+        "characters_undecoded": sum(lost),
         "documents_too_short": len(texts) - len(kept.documents) + 1,
         "sentences": len(lengths),
         "sentences_without_text": int(poor.sum()),
@@ -156,17 +162,29 @@ def _poor_sentences(words: Words) -> np.ndarray:
     """bool [sentences]: fewer letters than other characters."""
     if not words.table:
         return np.zeros(len(words.sentences) - 1, bool)
-    letters = np.array([sum(map(str.isalpha, w)) for w in words.table])
-    size = np.array(list(map(len, words.table)))
-    return sums((letters - _LETTERS * size)[words.ids], words.sentences) < 0
+    surplus = np.array(list(map(_surplus, words.table)))
+    return sums(surplus[words.ids], words.sentences) < 0
+
+
+def _surplus(word: str) -> float:
+    """Letters beyond half of the characters. Vowel signs, accents and joiners are parts of the
+    character before them."""
+    if word.isascii():
+        return sum(map(str.isalpha, word)) - _LETTERS * len(word)
+    kinds = list(map(unicodedata.category, word))
+    letters = sum(k[0] == "L" for k in kinds)
+    return letters - _LETTERS * sum(k[0] != "M" and k != "Cf" for k in kinds)
 
 
 def select(words: Words, sentences: np.ndarray, min_words: int = 1) -> Words:
-    """What is left with the sentences that are true; documents under `min_words` go."""
+    """What is left with the sentences that are true; documents under `min_words` go. In scripts
+    without spaces each letter counts as a word there, as each Chinese character does."""
     kept = sentences.copy()
     lengths = np.diff(words.sentences)
+    count = lambda word: 1 if word.isascii() else max(1, len(UNSPACED.findall(word)))
+    counted = sums(np.fromiter(map(count, words.table), np.int64)[words.ids], words.sentences)
     document = np.repeat(np.arange(len(words.documents) - 1), np.diff(words.documents))
-    size = np.bincount(document, lengths * kept, len(words.documents) - 1)
+    size = np.bincount(document, counted * kept, len(words.documents) - 1)
     full = size >= max(min_words, 1)
     kept &= full[document]
     return words._replace(

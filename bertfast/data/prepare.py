@@ -10,12 +10,11 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from ..files import check_folder, locked, os_errors, write_whole
+from ..files import check_folder, locked, os_errors
 from . import corpus, dedup, wordpiece
 from .config import PrepareConfig
 from .errors import DataError
@@ -31,6 +30,8 @@ from .shards import (
     write_json,
     write_shard,
 )
+from .statistics import remarks, statistics, total_counts
+from .work import batch_file, read_batch, save_arrays
 
 
 def prepare(config: PrepareConfig, say=print) -> dict:
@@ -44,11 +45,14 @@ def prepare(config: PrepareConfig, say=print) -> dict:
         check_folder(out)
         with locked(out):
             if not (out / INDEX).exists():
-                return _prepare(config, out, wanted, say)
+                _prepare(config, out, wanted, say)
+    else:
+        say(f"{out} is already prepared")
     index = read_index(out)
     if index["settings"] != wanted:
         raise DataError(f"{out} was prepared with other settings; give another --out")
-    say(f"{out} is already prepared")
+    for remark in remarks(index["statistics"], config):
+        say(f"warning: {remark}")
     return index["statistics"]
 
 
@@ -74,10 +78,10 @@ def _prepare(config, out, wanted, say):
         timed("duplicates", _find_duplicates, config, work, batches)
         vocab_size = timed("tokenizer", _make_tokenizer, config, out, work, batches)
         shards = timed("shards", _shard_all, config, out, work, batches, vocab_size, pool)
-    statistics = _statistics(out, work, batches, shards, vocab_size)
+    found = statistics(out, work, batches, shards, vocab_size)
     seconds["total"] = round(time.perf_counter() - start, 3)
-    statistics["seconds"] = seconds
-    statistics["mb_per_second"] = round(statistics["bytes"] / 1e6 / seconds["total"], 2)
+    found["seconds"] = seconds
+    found["mb_per_second"] = round(found["bytes"] / 1e6 / seconds["total"], 2)
     tokenizer = {p.name: sha256(p) for p in sorted((out / "tokenizer").iterdir())}
     write_json(
         out / INDEX,
@@ -86,21 +90,11 @@ def _prepare(config, out, wanted, say):
             "vocab_size": vocab_size,
             "shards": shards,
             "tokenizer_sha256": tokenizer,
-            "statistics": statistics,
+            "statistics": found,
             "settings": wanted,
         },
     )
     shutil.rmtree(work)
-    return statistics
-
-
-def _batch(work: Path, i: int) -> Path:
-    return work / f"clean-{i:06d}.npz"
-
-
-def _load(work, i, name):
-    with np.load(_batch(work, i)) as f:
-        return f[name]
 
 
 def _clean_all(config, work, pool) -> list[str]:
@@ -117,14 +111,8 @@ def _clean_all(config, work, pool) -> list[str]:
                 for block in corpus.blocks(path, int(config.shard_mb * 1e6)):
                     i = len(batches)
                     batches.append(part)
-                    if not _batch(work, i).exists():
-                        yield (
-                            block,
-                            str(path),
-                            config.text_column,
-                            config.min_words,
-                            _batch(work, i),
-                        )
+                    if not batch_file(work, i).exists():
+                        yield block, str(path), config, batch_file(work, i)
 
     for _ in pool.run(_clean, jobs()):
         pass
@@ -132,13 +120,14 @@ def _clean_all(config, work, pool) -> list[str]:
     return batches
 
 
-def _clean(block, name, column, min_words, target):
-    texts = corpus.documents(block, corpus.is_jsonl(name), column, name)
-    words = corpus.split_words(texts, min_words)
+def _clean(block, name, config, target):
+    jsonl = corpus.is_jsonl(name)
+    texts = corpus.documents(block, jsonl, config.text_column, name, config.encoding)
+    words = corpus.split_words(texts, config.min_words)
     hashes = dedup.word_hashes(words.table)[words.ids]
     ends = words.sentences[words.documents]  # of documents, in words
     signatures = dedup.signatures(hashes, ends)
-    counts = words.counts | {"bytes": len(block)}
+    counts = words.counts | {"bytes": len(block), "file": name}
     arrays = {
         "table": np.frombuffer("\n".join(words.table).encode("utf-8", "replace"), np.uint8),
         "ids": words.ids,
@@ -150,34 +139,31 @@ def _clean(block, name, column, min_words, target):
         "counts": np.frombuffer(json.dumps(counts).encode(), np.uint8),
     }
     arrays |= {f"band{b}": values for b, values in enumerate(dedup.bands(signatures))}
-    _save(target, arrays)
-
-
-def _save(target, values):
-    """One array, or a dict of them, in a file."""
-
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            np.savez(f, **values) if isinstance(values, dict) else np.save(f, values)
-
-    write_whole(target, write)
+    save_arrays(target, arrays)
 
 
 def _read_words(work, i) -> corpus.Words:
-    with np.load(_batch(work, i)) as f:
+    with np.load(batch_file(work, i)) as f:
         table = f["table"].tobytes().decode().split("\n")
         return corpus.Words(table, f["ids"], f["sentences"], f["documents"], {})
 
 
 def _find_duplicates(config, work, batches):
-    """dropped.npy: bool [documents]; duplicates.npz: where in it each batch starts, and the hashes
-    of sentences to leave out."""
+    """dropped.npy: bool [documents]; duplicates.npz: where in it each batch starts, the hashes of
+    sentences to leave out, and the place that documents below it have in validation."""
     target = work / "duplicates.npz"
     if target.exists():
         return
     n = range(len(batches))
-    starts = np.cumsum([0] + [len(_load(work, i, "documents")) - 1 for i in n])
-    column = lambda name: [lambda i=i: _load(work, i, name) for i in n]
+    starts = np.cumsum([0] + [len(read_batch(work, i, "documents")) - 1 for i in n])
+    column = lambda name: [lambda i=i: read_batch(work, i, name) for i in n]
+    if not starts[-1]:
+        read = total_counts(work, len(batches))
+        raise DataError(
+            f"nothing is left of the corpus: of {read['documents']:,} documents none has "
+            f"--min-words {config.min_words} words, and {read['sentences_without_text']:,} of "
+            f"{read['sentences']:,} sentences hold fewer letters than other characters"
+        )
     dropped = np.zeros(starts[-1], bool)
     for _, later in dedup.repeats(column("document_hashes")):
         dropped[later] = True
@@ -186,7 +172,7 @@ def _find_duplicates(config, work, batches):
         for b in range(dedup.BANDS):
             for pairs in dedup.repeats(column(f"band{b}"), ~dropped):
                 if len(pairs[0]):
-                    load = lambda i: _load(work, i, "signatures")
+                    load = lambda i: read_batch(work, i, "signatures")
                     same = dedup.similarity(pairs, starts, load) >= config.similarity
                     dropped[pairs[1][same]] = True
     boilerplate = np.zeros(0, np.uint64)
@@ -195,13 +181,32 @@ def _find_duplicates(config, work, batches):
 
         def sentences(i):
             kept = ~dropped[starts[i] : starts[i + 1]]
-            return _load(work, i, "sentence_hashes")[
-                np.repeat(kept, np.diff(_load(work, i, "documents")))
+            return read_batch(work, i, "sentence_hashes")[
+                np.repeat(kept, np.diff(read_batch(work, i, "documents")))
             ]
 
         boilerplate = dedup.frequent([lambda i=i: sentences(i) for i in n], limit)
-    _save(work / "dropped.npy", dropped)  # on its own, to be mapped rather than read
-    _save(target, {"starts": starts, "boilerplate": boilerplate, "equal": equal})
+    save_arrays(work / "dropped.npy", dropped)  # on its own, to be mapped rather than read
+    below = _valid_below(config, column("document_hashes"), starts, dropped)
+    arrays = {"starts": starts, "boilerplate": boilerplate, "equal": equal, "valid_below": below}
+    save_arrays(target, arrays)
+
+
+def _valid_below(config, hashes, starts, dropped) -> float:
+    """Documents whose place, by their hash in [0, 1), is below this are for validation: one at
+    least, but not all."""
+    if config.valid_corpus or not config.valid_fraction:
+        return 0.0
+    ends = np.zeros(0)  # the first and the last place
+    for read, start, stop in zip(hashes, starts[:-1], starts[1:], strict=True):
+        ends = np.concatenate([ends, _places(read())[~dropped[start:stop]]])
+        ends = np.sort(ends)[[0, -1]] if len(ends) else ends
+    first, last = ends
+    return min(max(config.valid_fraction, np.nextafter(first, 1)), last)
+
+
+def _places(hashes) -> np.ndarray:
+    return (hashes >> np.uint64(11)) * 2.0**-53
 
 
 def _kept(work, i):
@@ -212,8 +217,8 @@ def _kept(work, i):
     gone = np.load(work / "dropped.npy", mmap_mode="r")[starts[i] : starts[i + 1]]
     words = _read_words(work, i)
     good = np.repeat(~gone, np.diff(words.documents))
-    common = np.isin(_load(work, i, "sentence_hashes"), boilerplate)
-    hashes = np.repeat(_load(work, i, "document_hashes"), np.diff(words.documents))
+    common = np.isin(read_batch(work, i, "sentence_hashes"), boilerplate)
+    hashes = np.repeat(read_batch(work, i, "document_hashes"), np.diff(words.documents))
     left = good & ~common
     return words, left, hashes, {"sentences_boilerplate": int((good & common).sum())}
 
@@ -242,16 +247,15 @@ def _make_tokenizer(config, out, work, batches) -> int:
                     ids = corpus.select(words, left).ids
                     counts.add(words.table, np.bincount(ids, minlength=len(words.table)))
             trained = wordpiece.train_tokenizer(counts.counts, config.vocab_size, config.lowercase)
-            wordpiece.save_tokenizer(trained, temporary, config.lowercase)
+            wordpiece.save_tokenizer(trained, temporary)
         os.replace(temporary, folder)
     return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
 
 
 def _shard_all(config, out, work, batches, vocab_size, pool) -> dict[str, list]:
     """The shards' entries for the index."""
-    fraction = 0.0 if config.valid_corpus else config.valid_fraction
     jobs = (
-        (fraction, config.min_words, out, work, i, part, vocab_size)
+        (config.min_words, out, work, i, part, vocab_size)
         for i, part in enumerate(batches)
         if not (work / f"shard-{i:06d}.json").exists()
     )  # fmt: skip
@@ -269,11 +273,11 @@ def _shard_all(config, out, work, batches, vocab_size, pool) -> dict[str, list]:
 _word_table = functools.lru_cache(1)(wordpiece.WordTable)
 
 
-def _shard(valid_fraction, min_words, out, work, i, part, vocab_size):
+def _shard(min_words, out, work, i, part, vocab_size):
     words, left, hashes, counts = _kept(work, i)
     tokens, offsets = _word_table(out / "tokenizer" / "tokenizer.json")(words.table)
-    # In 2**53 because a float holds no more.
-    chosen = (hashes >> np.uint64(11)) < np.uint64(valid_fraction * 2**53)
+    with np.load(work / "duplicates.npz") as f:
+        chosen = _places(hashes) < f["valid_below"]
     entries = {"counts": counts}
     for name in PARTS:
         mine = (
@@ -288,31 +292,3 @@ def _shard(valid_fraction, min_words, out, work, i, part, vocab_size):
         shard = Shard(ids.astype(token_dtype(vocab_size)), sentences, found.documents)
         entries[name] = write_shard(out, f"{name}-{i:06d}", shard)
     write_json(work / f"shard-{i:06d}.json", entries)
-
-
-def _statistics(out, work, batches, shards, vocab_size) -> dict:
-    """What was read, dropped and kept."""
-    from tokenizers import Tokenizer
-
-    read = Counter()
-    for i in range(len(batches)):
-        read.update(json.loads(_load(work, i, "counts").tobytes()))
-        read.update(json.loads((work / f"shard-{i:06d}.json").read_text())["counts"])
-    with np.load(work / "duplicates.npz") as f:
-        read["documents_equal"] = int(f["equal"])
-    dropped = np.load(work / "dropped.npy", mmap_mode="r")
-    read["documents_similar"] = int(dropped.sum()) - read["documents_equal"]
-    found = dict(read)
-    for name in PARTS:
-        total = lambda key, name=name: sum(e[key] for e in shards[name])
-        found[name] = {k: total(k) for k in ("documents", "sentences", "tokens")}
-    frequency = np.zeros(vocab_size, np.int64)
-    for e in shards["train"]:
-        tokens = np.load(out / f"{e['name']}.tokens.npy", mmap_mode="r")
-        frequency += np.bincount(tokens, minlength=vocab_size)
-    tokens = frequency.sum()
-    unknown = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json")).token_to_id("[UNK]")
-    found["unknown_share"] = float(frequency[unknown] / tokens)
-    found["most_frequent_token"] = int(frequency.argmax())
-    found["most_frequent_share"] = float(frequency.max() / tokens)
-    return found

@@ -5,7 +5,7 @@ import re
 
 _CJK_MARKS = "。！？"
 # End marks, closing quotes and brackets, space. One set first: the engine then skips to it fast.
-_BREAK = re.compile(r"[.!?…؟।。！？]+[\"'”’»)\]」』）]*(\s*)")
+_BREAK = re.compile(r"[.!?…؟۔।။።។。！？]+[\"'”’»)\]」』）]*(\s*)")
 # A capital initial, a short title ("Dr.") or a word with inner dots ("e.g."): a dot that ends none.
 _ABBREVIATION = re.compile(r"(?:^|[\s(\[\"'“‘«])(?:[^\W\d_]|[A-Z][^\W\d_]{1,2}|(?:\w+\.)+\w+)\.$")
 

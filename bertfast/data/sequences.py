@@ -16,6 +16,7 @@ from .masking import Lexicon, Vocabulary, mask
 from .shards import Shards
 
 WINDOW_TOKENS = 16_000_000  # tokens of shards in memory at a time
+_NAMES = {"train": "training", "valid": "validation"}
 _SHORT = 0.1  # share of sentence pairs made shorter than the limit (Devlin et al.)
 
 
@@ -74,13 +75,18 @@ class Sequences:
         self.length, self.pairs, self.seed = length, pairs, seed
         self.kind, self.share, self.lexicon = kind, share, lexicon
         if not len(shards):
-            raise DataError(f"{shards.folder} has no {shards.part} shards")
+            raise DataError(f"{shards.folder} has no {_NAMES[shards.part]} part")
         self.per_window = max(1, window_tokens * len(shards) // max(shards.tokens, 1))
         self.windows = -(-len(shards) // self.per_window)  # in a pass
+        self._last = None  # the window made last, and its number
 
     def window(self, number: int) -> Window:
         """Window `number` since the start of training; passes follow one another."""
-        epoch, i = divmod(number, self.windows)
+        if self._last is None or self._last[0] != number:
+            self._last = number, self._window(*divmod(number, self.windows))
+        return self._last[1]
+
+    def _window(self, epoch: int, i: int) -> Window:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
         chosen = order[i * self.per_window : (i + 1) * self.per_window]
         rng = np.random.default_rng([self.seed, epoch, i])
@@ -217,7 +223,7 @@ def _pairs(sentences: np.ndarray, documents: np.ndarray, limit: int, rng):
             second.append(b)
             is_random.append(replaced)
     if not first:
-        raise DataError("the corpus is too small for sentence pairs: it has one sentence")
+        raise DataError("too little text for sentence pairs: there is one sentence")
     return np.array(first, np.int64), np.array(second, np.int64), np.array(is_random, bool)
 
 

@@ -2,12 +2,14 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from itertools import chain
 
 import numpy as np
 
 from ..files import os_errors
+from .clean import UNSPACED
 from .errors import DataError
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -22,6 +24,9 @@ _TRAINING_WORDS = (
 _ASCII_PARTS = re.compile("[0-9A-Za-z]+|[^0-9A-Za-z]")
 _NOT_PLAIN = re.compile("[^0-9A-Za-z ]")
 _JOINED = 64  # plain parts encoded as one text
+_LONGEST = 100  # characters of a word in BERT's tokenizer: a longer one is [UNK]
+_LONGEST_UNSPACED = 1000  # where spaces separate phrases
+_UNSPACED_SHARE = 0.001  # of the words, from which on that pays
 
 
 class WordCounts:
@@ -40,14 +45,35 @@ class WordCounts:
             floor *= 2
 
 
+def _accents_are_signs(counts: Counter) -> bool:
+    """Whether most marks are no accents of Latin, Greek and Cyrillic letters but signs of others,
+    which words are not read without: Indic and Thai vowels and tones, voiced kana."""
+    characters, balance = Counter(), 0
+    for word, n in counts.items():
+        for c in "" if word.isascii() else word:
+            characters[c] += n
+    for c, n in characters.items():
+        parts = unicodedata.normalize("NFD", c)
+        script = unicodedata.name(parts[0], "").split(" ")[0]
+        if "Mn" in map(unicodedata.category, parts) and script != "VARIATION":  # of emoji
+            balance += -n if script in ("LATIN", "GREEK", "CYRILLIC", "COMBINING") else n
+    return balance > 0
+
+
 def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequency: int = 2):
-    """A `tokenizers.Tokenizer` as BERT's, its vocabulary learnt from words and their counts."""
+    """A `tokenizers.Tokenizer` as BERT's, its vocabulary learnt from words and their counts.
+
+    Two things are for other scripts than BERT's: accents go with the case, as BERT's do, unless
+    most marks in the corpus are vowel signs and the like; and in a corpus without spaces between
+    words, what stands between two spaces may be longer.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import WordPieceTrainer
 
     if not counts:
         raise DataError("the corpus has no words left to train a tokenizer on")
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    accents = False if lowercase and _accents_are_signs(counts) else None
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=accents)
     splitter = pre_tokenizers.BertPreTokenizer()
     words = Counter()
     for word, n in counts.items():
@@ -85,7 +111,10 @@ def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequ
         show_progress=False,
     )
     learner.train_from_iterator(texts(), trainer)
-    model = models.WordPiece(learner.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100)
+    unspaced = sum(n for w, n in words.items() if len(w) > _LONGEST and UNSPACED.search(w))
+    longest = _LONGEST_UNSPACED if unspaced > _UNSPACED_SHARE * sum(words.values()) else _LONGEST
+    limits = {"unk_token": "[UNK]", "max_input_chars_per_word": longest}
+    model = models.WordPiece(learner.get_vocab(), **limits)
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens(SPECIALS)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
@@ -99,15 +128,21 @@ def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequ
     return tokenizer
 
 
-def save_tokenizer(tokenizer, folder, lowercase: bool, max_length: int = 512) -> None:
-    """tokenizer.json, tokenizer_config.json and vocab.txt, as transformers reads them."""
+def save_tokenizer(tokenizer, folder, max_length: int = 512) -> None:
+    """tokenizer.json, tokenizer_config.json and vocab.txt, as transformers reads them: as its
+    BertTokenizer where that, whose words have up to 100 characters, tokenizes alike."""
     folder.mkdir()
     with os_errors(folder):
         tokenizer.save(str(folder / "tokenizer.json"))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase}
+    normalizer = tokenizer.normalizer
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.lowercase}
     settings |= {"model_max_length": max_length, "tokenize_chinese_chars": True}
-    settings |= {"strip_accents": None} | dict(zip(names, SPECIALS, strict=True))
+    settings |= {"strip_accents": normalizer.strip_accents}
+    settings |= dict(zip(names, SPECIALS, strict=True))
+    if tokenizer.model.max_input_chars_per_word != _LONGEST:
+        inputs = ["input_ids", "token_type_ids", "attention_mask"]
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
     text = json.dumps(settings, indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

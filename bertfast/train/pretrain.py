@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..data import masking
+from ..data import DataError, masking
 from ..data.sequences import Sequences
 from ..data.shards import Shards, read_index, sha256
 from ..files import locked
@@ -32,6 +32,7 @@ _FREE |= {"accumulation", "parallel", "data", "model", "config", "lexicon"}
 _EVAL_BATCH = 8192  # tokens in a batch of an evaluation
 _LOGIT_ROWS = 1024  # rows of logits that an evaluation holds at a time
 _SAMPLES = 3
+_RANDOM = (0.3, 0.8)  # share of random pairs that is like the paper's half
 
 
 class PretrainTask(Task):
@@ -179,6 +180,41 @@ class PretrainTask(Task):
         return metrics | {"samples": self.samples}
 
 
+def _parts(config, words, lexicon, say) -> tuple[Sequences, Sequences | None]:
+    """What is trained on and what is validated on, None where there is nothing."""
+    options = {"length": config.length, "pairs": config.nsp, "kind": config.masking}
+    options |= {"share": config.mask_share, "lexicon": lexicon}
+    train_part = Sequences(Shards(config.data, "train"), words, seed=config.seed, **options)
+    if config.nsp:
+        _check_pairs(train_part, say)
+    try:
+        # The same validation whatever the run's seed, so that runs compare.
+        valid_part = Sequences(Shards(config.data, "valid"), words, seed=0, **options)
+        if config.nsp:
+            _check_pairs(valid_part, say)
+    except DataError as e:
+        say(f"warning: nothing will be evaluated: {e}")
+        return train_part, None
+    return train_part, valid_part
+
+
+def _check_pairs(part: Sequences, say) -> None:
+    """DataError where all pairs to train on are random, or none is: they teach nothing. `say`
+    hears of shares that are far from half, and of validation pairs."""
+    share = float(part.window(0).random_next.mean())
+    if _RANDOM[0] <= share <= _RANDOM[1]:
+        return
+    why = "documents are few or one: put blank lines between them"
+    if share > _RANDOM[1]:
+        why = (
+            "too few documents have two sentences that fit into --length: do blank lines end each?"
+        )
+    found = f"{share:.0%} of the next-sentence pairs in {part.shards.folder} ({part.shards.part})"
+    if share in (0.0, 1.0) and part.shards.part == "train":
+        raise DataError(f"{found} are random, which teaches nothing: {why}; or give --no-nsp")
+    say(f"warning: {found} are random, not half: {why}")
+
+
 def _tokenizer(config):
     """The prepared folder's tokenizer; a checkpoint to go on from must have the same."""
     folder = Path(config.data) / "tokenizer"
@@ -248,12 +284,7 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
     lexicon = None
     if config.lexicon:
         lexicon = masking.Lexicon(config.lexicon, tokenizer, words.inner)
-    options = {"length": config.length, "pairs": config.nsp, "kind": config.masking}
-    options |= {"share": config.mask_share, "lexicon": lexicon}
-    train_part = Sequences(Shards(config.data, "train"), words, seed=config.seed, **options)
-    valid = Shards(config.data, "valid")
-    # The same validation whatever the run's seed, so that runs compare.
-    valid_part = Sequences(valid, words, seed=0, **options) if len(valid) else None
+    train_part, valid_part = _parts(config, words, lexicon, tell)
     model = _model(config, tokenizer)
     task = PretrainTask(config, model.config, train_part, valid_part, tokenizer)
     parts = config.accumulation * task.world

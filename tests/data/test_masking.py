@@ -60,6 +60,14 @@ def test_shares(kind):
     assert (np.isin(seen[positions], WORDS.regular) | (seen[positions] == 4)).all()
 
 
+def test_replacements_are_of_the_whole_vocabulary():
+    ids, offsets, special, keys = batch([100] * 2000)
+    seen, positions = masking.mask(ids, offsets, special, keys, WORDS, "token", 0.15)
+    shown, true = seen[positions], ids[positions]
+    counts = np.histogram(shown[(shown != 4) & (shown != true)], 5, (5, SIZE))[0]
+    assert (abs(counts - counts.mean()) < 5 * np.sqrt(counts.mean())).all()
+
+
 def test_every_token_is_drawn_alike():
     lengths = [12] * 6000
     ids, offsets, special, keys = batch(lengths)
@@ -80,6 +88,16 @@ def test_words_stay_whole(kind):
     runs = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
     neighbours = np.mean([len(set(word[r])) for r in runs])
     assert (neighbours > 1.7) if kind == "span" else (neighbours < 1.5)
+
+
+def test_longest_span_is_half_the_budget():
+    """A budget of two tokens is two spans, which stand side by side by chance alone."""
+    ids, offsets, special, keys = batch([16] * 3000)
+    plain = WORDS._replace(inner=np.zeros(SIZE, bool))
+    _, positions = masking.mask(ids, offsets, special, keys, plain, "span", 0.15)
+    assert len(positions) == 2 * 3000
+    touching = (np.diff(positions.reshape(-1, 2)) == 1).mean()
+    assert abs(touching - 13 / (14 * 13 / 2)) < 5 * np.sqrt(0.25 / 3000)
 
 
 def test_span_has_one_fate():

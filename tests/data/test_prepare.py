@@ -1,12 +1,10 @@
 # ruff: noqa: RUF001
 """bertfast prepare: cleaning, sentences, duplicates, tokenizer, shards, restart."""
 
-import gzip
 import json
 import random
 import subprocess
 import sys
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -15,12 +13,10 @@ from helpers import refused
 from transformers import AutoTokenizer
 
 from bertfast.cli import main
-from bertfast.data import DataError, corpus, dedup
+from bertfast.data import DataError, dedup
 from bertfast.data import prepare as module
 from bertfast.data.prepare import PrepareConfig, prepare
-from bertfast.data.sentences import split_sentences
 from bertfast.data.shards import Shards, read_index
-from bertfast.data.wordpiece import WordCounts, WordTable, train_tokenizer
 
 WORDS = [
     a + b for a in ("ba", "de", "fi", "go", "lu", "mé") for b in ("na", "ros", "tik", "Wem", "x")
@@ -64,54 +60,6 @@ def decoded(out, part):
 
 def files(out):
     return {p.name: p.read_bytes() for p in out.glob("*.npy")}
-
-
-def test_sentences():
-    split = split_sentences
-    assert split("One is here. Two is there!  (Three?) 4 ends") == [
-        "One is here.",
-        "Two is there!",
-        "(Three?)",
-        "4 ends",
-    ]
-    assert split("See e.g. Paris, i.e. there. Dr. Smith met J. Doe. it was 3.5 km.") == [
-        "See e.g. Paris, i.e. there.",
-        "Dr. Smith met J. Doe. it was 3.5 km.",
-    ]
-    assert split("他来了。她走了！") == ["他来了。", "她走了！"]
-    assert split('He said "go." Then he left') == ['He said "go."', "Then he left"]
-    assert split("   ") == [] and split("...") == ["..."]
-
-
-def test_blocks_lose_nothing(tmp_path):
-    """Cut between documents whatever the block's size; indented paragraphs stay with theirs."""
-    documents = [
-        d + ("\n\n   an indented paragraph" if i % 3 == 0 else "") for i, d in enumerate(texts(60))
-    ]
-    text = "\n\n".join(documents) + "\n"
-    (tmp_path / "c.txt").write_bytes(text.replace("\n", "\r\n").encode())
-    with gzip.open(tmp_path / "c.gz", "wb") as f:
-        f.write(text.encode())
-    for name in ("c.txt", "c.gz"):
-        for size in (64, 500, 3000, 10**6):
-            parts = list(corpus.blocks(tmp_path / name, size))
-            found = [d.strip() for b in parts for d in corpus.documents(b, False)]
-            assert found == documents
-    (tmp_path / "cut.gz").write_bytes((tmp_path / "c.gz").read_bytes()[:-200])
-    refused(DataError, "truncated", list, corpus.blocks(tmp_path / "cut.gz", 100))
-    (tmp_path / "one.txt").write_text("no end " * 10_000)  # a document longer than memory allows
-    assert max(map(len, corpus.blocks(tmp_path / "one.txt", 1000))) <= 17_000
-
-
-def test_cleaning():
-    text = "A\x00b cd\u200d stays.  ----- 12 34 -----\nNext  line here"
-    words = corpus.split_words([text, "x", ""], min_words=2)
-    sentences = [[words.table[w] for w in words.ids[a:b]] for a, b in pairwise(words.sentences)]
-    assert sentences == [["Ab", "cd\u200d", "stays."], ["Next", "line", "here"]]
-    assert words.documents.tolist() == [0, 2]
-    assert words.counts["documents_too_short"] == 2 and words.counts["sentences_without_text"] == 1
-    split = corpus.split_words(["日本 ok 语言"])
-    assert [split.table[i] for i in split.ids] == ["日", "本", "ok", "语", "言"]
 
 
 def test_similarity_estimates_jaccard():
@@ -206,31 +154,13 @@ def test_tokens_are_the_tokenizers(tmp_path):
     assert found == [backend.encode(d, add_special_tokens=False).ids for d in documents]
 
 
-def test_ascii_words_by_hand_as_by_the_library():
-    """The shortcut for ASCII words learns the vocabulary, and gives the ids, of the library's way."""
-    r = random.Random(2)
-    printable = [chr(i) for i in range(33, 127)]
-    words = ["".join(r.choice(printable) for _ in range(r.randint(1, 9))) for _ in range(400)]
-    for lowercase in (True, False):
-        tokenizer = train_tokenizer(dict.fromkeys(words, 3), 300, lowercase)
-        parts = [
-            p
-            for w in words
-            for p, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
-                tokenizer.normalizer.normalize_str(w)
-            )
-        ]
-        again = train_tokenizer({p: 3 * parts.count(p) for p in parts}, 300, lowercase)
-        assert again.get_vocab() == tokenizer.get_vocab()
-
-
 def test_processes_and_restart_change_nothing(tmp_path, monkeypatch):
     write(tmp_path / "c.txt", texts(200))
     quiet(options(tmp_path))
     expected = files(tmp_path / "out")
     quiet(options(tmp_path, out=str(tmp_path / "two"), processes=2))
     assert files(tmp_path / "two") == expected
-    for stage in ("_clean", "_find_duplicates", "_make_tokenizer", "_shard", "_statistics"):
+    for stage in ("_clean", "_find_duplicates", "_make_tokenizer", "_shard", "statistics"):
         out, calls = tmp_path / stage, [0]
         real = getattr(module, stage)
 
@@ -321,12 +251,77 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
     assert peaks[1] - peaks[0] < 0.5 * extra, peaks
 
 
-def test_counts_stay_bounded():
-    counts = WordCounts(limit=100)
-    for i in range(50):
-        table = ["often"] + [f"w{i}-{j}" for j in range(20)]
-        counts.add(table, np.array([5] + [1] * 20))
-    assert len(counts.counts) <= 100 and counts.counts["often"] == 250
+def heard(config):
+    """What `prepare` says beside its stages, and its statistics."""
+    said = []
+    statistics = prepare(config, said.append)
+    return "\n".join(s for s in said if s.startswith("warning")), statistics
+
+
+def test_another_encoding(tmp_path):
+    """Letters that are lost are counted out loud, with the file and the way out."""
+    documents = ["Déjà vu à la fenêtre de l'été"] * 2 + texts(40)
+    (tmp_path / "c.txt").write_bytes("\n\n".join(documents).encode("cp1252"))
+    said, statistics = heard(options(tmp_path, min_words=1, similarity=0))
+    n = sum("é" in d.lower() or "à" in d for d in documents)
+    lost = sum(not c.isascii() for d in documents for c in d)
+    assert f"{n} of 42 documents are not utf-8: {lost} characters" in said and "--encoding" in said
+    assert f"({tmp_path / 'c.txt'})" in said and statistics["undecoded"] == {
+        str(tmp_path / "c.txt"): n
+    }
+    assert heard(options(tmp_path, min_words=1, similarity=0))[0] == said  # when asked again, too
+    (tmp_path / "c.jsonl").write_bytes(
+        "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents).encode(
+            "cp1252"
+        )
+    )
+    right = {"encoding": "cp1252", "lowercase": False, "similarity": 0, "boilerplate": 0}
+    jsonl = [str(tmp_path / "c.jsonl")]
+    wrong = options(tmp_path, corpus=jsonl, out=str(tmp_path / "x"))
+    refused(DataError, "c.jsonl: .* is not utf-8 .*--encoding", quiet, wrong)
+    for name in ("c.txt", "c.jsonl"):
+        out = tmp_path / name[2:]
+        said, _ = heard(options(tmp_path, corpus=[str(tmp_path / name)], out=str(out), **right))
+        assert "not cp1252" not in said
+        found = decoded(out, "train") + decoded(out, "valid")
+        assert "Déjà vu à la fenêtre" in " ".join(s for d in found for s in d)
+    for wrong in ("utf-16", "none such", "rot13"):
+        refused(
+            DataError, f"encoding is '{wrong}', expected one", options, tmp_path, encoding=wrong
+        )
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 0.999])
+def test_both_parts_have_a_document(tmp_path, fraction):
+    write(tmp_path / "c.txt", texts(5))
+    said, found = heard(options(tmp_path, valid_fraction=fraction, similarity=0))
+    counts = [found[part]["documents"] for part in ("train", "valid")]
+    assert min(counts) >= 1 and sum(counts) == 5 and "validation" not in said
+    assert fraction == 0.5 or min(counts) == 1
+
+
+def test_what_a_corpus_lacks_is_said(tmp_path):
+    sentences = [s + "." for d in texts(60) for s in d.split(". ")]
+    write(tmp_path / "c.txt", ["\n".join(sentences)])
+    said, _ = heard(options(tmp_path))
+    assert "no validation part: the corpus is one document" in said
+    assert "is one document" in said and "--no-nsp" in said
+    assert heard(options(tmp_path, out=str(tmp_path / "n"), valid_fraction=0))[0].count("\n") == 0
+    write(tmp_path / "c.txt", sentences)
+    said, _ = heard(options(tmp_path, out=str(tmp_path / "b"), boilerplate=0))
+    assert "one sentence in each document" in said and "validation" not in said
+    write(
+        tmp_path / "c.txt",
+        texts(20) + ["Привет, мир: тут есть слова."] * 2 + ["one two", "12 3 45"] * 9,
+    )
+    tokenizer = str(tmp_path / "out" / "tokenizer")
+    said, _ = heard(options(tmp_path, out=str(tmp_path / "c"), tokenizer=tokenizer))
+    assert "of the training tokens are [UNK]; " in said and "leave --tokenizer out" in said
+    assert "18 of 40 documents are left out: they have fewer than --min-words 5" in said
+    assert "sentences are left out: they hold fewer letters" in said
+    write(tmp_path / "c.txt", ["one two"] * 3 + ["12 34"])
+    message = "of 4 documents none has --min-words 5 words, and 1 of 4 sentences"
+    refused(DataError, message, quiet, options(tmp_path, out=str(tmp_path / "d")))
 
 
 def test_command_line(tmp_path, capsys):
@@ -354,26 +349,3 @@ def test_command_line(tmp_path, capsys):
         main(["prepare", "--corpus", str(tmp_path / "none.txt"), "--out", str(tmp_path / "n")]) == 1
     )
     assert "none.txt" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("added", [[], ["net"], ["##s"], ["new york"]])
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_word_table(tmp_path, lowercase, added):
-    """The tokens of each word by itself, whatever words are encoded beside it."""
-    text = "The Network of new york nets, and networks' nettle e-mails, (x86_64)! 中文 Éléphant"
-    counts = dict.fromkeys(text.split(), 5)
-    tokenizer = train_tokenizer(Counter(counts), 120, lowercase)
-    tokenizer.add_tokens(added)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    r = random.Random(0)
-    pieces = [*text.split(), "new", "york", "net", "[MASK]", "s", "a" * 101, "\ufffd"]
-    words = ["".join(r.choices(pieces, k=r.randint(1, 3))) for _ in range(500)]
-    words = list(dict.fromkeys(pieces + words))
-    table = WordTable(tmp_path / "tokenizer.json")
-    tokenizer.encode_special_tokens = True
-    for part in (words[:200], words):  # the second time some are known
-        tokens, offsets = table(part)
-        assert len(offsets) == len(part) + 1
-        for word, start, end in zip(part, offsets[:-1], offsets[1:], strict=True):
-            expected = tokenizer.encode(word, add_special_tokens=False).ids
-            assert tokens[start:end].tolist() == expected, word

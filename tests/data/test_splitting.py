@@ -28,9 +28,10 @@ def test_split_is_stratified_disjoint_and_seeded():
 
 
 def test_split_keeps_duplicates_on_one_side():
-    texts = [f"{'TEXT' if i // 50 % 2 else 'text'}  {i % 50}" for i in range(300)]
-    parts = split(Examples(texts, labels=[str(i % 50 % 2) for i in range(300)]))
-    seen = [set(p.keys()) for p in parts]
+    """Also where they are one row apart, or an odd number of rows."""
+    texts = [f"{'TEXT' if i % 2 else 'text'}  {i % 51 // 2}" for i in range(300)]
+    parts = split(Examples(texts, labels=[str(i % 51 // 2 % 2) for i in range(300)]))
+    seen = [{text.split()[1] for text in p.texts} for p in parts]
     assert all(seen) and not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
 
 

@@ -222,6 +222,42 @@ def test_dropout_only_in_training():
     assert torch.equal(model.eval()(**inputs)[0], model(**inputs)[0])
 
 
+def test_dropout_of_each_place_is_its_own():
+    model = bertfast.BertModel(config()).train()
+    seeds = {tuple(s.tolist()) for s in model._seeds("cpu")}
+    assert len(seeds) == 1 + 3 * model.config.num_hidden_layers
+    assert not seeds & {tuple(s.tolist()) for s in model._seeds("cpu")}
+
+
+def test_head_has_dropout_of_its_own():
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    given = config(**rates, classifier_dropout=0.5)
+    model = bertfast.BertForSequenceClassification(given).train()
+    draw = lambda seed: (torch.manual_seed(seed), model(**batch()).logits)[1]
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_decoder_is_tied_to_the_embeddings(name):
+    for tie in (True, False):
+        model = getattr(bertfast, name)(config(tie_word_embeddings=tie))
+        predictions = model.cls.predictions
+        assert (predictions.decoder.weight is model.get_input_embeddings().weight) == tie
+        assert predictions.decoder.bias is predictions.bias
+
+
+def test_initial_weights():
+    """Normal with the configuration's deviation, biases and the padding's row zero."""
+    torch.manual_seed(0)
+    model = bertfast.BertForPreTraining(config(initializer_range=0.1))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() > 1:
+            assert abs(p.std() / 0.1 - 1) < 5 / (2 * p.numel()) ** 0.5, name
+    assert not model.get_input_embeddings().weight[model.config.pad_token_id].any()
+
+
 def test_bad_inputs():
     _, ours = pair()
     ids, mask = torch.ones(2, 5, dtype=int), torch.ones(2, 4)

@@ -122,6 +122,19 @@ def test_layouts(sequences):
         assert padded.real.sum() == sequences == (padded.targets != IGNORED).sum()
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
+def test_gradients_are_clipped_to_the_norm(clip):
+    """And the norm that is reported is the one before."""
+    model, task, config = classification(dropout=0.0)
+    step, _ = stepper(model, task, config, clip=clip)
+    norms, total = [], lambda: torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    step.optimizer.step = lambda: norms.append(total().item())
+    reported = take(step, task, range(8))[1]
+    assert norms == [pytest.approx(0.01 if clip == 0.01 else norms[0], rel=1e-3)]
+    assert np.isnan(reported) if not clip else reported > 0.1
+    assert clip != 1e6 or reported == pytest.approx(norms[0], rel=1e-5)
+
+
 def test_gradients_stay(tape):
     """An optimizer skips a gradient that is None in silence."""
     model, task, config = classification()

@@ -1,0 +1,26 @@
+"""What `prepare` keeps on disk between its stages."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..files import write_whole
+
+
+def batch_file(work: Path, i: int) -> Path:
+    return work / f"clean-{i:06d}.npz"
+
+
+def read_batch(work, i, name):
+    with np.load(batch_file(work, i)) as f:
+        return f[name]
+
+
+def save_arrays(target, values):
+    """One array, or a dict of them, in a file."""
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            np.savez(f, **values) if isinstance(values, dict) else np.save(f, values)
+
+    write_whole(target, write)
