@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from bertfast.cli import main
 from bertfast.data import DataError, dedup
 from bertfast.data import prepare as module
+from bertfast.data.errors import ConfigError
 from bertfast.data.prepare import PrepareConfig, prepare
 from bertfast.data.shards import Shards, read_index
 
@@ -287,7 +288,7 @@ def test_another_encoding(tmp_path):
         assert "Déjà vu à la fenêtre" in " ".join(s for d in found for s in d)
     for wrong in ("utf-16", "none such", "rot13"):
         refused(
-            DataError, f"encoding is '{wrong}', expected one", options, tmp_path, encoding=wrong
+            ConfigError, f"encoding is '{wrong}', expected one", options, tmp_path, encoding=wrong
         )
 
 
