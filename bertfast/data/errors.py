@@ -1,8 +1,12 @@
-"""The exceptions of bertfast.data."""
+"""What bertfast.data raises."""
 
 
 class DataError(ValueError):
     """Input data that cannot be used; the message names the file, the place and the way out."""
+
+
+class EmptyDataError(DataError):
+    """Sound data, but nothing of what is asked for."""
 
 
 class ConfigError(ValueError):

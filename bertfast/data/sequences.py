@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .dedup import mix
-from .errors import DataError
+from .errors import EmptyDataError
 from .masking import Lexicon, Vocabulary, mask
 from .shards import Shards
 
@@ -75,7 +75,7 @@ class Sequences:
         self.length, self.pairs, self.seed = length, pairs, seed
         self.kind, self.share, self.lexicon = kind, share, lexicon
         if not len(shards):
-            raise DataError(f"{shards.folder} has no {_NAMES[shards.part]} part")
+            raise EmptyDataError(f"{shards.folder} has no {_NAMES[shards.part]} part")
         self.per_window = max(1, window_tokens * len(shards) // max(shards.tokens, 1))
         self.windows = -(-len(shards) // self.per_window)  # in a pass
         self._last = None  # the window made last, and its number
@@ -223,7 +223,7 @@ def _pairs(sentences: np.ndarray, documents: np.ndarray, limit: int, rng):
             second.append(b)
             is_random.append(replaced)
     if not first:
-        raise DataError("too little text for sentence pairs: there is one sentence")
+        raise EmptyDataError("too little text for sentence pairs: there is one sentence")
     return np.array(first, np.int64), np.array(second, np.int64), np.array(is_random, bool)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data import DataError, masking
+from ..data.errors import EmptyDataError
 from ..data.sequences import Sequences
 from ..data.shards import Shards, read_index, sha256
 from ..files import locked
@@ -192,7 +193,7 @@ def _parts(config, words, lexicon, say) -> tuple[Sequences, Sequences | None]:
         valid_part = Sequences(Shards(config.data, "valid"), words, seed=0, **options)
         if config.nsp:
             _check_pairs(valid_part, say)
-    except DataError as e:
+    except EmptyDataError as e:
         say(f"warning: nothing will be evaluated: {e}")
         return train_part, None
     return train_part, valid_part

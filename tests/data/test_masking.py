@@ -143,10 +143,12 @@ def test_batch_does_not_matter(kind):
 
 
 def test_entities(tmp_path):
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tiny.WORDS, "##s"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tiny.WORDS, "#", "##s"]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
     words = masking.vocabulary(tokenizer)
+    assert [vocabulary[i] for i in np.flatnonzero(words.inner)] == ["##s"]
+    assert words.regular.tolist() == list(range(5, len(vocabulary)))
     (tmp_path / "lexicon.txt").write_text("Red Cat\nred cat dog\n\nriver\n")
     lexicon = masking.Lexicon(tmp_path / "lexicon.txt", tokenizer, words.inner)
     ids = np.array(

@@ -17,7 +17,7 @@ from bertfast.data import DataError, dedup
 from bertfast.data import prepare as module
 from bertfast.data.errors import ConfigError
 from bertfast.data.prepare import PrepareConfig, prepare
-from bertfast.data.shards import Shards, read_index
+from bertfast.data.shards import Shards, read_index, token_dtype
 
 WORDS = [
     a + b for a in ("ba", "de", "fi", "go", "lu", "mé") for b in ("na", "ros", "tik", "Wem", "x")
@@ -129,6 +129,21 @@ def test_prepare(tmp_path):
     assert statistics["unknown_share"] == 0
 
 
+def test_half_alike_and_seldom_repeated_stays(tmp_path):
+    """What --similarity and --boilerplate ask for, no more."""
+    r, documents = random.Random(0), []
+    for _ in range(20):
+        words = ["".join(r.choices("abcdefghij", k=6)) for _ in range(120)]
+        documents += [" ".join(words), " ".join([*words[:95], *reversed(words[95:])])]
+    seldom = " This stands in fifteen of them."
+    write(tmp_path / "c.txt", [d + "." + seldom * (i < 15) for i, d in enumerate(documents)])
+    found = quiet(options(tmp_path, boilerplate=0.01, min_words=1))
+    assert found["documents_similar"] == found["sentences_boilerplate"] == 0
+    assert found["train"]["documents"] + found["valid"]["documents"] == 40
+    found = quiet(options(tmp_path, out=str(tmp_path / "b"), similarity=0.3, boilerplate=0))
+    assert found["documents_similar"] > 12
+
+
 def test_tokens_are_the_tokenizers(tmp_path):
     """Word by word through a table: the same ids as the tokenizer gives whole documents."""
     strange = [
@@ -211,6 +226,18 @@ def test_existing_tokenizer_and_validation_files(tmp_path):
         quiet,
         options(tmp_path, out=str(tmp_path / "c"), tokenizer=str(folder)),
     )
+
+
+def test_vocabulary_is_of_the_training_part(tmp_path):
+    write(tmp_path / "c.txt", texts(60))
+    write(tmp_path / "v.txt", [f"quizzy {t}" for t in texts(60, 1)])
+    quiet(options(tmp_path, valid_corpus=[str(tmp_path / "v.txt")]))
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer").get_vocab()
+    assert "ba" in vocabulary and not any("q" in token for token in vocabulary)
+
+
+def test_tokens_fit_into_their_dtype():
+    assert token_dtype(2**16) == np.uint16 and token_dtype(2**16 + 1) == np.uint32
 
 
 def test_flipped_bit(tmp_path):

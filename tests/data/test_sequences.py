@@ -8,7 +8,7 @@ from helpers import refused
 from test_masking import WORDS
 
 from bertfast.data import DataError
-from bertfast.data.sequences import Sequences, _cut_pair
+from bertfast.data.sequences import Sequences, _cut_pair, _pairs
 from bertfast.data.shards import Shard, Shards, read_index, write_json, write_shard
 
 
@@ -110,9 +110,21 @@ def test_short_pairs(tmp_path):
     r = np.random.default_rng(0)
     documents = [[r.integers(5, 400, 10).tolist() for _ in range(1500)] for _ in range(3)]
     sequences = Sequences(folder(tmp_path / "d", documents), WORDS, length=64, pairs=True)
-    lengths = sequences.window(0).lengths()
-    short = (lengths < 50).mean()
-    assert len(lengths) > 400 and 0.04 < short < 0.13
+    window = sequences.window(0)
+    short = (window.lengths() < 50).mean()
+    assert len(window.keys) > 400 and 0.04 < short < 0.13
+    assert abs(window.random_next.mean() - 0.5) < 0.07  # where sentences don't run out
+    assert len({*window.keys.tolist()}) == len(window.keys)  # masks of their own
+
+
+def test_pairs_leave_nothing_out():
+    """What a random B displaces starts the next pair."""
+    n = 4000
+    found = _pairs(np.arange(n + 1), np.array([0, n // 2, n]), 40, np.random.default_rng(0))
+    first, second, random_next = found
+    ranges = [*first.tolist(), *second[~random_next].tolist()]
+    counts = np.bincount([t for a, b in ranges for t in range(a, b)], minlength=n)
+    assert (counts == 1).all() and random_next.any()
 
 
 def test_steps(tmp_path):

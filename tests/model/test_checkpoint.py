@@ -45,6 +45,16 @@ def test_no_warning_where_all_is_there(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_no_warning_of_a_tied_decoder(tmp_path, name):
+    """Which checkpoints leave out."""
+    getattr(bertfast, name)(config()).save_pretrained(tmp_path)
+    assert not any("decoder" in key for key in load_file(tmp_path / "model.safetensors"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path, name).new_weights == []
+
+
 def test_sharded_and_old_names(folder, tmp_path):
     expected = load(folder)
     tensors = load_file(folder / "model.safetensors")

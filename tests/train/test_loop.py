@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import accumulate
 
 import pytest
 import torch
@@ -35,6 +36,27 @@ def test_losses_of_a_step(tmp_path):
         logits = exact(model.cpu(), padded).logits
         close_to_truth(found, torch.nn.functional.cross_entropy(logits, labels, weight=weights))
     assert log(tmp_path, "lr") == [learning_rate(i, 4, config) for i in range(4)]
+    seen = [sum(len(task.train[i]["input_ids"]) for batch in s for i in batch) for s in batches]
+    assert log(tmp_path, "tokens_seen") == list(accumulate(seen))
+
+
+def test_bf16_rounds(tmp_path):
+    """In its forward passes alone: losses are others, but by little."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        options = {"precision": precision, "dropout": 0.0, "epochs": 1}
+        curve, weights, _ = run(tmp_path / precision, *classification(**options | STILL))
+        losses.append(curve[:, 0])
+        assert all(w.dtype == torch.float32 for w in weights.values())
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
+
+
+def test_evaluations_every_so_many_steps_and_at_the_end(tmp_path):
+    model, task, config = classification(eval_steps=4, **STILL)
+    assert run(tmp_path, model, task, config)[2]["step"] == 10
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "valid_loss" in r] == [4, 8, 10]
 
 
 def test_dropout_of_each_step_is_its_own(tmp_path):

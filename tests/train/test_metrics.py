@@ -112,6 +112,19 @@ def test_multi_label_takes_what_is_likelier_than_not():
     assert (metrics.probabilities(logits, "multi_label") > 0.5).tolist() == [[1, 0, 1], [0, 1, 0]]
 
 
+def test_regression_and_probabilities():
+    targets, y = np.array([1.0, 2.0, 4.0, 5.0]), np.array([4.0, 3.5, 1.0, 0.5])
+    found = metrics.summary(y[:, None].astype(np.float32), targets, "regression", 0.5)
+    residual, total = ((targets - y) ** 2).sum(), ((targets - targets.mean()) ** 2).sum()
+    deviations = (targets - targets.mean()) * (y - y.mean())
+    expected = {"mse": residual / 4, "r2": 1 - residual / total, "mae": abs(targets - y).mean()}
+    expected["pearson"] = deviations.sum() / np.sqrt(total * ((y - y.mean()) ** 2).sum())
+    assert found == pytest.approx(expected | {"loss": 0.5}) and found["pearson"] < 0
+    logits = np.array([[1.0, 3.0, -2.0], [900.0, 0.0, 0.0]], np.float32)
+    truth = torch.from_numpy(logits).double().softmax(1).numpy()
+    np.testing.assert_allclose(metrics.probabilities(logits, "single_label"), truth, rtol=1e-12)
+
+
 def test_logits_are_in_the_order_of_the_rows():
     """Whatever order of length they were computed in."""
 

@@ -69,6 +69,13 @@ def test_validation_of_one_sentence(tmp_path, sentences, capfd):
     assert "nothing will be evaluated: too little text" in capfd.readouterr().err
 
 
+def test_damaged_validation_is_no_empty_one(tmp_path):
+    settings = tiny_pretrain.settings(tmp_path, max_steps=1, eval_steps=1)
+    shard = next((tmp_path / "data").glob("valid-*.tokens.npy"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    refused(DataError, "valid-.*does not match its checksum", run, settings)
+
+
 def test_no_validation_part(tmp_path, sentences, capfd):
     """Said, and the command prints how training went."""
     documents = [" ".join(sentences[i : i + 4]) for i in range(0, 400, 4)]
