@@ -59,6 +59,8 @@ def _read(model, own) -> dict[str, set]:
                 _rows(found[name], getattr(m, table))
         if isinstance(m, BertIntermediate):
             _rows(found["intermediate_size"], m.dense)
+        if not _is_own(m):  # somebody's, whose names may be the same
+            continue
         for act in ("intermediate_act_fn", "transform_act_fn"):
             if act in m._modules:
                 found["hidden_act"].add(kernel_of(getattr(m, act)))
@@ -112,5 +114,5 @@ def _misfits(model, config, own) -> list[str]:
     return wrong
 
 
-def _is_own(model) -> bool:
-    return type(model).__module__.startswith(f"{__package__}.")
+def _is_own(m) -> bool:
+    return type(m).__module__.startswith(f"{__package__}.")

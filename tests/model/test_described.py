@@ -217,7 +217,7 @@ class Ordinal(bertfast.BertForSequenceClassification):
     def __init__(self, c, size=8):
         super().__init__(c)
         self.classifier = nn.Linear(48, c.num_labels - 1)
-        self.more = nn.LayerNorm(size, eps=0.5)
+        self.more = nn.ModuleDict({"LayerNorm": nn.LayerNorm(size, eps=0.5)})
 
 
 class Needs(Ordinal):
