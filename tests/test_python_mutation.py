@@ -104,6 +104,7 @@ MUTANTS = [
     ("next-sentence loss counts half", "model/heads", "loss = loss + F.cross_entropy(relation", "loss = loss + 0.5 * F.cross_entropy(relation", "model", "heads"),
     ("gamma is no weight", "model/tensors", '"LayerNorm.gamma": "LayerNorm.weight"', '"LayerNorm.gamma": "LayerNorm.bias"', "checkpoint", "old_names"),
     ("initialised at twice the range", "model/bert", "std=self.config.initializer_range", "std=2 * self.config.initializer_range", "model", "initial"),
+    ("strides of the value's weights as the query's", "ops/linear_act", "for t in tensors):\n        return tuple", "for t in tensors[:2]):\n        return tuple", "linear_act", "different_strides"),
 ]  # fmt: skip
 # "i/n": every n-th from the i-th on.
 FIRST, STEP = map(int, os.environ.get("BERTFAST_MUTANTS", "0/1").split("/"))
