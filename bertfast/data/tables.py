@@ -145,15 +145,9 @@ def _read_csv(raw, name, columns) -> Table:
         first[-1] = "\n"
         separator = given[1]
     else:
-        separator = max(",;\t", key=lambda s: _fields("".join(first[-1:]), s))
+        unquoted = re.sub(r'"[^"]*("|$)', "", "".join(first[-1:]))
+        separator = max(",;\t", key=unquoted.count)
     return _records(chain(first, lines), name, columns, delimiter=separator)
-
-
-def _fields(line: str, separator: str) -> int:
-    try:
-        return len(next(csv.reader([line], delimiter=separator)))
-    except csv.Error:  # which reading the file will name
-        return 0
 
 
 def _read_tsv(raw, name, columns) -> Table:

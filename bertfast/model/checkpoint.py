@@ -20,6 +20,7 @@ _SIZES = {  # of a configuration -> the weight that has it, and its dimension
     "max_position_embeddings": ("embeddings.position_embeddings.weight", 0),
     "type_vocab_size": ("embeddings.token_type_embeddings.weight", 0),
 }
+_BUFFERS = {"embeddings.position_ids", "embeddings.token_type_ids"}  # floats where all was cast
 _INNER = {"intermediate_size": ("encoder.layer.0.intermediate.dense.weight", 0)}
 
 
@@ -94,8 +95,8 @@ def _check_encoder(folder, config, own, found, spelled) -> None:
     layers = "|".join(map(str, range(config.num_hidden_layers)))
     inside = re.compile(rf"embeddings\.|encoder\.layer\.({layers})\.").match
     lacking = sorted(name for name in own - found.keys() if inside(name))
-    other = sorted(name for name in found.keys() - own if inside(name))
-    more = [spelled[name] for name in other if found[name].dtype in DTYPES]  # no position_ids
+    other = sorted(name for name in found.keys() - own - _BUFFERS if inside(name))
+    more = [spelled[name] for name in other if found[name].dtype in DTYPES]
     if lacking:
         raise CheckpointError(
             f"{folder} lacks weights of the encoder: {', '.join(lacking[:5])}"
@@ -130,7 +131,8 @@ def load(cls, name_or_folder, allow_pickle, dtype, overrides):
                 f"{folder}: {name} and {other} differ, but are one parameter in a "
                 f"{cls.__name__}: remove one, or set tie_word_embeddings to false"
             )
-    new = [name for name in own if name not in given and cls.tied.get(name, name) not in given]
+    filled = {own[name].data_ptr() for name in given}  # a tied weight by either of its names
+    new = [name for name, t in own.items() if name not in given and t.data_ptr() not in filled]
     if new:
         warnings.warn(
             f"{cls.__name__}: not in {folder}, newly initialised, to be trained: {', '.join(new)}",

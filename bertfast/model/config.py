@@ -41,11 +41,12 @@ def _one_of(*known):
 
 
 def _numbered(names) -> bool:
-    """Whether these are names by their numbers, 0 to n - 1."""
+    """Whether these are names by their numbers, 0 to n - 1; some checkpoints' are numbers too."""
     if not isinstance(names, Mapping) or not 1 <= len(names) <= _LABELS:
         return False
     try:
-        return {int(k) for k in names} == set(range(len(names))) and all(map(_text, names.values()))
+        named = all(type(v) is int or _text(v) for v in names.values())
+        return named and {int(k) for k in names} == set(range(len(names)))
     except (TypeError, ValueError, OverflowError):
         return False
 

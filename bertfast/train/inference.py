@@ -76,7 +76,7 @@ def label_set(model) -> data.LabelSet:
     )
     task = next(t for t, p in PROBLEM.items() if p == problem)
     names = range(0 if task == "regression" else model.num_labels)
-    return data.LabelSet(tuple(model.config.id2label[i] for i in names), task)
+    return data.LabelSet(tuple(str(model.config.id2label[i]) for i in names), task)
 
 
 def other_task(config) -> str | None:

@@ -90,6 +90,14 @@ def test_csv_as_excel_writes_it(tmp_path, sep, first, end):
     assert table.lines == [n + bool(first) for n in (2, 3, 5)]
 
 
+@pytest.mark.parametrize("sep", [",", ";", "\t"])
+def test_separators_in_quotes_of_the_header_count_for_nothing(tmp_path, sep):
+    name = 'kind, of; 5"; or\t6", or 7'
+    with open(tmp_path / "x.csv", "w", newline="") as f:
+        csv.writer(f, delimiter=sep).writerows([["text", name], ["a, b", "1"]])
+    assert read_table(tmp_path / "x.csv") == {"text": ["a, b"], name: ["1"]}
+
+
 def test_csv_is_not_cut_where_a_cell_has_no_column(tmp_path):
     _refused(
         _write(tmp_path, "t.csv", "text,label,,\na,b,,\nhello, world,x,\n"), "line 3 has 4 fields"

@@ -27,7 +27,7 @@ BAD |= {
     "is_decoder": [True, 1, "no"],
     "add_cross_attention": [True],
     "position_embedding_type": ["relative_key", 3],
-    "id2label": [{}, [], {"0": "a", "2": "b"}, {"a": "b"}, {"0": 1}, {"0": "\ud800"}, "ab"],
+    "id2label": [{}, [], {"0": "a", "2": "b"}, {"a": "b"}, {"0": 1.5}, {"0": "\ud800"}, "ab"],
     "problem_type": ["ranking", 1],
     "dtype": ["int8", "load", 8],
     "torch_dtype": ["int8"],
@@ -109,6 +109,7 @@ def test_good_values_load(saved):
         {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0.99, "layer_norm_eps": 0.5},
         {"pad_token_id": None, "classifier_dropout": None, "quantization_config": None},
         {"torch_dtype": "float16", "position_embedding_type": "absolute", "pruned_heads": {}},
+        {"id2label": {"0": 0, "1": 1, "2": "c"}, "num_labels": 3},
         {"gradient_checkpointing": False, "directionality": "bidi", "use_cache": True},
     ):
         (folder / "config.json").write_text(json.dumps(values | change))

@@ -37,12 +37,16 @@ def test_dtypes_that_are_no_weights(folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_floats_and_integer_buffers_load(folder, dtype):
+@pytest.mark.parametrize("cast", [False, True])
+def test_floats_and_buffers_load(folder, dtype, cast):
+    """Of transformers' older versions, which some cast with the weights."""
     expected = load(folder).state_dict()
 
     def change(tensors):
         tensors = {n: t.to(dtype) for n, t in tensors.items()}
-        return tensors | {"embeddings.position_ids": torch.arange(40)[None]}
+        buffer = torch.arange(40)[None].to(dtype if cast else torch.int64)
+        names = "position_ids", "token_type_ids"
+        return tensors | {f"embeddings.{name}": buffer.clone() for name in names}
 
     rewrite(folder, change)
     for name, t in load(folder).state_dict().items():
@@ -142,6 +146,24 @@ def test_tied_weights_that_differ(tmp_path):
         "BertForMaskedLM",
         tie_word_embeddings=True,
     )
+
+
+def test_tied_weights_by_either_name(tmp_path):
+    """Converters keep one of the two, whichever it is; what is not tied has no other name."""
+    bertfast.BertForMaskedLM(config()).save_pretrained(tmp_path)
+    bias = torch.rand(200)
+
+    def change(tensors):
+        del tensors["cls.predictions.bias"]
+        tensors["cls.predictions.decoder.bias"] = bias
+
+    rewrite(tmp_path, change)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(tmp_path, "BertForMaskedLM")
+    assert not model.new_weights and torch.equal(model.cls.predictions.bias, bias)
+    with pytest.warns(UserWarning, match="newly initialised.*decoder.weight"):
+        load(tmp_path, "BertForMaskedLM", tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("lost", [DENSE, "embeddings.LayerNorm.bias"])

@@ -152,6 +152,17 @@ def test_a_head_of_another_task_predicts_nothing(tmp_path):
     assert quantize.report(str(folder), texts, precisions=["fp32"])["task"] is None
 
 
+def test_names_that_are_numbers(tmp_path):
+    """In the configuration too, as transformers keeps them."""
+    folder, _ = headed(tmp_path / "m", ("10", "2", "7"))
+    values = json.loads((folder / "config.json").read_text())
+    values["id2label"] = {key: int(name) for key, name in values["id2label"].items()}
+    (folder / "config.json").write_text(json.dumps(values))
+    model, labels = load(folder, ("2", "7", "10"))
+    assert labels.names == ("10", "2", "7") == tuple(model.config.id2label.values())
+    assert predict(str(folder), ["cat"])[0]["label"] in labels.names
+
+
 def test_without_a_head(tmp_path, capsys):
     folder = tiny.checkpoint(tmp_path / "m")
     assert load(folder, NAMES, fresh=False)[1].names == NAMES  # there is none to keep
