@@ -176,7 +176,7 @@ void put_row(const Operand<u>& to, int64_t m, const T* from, int64_t n) {
     to.scale[m] = 1 / inverse;
     to.low[m] = low + sum(poison);
     for (int64_t j = 0; j < to.row; j += W) {
-      const vf v = j < n ? (load(from + j) - low) * inverse : vf{};
+      const vf v = j < n ? (only(load(from + j), n - j, first) - low) * inverse : vf{};
       // Adding 1.5 * 2^23 rounds to an integer in the low bits.
       Isa::store_bytes(to.at(m, j), (vi)(v + 12582912.f) - 0x4B400000);
     }
