@@ -225,6 +225,7 @@ class BertEncoder(Freezable, nn.Module):
         batch = Batch.of(hidden, packing, rows=rows, seeds=seeds)
         if self.packed is not None:
             by_layer = collect and (lambda states: collect(states, None))
+            batch = batch._replace(seeds=None)  # one of each layer that is still there
             return self.packed.run(batch, self.training, by_layer, self.bertfast_graphs)
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if collect is None and number is None and not checkpointing and not watch.global_hooks():
