@@ -1,5 +1,6 @@
 """Files written whole or not at all, and folders that one run has for itself."""
 
+import hashlib
 import json
 import math
 import os
@@ -66,6 +67,15 @@ def regular(path) -> Path:
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise OSError(f"{path} is {kind}, expected a file: give one in its place")
     return path
+
+
+def sha256(path) -> str:
+    """A file's checksum. Raises OSError."""
+    with open(regular(path), "rb") as f:
+        digest = hashlib.sha256()
+        while data := f.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def read_json(path):

@@ -5,14 +5,13 @@ or uint32 for large vocabularies), NAME.sentences (int64 offsets into tokens) an
 (int64 offsets into sentences). Offsets end with the total.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..files import read_json, regular, write_whole
+from ..files import read_json, sha256, write_whole
 from .errors import DataError
 
 INDEX = "index.json"
@@ -28,14 +27,6 @@ class Shard(NamedTuple):
 
 def token_dtype(vocab_size: int):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-def sha256(path) -> str:
-    with open(regular(path), "rb") as f:
-        digest = hashlib.sha256()
-        while data := f.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def write_shard(folder: Path, name: str, shard: Shard) -> dict:

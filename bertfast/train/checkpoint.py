@@ -5,14 +5,13 @@ import json
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files import json_text, os_errors, regular
+from ..files import json_text, os_errors, regular, sha256
 from .ranks import full, like
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -25,15 +24,6 @@ def _sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def checksum(path) -> str:
-    with open(regular(path), "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if sys.version_info >= (3, 11)
-            else (hashlib.sha256(f.read()).hexdigest())
-        )
 
 
 def rng_state() -> dict:
@@ -97,7 +87,7 @@ def save(
             with os_errors(temporary / file):
                 save_file(values, temporary / file)
             _sync(temporary / file)
-            sums[file] = checksum(temporary / file)
+            sums[file] = sha256(temporary / file)
         if state["best"] and state["best"]["step"] == step:
             state = state | {"best_weights": {"checkpoint": final.name, "sha256": sums[MODEL]}}
         body = {"step": step, "rng": rng_state(), **state}
@@ -178,7 +168,7 @@ def _body(checkpoint):
 
 def _check(path, expected):
     try:
-        found = checksum(path)
+        found = sha256(path)
     except OSError as e:
         raise ValueError(f"{path} can't be read: {e}") from None
     if found != expected:

@@ -9,11 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from .. import data
-from ..files import locked, regular, write_text
+from ..files import locked, regular, sha256, write_text
 from ..model import checkpoint
 from ..model.tokenizer import load_tokenizer
 from . import head, inputs, metrics, outputs, plots
-from .checkpoint import checksum
 from .config import ConfigError, FinetuneConfig
 from .inference import (
     choose_device,
@@ -228,11 +227,9 @@ def _fingerprint(config, folder) -> dict:
         if given[name] is None:
             del given[name]
     given |= {
-        f"{k}_sha256": checksum(getattr(config, k))
-        for k in ("train", "valid")
-        if getattr(config, k)
+        f"{k}_sha256": sha256(getattr(config, k)) for k in ("train", "valid") if getattr(config, k)
     }
-    return given | {"model_sha256": {p.name: checksum(p) for p in base}}
+    return given | {"model_sha256": {p.name: sha256(p) for p in base}}
 
 
 def _results(config, model, tokenizer, labels, encoded, outcome, out) -> dict:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from ..data import DataError, masking
 from ..data.errors import EmptyDataError
 from ..data.sequences import Sequences
-from ..data.shards import Shards, read_index, sha256
-from ..files import locked
+from ..data.shards import Shards, read_index
+from ..files import locked, sha256
 from ..model import BertForMaskedLM, BertForPreTraining, checkpoint
 from ..model.presets import bert_config
 from ..model.tokenizer import load_tokenizer
