@@ -40,18 +40,19 @@ class Layers {
   Layers(const EncoderArgs& args, bool together) : g(args), late_(args.live && together) {}
 
   Matrix<qkv_unit> qkv(int64_t i) const {
-    if (!g.live) return {{g.packed[i].qkv, 3 * hidden, hidden}, {}, false};
+    const Linear<qkv_unit> packed(place(i).qkv, 3 * hidden, hidden);
+    if (!g.live) return {packed, {}, false};
     const LayerWeights& w = g.live[i];
-    return {{qkv_, 3 * hidden, hidden}, {{w.query, w.key, w.value}, 3, g.live_bf16}, late_};
+    return {packed, {{w.query, w.key, w.value}, 3, g.live_bf16}, late_};
   }
   Matrix<u> out(int64_t i) const {
-    return matrix(i, &PackedLayer::out, &LayerWeights::out, out_, hidden, hidden);
+    return matrix(i, &PackedLayer::out, &LayerWeights::out, hidden, hidden);
   }
   Matrix<u> up(int64_t i) const {
-    return matrix(i, &PackedLayer::up, &LayerWeights::up, up_, inner, hidden);
+    return matrix(i, &PackedLayer::up, &LayerWeights::up, inner, hidden);
   }
   Matrix<u> down(int64_t i) const {
-    return matrix(i, &PackedLayer::down, &LayerWeights::down, down_, hidden, inner);
+    return matrix(i, &PackedLayer::down, &LayerWeights::down, hidden, inner);
   }
   const Parameter& norm1(int64_t i) const { return g.live ? g.live[i].norm1 : g.packed[i].norm1; }
   const Parameter& norm2(int64_t i) const { return g.live ? g.live[i].norm2 : g.packed[i].norm2; }
@@ -59,16 +60,15 @@ class Layers {
   // For live weights, of one layer.
   void make_room(Buffer& buffer) {
     if (!g.live) return;
-    const int64_t sizes[] = {Linear<qkv_unit>(nullptr, 3 * hidden, hidden).bytes(),
-                             Linear<u>(nullptr, hidden, hidden).bytes(),
-                             Linear<u>(nullptr, inner, hidden).bytes(),
-                             Linear<u>(nullptr, hidden, inner).bytes()};
+    const int64_t sizes[] = {qkv(0).packed.bytes(), out(0).packed.bytes(), up(0).packed.bytes(),
+                             down(0).packed.bytes()};
     int64_t total = 0;
     for (const int64_t size : sizes) total += round_up(size, 64);
-    qkv_ = buffer.get<char>(total);
-    out_ = qkv_ + round_up(sizes[0], 64);
-    up_ = out_ + round_up(sizes[1], 64);
-    down_ = up_ + round_up(sizes[2], 64);
+    char* at = buffer.get<char>(total);
+    room_.qkv = at;
+    room_.out = at += round_up(sizes[0], 64);
+    room_.up = at += round_up(sizes[1], 64);
+    room_.down = at += round_up(sizes[2], 64);
   }
   // The thread's share of what is live, if any. scratch [NR, hidden] is its own.
   void pack_qkv(int64_t i, const Team& team, float* scratch) const {
@@ -80,16 +80,18 @@ class Layers {
   }
 
  private:
+  const PackedLayer& place(int64_t i) const { return g.live ? room_ : g.packed[i]; }
   Matrix<u> matrix(int64_t i, const void* PackedLayer::* packed, Parameter LayerWeights::* live,
-                   const char* room, int64_t n, int64_t k) const {
-    if (!g.live) return {{g.packed[i].*packed, n, k}, {}, false};
-    return {{room, n, k}, {{g.live[i].*live}, 1, g.live_bf16}, late_};
+                   int64_t n, int64_t k) const {
+    const Linear<u> at(place(i).*packed, n, k);
+    if (!g.live) return {at, {}, false};
+    return {at, {{g.live[i].*live}, 1, g.live_bf16}, late_};
   }
 
   const EncoderArgs& g;
   const int64_t hidden = g.spec.hidden, inner = g.spec.inner;
   const bool late_;
-  char *qkv_ = nullptr, *out_ = nullptr, *up_ = nullptr, *down_ = nullptr;
+  PackedLayer room_{};  // of a live layer
 };
 
 }  // namespace
