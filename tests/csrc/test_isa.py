@@ -57,6 +57,7 @@ HALVES = [
         "dropin_sentences",
         "model",
         "pretrain",
+        "optimizer",
         "train",
     ],
     ["linear_act", "attention", "cross_attention", "add_layer_norm", "embedding_layer_norm"]

@@ -12,7 +12,7 @@ from native import config
 import bertfast
 from bertfast.model import CheckpointError
 from bertfast.model.checkpoint import verify
-from bertfast.model.presets import bert_config
+from bertfast.model.presets import PRESETS, bert_config
 
 WHOLE = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
 WHOLE += ["intermediate_size", "max_position_embeddings", "type_vocab_size", "num_labels"]
@@ -118,3 +118,16 @@ def test_good_values_load(saved):
         ids = torch.tensor([[3, 4, 5]])
         with torch.no_grad():
             assert torch.allclose(ours(ids)[0], theirs.eval()(ids)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_presets():
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in bertfast.BertModel(bert_config(name)).parameters())
+            for name in PRESETS
+        }
+    # The published sizes (with 30,522 words and the pooler).
+    assert (
+        sizes["tiny"] == 4_385_920 and sizes["mini"] == 11_170_560 and sizes["small"] == 28_763_648
+    )
+    assert sizes["base"] == 109_482_240 and sizes["large"] == 335_141_888

@@ -374,26 +374,6 @@ def test_offsets_beyond_32_bits(backend):
         assert torch.equal(far, near)
 
 
-def test_tf32_only_where_asked():
-    launch = pytest.importorskip("bertfast.kernels.attention_launch")
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    assert launch.precision() == "ieee"
-    try:
-        matmul.fp32_precision = "tf32"
-        assert launch.precision() == "tf32"
-    finally:
-        matmul.fp32_precision = before
-
-
-def test_work_covers_every_length():
-    """As many items as blocks, and few more, whichever way they are numbered."""
-    launch = pytest.importorskip("bertfast.kernels.attention_launch")
-    assert launch.work(8 * 512, offsets([512] * 8), 512, 128) == (32, 4)
-    assert launch.work(100 + 512, offsets([1] * 100 + [512]), 512, 128) == (105, None)
-    assert launch.work(0, offsets([]), 0, 128) == (0, 0)
-
-
 def test_refusals():
     qkv, cu = torch.zeros(5, 3, 2, 8), offsets([2, 3])
     refused(ValueError, r"\[5, 2, 2, 8\]", ops.attention, qkv[:, :2], cu, 3)
