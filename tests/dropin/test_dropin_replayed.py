@@ -7,7 +7,8 @@ import sys
 import pytest
 from helpers import ROOT
 
-OTHER = "gradient_checkpointing or inference_and_training"  # these count calls, or name executors
+# These count calls, or name executors.
+OTHER = "gradient_checkpointing or inference_and_training or who_runs"
 
 
 @pytest.mark.slow
