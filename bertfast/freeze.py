@@ -118,7 +118,7 @@ def _layers(name: str, encoder) -> list[Layer]:
             _refuse(path, f"it is {layer.spec}, expected {found[0].spec}, all heads")
         flat = layer.weights.flat()
         for p, shape, (role, _) in zip(flat, shapes(layer.spec), FLAT, strict=True):
-            if p.shape != shape:
+            if p is not None and p.shape != shape:
                 _refuse(path, f"{role} has shape {list(p.shape)}, expected {list(shape)}")
     if not found:
         _refuse(name, "it has no layers")

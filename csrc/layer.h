@@ -14,9 +14,10 @@ struct Parameter {  // of a linear layer or a norm, as torch has it: weight [out
 
 // The parameters' roles, in C++ named and ordered here alone; Python hands over an array of these.
 struct LayerWeights {
-  Parameter query, key, value, out, norm1, up, down, norm2;
+  Parameter query, key, value, out, norm1, up, down, norm2, gate, pos_key, pos_query;
 };
-constexpr const char* kRoles[] = {"query", "key", "value", "out", "norm1", "up", "down", "norm2"};
+constexpr const char* kRoles[] = {"query", "key",   "value", "out",     "norm1",    "up",
+                                  "down",  "norm2", "gate",  "pos_key", "pos_query"};
 static_assert(sizeof(LayerWeights) == std::size(kRoles) * 2 * sizeof(int64_t));
 
 struct LayerSpec {

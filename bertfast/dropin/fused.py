@@ -10,6 +10,7 @@ from ..encoder import Batch, Layer, Unfit, run
 from ..encoder.batch import Packing, PaddedPacking, lowered
 from ..encoder.packed import Freezable
 from ..encoder.run import Choice
+from ..encoder.spec import DROPOUTS, of_layer
 from ..encoder.watch import call_limit, class_name, hooked, outside_graphs
 from ..families import Family
 from . import readers
@@ -132,7 +133,7 @@ class FusedEncoder(Freezable):
         hidden, states = lowered(hidden_states), [hidden_states]
         bias = None if self.family.bias is None else self.family.bias(self, hidden_states)
         given = () if bias is None else (bias,)
-        seeds = ops.draw_seeds(3 * count, device) if self.training and count else None
+        seeds = ops.draw_seeds(DROPOUTS * count, device) if self.training and count else None
         if self.packed is not None:
             batch = Batch.of(packing.pack(hidden), packing, bias=bias)
             collect = (lambda t: states.append(packing.unpack(t).to(dtype))) if watched else None
@@ -141,12 +142,11 @@ class FusedEncoder(Freezable):
         elif self._by_modules(watched, found):
             call = Call(packing, bias, dtype, watched, [])
             hidden = hidden_states if watched else hidden
-            seeds = [None] * (3 * count) if seeds is None else seeds
             for i, layer in enumerate(self.layer):
                 hidden = layer(
                     *(hidden, attention_mask, *given),
                     bertfast_call=call,
-                    bertfast_seeds=seeds[3 * i : 3 * i + 3],
+                    bertfast_seeds=None if seeds is None else of_layer(seeds, i),
                     **kwargs,
                 )
                 if self.family.in_tuple:

@@ -30,7 +30,10 @@ class Batch(NamedTuple):
     seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
     rows: torch.Tensor | None = None  # int64 [n], the last layer's that are wanted; None for all
     bias: torch.Tensor | None = None  # of every layer's attention, see `ops.attention`
-    seeds: Any = None  # int64 [3 * layers, 2]: each layer's as its `DropoutRates`
+    seeds: Any = None  # int64 [DROPOUTS * layers, 2]: each layer's as its `DropoutRates`
+    # of rotary positions, a table each: cosines and sines, fp32 [tokens, 2, head_dim / 2]
+    angles: tuple[torch.Tensor, ...] = ()
+    relative: "Relative | None" = None  # disentangled positions
     captured: bool = False  # into a CUDA graph, whose launches cost nothing
 
     @classmethod
@@ -50,6 +53,14 @@ class Batch(NamedTuple):
         STATES.check(
             (self.hidden, size, self.cu_seqlens, self.longest, self.seqused_k, self.rows), values
         )
+
+
+class Relative(NamedTuple):
+    """Positions of keys as queries see them (He et al., arXiv:2006.03654)."""
+
+    embeddings: torch.Tensor  # [buckets, hidden]
+    # int32 [2 * n - 1], n >= longest: the bucket of query - key = -(n - 1) .. n - 1
+    index: torch.Tensor
 
 
 class PackedSequences(NamedTuple):

@@ -13,7 +13,7 @@ from ..ops.attention import default_scale
 from ..ops.dropout import as_seed
 from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
 from .batch import Batch
-from .spec import Layer, LayerSpec
+from .spec import DROPOUTS, Layer, LayerSpec, of_layer
 from .weights import LayerWeights
 
 _ACTIVATE = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -21,8 +21,8 @@ _QKV = "query", "key", "value"
 
 
 def seeds_of(layer: Layer, seeds, device) -> list[torch.Tensor | None]:
-    """Of its three dropouts; None of one that doesn't drop. seeds: int64 [3, 2], or None."""
-    seeds = (None,) * 3 if seeds is None else seeds
+    """Of its dropouts; None of one that doesn't drop. seeds: int64 [DROPOUTS, 2], or None."""
+    seeds = (None,) * DROPOUTS if seeds is None else seeds
     return [as_seed(s, p, device) if p else None for s, p in zip(seeds, layer.dropout, strict=True)]
 
 
@@ -31,7 +31,7 @@ def each(layers: list[Layer], batch: Batch, one):
     hidden, seeds = batch.hidden, batch.seeds
     seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
     for i, layer in enumerate(layers):
-        own = None if seeds is None else seeds[3 * i : 3 * i + 3]
+        own = None if seeds is None else of_layer(seeds, i)
         rows = batch.rows if i + 1 == len(layers) else None
         hidden = one(layer, batch, hidden, own, rows)
     return hidden
@@ -87,8 +87,8 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     Returns: [tokens or n, hidden], and what `backward` takes besides `hidden` and the weights; the
     query, key and value [tokens, 3, heads, head_dim] first.
     """
-    spec, w, (p0, p1, p2), _ = layer
-    seed0, seed1, seed2 = seeds
+    spec, w, (p0, p1, p2, *_), _ = layer
+    seed0, seed1, seed2, *_ = seeds
     qkv = _qkv(k, layer, hidden)
     context, lse = k.attention(
         *(qkv, batch.cu_seqlens, batch.longest, default_scale(spec.head_dim), p0, seed0),
@@ -119,7 +119,7 @@ def backward(
     where it isn't needed.
     """
     qkv, context, lse, projected, mean1, rstd1, middle, inner, z, out, mean2, rstd2 = saved
-    (p0, p1, p2), (seed0, seed1, seed2) = drops
+    (p0, p1, p2, *_), (seed0, seed1, seed2, *_) = drops
     through, through_bias, needs = needs
     activation = ACTIVATIONS.index(spec.activation)
 

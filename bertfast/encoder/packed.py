@@ -10,7 +10,7 @@ from ..ops.extension import C
 from ..ops.library import CPU_DTYPES, is_bf16, plain, unwatched
 from . import watch
 from .batch import Batch
-from .executors import whole_cpu, whole_cuda
+from .executors import whole_cuda
 from .executors.whole_cpu import c_spec, forward
 from .noise import NOISE_LIMIT, Sample, complaints
 from .replay import Graphs
@@ -18,7 +18,7 @@ from .run import Choice, forced
 from .run import run as run_layers
 from .spec import Layer, Unfit
 from .watch import Seen
-from .weights import LayerWeights, addresses
+from .weights import addresses
 
 PRECISIONS = ("fp32", "bf16", "int8")
 CUDA_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -276,15 +276,15 @@ class PackedCuda(Packed):
         self.low, self.device = CUDA_PRECISIONS[precision], layers[0].weights.query.weight.device
         self.layers = [
             layer._replace(
-                weights=LayerWeights.of(
-                    [p.detach().to(self.low).contiguous() for p in layer.weights.flat()]
+                weights=layer.weights.filled(
+                    p.detach().to(self.low).contiguous() for p in layer.weights.present()
                 )
             )
             for layer in layers
         ]
         self.choice = Choice(f"frozen in {precision}", {})
         self._why_not_whole = whole_cuda.weights_limit(self.layers, self.low, self.device)
-        self._addresses = addresses(whole_cpu.flat_weights(self.layers))
+        self._addresses = addresses([layer.weights for layer in self.layers])
 
     def complaints(self) -> list[str]:
         return []

@@ -11,7 +11,7 @@ from .batch import Batch
 from .executors.node import is_batched
 from .graph import Bucket
 from .run import EXECUTORS, Choice, choose
-from .weights import LayerWeights
+from .spec import DROPOUTS
 
 
 class Key(NamedTuple):
@@ -44,7 +44,7 @@ class Graph:
             self.filling = torch.arange(1, sequences + 1, device=device).int() * longest
             self.used = zeros(sequences, dtype=torch.int32) if key.used else None
             self.rows = None if key.rows is None else zeros(key.rows)
-            self.seeds = zeros(3 * len(layers), 2) if any(map(any, key.dropout)) else None
+            self.seeds = zeros(DROPOUTS * len(layers), 2) if any(map(any, key.dropout)) else None
             self.bias = None
             if key.bias is not None:
                 self.bias = zeros(1, key.bias[0], longest, longest, dtype=key.bias[1])
@@ -58,11 +58,8 @@ class Graph:
             self.wanted = [i for i, wanted in enumerate(key.wants or ()) if wanted]
             for i in self.wanted:
                 self.leaves[i].requires_grad_()
-            own, each = iter(leaves), len(layers[0].weights.flat())
-            self.layers = [
-                layer._replace(weights=LayerWeights.of([next(own) for _ in range(each)]))
-                for layer in layers
-            ]
+            own = iter(leaves)
+            self.layers = [layer._replace(weights=layer.weights.filled(own)) for layer in layers]
             self.batch = Batch(
                 *(inputs[0], self.starts, longest, self.used, self.rows, inputs[1], self.seeds),
                 captured=True,

@@ -191,6 +191,8 @@ class Graphs:
             return f"there are {len(hidden)} tokens, a graph takes 1 to {self.max_tokens}"
         if bias is not None and not (plain(bias) and bias.shape[0] == 1):
             return "the bias on the scores is one of each sequence"
+        if batch.angles or batch.relative is not None:
+            return "rotary and relative positions are not recorded"
         if torch.is_anomaly_enabled():
             return "anomaly detection looks at each gradient"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
@@ -200,7 +202,7 @@ class Graphs:
     def _follow(self, layers):
         """All parameters. No graph of others or of other settings is left."""
         if layers is not self._layers:
-            self._flat = [p for layer in layers for p in layer.weights.flat()]
+            self._flat = [p for layer in layers for p in layer.weights.present()]
             self._specs = [layer.spec for layer in layers]
             self._dropout = tuple([layer.dropout for layer in layers])
             self._layers = layers

@@ -10,7 +10,7 @@ from ..ops.registry import Forcing
 from . import watch
 from .batch import Batch
 from .executors import node, operators, whole_cpu, whole_cuda
-from .spec import Layer
+from .spec import Layer, of_layer
 
 EXECUTORS = {  # the fastest first
     "whole_cpu": whole_cpu,
@@ -85,7 +85,7 @@ def run(layers: list[Layer], batch: Batch, graphs=None):
         own = batch._replace(
             hidden=hidden,
             rows=batch.rows if last == len(layers) else None,
-            seeds=None if batch.seeds is None else batch.seeds[3 * first : 3 * last],
+            seeds=None if batch.seeds is None else of_layer(batch.seeds, first, last),
         )
         choice = choose(part, own)
         hidden, first = EXECUTORS[choice.name].run(part, own), last

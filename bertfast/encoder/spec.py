@@ -1,9 +1,11 @@
-"""What a layer of an encoder is: post-norm (Devlin et al., arXiv:1810.04805)."""
+"""What a layer of an encoder is: post-norm (Devlin et al., arXiv:1810.04805) or pre-norm (Xiong et
+al., arXiv:2002.04745)."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from ..ops.attention import default_scale
 from .weights import LayerWeights
 
 
@@ -14,19 +16,49 @@ class LayerSpec(NamedTuple):
     heads: int
     head_dim: int
     inner: int
-    activation: str  # of `ops.linear_act`
+    activation: str  # of `ops.linear_act`, or of `ops.gated_act` where there is a gate
     eps: float
+    pre_norm: bool = False  # norm1 before the attention, norm2 before the feed-forward
+    rms: bool = False  # norms of root mean squares, without a mean (arXiv:1910.07467)
+    gated: bool = False  # activation(up) * gate (arXiv:2002.05202)
+    groups: int = 1  # heads of queries to one of keys and values (arXiv:2305.13245)
+    rotary: int | None = None  # which of the batch's `angles` turn queries and keys
+    window: int | None = None  # how far from itself a token sees, to either side
+    relative: tuple[str, ...] = ()  # "c2p", "p2c": disentangled positions (arXiv:2006.03654)
 
     @property
     def width(self) -> int:
         """Of the attention, all heads side by side: `hidden`, but where heads were pruned."""
         return self.heads * self.head_dim
 
+    @property
+    def scale(self) -> float:
+        """Of the scores, of which each kind of relative position adds one."""
+        return default_scale(self.head_dim * (1 + len(self.relative)))
+
+    @property
+    def like_bert(self) -> bool:
+        """Whether it is all as in BERT but for its sizes and activation."""
+        return self[6:] == _BERT
+
+
+_BERT = tuple(LayerSpec._field_defaults.values())
+
 
 class DropoutRates(NamedTuple):
     attention: float = 0.0  # of its probabilities
     projection: float = 0.0  # of the attention's output
     output: float = 0.0  # of the feed-forward's
+    inner: float = 0.0  # behind the activation
+    relative: float = 0.0  # of the embeddings of relative positions
+
+
+DROPOUTS = len(DropoutRates._fields)
+
+
+def of_layer(seeds, first: int, last: int | None = None):
+    """Those of a layer, or of layers [first, last), among all layers'."""
+    return seeds[DROPOUTS * first : DROPOUTS * (first + 1 if last is None else last)]
 
 
 class Layer(NamedTuple):

@@ -8,13 +8,17 @@ from typing import NamedTuple
 import torch
 
 from ..ops.extension import C
+from ..ops.library import ptr
 
 
 class Parameters(NamedTuple):
-    """Of a linear layer or a layer norm, as torch has them."""
+    """Of a linear layer or a norm, as torch has them; None for what there isn't."""
 
-    weight: torch.Tensor  # [out, in] or [size]
-    bias: torch.Tensor  # [out] or [size]
+    weight: torch.Tensor | None  # [out, in] or [size]
+    bias: torch.Tensor | None  # [out] or [size]
+
+
+NONE = Parameters(None, None)
 
 
 class LayerWeights(NamedTuple):
@@ -28,14 +32,24 @@ class LayerWeights(NamedTuple):
     up: Parameters
     down: Parameters
     norm2: Parameters
+    gate: Parameters = NONE
+    pos_key: Parameters = NONE  # of relative positions, which queries meet
+    pos_query: Parameters = NONE  # and keys
 
     @classmethod
     def of(cls, parameters):
         """From all of them, in the order of `flat`."""
         return cls(*map(Parameters, *[iter(parameters)] * 2))
 
-    def flat(self) -> list[torch.Tensor]:
+    def flat(self) -> list[torch.Tensor | None]:
         return list(chain.from_iterable(self))
+
+    def filled(self, tensors) -> "LayerWeights":
+        """With the next of the tensors, an iterator, for each parameter that is there."""
+        return self.of([None if p is None else next(tensors) for p in self.flat()])
+
+    def present(self) -> list[torch.Tensor]:
+        return [p for p in self.flat() if p is not None]
 
 
 NORMS = ("norm1", "norm2")
@@ -45,16 +59,26 @@ IS_MATRIX = tuple(part == "weight" and role in MATRICES for role, part in FLAT)
 assert C is None or (LayerWeights._fields, 8 * len(IS_MATRIX)) == (C.ROLES, C.LAYER_BYTES), C.ROLES
 
 
+BERT = 16  # of `flat`, the first: the parameters of a layer as BERT's
+
+
 @cache
 def shapes(spec) -> list[tuple[int, ...]]:
-    """In the order of `LayerWeights.flat`."""
+    """In the order of `LayerWeights.flat`, of all that a layer may have."""
     hidden, inner, width = spec.hidden, spec.inner, spec.width
-    weights = dict.fromkeys(("query", "key", "value"), (width, hidden))
+    weights = dict.fromkeys(("key", "value"), (width // spec.groups, hidden))
+    weights |= dict.fromkeys(("query", "pos_key", "pos_query"), (width, hidden))
     weights |= dict.fromkeys(NORMS, (hidden,)) | {"out": (hidden, width)}
-    weights |= {"up": (inner, hidden), "down": (hidden, inner)}
+    weights |= dict.fromkeys(("up", "gate"), (inner, hidden)) | {"down": (hidden, inner)}
     return list(chain.from_iterable((weights[r], weights[r][:1]) for r in LayerWeights._fields))
 
 
-def addresses(flat) -> array:
-    """What C++ reads as LayerWeights[layers], of all layers' parameters in `flat`'s order."""
-    return array("q", map(torch.Tensor.data_ptr, flat))
+def fit(spec, weights: LayerWeights) -> bool:
+    """Whether the shapes of what is there are a layer's."""
+    both = zip(weights.flat(), shapes(spec), strict=True)
+    return all([p is None or p.shape == shape for p, shape in both])
+
+
+def addresses(layers: list[LayerWeights]) -> array:
+    """What C++ reads as LayerWeights[layers]."""
+    return array("q", [ptr(p) for weights in layers for p in weights.flat()])

@@ -22,7 +22,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-_ROLES = len(LayerWeights._fields)
 
 
 @cache
@@ -123,7 +122,8 @@ class Family:
         why = watch.limit(modules, (*plan.types, type(found[plan.activation])), plan.names)
         if why:
             return why
-        weighted, bypassed = modules[:_ROLES], modules[_ROLES:]
+        count = len(self.roles)
+        weighted, bypassed = modules[:count], modules[count:]
         if any(
             [
                 "chunk_size_feed_forward" in d and d["chunk_size_feed_forward"]
@@ -131,9 +131,8 @@ class Family:
             ]
         ):
             return Unfit("", "chunk_size_feed_forward is set")
-        weights = LayerWeights._make(
-            [Parameters(m._parameters["weight"], m._parameters["bias"]) for m in weighted]
-        )
+        own = [Parameters(m._parameters["weight"], m._parameters["bias"]) for m in weighted]
+        weights = LayerWeights(**dict(zip(self.roles, own, strict=True)))
         if modules[plan.norm1].eps != modules[plan.norm2].eps:
             return Unfit("", "its LayerNorms differ in eps")
         first, second, third = plan.dropouts
@@ -145,7 +144,8 @@ class Family:
         hidden, inner = weights.norm1.bias.shape[0], weights.up.bias.shape[0]
         heads = weights.query.bias.shape[0] // head_dim
         spec = LayerSpec(hidden, heads, head_dim, inner, kernel, modules[plan.norm1].eps)
-        adapted = {LayerWeights._fields[i]: m for i, m in adapted.items()}
+        roles = [*self.roles]
+        adapted = {roles[i]: m for i, m in adapted.items()}
         return Layer(spec, weights, rates, adapted)
 
 
@@ -165,7 +165,7 @@ class _Plan:
         called = [p for p in family.dropouts[family.reads_dropout :] if p is not None]
         classes = {
             family.roles[role]: nn.LayerNorm if role in NORMS else nn.Linear
-            for role in LayerWeights._fields
+            for role in family.roles
         }
         classes |= {path: family.named(name) for path, name in family.bypassed.items()}
         classes |= dict.fromkeys(called, family.dropout)
@@ -173,4 +173,4 @@ class _Plan:
         self.checked = [place(path) for path in self.names]
         self.activation, self.attention = self.checked[-1], place(family.attention)
         self.dropouts = [None if path is None else place(path) for path in family.dropouts]
-        self.norm1, self.norm2 = map(LayerWeights._fields.index, NORMS)
+        self.norm1, self.norm2 = map([*family.roles].index, NORMS)

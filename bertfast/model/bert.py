@@ -12,6 +12,7 @@ from .. import ops
 from ..encoder import watch
 from ..encoder.batch import PackedSequences, Packing, check_mask, lowered
 from ..encoder.packed import PackedCpu
+from ..encoder.spec import DROPOUTS
 from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
 from ..ops.library import unwatched
@@ -301,8 +302,8 @@ class BertModel(BertPreTrainedModel):
         return self.encoder(hidden, packing, seeds, collect, None, keep_qkv, number)[rows]
 
     def _seeds(self, device):
-        """One of each dropout in training: int64 [1 + 3 * layers, 2]."""
-        n = 1 + 3 * len(getattr(self.encoder, "layer", ()))
+        """One of each dropout in training: int64 [1 + DROPOUTS * layers, 2]."""
+        n = 1 + DROPOUTS * len(getattr(self.encoder, "layer", ()))
         return ops.draw_seeds(n, device) if self.training else [None] * n
 
     def _longest(self) -> int:

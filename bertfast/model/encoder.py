@@ -15,6 +15,7 @@ from ..encoder.batch import PackedSequences, Packing
 from ..encoder.executors import operators
 from ..encoder.packed import Freezable
 from ..encoder.replay import Graphs
+from ..encoder.spec import of_layer
 from ..families.bert import bert_like
 from ..families.family import ACTIVATIONS, rate
 from ..ops.dropout import dropped
@@ -173,7 +174,7 @@ class BertLayer(nn.Module):
         number=None,
         seqused_k=None,
     ):
-        """hidden, cu_seqlens, max_seqlen, rows, seqused_k: see `Batch`; seeds: int64 [3, 2].
+        """hidden, cu_seqlens, max_seqlen, rows, seqused_k: see `Batch`; seeds: int64 [DROPOUTS, 2].
 
         number: int64 [tokens], by which tokens draw their dropout behind the attention; None for
         their own order. Where it is given, the modules are called.
@@ -218,9 +219,9 @@ class BertEncoder(Freezable, nn.Module):
     ):
         """hidden [tokens, hidden] -> the same; `collect(hidden, qkv)` sees each layer's result.
 
-        seeds: int64 [3 * layers, 2]. rows: those of the result that are wanted, None for all.
-        keep_qkv: whether `collect` gets more than None for qkv. number: see `BertLayer.forward`,
-        for the last layer.
+        seeds: int64 [DROPOUTS * layers, 2]. rows: those of the result that are wanted, None for
+        all. keep_qkv: whether `collect` gets more than None for qkv. number: see
+        `BertLayer.forward`, for the last layer.
         """
         batch = Batch.of(hidden, packing, rows=rows, seeds=seeds)
         if self.packed is not None:
@@ -237,7 +238,7 @@ class BertEncoder(Freezable, nn.Module):
         seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
         for i, layer in enumerate(self.layer):
             last = i == len(self.layer) - 1
-            arguments = (hidden, *batch[1:3], seeds[3 * i : 3 * i + 3], rows if last else None)
+            arguments = (hidden, *batch[1:3], of_layer(seeds, i), rows if last else None)
             arguments += (keep_qkv, number if last else None, batch.seqused_k)
             if checkpointing:
                 # Seeds are arguments: equal masks need no RNG state, but those of others' dropouts.

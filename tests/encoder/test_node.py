@@ -8,31 +8,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bertfast import ops
 from bertfast.encoder import Batch, DropoutRates, Layer, LayerSpec, LayerWeights
 from bertfast.encoder.executors import node, operators
+from bertfast.encoder.spec import DROPOUTS
 from bertfast.encoder.watch import dispatch_limit
-from bertfast.encoder.weights import NORMS, shapes
+from bertfast.encoder.weights import BERT, FLAT, NORMS, shapes
 
 HEADS, SPEC = 2, LayerSpec(64, 2, 32, 96, "gelu", 1e-12)
 LENGTHS = (5, 0, 17, 1)
 BACKENDS = [name for name in ("cpu", "triton", "cuda") if name in DEVICES]
-NAMES = [f"{role}.{part}" for role in LayerWeights._fields for part in ("weight", "bias")]
+NAMES = [f"{role}.{part}" for role, part in FLAT[:BERT]]
 
 
 def case(backend, dtype=torch.bfloat16, parameters=torch.float32, dropout=0.0, spec=SPEC):
     """A layer and a batch for it."""
     torch.manual_seed(0)
     device, flat = DEVICES[backend], []
-    for name, shape in zip(NAMES, shapes(spec), strict=True):
+    for name, shape in zip(NAMES, shapes(spec)[:BERT], strict=True):
         p = torch.randn(shape) * 0.3 + (name in [f"{norm}.weight" for norm in NORMS])
         flat.append(torch.nn.Parameter(p.to(device, parameters)))
     hidden = torch.randn(sum(LENGTHS), spec.hidden).to(device, dtype).requires_grad_()
     layer = Layer(spec, LayerWeights.of(flat), DropoutRates(*[dropout] * 3))
-    starts, seeds = offsets(LENGTHS).to(device), ops.draw_seeds(3, device)
+    starts, seeds = offsets(LENGTHS).to(device), ops.draw_seeds(DROPOUTS, device)
     return layer, Batch(hidden, starts, max(LENGTHS), seeds=seeds)
 
 
 def results(executor, layer, batch):
     """The output and all gradients."""
-    leaves = [batch.hidden, *layer.weights.flat()]
+    leaves = [batch.hidden, *layer.weights.present()]
     leaves += [] if batch.bias is None else [batch.bias]
     for t in leaves:
         t.grad = None
@@ -93,7 +94,7 @@ def test_bias_on_the_scores(bias_gradient):
 
 def test_only_the_bias_is_trained():
     layer, batch = case("cpu", torch.float32)
-    for p in layer.weights.flat():
+    for p in layer.weights.present():
         p.requires_grad_(False)
     bias = torch.randn(1, HEADS, 17, 17, requires_grad=True)
     batch = batch._replace(hidden=batch.hidden.detach(), bias=bias)

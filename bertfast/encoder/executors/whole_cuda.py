@@ -15,7 +15,7 @@ from ...ops.extension import C
 from ...ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, lazy, ptr, real
 from ..batch import Batch
 from ..spec import Layer, LayerSpec
-from ..weights import addresses, shapes
+from ..weights import BERT, addresses, shapes
 from .whole_cpu import c_batch, c_spec, flat_weights, inference_limit, layers_limit
 
 DEVICE = CUDA_DEVICE
@@ -57,7 +57,7 @@ def weights_limit(layers: list[Layer], dtype, device) -> str | None:
         return why
     if {p.dtype for p in flat} != {dtype} or {p.device for p in flat} != {device}:
         return f"the weights are not all in {dtype} on {device}"
-    if [p.shape for p in flat] != shapes(layers[0].spec) * len(layers) or lazy(*flat):
+    if [p.shape for p in flat] != shapes(layers[0].spec)[:BERT] * len(layers) or lazy(*flat):
         return "the weights' shapes don't fit together"
     if not all(p.is_contiguous() and p.data_ptr() % 16 == 0 for p in flat):
         return "a weight is not dense or not aligned to 16 bytes"
@@ -70,7 +70,7 @@ def _new_enough(device) -> bool:
 
 
 def run(layers: list[Layer], batch: Batch):
-    at = addresses(flat_weights(layers))
+    at = addresses([layer.weights for layer in layers])
     return forward(layers[0].spec, at.buffer_info()[0], len(layers), batch)
 
 
