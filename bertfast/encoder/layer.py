@@ -87,7 +87,7 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     Returns: [tokens or n, hidden], and what `backward` takes besides `hidden` and the weights; the
     query, key and value [tokens, 3, heads, head_dim] first.
     """
-    spec, w, (p0, p1, p2, *_), _ = layer
+    spec, w, (p0, p1, p2, *_), *_ = layer
     seed0, seed1, seed2, *_ = seeds
     qkv = _qkv(k, layer, hidden)
     context, lse = k.attention(

@@ -258,12 +258,12 @@ def test_other_models_are_left_alone():
 
 def test_what_is_said_of_an_unknown_model():
     """Its class, in a wrapper too; the families known; what helps."""
-    c = transformers.ModernBertConfig(vocab_size=90, hidden_size=48, num_hidden_layers=1,
-                                      num_attention_heads=3, intermediate_size=80, pad_token_id=0)  # fmt: skip
-    text = str(bertfast.accelerate(torch.nn.ModuleDict({"0": transformers.ModernBertModel(c)})))
+    c = transformers.RoFormerConfig(vocab_size=90, hidden_size=48, num_hidden_layers=1,
+                                    num_attention_heads=3, intermediate_size=80)  # fmt: skip
+    text = str(bertfast.accelerate(torch.nn.ModuleDict({"0": transformers.RoFormerModel(c)})))
     for said in (
         "torch.nn.modules.container.ModuleDict",
-        "transformers.models.modernbert.modeling_modernbert.ModernBertModel",
+        "transformers.models.roformer.modeling_roformer.RoFormerModel",
         "bert, roberta, xlm_roberta, camembert, electra, distilbert, mpnet",
         'attn_implementation="bertfast"',
     ):
