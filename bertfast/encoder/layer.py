@@ -96,10 +96,12 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     )
     wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
     projected, bias = _unbiased(k, layer, "out", wanted)
-    middle, *stats1 = k.add_layer_norm(projected, residual, *w.norm1, spec.eps, bias, p1, seed1)
+    middle, *stats1 = k.add_layer_norm(
+        projected, residual, *w.norm1, spec.eps, bias, p1, seed1, False
+    )
     inner, z = _inner(k, layer, middle, save)
     out, bias = _unbiased(k, layer, "down", inner)
-    y, *stats2 = k.add_layer_norm(out, middle, *w.norm2, spec.eps, bias, p2, seed2)
+    y, *stats2 = k.add_layer_norm(out, middle, *w.norm2, spec.eps, bias, p2, seed2, False)
     return y, (qkv, context, lse, projected, *stats1, middle, inner, z, out, *stats2)
 
 
@@ -128,7 +130,7 @@ def backward(
 
     def norm(grad, x, residual, norm, stats, x_bias, p, seed):
         dx, ds, dw, db, dx_bias = k.add_layer_norm_backward(
-            grad, x, residual, norm.weight, *stats, x_bias, p, seed
+            grad, x, residual, norm.weight, *stats, x_bias, p, seed, False
         )
         return dx, dx if seed is None else ds, (dw, db.to(norm.bias.dtype)), dx_bias
 

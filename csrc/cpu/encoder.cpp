@@ -189,7 +189,7 @@ struct Encoder {
       case 2:
         feed_forward<2>(index, residual, rows, s, team);
         break;
-      default:
+      case 3:
         feed_forward<3>(index, residual, rows, s, team);
     }
     normalise(layers.norm2(index), m0, rows, s, s.qkv, team);
@@ -297,6 +297,10 @@ struct Encoder {
 
 void encoder(const EncoderArgs& g) {
   if (g.batch.tokens == 0) return;
+  const int activation = g.spec.activation;
+  if (activation < 1 || activation > 3)
+    throw std::invalid_argument("encoder: activation " + std::to_string(activation) +
+                                ", expected 1 to 3");
   by_precision(g.precision, [&](auto unit) { Encoder<decltype(unit)::value>(g).run(); });
 }
 
