@@ -54,6 +54,20 @@ def rate(dropout: nn.Module | None, user: nn.Module | None = None) -> float:
     return getattr(dropout, "p", 0.0) if (user or dropout).training else 0.0  # nn.Identity's
 
 
+def no_holes(keys):
+    """`Family.mask_limit` where distances count: a kernel's are those among real tokens."""
+    real = keys != 0
+    starts = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(1)
+    return "the attention mask has holes" if bool((starts > 1).any()) else None
+
+
+def padding_last(keys):
+    """And `Family.padding_limit`: padded rows come last, at the positions that they have."""
+    if bool((keys[:, 1:] != 0).logical_and(keys[:, :-1] == 0).any()):
+        return "padded rows are read and are not on the right"
+    return None
+
+
 class Readers(NamedTuple):
     """Who reads which rows of what a family's encoder returns: class names beside the encoder's."""
 

@@ -1,7 +1,7 @@
 """ModernBERT, NomicBERT, GTE, EuroBERT: rotary positions (Su et al., arXiv:2104.09864) and gated
 activations; their models have no encoder of its own, but go through their layers themselves."""
 
-from .family import Family, Readers
+from .family import Family, Readers, no_holes, padding_last
 
 _GATED = {"gated": True, "rotary": 0}
 _KINDS = ("full_attention", "sliding_attention")  # whose angles are the batch's first and second
@@ -47,6 +47,8 @@ MODERNBERT = Family(
     biased=False,
     optional=("attn_norm", "attn.out_drop"),
     spec=_modernbert,
+    mask_limit=no_holes,
+    padding_limit=padding_last,
     readers=_readers("ModernBert", None, "ForMultipleChoice"),
 )
 
