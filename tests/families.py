@@ -31,6 +31,15 @@ def heads(family):
     )
 
 
+def layers_of(model):
+    return next(m.layer if hasattr(m, "layer") else m.layers for m in model.modules()
+                if hasattr(m, "layer") or hasattr(m, "layers"))  # fmt: skip
+
+
+# Parts of these are in fp32 whatever the model's dtype.
+PARTLY_FP32 = ("ModernBert", "EuroBert")
+# What counts distances needs positions as they stand, padding last where it is read.
+BY_DISTANCE = ("MPNet", "ModernBert")
 MASKS = ("right", "left", "holes", "row", "none")
 
 
