@@ -31,6 +31,10 @@ def add_layer_norm(n):
     x, w = torch.ones(2, n), torch.ones(n)
     return lambda: ops.add_layer_norm(x, None, w, w, 1e-5)
 
+def gated_act(n):
+    x = torch.ones(2, n)
+    return lambda: ops.gated_act(x, x, dropout_p=0.1, seed=1)
+
 def embedding_layer_norm(n):
     ids, w = torch.zeros(2, dtype=torch.int64), torch.ones(n)
     return lambda: ops.embedding_layer_norm(ids, ids, None, w[None], w[None], None, w, w, 1e-5)
@@ -71,6 +75,7 @@ CASES = [
     ("attention_backward", 64, 20000, 16 << 20),
     ("linear_act", 512, 4096, 16 << 20),
     ("add_layer_norm", 20000, 4 << 20, 48 << 20),
+    ("gated_act", 20000, 4 << 20, 48 << 20),
     ("embedding_layer_norm", 20000, 4 << 20, 48 << 20),
     ("frozen", 64, 30000, 40 << 20),
 ]
