@@ -100,9 +100,10 @@ def _fake(qkv, *_):
 
 def _fake_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
     *options, need_dbias, need_drel = options
-    o, nothing = Options(*options), qkv.new_empty(0)
-    rel = [t.new_empty(t.shape) if need_drel and t is not None else nothing for t in o[7:9]]
-    return qkv.new_empty(qkv.shape), o.bias.new_empty(o.bias.shape) if need_dbias else nothing, *rel
+    o = Options(*options)
+    given = o.given(need_dbias, need_drel)
+    others = (qkv.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+    return qkv.new_empty(qkv.shape), *others
 
 
 _OPTIONS = (
@@ -219,7 +220,8 @@ def cpu_backward(grad, q, kv, lse, starts_q, starts_k, o, need_dbias, dq, dkv, n
     dbias = None
     if need_dbias:
         dbias = torch.zeros((starts_q.shape[0] - 1, q.shape[1], rows, columns))
-    drel = [torch.zeros(t.shape) if need_drel and t is not None else None for t in o[7:9]]
+    _, *rel = o.given(need_dbias, need_drel)
+    drel = [None if t is None else torch.zeros(t.shape) for t in rel]
     C.attention_backward(
         *_cpu_arguments(*arguments),
         *(ptr(grad), ptr(lse), ptr(dq), ptr(dkv[:, 0]), ptr(dkv[:, 1])),
