@@ -34,24 +34,26 @@ class Batch(NamedTuple):
     # of rotary positions, a table each: cosines and sines, fp32 [tokens, 2, head_dim / 2]
     angles: tuple[torch.Tensor, ...] = ()
     relative: "Relative | None" = None  # disentangled positions
+    padding: "Padding | None" = None  # rows behind those of the sequences
     captured: bool = False  # into a CUDA graph, whose launches cost nothing
 
     @classmethod
     def of(cls, hidden, packing, **rest):
         """packing: a `Packing`, or `PackedSequences`."""
-        captured = getattr(packing, "captured", False)
         return cls(
             hidden,
             *(packing.cu_seqlens, packing.seqlen, packing.seqused_k),
-            captured=captured,
+            captured=getattr(packing, "captured", False),
+            padding=packing.padding,
             **rest,
         )
 
     def check(self, size: int, values: bool = True) -> None:
         """Raises TypeError, ValueError or IndexError where it doesn't fit together, or layers of
         this hidden size; `values`: whether those of the offsets may be read."""
+        hidden = self.hidden if self.padding is None else self.hidden[: self.padding.first]
         STATES.check(
-            (self.hidden, size, self.cu_seqlens, self.longest, self.seqused_k, self.rows), values
+            (hidden, size, self.cu_seqlens, self.longest, self.seqused_k, self.rows), values
         )
 
 
@@ -63,12 +65,24 @@ class Relative(NamedTuple):
     index: torch.Tensor
 
 
+class Padding(NamedTuple):
+    """Rows of padding that see every place of their padded sequence alike: what attention gives
+    them is a mean of values."""
+
+    first: int  # of these rows
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1], the offsets of each sequence's among them
+    longest: int  # or a bound above it
+    places: torch.Tensor  # int64 [sequences, seqlen], the row that is at each place
+    cu_places: torch.Tensor  # int32 [sequences + 1], the offsets of each sequence's places
+
+
 class PackedSequences(NamedTuple):
     """All that the layers need of a `Packing`, for sequences that come packed."""
 
     cu_seqlens: torch.Tensor  # int32 [sequences + 1]
     seqlen: int  # the longest
     seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
+    padding: Padding | None = None
 
 
 def lowered(hidden):
@@ -93,7 +107,7 @@ class Packing:
     attention_mask [batch, seqlen], 0 at padding, None for none.
     """
 
-    seqused_k = None
+    seqused_k = padding = None
     captured = False
 
     def __init__(self, batch: int, seqlen: int, attention_mask, device):
@@ -158,3 +172,39 @@ class PaddedPacking(Packing):
         rows = padding.argsort(dim=1, stable=True)
         starts = torch.arange(self.batch + 1, device=rows.device) * self.seqlen
         self.indices, self.cu_seqlens = (rows + starts[:-1, None]).flatten(), starts.int()
+
+
+class EvenPacking(Packing):
+    """All rows of a padded batch where those of padding see all alike (`Padding`), behind the real
+    tokens.
+
+    packing: that of the real tokens. zeros: whether all rows of padding are zeros and stay alike:
+        then one stands for all of a sequence's.
+    """
+
+    def __init__(self, packing: Packing, zeros: bool):
+        self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
+        self.cu_seqlens, self.zeros, real = packing.cu_seqlens, zeros, packing.indices
+        first, device = len(real), real.device
+        ends = torch.arange(self.batch + 1, dtype=torch.int32, device=device)
+        if zeros:
+            starts, longest = ends, 1
+            places = (first + ends[:-1].long()).repeat_interleave(self.seqlen)
+            self.indices = real
+        else:
+            padding, starts = call("pack_indices", self.mask == 0, None)
+            longest, self.indices = self.seqlen, torch.cat([real, padding])
+            places = torch.empty_like(self.indices)
+            places[padding] = torch.arange(first, len(places), device=device)
+        places[real] = torch.arange(first, device=device)
+        places = places.view(self.batch, self.seqlen)
+        self.padding = Padding(first, starts, longest, places, ends * self.seqlen)
+
+    def pack(self, x):
+        x = super().pack(x)
+        return torch.cat([x, x.new_zeros(self.batch, *x.shape[1:])]) if self.zeros else x
+
+    def unpack(self, x):
+        return x.index_select(0, self.padding.places.flatten()).unflatten(
+            0, self.padding.places.shape
+        )

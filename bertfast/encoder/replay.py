@@ -191,8 +191,8 @@ class Graphs:
             return f"there are {len(hidden)} tokens, a graph takes 1 to {self.max_tokens}"
         if bias is not None and not (plain(bias) and bias.shape[0] == 1):
             return "the bias on the scores is one of each sequence"
-        if batch.angles or batch.relative is not None:
-            return "rotary and relative positions are not recorded"
+        if batch.angles or batch.relative is not None or batch.padding is not None:
+            return "rotary and relative positions, and padding that sees all, are not recorded"
         if torch.is_anomaly_enabled():
             return "anomaly detection looks at each gradient"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
