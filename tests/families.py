@@ -21,6 +21,8 @@ FAMILIES = {
     "DebertaV2": "deberta_v2",
 }
 EAGER = ("MPNet", "DebertaV2")  # transformers has no SDPA for them
+# Masks that are left to stock: distances between places are not those between tokens.
+UNFUSED = {"MPNet": ("holes", "left", "row"), "DebertaV2": ("holes",)}
 
 
 def heads(family):

@@ -140,7 +140,9 @@ class FusedEncoder(Freezable):
             return None, packing, "skipped: nobody reads them"
         said = f"as in the stock model, for {who}"
         if self.family.even:
-            zeros = self._alike(watched, found) and not bool(hidden_states[keys == 0].any())
+            zeros = self._alike(watched, found) and not bool(
+                hidden_states.masked_fill(keys.unsqueeze(-1) != 0, 0).any()
+            )
             said += ", one for all of a sequence's" * zeros
             return None, EvenPacking(packing, zeros), said
         why = self.family.padding_limit(keys)

@@ -192,7 +192,8 @@ class EvenPacking(Packing):
             places = (first + ends[:-1].long()).repeat_interleave(self.seqlen)
             self.indices = real
         else:
-            padding, starts = call("pack_indices", self.mask == 0, None)
+            tokens = self.batch * self.seqlen - first
+            padding, starts = call("pack_indices", self.mask == 0, tokens)
             longest, self.indices = self.seqlen, torch.cat([real, padding])
             places = torch.empty_like(self.indices)
             places[padding] = torch.arange(first, len(places), device=device)
@@ -205,6 +206,5 @@ class EvenPacking(Packing):
         return torch.cat([x, x.new_zeros(self.batch, *x.shape[1:])]) if self.zeros else x
 
     def unpack(self, x):
-        return x.index_select(0, self.padding.places.flatten()).unflatten(
-            0, self.padding.places.shape
-        )
+        places = self.padding.places
+        return x.index_select(0, places.flatten()).unflatten(0, places.shape)

@@ -87,7 +87,7 @@ def _inner(k, layer: Layer, x, seed, save: bool):
 
 def _relative(k, layer: Layer, batch: Batch, seed):
     """What queries and keys meet of relative positions, `ops.attention`'s rel_key and rel_query,
-    and its rel_index. Where these have no matrices of their own they share the key's and query's."""
+    and its rel_index. Without matrices of their own they share the key's and the query's."""
     spec = layer.spec
     if not spec.relative:
         return None, None, None
