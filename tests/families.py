@@ -22,7 +22,11 @@ FAMILIES = {
 }
 EAGER = ("MPNet", "DebertaV2")  # transformers has no SDPA for them
 # Masks that are left to stock: distances between places are not those between tokens.
-UNFUSED = {"MPNet": ("holes", "left", "row"), "DebertaV2": ("holes",)}
+UNFUSED = {
+    "MPNet": ("holes", "left", "row"),  # eager gives a row without tokens the mean of its padding
+    "ModernBert": ("holes", "left"),
+    "DebertaV2": ("holes",),
+}
 
 
 def heads(family):
@@ -35,6 +39,13 @@ def heads(family):
     )
 
 
+def layers_of(model):
+    return next(m.layer if hasattr(m, "layer") else m.layers for m in model.modules()
+                if hasattr(m, "layer") or hasattr(m, "layers"))  # fmt: skip
+
+
+# Parts of these are in fp32 whatever the model's dtype.
+PARTLY_FP32 = ("ModernBert", "EuroBert")
 MASKS = ("right", "left", "holes", "row", "none")
 
 

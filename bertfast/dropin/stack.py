@@ -8,7 +8,7 @@ from torch import nn
 
 from ..ops.library import wide
 from . import readers
-from .fused import FusedEncoder
+from .fused import FusedEncoder, Last
 
 
 class FusedStack(FusedEncoder):
@@ -50,6 +50,8 @@ class FusedStack(FusedEncoder):
         for kind in self.bertfast_kinds:
             step = Step(self, kind, told)
             yield step
+        if step is None:
+            self.bertfast_last = Last("it has no layers")
         if step is None or not step.done:
             yield from super().__iter__()
 
@@ -66,7 +68,8 @@ class FusedStack(FusedEncoder):
         told: each kind's (attention mask, keywords); the first kind's mask is of keys alone.
         """
         mask, kwargs = told.get(self.family.kinds[0], (None, {}))
-        out = self.fused(hidden_states, mask, (), {**kwargs, "told": told})
+        # A cache is used where there is one; EuroBERT's default asks for it and makes none.
+        out = self.fused(hidden_states, mask, (), {**kwargs, "told": told, "use_cache": False})
         return out and out[0]
 
     def limit(self, hidden_states, attention_mask, args, kwargs):

@@ -34,8 +34,8 @@ class Batch(NamedTuple):
     # of rotary positions, a table each: cosines and sines, fp32 [tokens, 2, head_dim / 2]
     angles: tuple[torch.Tensor, ...] = ()
     relative: "Relative | None" = None  # disentangled positions
-    padding: "Padding | None" = None  # rows behind those of the sequences
     captured: bool = False  # into a CUDA graph, whose launches cost nothing
+    padding: "Padding | None" = None  # rows behind those of the sequences
 
     @classmethod
     def of(cls, hidden, packing, **rest):

@@ -63,7 +63,7 @@ def _qkv(k, layer: Layer, x):
     elif spec.groups > 1 or any([role in layer.adapters for role in _QKV]):
         query, *shared = (_product(k, layer, role, x) for role in _QKV)
         shape = tokens, spec.heads // spec.groups, spec.groups, spec.head_dim
-        shared = [t.view(tokens, -1, 1, spec.head_dim).expand(shape) for t in shared]
+        shared = [t.view(*shape[:2], 1, spec.head_dim).expand(shape) for t in shared]
         qkv = torch.stack([query, *(t.reshape(query.shape) for t in shared)], 1)
     else:
         qkv = k.qkv_linear(x, *w.query, *w.key, *w.value)
@@ -142,7 +142,8 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     seed0, seed1, seed2, inner_seed, relative_seed = seeds
 
     def add(x, residual, norm, bias=None, p=0.0, seed=None):
-        return k.add_layer_norm(x, residual, *norm, spec.eps, bias, p, seed, spec.rms)
+        rms = spec.rms and norm is not NONE
+        return k.add_layer_norm(x, residual, *norm, spec.eps, bias, p, seed, rms)
 
     before, after = ((w.norm1, w.norm2), (NONE, NONE))[:: 1 if spec.pre_norm else -1]
     x = hidden if before[0].weight is None else add(hidden, None, before[0])[0]

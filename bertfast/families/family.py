@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from math import isclose
 from typing import NamedTuple
 
 from torch import nn
@@ -199,7 +200,7 @@ class Family:
         hidden, inner = weights.out.weight.shape[0], weights.down.weight.shape[1]
         heads = weights.query.weight.shape[0] // head_dim // plan.parts
         spec = LayerSpec(hidden, heads, head_dim, inner, kernel, *eps, **more)
-        if vars(attention).get("scaling", spec.scale) != spec.scale:
+        if not isclose(vars(attention).get("scaling", spec.scale), spec.scale):
             return Unfit(
                 self.attention, f"its scores' scale is {attention.scaling}, not {spec.scale}"
             )
@@ -245,7 +246,7 @@ class _Plan:
                 places[path] = len(self.steps)
             return places[path]
 
-        called = [p for p in family.dropouts[family.reads_dropout is True :] if p is not None]
+        called = [p for p in family.dropouts[family.reads_dropout is not False :] if p is not None]
         norm = nn.LayerNorm if family.norm is None else family.named(family.norm)
         watch.has_parameters(norm, "weight", *["bias"] * (family.norm is None))
         classes = {
