@@ -152,8 +152,9 @@ class FusedEncoder(Freezable):
 
     def _alike(self, watched, found) -> bool:
         """Whether rows that come alike, and see alike, leave so, and nobody takes gradients."""
-        varied = [layer for layer in found if any(layer.dropout) or layer.adapters]
-        return not (torch.is_grad_enabled() or self._by_modules(watched, found) or varied)
+        if torch.is_grad_enabled() or self._by_modules(watched, found):
+            return False
+        return not any([any(layer.dropout) or layer.adapters for layer in found])
 
     def _fused(self, hidden_states, attention_mask, packing, padded, watched, found, kwargs):
         device, dtype, count = hidden_states.device, hidden_states.dtype, len(found)

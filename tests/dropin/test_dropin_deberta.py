@@ -11,7 +11,6 @@ from torch import nn
 
 import bertfast
 from bertfast import ops
-from bertfast.dropin.fused import FusedLayer
 from bertfast.encoder.spec import DROPOUTS
 from bertfast.ops.dropout import keep_mask
 
@@ -183,9 +182,9 @@ def test_dropout(monkeypatch):
 def test_states_of_layers(monkeypatch):
     """All of them for who reads them, and no layer is called for nobody."""
     models, report = three(stock(FAMILY))
-    given, calls = padded(), []
-    forward = FusedLayer.forward
-    monkeypatch.setattr(FusedLayer, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    given, calls, cls = padded(), [], type(models[0].encoder.layer[0])
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     for n, asked in enumerate(({}, {"return_dict": False}, {"output_hidden_states": False})):
         with torch.no_grad():
             found = [m(**given, **asked) for m in models]
