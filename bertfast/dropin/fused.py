@@ -7,7 +7,7 @@ import torch
 
 from .. import ops
 from ..encoder import Batch, Layer, Unfit, run
-from ..encoder.batch import EvenPacking, Packing, PaddedPacking, lowered
+from ..encoder.batch import Packing, PaddedPacking, ZerosPacking, lowered
 from ..encoder.packed import Freezable
 from ..encoder.run import Choice
 from ..encoder.spec import DROPOUTS, of_layer
@@ -144,7 +144,7 @@ class FusedEncoder(Freezable):
                 hidden_states.masked_fill(keys.unsqueeze(-1) != 0, 0).any()
             )
             said += ", one for all of a sequence's" * zeros
-            return None, EvenPacking(packing, zeros), said
+            return None, ZerosPacking(packing) if zeros else PaddedPacking(packing, True), said
         why = self.family.padding_limit(keys)
         if attention_mask.is_floating_point() and not bool(packing.cu_seqlens.diff().all()):
             why = "eager attention gives a sequence without a token the mean of its padding"

@@ -161,9 +161,8 @@ def test_dropout(monkeypatch):
     monkeypatch.setattr(ops, "draw_seeds", lambda *_: seeds)
     bertfast.accelerate(ours)
     mask = given["attention_mask"] == 1
-    rank = torch.empty(mask.shape, dtype=torch.int64)
-    for kind in (mask, ~mask):
-        rank[kind] = torch.arange(int(kind.sum()))
+    rank = torch.arange(mask.numel()).view(mask.shape)
+    rank[~mask] = torch.arange(int((~mask).sum()))
     rows = rank[:, None] * heads_ + torch.arange(heads_)[:, None]
     for model in (ours, theirs):
         for i, layer in enumerate(model.encoder.layer):
