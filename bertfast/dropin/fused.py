@@ -225,7 +225,9 @@ class FusedEncoder(Freezable):
                 return FOREIGN.format(class_name(layer)), None
             if "forward" in vars(layer):
                 return "a layer has a forward of its own", None
-        given = [*args, *map(kwargs.get, ("encoder_hidden_states", "past_key_values"))]
+        if any(a is not None for a in args):
+            return "it was given more than states and a mask by position", None
+        given = map(kwargs.get, ("encoder_hidden_states", "past_key_values"))
         if any(a is not None for a in given) or kwargs.get("use_cache"):
             return "it was called as a decoder", None
         why = self.family.limit(self)
