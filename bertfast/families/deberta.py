@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from ..encoder.batch import Relative
+from ..encoder.graph import bucket
 from ..ops.library import unwatched
 from .bert import bert_like
 from .family import Family, Readers, no_holes, states_output
@@ -56,29 +57,34 @@ def _limit(encoder):
 def _more(encoder, hidden):
     if not encoder.relative_attention:
         return {}
-    span, n = _span(encoder), 1 << max(hidden.shape[1], 15).bit_length()
-    make = _buckets if unwatched() else _buckets.__wrapped__
+    n = bucket(0, 1, hidden.shape[1] + 1).longest  # one more, for a row of padding
     sizes = encoder.position_buckets, encoder.max_relative_positions
-    embeddings = encoder.get_rel_embedding()[: 2 * span].to(hidden.dtype)
-    return {"relative": Relative(embeddings, make(n, span, *sizes, hidden.device))}
+    make = _buckets if unwatched() else _buckets.__wrapped__
+    index, first, last = make(n, _span(encoder), *sizes, hidden.device)
+    embeddings = encoder.get_rel_embedding().to(hidden.dtype)
+    if encoder.packed is not None:  # it has them all, projected
+        return {"relative": Relative(embeddings, index + first)}
+    return {"relative": Relative(embeddings[first : last + 1], index)}
 
 
 @cache
 def _buckets(n: int, span: int, buckets: int, longest: int, device):
-    """`Relative.index`, by transformers' own function."""
+    """`Relative.index` by transformers' own function, among the embeddings [first, last] that it
+    needs, which each layer projects: of short texts they are few."""
     with torch.inference_mode(False):
         distances = torch.arange(1 - n, n, device=device)
         if buckets > 0 and longest > 0:
             own = DEBERTA_V2.named("make_log_bucket_position")
             distances = own(distances, buckets, longest).long()
-        return (distances + span).clamp(0, 2 * span - 1).int()
+        index = (distances + span).clamp(0, 2 * span - 1).int()
+        first, last = torch.stack(index.aminmax()).tolist()
+        return index - first, first, last
 
 
 def _arguments(encoder, mask, more):
     places = mask.unsqueeze(-1)  # as wide as the states, which is all that is looked at
-    positions = {"relative_pos": encoder.get_rel_pos(places), "rel_embeddings": None}
-    if more:
-        positions["rel_embeddings"] = more["relative"].embeddings
+    relative = encoder.get_rel_pos(places), encoder.get_rel_embedding()
+    positions = dict(zip(("relative_pos", "rel_embeddings"), relative, strict=True))
     return (encoder.get_attention_mask(mask),), positions
 
 

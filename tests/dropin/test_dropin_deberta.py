@@ -8,6 +8,7 @@ from families import heads
 from helpers import close_to_truth, relative
 from padded import assert_same, every, observe, padded, stock, three
 from torch import nn
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 import bertfast
 from bertfast import ops
@@ -163,6 +164,9 @@ def test_dropout(monkeypatch):
     mask = given["attention_mask"] == 1
     rank = torch.arange(mask.numel()).view(mask.shape)
     rank[~mask] = torch.arange(int((~mask).sum()))
+    # Of the embeddings, those that 31 places to either side need.
+    first = 8 + int(make_log_bucket_position(torch.tensor(-31), 8, 64))
+    assert first == 1
     rows = rank[:, None] * heads_ + torch.arange(heads_)[:, None]
     for model in (ours, theirs):
         for i, layer in enumerate(model.encoder.layer):
@@ -171,7 +175,7 @@ def test_dropout(monkeypatch):
             if model is theirs:
                 seed, size = seeds[DROPOUTS * i], 2 * own.pos_ebd_size
                 own.dropout = Masked(keep_mask(seed, rows, n, p), p)
-                keep = keep_mask(seeds[DROPOUTS * i + 4], torch.arange(size), 48, rel_p)
+                keep = keep_mask(seeds[DROPOUTS * i + 4], torch.arange(size) - first, 48, rel_p)
                 own.pos_dropout = Masked(keep, rel_p)
     exact = copy.deepcopy(theirs).double()
     models = ours, theirs, exact
