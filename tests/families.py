@@ -18,6 +18,14 @@ FAMILIES = {
     "NomicBert": "nomic_bert",
     "Gte": "gte",
     "EuroBert": "eurobert",
+    "DebertaV2": "deberta_v2",
+}
+EAGER = ("MPNet", "DebertaV2")  # transformers has no SDPA for them
+# Masks that are left to stock: distances between places are not those between tokens.
+UNFUSED = {
+    "MPNet": ("holes", "left", "row"),  # eager gives a row without tokens the mean of its padding
+    "ModernBert": ("holes", "left"),
+    "DebertaV2": ("holes",),
 }
 
 
@@ -38,8 +46,6 @@ def layers_of(model):
 
 # Parts of these are in fp32 whatever the model's dtype.
 PARTLY_FP32 = ("ModernBert", "EuroBert")
-# What counts distances needs positions as they stand, padding last where it is read.
-BY_DISTANCE = ("MPNet", "ModernBert")
 MASKS = ("right", "left", "holes", "row", "none")
 
 
@@ -63,13 +69,17 @@ def config(family, **options):
         tiny |= dict(local_attention=6, global_attn_every_n_layers=2)
     if family == "EuroBert":
         tiny |= dict(num_key_value_heads=1)
+    if family == "DebertaV2":  # as v3 is set
+        tiny |= dict(relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True,
+                     norm_rel_ebd="layer_norm", position_buckets=8, position_biased_input=False,
+                     type_vocab_size=0)  # fmt: skip
     return getattr(transformers, f"{family}Config")(**tiny | options)
 
 
 def build(family, head="Model", attention=None, **options):
     torch.manual_seed(0)
     c = config(family, **options)
-    c._attn_implementation = attention or ("eager" if family == "MPNet" else "sdpa")
+    c._attn_implementation = attention or ("eager" if family in EAGER else "sdpa")
     return getattr(transformers, family + head)(c).eval()
 
 

@@ -95,8 +95,9 @@ def _layers(encoders, backend=None) -> dict[str, str | None]:
     for name, encoder in encoders.items():
         forced = backend or encoder.bertfast_backend
         with nullcontext() if forced == "auto" else ops.backend(forced):
+            why = encoder.family.limit(encoder)
             for i, layer in enumerate(encoder.layer):
-                found[encoder.path(name, i)] = _unfit(layer)
+                found[encoder.path(name, i)] = why or _unfit(layer)
     return found
 
 

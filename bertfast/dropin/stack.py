@@ -95,9 +95,12 @@ class FusedStack(FusedEncoder):
         ]
         return {"angles": tuple(tables)}
 
-    def arguments(self, layer, attention_mask, more, kwargs):
-        mask, own = kwargs["told"][self.family.kind(layer)]
-        return (mask,), own
+    def arguments(self, attention_mask, more, kwargs):
+        def told(layer):
+            mask, own = kwargs["told"][self.family.kind(layer)]
+            return (mask,), own
+
+        return told
 
 
 def table(cos, sin, hidden_states, packing):

@@ -1,6 +1,7 @@
 """Which modules make an encoder's layer, in each model family: a table each."""
 
 from .bert import BERT_LIKE
+from .deberta import DEBERTA_V2
 from .distilbert import DISTILBERT
 from .family import ACTIVATIONS, Family, Readers
 from .mpnet import MPNET
@@ -34,7 +35,7 @@ def of(cls: type) -> Family | None:
     return family if family and cls.__name__ in (family.encoder, family.layer) else None
 
 
-for _family in (*BERT_LIKE, DISTILBERT, MPNET, *ROTARY):
+for _family in (*BERT_LIKE, DISTILBERT, MPNET, *ROTARY, DEBERTA_V2):
     register(_family)
 
 __all__ = ["ACTIVATIONS", "Family", "Readers", "forget", "known", "of", "of_module", "register"]

@@ -17,6 +17,7 @@ from ..weights import BERT, IS_MATRIX, addresses, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
+EVEN = "rows of padding see all places alike"
 _MATRICES = IS_MATRIX[:BERT]
 
 
@@ -39,6 +40,8 @@ def inference_limit(batch: Batch) -> str | None:
         return "gradients are enabled"
     if batch.bias is not None and not plain(batch.bias):
         return "the bias on the scores is no plain tensor"
+    if batch.even is not None:
+        return EVEN
     return None
 
 
