@@ -18,6 +18,13 @@ FAMILIES = {
     "NomicBert": "nomic_bert",
     "Gte": "gte",
     "EuroBert": "eurobert",
+    "Ernie": "ernie",
+    "RoCBert": "roc_bert",
+    "Data2VecText": "data2vec",
+    "MegatronBert": "megatron_bert",
+    "XLMRobertaXL": "xlm_roberta_xl",
+    "RobertaPreLayerNorm": "roberta_prelayernorm",
+    "Albert": "albert",
 }
 
 
@@ -27,20 +34,33 @@ def heads(family):
     return sorted(
         name.removeprefix(family)
         for name, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, transformers.PreTrainedModel) and not name.endswith("PreTrainedModel")
+        if issubclass(c, transformers.PreTrainedModel)
+        and name.startswith(family)
+        and not name.endswith("PreTrainedModel")
+        and name != "RoCBertForPreTraining"  # which takes three batches
     )
 
 
 def layers_of(model):
-    return next(m.layer if hasattr(m, "layer") else m.layers for m in model.modules()
-                if hasattr(m, "layer") or hasattr(m, "layers"))  # fmt: skip
+    own = (
+        getattr(m, n, None) for m in model.modules() for n in ("layer", "layers", "albert_layers")
+    )
+    return next(layers for layers in own if isinstance(layers, torch.nn.ModuleList))
 
 
 # Parts of these are in fp32 whatever the model's dtype.
 PARTLY_FP32 = ("ModernBert", "EuroBert")
 # What counts distances needs positions as they stand, padding last where it is read.
 BY_DISTANCE = ("MPNet", "ModernBert")
+EAGER = ("MPNet", "MegatronBert")  # transformers has no other attention for them
 MASKS = ("right", "left", "holes", "row", "none")
+# These have Bert's table of modules: what it is asked for every mask and dtype they are for few.
+TWINS = ("Roberta", "XLMRoberta", "Camembert", "Ernie", "RoCBert", "Data2VecText")
+
+
+def few(family, values):
+    """Of the values of a parameter those that a family is tested with."""
+    return values[:1] if family in TWINS else values
 
 
 def config(family, **options):
@@ -49,6 +69,8 @@ def config(family, **options):
                 initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
     if family == "Electra":
         tiny["embedding_size"] = 32
+    if family == "Albert":  # two layers, which run twice each
+        tiny |= dict(embedding_size=32, inner_group_num=2)
     if family == "DistilBert":
         names = dict(hidden_size="dim", num_hidden_layers="n_layers", intermediate_size="hidden_dim",
                      num_attention_heads="n_heads", hidden_dropout_prob="dropout",
@@ -69,7 +91,7 @@ def config(family, **options):
 def build(family, head="Model", attention=None, **options):
     torch.manual_seed(0)
     c = config(family, **options)
-    c._attn_implementation = attention or ("eager" if family == "MPNet" else "sdpa")
+    c._attn_implementation = attention or ("eager" if family in EAGER else "sdpa")
     return getattr(transformers, family + head)(c).eval()
 
 

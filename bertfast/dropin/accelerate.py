@@ -34,7 +34,8 @@ class Report:
 
     @property
     def layers(self) -> dict[str, str | None]:
-        """Each encoder layer's name: None where it can run fused, else the reason."""
+        """Each encoder layer's name, once if it runs several times: None where it can run fused,
+        else the reason."""
         return _layers(self._encoders)
 
     @property
@@ -95,8 +96,9 @@ def _layers(encoders, backend=None) -> dict[str, str | None]:
     for name, encoder in encoders.items():
         forced = backend or encoder.bertfast_backend
         with nullcontext() if forced == "auto" else ops.backend(forced):
+            why = encoder.family.limit(encoder)
             for i, layer in enumerate(encoder.layer):
-                found[encoder.path(name, i)] = _unfit(layer)
+                found[encoder.path(name, i)] = why or _unfit(layer)
     return found
 
 

@@ -104,6 +104,13 @@ class Family:
     layers: str | None = None
     kind: Callable = lambda layer: None
     kinds: tuple[str | None, ...] = (None,)
+    # Where its layers run in another order than they are in it: the path of their groups, and
+    # [(steps from there, layer)] as they run in an encoder.
+    groups: str | None = None
+    order: Callable | None = None
+    entry: Callable = lambda encoder, hidden: hidden  # what it does before its layers
+    last: str | None = None  # path of the LayerNorm behind them
+    limit: Callable = lambda encoder: None  # why none of its layers can run fused, or None
     in_tuple: bool = False  # whether a layer returns (hidden states,)
     # what its encoder returns, of the hidden states, all of them where asked for, and its keywords
     output: Callable = lambda hidden, states, kwargs: BaseModelOutputWithPastAndCrossAttentions(
