@@ -71,6 +71,9 @@ def config(family, **options):
         tiny["embedding_size"] = 32
     if family == "Albert":  # two layers, which run twice each
         tiny |= dict(embedding_size=32, inner_group_num=2)
+    if family == "RoCBert":
+        kinds = ("pronunciation", "shape")
+        tiny |= {f"{k}_{n}": s for k in kinds for n, s in (("vocab_size", 90), ("embed_dim", 48))}
     if family == "DistilBert":
         names = dict(hidden_size="dim", num_hidden_layers="n_layers", intermediate_size="hidden_dim",
                      num_attention_heads="n_heads", hidden_dropout_prob="dropout",

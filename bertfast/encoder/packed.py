@@ -136,10 +136,10 @@ class PackedCpu(Packed):
         super().__init__(layers, precision, dtype, config)
         self.noise: list[float] = []
         self.choice = Choice(f"whole_cpu, frozen in {precision}", {})
-        chosen, center, made = [], center.detach().float().clone(), {}
+        chosen, center, made, before = [], center.detach().float().clone(), {}, None
 
         def packed(precision):
-            key = precision, id(center), *map(id, layer.weights.present())
+            key = precision, before, *map(id, layer.weights.present())
             if key not in made:  # else it runs several times
                 made[key] = _PackedLayer(layer, precision, center)
             return made[key]
@@ -153,7 +153,7 @@ class PackedCpu(Packed):
                 if not noise <= NOISE_LIMIT:  # or NaN
                     found, weights = "bf16", packed("bf16")
             chosen.append((found, weights))
-            center = weights.norms[-1][1]
+            center, before = weights.norms[-1][1], id(layer.weights.norm2.bias)
         self._keep, self._runs, first = [w for _, w in chosen], [], 0
         for _, group in groupby(chosen, key=lambda c: c[0]):
             weights = [w for _, w in group]
