@@ -85,7 +85,7 @@ def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
     config, dtype = encoder.settings(), layers[0].weights.query.weight.dtype
     center = _center(owner, layers[0].spec.hidden)
     sample = Sample.of(owner, encoder, config) if precision == "int8" else None
-    del encoder.layer[:]  # so that `layers` alone has the weights
+    del encoder.get_submodule(encoder.LAYERS)[:]  # so that `layers` alone has the weights
     encoder.bertfast_seen = None
     if encoder.bertfast_graphs is not None:
         encoder.bertfast_graphs.release()
@@ -105,7 +105,7 @@ def _layers(name: str, encoder) -> list[Layer]:
     for path, m in encoder.named_modules(prefix=name):
         if adapters.unmerged(m):
             _refuse(path, f"it is a {watch.class_name(m)} that is not merged")
-    watched = {name: encoder, encoder.path(name): encoder.layer}
+    watched = {name: encoder, encoder.path(name): encoder.get_submodule(encoder.LAYERS)}
     watched |= {encoder.path(name, i): layer for i, layer in enumerate(encoder.layer)}
     for path, m in watched.items():
         _refuse(path, watch.untouched(m, type(m)))
@@ -114,6 +114,8 @@ def _layers(name: str, encoder) -> list[Layer]:
         path = encoder.path(name, i)
         if isinstance(layer, Unfit):
             _refuse(f"{path}.{layer.where}".rstrip("."), layer.why)
+        if not layer.spec.like_bert:
+            _refuse(path, f"it is {layer.spec}, and only layers as BERT's are packed")
         if layer.spec != found[0].spec or layer.spec.width != layer.spec.hidden:
             _refuse(path, f"it is {layer.spec}, expected {found[0].spec}, all heads")
         flat = layer.weights.flat()

@@ -59,7 +59,7 @@ class Sample(NamedTuple):
             pass
         finally:
             handle.remove()
-        hidden = seen[0].reshape(texts * seqlen, -1)
+        hidden = encoder.entry(seen[0]).reshape(texts * seqlen, -1)
         starts = torch.arange(texts + 1, dtype=torch.int32) * seqlen
         return cls(hidden, hidden, PackedSequences(starts, seqlen))
 

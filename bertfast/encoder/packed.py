@@ -1,7 +1,7 @@
 """Weights laid out once, for inference alone: on a CPU in the order of the kernels, in fp32, bf16
 or int8; on a GPU in bf16 or fp16."""
 
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 
@@ -37,7 +37,11 @@ class Freezable:
         """What kernels take in the layers' places, or why they can't."""
         raise NotImplementedError
 
-    def path(self, name: str, *layer: int) -> str:
+    def entry(self, hidden):
+        """What comes to its layers of what it is given."""
+        return hidden
+
+    def path(self, name: str, *layer) -> str:
         """Of its layers, or of one, where `name` is the encoder's."""
         return ".".join(map(str, [*filter(None, (name, self.LAYERS)), *layer]))
 
@@ -48,7 +52,7 @@ class Freezable:
         """`read`, asked at every forward: a model can change between two."""
         if self.bertfast_seen is None or torch.compiler.is_compiling():
             return self.read()
-        return self.bertfast_seen.get(self.layer, self.sizes(), self.read)
+        return self.bertfast_seen.get(self.get_submodule(self.LAYERS), self.sizes(), self.read)
 
     def _save_to_state_dict(self, *args):
         if self.packed is not None:
@@ -132,17 +136,24 @@ class PackedCpu(Packed):
         super().__init__(layers, precision, dtype, config)
         self.noise: list[float] = []
         self.choice = Choice(f"whole_cpu, frozen in {precision}", {})
-        chosen, center = [], center.detach().float().clone()
+        chosen, center, made, before = [], center.detach().float().clone(), {}, None
+
+        def packed(precision):
+            key = precision, before, *map(id, layer.weights.present())
+            if key not in made:  # else it runs several times
+                made[key] = _PackedLayer(layer, precision, center)
+            return made[key]
+
         while layers:
             layer = layers.pop(0)
-            found, weights = precision, _PackedLayer(layer, precision, center)
+            found, weights = precision, packed(precision)
             if sample is not None:
                 sample, noise = sample.through(layer, weights.encoder())
                 self.noise.append(noise)
                 if not noise <= NOISE_LIMIT:  # or NaN
-                    found, weights = "bf16", _PackedLayer(layer, "bf16", center)
+                    found, weights = "bf16", packed("bf16")
             chosen.append((found, weights))
-            center = weights.norms[-1][1]
+            center, before = weights.norms[-1][1], id(layer.weights.norm2.bias)
         self._keep, self._runs, first = [w for _, w in chosen], [], 0
         for _, group in groupby(chosen, key=lambda c: c[0]):
             weights = [w for _, w in group]
@@ -281,13 +292,11 @@ class PackedCuda(Packed):
     def __init__(self, layers, precision: str, dtype, config):
         super().__init__(layers, precision, dtype, config)
         self.low, self.device = CUDA_PRECISIONS[precision], layers[0].weights.query.weight.device
+        flat = [layer.weights.present() for layer in layers]
+        low = {p: p.detach().to(self.low).contiguous() for p in chain.from_iterable(flat)}
         self.layers = [
-            layer._replace(
-                weights=layer.weights.filled(
-                    p.detach().to(self.low).contiguous() for p in layer.weights.present()
-                )
-            )
-            for layer in layers
+            layer._replace(weights=layer.weights.filled(map(low.get, own)))
+            for layer, own in zip(layers, flat, strict=True)
         ]
         self.choice = Choice(f"frozen in {precision}", {})
         self._why_not_whole = whole_cuda.weights_limit(self.layers, self.low, self.device)

@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, build, inputs_for, real
+from families import FAMILIES, TWINS, build, few, inputs_for, real
 from helpers import apart, close_to_truth, exact, refused
 
 import bertfast
 
 # Beside the fp64 truth. Sums of 16 bits, without VNNI, take more of the inputs' 8.
 BOUND = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.12}
+POST_NORM = ("Bert", "Electra", "DistilBert", "MPNet", "Albert")
 pytestmark = pytest.mark.filterwarnings("ignore:int8")
 
 
@@ -19,12 +20,18 @@ def frozen(family, precision, head="Model", **options):
     theirs = build(family, head, initializer_range=0.1, **options)
     ours = copy.deepcopy(theirs)
     report = bertfast.accelerate(ours, strict=True)
-    return theirs, bertfast.freeze(ours, precision), report
+    try:
+        return theirs, bertfast.freeze(ours, precision), report
+    except ValueError as e:
+        if "as BERT's" not in str(e) or family in (*TWINS, *POST_NORM):
+            raise
+        pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("kind", ["right", "left", "none"])
 @pytest.mark.parametrize("precision", BOUND)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, kind", [(f, kind) for f in FAMILIES for kind in few(f, ["right", "left", "none"])]
+)
 def test_same_as_stock(family, precision, kind):
     """Padded rows too, which a base model gives away."""
     if (family, kind) == ("MPNet", "left"):
@@ -47,7 +54,10 @@ def test_heads_and_hidden_states(family):
     with torch.inference_mode():
         close_to_truth(ours(**given).logits, expected.logits, floor=5e-5)
     given |= {"output_hidden_states": True}
-    if family != "MPNet":  # transformers would collect them by hooks on layers
+    if family not in (
+        "MPNet",
+        "MegatronBert",
+    ):  # transformers would collect them by hooks on layers
         return refused(RuntimeError, "frozen.*hidden states", ours, **given)
     with torch.inference_mode():
         found = ours(**given)
