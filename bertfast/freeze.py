@@ -101,7 +101,7 @@ def _center(owner, size):
 
 
 def _layers(name: str, encoder) -> list[Layer]:
-    """An encoder's, all of one kind. Raises ValueError for what packed weights can't stand for."""
+    """An encoder's. Raises ValueError for what packed weights can't stand for."""
     for path, m in encoder.named_modules(prefix=name):
         if adapters.unmerged(m):
             _refuse(path, f"it is a {watch.class_name(m)} that is not merged")
@@ -114,8 +114,9 @@ def _layers(name: str, encoder) -> list[Layer]:
         path = f"{name}.layer.{i}".lstrip(".")
         if isinstance(layer, Unfit):
             _refuse(f"{path}.{layer.where}".rstrip("."), layer.why)
-        if layer.spec != found[0].spec or layer.spec.width != layer.spec.hidden:
-            _refuse(path, f"it is {layer.spec}, expected {found[0].spec}, all heads")
+        spec = found[0].spec._replace(window=layer.spec.window, rotary=layer.spec.rotary)
+        if layer.spec != spec or spec.width != spec.hidden:
+            _refuse(path, f"it is {layer.spec}, expected {spec}, all heads")
         flat = layer.weights.flat()
         for p, shape, (role, _) in zip(flat, shapes(layer.spec), FLAT, strict=True):
             if p is not None and p.shape != shape:

@@ -23,7 +23,7 @@ from .library import (
 )
 from .registry import register
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")  # an operator passes the index
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")  # an operator passes the index
 _DX, _DW, _DB = 1, 2, 4  # which gradients a backward is asked for
 _WIDE = 8  # of a GPU's backward: weights' gradients in fp32, whatever the weights are
 

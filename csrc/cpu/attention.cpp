@@ -94,7 +94,7 @@ void forward(const AttentionArgs& g) {
     widen(q, task.query<T>(), g.q_token, m, g.dim, dim_row);
     const Head<Unit::fp32> head(task.of_key<T>(g.k), task.of_key<T>(g.v), g.k_token, n, g.dim,
                                 false, memory);
-    const auto done = [&](float* p, int64_t query, float shift, float z) {
+    const auto done = [&](float* p, int64_t query, Span, float shift, float z) {
       const int64_t token = task.start + query;
       // A row without a key sums to 0; +inf makes its probabilities 0 in backward too.
       g.lse[task.h * g.tokens + token] = z == 0 ? kInf : shift + __builtin_logf(z);
@@ -103,8 +103,9 @@ void forward(const AttentionArgs& g) {
       for (int64_t j = 0; j < n; j += W) store(p + j, drop(load(p + j), bits + j, g.dropout));
     };
     head.attend(
-        q, dim_row, m, 0, 1, [&](float* s, int64_t query) { return task.adjust(s, query), 1.f; },
-        done, static_cast<T*>(g.out) + (task.start * g.heads + task.h) * g.dim, g.heads * g.dim);
+        q, dim_row, m, 0, 1,
+        [&](float* s, int64_t query, Span) { return task.adjust(s, query), 1.f; }, done,
+        static_cast<T*>(g.out) + (task.start * g.heads + task.h) * g.dim, g.heads * g.dim);
   }
 }
 

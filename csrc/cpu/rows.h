@@ -15,6 +15,20 @@ struct Vector {
   }
 };
 
+inline float inverse_root(float variance, float eps) {
+  return 1.f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
+}
+
+// 1 / sqrt(mean of s^2 + eps)
+inline float row_rms(const float* s, int64_t n, float eps) {
+  vf squares = {};
+  for (int64_t j = 0; j < n; j += W) {
+    const vf v = only(load(s + j), n - j);
+    squares += v * v;
+  }
+  return inverse_root(sum(squares) / float(n), eps);
+}
+
 // The mean of s as mean + low, for one float rounds off digits of a spread far below it, and
 // 1 / sqrt(var + eps), in two passes; s is padded to whole registers.
 inline void row_statistics(const float* s, int64_t n, float eps, float& mean, float& low,
@@ -30,17 +44,17 @@ inline void row_statistics(const float* s, int64_t n, float eps, float& mean, fl
     squares += c * c;
   }
   low = sum(rest) / float(n);
-  const float variance = sum(squares) / float(n) - low * low;
-  rstd = 1.f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
+  rstd = inverse_root(sum(squares) / float(n) - low * low, eps);
 }
 
 // For one row: grad and the sum that was normalised in s, in place: s becomes that sum's gradient,
-// grad is scratch; dweight and dbias gain this row's share. All padded to whole registers.
+// grad is scratch; dweight and dbias gain this row's share. All padded to whole registers. After
+// row_rms, rms is true and mean 0.
 inline void row_backward(float* grad, float* s, const Vector& weight, int64_t n, float mean,
-                         float rstd, float* dweight, float* dbias) {
+                         float rstd, float* dweight, float* dbias, bool rms = false) {
   vf rest = {}, a = {}, b = {};
   for (int64_t j = 0; j < n; j += W) rest += only(load(s + j) - mean, n - j);
-  const float low = sum(rest) / float(n);
+  const float low = rms ? 0 : sum(rest) / float(n);
   for (int64_t j = 0; j < n; j += W) {
     const vf normed = only((load(s + j) - mean - low) * rstd, n - j), g = load(grad + j);
     const vf scaled = g * weight.at(j, n);
@@ -51,7 +65,7 @@ inline void row_backward(float* grad, float* s, const Vector& weight, int64_t n,
     store(dweight + j, load(dweight + j) + g * normed);
     store(dbias + j, load(dbias + j) + g);
   }
-  const float mean_a = sum(a) / float(n), mean_b = sum(b) / float(n);
+  const float mean_a = rms ? 0 : sum(a) / float(n), mean_b = sum(b) / float(n);
   for (int64_t j = 0; j < n; j += W)
     store(s + j, (load(grad + j) - mean_a - load(s + j) * mean_b) * rstd);
 }

@@ -9,6 +9,9 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <utility>
 
 #include "../kernels.h"
@@ -123,6 +126,7 @@ inline vf sigmoid_of_twice(vf u) {  // 1 / (1 + e^-2u)
 }
 
 constexpr float kTanhScale = 0.79788456f, kTanhCubic = 0.044715f;
+constexpr float kSiluEnd = 88;  // beyond, x sigmoid(x) is 0 or x
 
 // GELU without exp or division: Phi(x) - 1/2 is odd, fitted as x p(x^2), p of degree 14, where
 // |x| <= 5.4; beyond, Phi is 0 or 1 to 4e-8. The fit's error in x Phi(x) is 6e-8.
@@ -191,6 +195,7 @@ inline vf activate(vf z) {
     return z == -kInf ? vf{} : y;
   }
   if (activation == 3) return z < 0 ? vf{} : z;
+  if (activation == 4) return z < -kSiluEnd ? vf{} : z * sigmoid_of_twice(0.5f * z);
   return z;
 }
 
@@ -202,7 +207,31 @@ inline vf derivative(vf z) {
     return s + 2.f * z * s * (1.f - s) * kTanhScale * (1.f + 3 * kTanhCubic * z * z);
   }
   if (activation == 3) return z > 0 ? splat(1) : vf{};
+  if (activation == 4) {
+    const vf low = splat(-kSiluEnd), high = splat(kSiluEnd);
+    const vf x = z < low ? low : (z > high ? high : z);  // for infinity's limits
+    const vf s = sigmoid_of_twice(0.5f * x);
+    return s + x * s * (1.f - s);
+  }
   return splat(1);
+}
+
+// f of the activation's number, see GemmArgs, as a constant.
+template <class F>
+inline auto by_activation(int activation, const F& f) {
+  switch (activation) {
+    case 0:
+      return f(std::integral_constant<int, 0>());
+    case 1:
+      return f(std::integral_constant<int, 1>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+  }
+  throw std::invalid_argument("activation " + std::to_string(activation) + ", expected 0 to 4");
 }
 
 // A growing 64-byte aligned buffer; what it held is lost when it grows.

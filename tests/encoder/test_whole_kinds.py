@@ -1,0 +1,226 @@
+"""Layers that differ from BERT's, all of an encoder's by one call, live and packed, beside a plain
+layer in fp64."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import apart, close_to_truth, offsets
+from torch.nn import functional as F
+
+from bertfast.encoder import Batch, LayerSpec, LayerWeights
+from bertfast.encoder.executors import whole_cpu
+from bertfast.encoder.packed import PackedCpu
+from bertfast.encoder.spec import Layer
+from bertfast.encoder.weights import FLAT, shapes
+
+BOUND = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.09}
+PRE = {"pre_norm": True}
+KINDS = {
+    "bert": {},
+    "pre_norm": PRE,
+    "rms": {"rms": True},
+    "gated": {"gated": True},
+    "silu": {"activation": "silu"},
+    "relu": {"gated": True, "activation": "relu"},
+    "unbiased": {"biases": ()},
+    "rotary": {"rotary": 1},
+    "window": {"window": 9},
+    "groups": {"groups": 2},
+    # families' own
+    "modernbert": PRE
+    | {"gated": True, "biases": (), "first_norm": False, "size": (128, 2, 200)}
+    | {"each": [{"rotary": 0}, {"rotary": 1, "window": 8}]},
+    "nomic": {"gated": True, "activation": "silu", "rotary": 0, "biases": ("norms",)},
+    "eurobert": PRE
+    | {"rms": True, "gated": True, "activation": "silu", "rotary": 0, "groups": 3}
+    | {"biases": (), "size": (96, 6, 136)},
+}
+SIZES = {"even": (128, 4, 256), "odd": (72, 3, 200), "inner": (64, 2, 1100)}  # hidden, heads, inner
+LENGTHS = [(40, 1, 17, 0, 33), (3,), (129, 150)]
+
+
+def layers_of(kind, size="even", count=3):
+    """Some, with weights that matter."""
+    options = dict(KINDS[kind])
+    biases = options.pop("biases", ("matrices", "norms"))
+    first, each = options.pop("first_norm", True), options.pop("each", [{}])
+    hidden, heads, inner = options.pop("size", SIZES[size])
+    heads = options.get("groups", 1) * -(-heads // options.get("groups", 1))
+    g, layers = torch.Generator().manual_seed(0), []
+    for i in range(count):
+        given = {"activation": "gelu"} | options | each[i % len(each)]
+        spec = LayerSpec(hidden, heads, hidden // heads, inner, eps=1e-6, **given)
+        parts = []
+        for (role, part), shape in zip(FLAT, shapes(spec), strict=True):
+            norm = role.startswith("norm")
+            there = {"gate": spec.gated, "pos_key": "c2p" in spec.relative,
+                     "pos_query": "p2c" in spec.relative}.get(role, True)  # fmt: skip
+            if part == "bias":
+                there = there and ("norms" if norm else "matrices") in biases
+                there = there and not (norm and spec.rms)
+            if role == "norm1" and i == 0:
+                there = there and first
+            noise = torch.randn(shape, generator=g)
+            value = noise * (0.1 if len(shape) == 1 else 0.8 / math.sqrt(shape[-1]))
+            parts.append((value + (norm and part == "weight")) if there else None)
+        layers.append(Layer(spec, LayerWeights.of(parts)))
+    return layers
+
+
+def norm_of(spec, x, norm):
+    weight, bias = norm
+    if weight is None:
+        return x
+    if spec.rms:
+        return x * (x.square().mean(-1, keepdim=True) + spec.eps).rsqrt() * weight
+    return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
+
+
+def turned(x, angles):
+    """x [n, heads, dim]"""
+    cos, sin = (t.repeat(1, 2).unsqueeze(1) for t in angles.double().unbind(1))
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def attend(spec, w, x, used, angles, relative):
+    n, heads = len(x), spec.heads
+    q, k, v = (F.linear(x, *p).unflatten(1, (-1, spec.head_dim)) for p in w[:3])
+    if spec.rotary is not None:
+        q, k = (turned(t, angles[spec.rotary]) for t in (q, k))
+    k, v = (t.repeat_interleave(spec.groups, 1) for t in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k)
+    if spec.relative:
+        middle = len(relative.index) // 2
+        away = torch.arange(n)[:, None] - torch.arange(n)
+        buckets = relative.index[middle + away].long()
+        table = lambda p: F.linear(relative.embeddings.double(), *p).view(-1, heads, spec.head_dim)
+        if "c2p" in spec.relative:
+            scores = scores + torch.einsum("ihd,ijhd->hij", q, table(w.pos_key)[buckets])
+        if "p2c" in spec.relative:
+            scores = scores + torch.einsum("jhd,ijhd->hij", k, table(w.pos_query)[buckets])
+    scores = scores * spec.scale
+    positions = torch.arange(n)
+    hidden = (positions >= used).expand(n, n)
+    if spec.window is not None:
+        hidden = hidden | ((positions[:, None] - positions).abs() > spec.window)
+    p = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num()
+    return torch.einsum("hij,jhd->ihd", p, v).flatten(1)
+
+
+def one_layer(layer, x, *rest):
+    spec, w = layer.spec, LayerWeights.of([None if p is None else p.double() for p in layer.weights.flat()])  # fmt: skip
+    act = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[spec.activation]
+
+    def feed_forward(x):
+        inner = act(F.linear(x, *w.up))
+        return F.linear(inner * F.linear(x, *w.gate) if spec.gated else inner, *w.down)
+
+    def attention(x):
+        return F.linear(attend(spec, w, x, *rest), *w.out)
+
+    if spec.pre_norm:
+        x = x + attention(norm_of(spec, x, w.norm1))
+        return x + feed_forward(norm_of(spec, x, w.norm2))
+    x = norm_of(spec, x + attention(x), w.norm1)
+    return norm_of(spec, x + feed_forward(x), w.norm2)
+
+
+def truth(layers, batch):
+    """In fp64, sequence by sequence."""
+    starts, found = batch.cu_seqlens.tolist(), []
+    for i, (a, b) in enumerate(pairwise(starts)):
+        x, used = (
+            batch.hidden[a:b].double(),
+            b - a if batch.seqused_k is None else batch.seqused_k[i],
+        )
+        for layer in layers:
+            x = one_layer(layer, x, used, [t[a:b] for t in batch.angles], batch.relative)
+        found.append(x)
+    x = torch.cat(found)
+    return x if batch.rows is None else x[batch.rows]
+
+
+def batch_of(layers, lengths, seed=1, **rest):
+    spec, g = layers[0].spec, torch.Generator().manual_seed(seed)
+    hidden = torch.randn(sum(lengths), spec.hidden, generator=g)
+    return Batch(hidden, offsets(lengths), max(lengths), **rest, **positions(layers, lengths))
+
+
+def positions(layers, lengths):
+    """Angles, of two bases."""
+    at, half = torch.cat([torch.arange(n) for n in lengths]), layers[0].spec.head_dim // 2
+    turns = (at[:, None] * base ** -(torch.arange(half) / half) for base in (100.0, 10000.0))
+    return {"angles": tuple(torch.stack([t.cos(), t.sin()], 1) for t in turns)}
+
+
+def packed(layers, precision):
+    center = None if layers[0].spec.pre_norm else torch.linspace(-0.1, 0.1, layers[0].spec.hidden)
+    return PackedCpu(list(layers), precision, torch.float32, None, center, None)
+
+
+HOW = ["live fp32", "live bf16", "fp32", "bf16", "int8"]
+
+
+def states(how, layers, batch):
+    """By one call: of weights that are packed in `how`, or live ones."""
+    *live, precision = how.split()
+    with torch.inference_mode():
+        if not live:
+            return packed(layers, precision).run(batch, False)
+        if precision == "bf16":
+            batch = batch._replace(hidden=batch.hidden.bfloat16())
+        assert whole_cpu.limit(layers, batch) is None
+        return whole_cpu.run(layers, batch)
+
+
+def rounded(layers):
+    """Their weights as bf16 has them."""
+    return [
+        layer._replace(
+            weights=layer.weights.filled(
+                iter([p.bfloat16().float() for p in layer.weights.present()])
+            )
+        )
+        for layer in layers
+    ]
+
+
+def agrees(how, layers, batch):
+    found, precision = states(how, layers, batch), how.split()[-1]
+    close_to_truth(found, truth(layers, batch), floor=BOUND[precision])
+    return found
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.usefixtures("guarded")
+def test_kinds(how, kind, size, lengths):
+    layers = layers_of(kind, size)
+    agrees(how, layers, batch_of(layers, lengths))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", HOW)
+def test_rows_and_padding(how, kind):
+    """Rows that are wanted alone, and sequences whose last rows are queries, not keys."""
+    layers, lengths = layers_of(kind), (60, 20, 9, 75)
+    used = torch.tensor([60, 7, 0, 30], dtype=torch.int32)
+    batch = batch_of(layers, lengths, seqused_k=used)
+    whole, rows = agrees(how, layers, batch), torch.tensor([163, 0, 60, 66, 80, 0])
+    few = agrees(how, layers, batch._replace(rows=rows))
+    assert apart(few, whole[rows]) < 2e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", HOW)
+def test_company_changes_nothing(how, kind):
+    layers, lengths = layers_of(kind), (40, 1, 17, 133) * 6
+    batch = batch_of(layers, lengths)
+    together, start = states(how, layers, batch), 191 + 41
+    alone = batch_of(layers, (17,))._replace(hidden=batch.hidden[start : start + 17])
+    close_to_truth(states(how, layers, alone), together[start : start + 17], floor=2e-6)
