@@ -83,6 +83,7 @@ def freeze(model, precision: str = "fp32"):
 
 def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
     config, dtype = encoder.settings(), layers[0].weights.query.weight.dtype
+    relative = encoder.relative_embeddings()
     center = _center(owner, layers[0].spec.hidden)
     sample = Sample.of(owner, encoder, config) if precision == "int8" else None
     encoder.layer = type(encoder.layer)()  # so that `layers` alone has the weights
@@ -90,7 +91,7 @@ def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
     if encoder.bertfast_graphs is not None:
         encoder.bertfast_graphs.release()
     given = layers, precision, dtype, config
-    encoder.packed = PackedCuda(*given) if cuda else PackedCpu(*given, center, sample)
+    encoder.packed = PackedCuda(*given) if cuda else PackedCpu(*given, center, sample, relative)
 
 
 def _center(owner, size):

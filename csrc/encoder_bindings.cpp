@@ -19,21 +19,25 @@ T* at(ptr p) {
   return reinterpret_cast<T*>(p);
 }
 
+using Tables = std::vector<std::array<ptr, 2>>;  // RelativeTables of each layer
+
 // An encoder's weights for inference. Of packed weights it holds pointers alone: Python keeps them.
 class Encoder {
  public:
   // center: the bias of the LayerNorm before the first layer, see EncoderArgs.
-  Encoder(std::vector<LayerSpec> specs, std::vector<PackedLayer> layers, int precision, ptr center)
+  Encoder(std::vector<LayerSpec> specs, std::vector<PackedLayer> layers, int precision, ptr center,
+          const Tables& relative)
       : specs_(std::move(specs)), packed_(std::move(layers)), center_(at<const float>(center)) {
     args_.precision = Precision(precision);
-    check_layers();
+    check_layers(relative);
   }
   // Of LayerWeights, which are copied, with the matrices in bf16 or fp32 and the rest in fp32.
-  Encoder(std::vector<LayerSpec> specs, ptr weights, bool bf16, int precision)
+  Encoder(std::vector<LayerSpec> specs, ptr weights, bool bf16, int precision,
+          const Tables& relative)
       : specs_(std::move(specs)),
         live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + specs_.size()) {
     args_.precision = Precision(precision), args_.live_bf16 = bf16;
-    check_layers();
+    check_layers(relative);
   }
   // Layers [first, last).
   void forward(int64_t first, int64_t last, const Batch& batch) const {
@@ -85,12 +89,18 @@ class Encoder {
 
  private:
   int64_t layers() const { return int64_t(specs_.size()); }
-  void check_layers() const {
-    if (specs_.empty() || packed_.size() + live_.size() != specs_.size())
+  void check_layers(const Tables& relative) {
+    if (specs_.empty() || packed_.size() + live_.size() != specs_.size() ||
+        (!relative.empty() && relative.size() != specs_.size()))
       throw std::invalid_argument("encoder: expected a description of each layer, and a layer");
+    for (const auto& [key, query] : relative)
+      relative_.push_back({at<const float>(key), at<const float>(query)});
   }
   void run(int64_t first, int64_t last, const Batch& batch) const {
     EncoderArgs g = args_;
+    if (!relative_.empty()) g.relative = relative_.data() + first;
+    if (g.relative && !batch.rel_index)
+      throw std::invalid_argument("encoder: the batch lacks relative positions");
     g.specs = specs_.data() + first, g.layers = last - first, g.batch = batch;
     for (int64_t i = 0; i < g.layers; ++i)
       if (g.specs[i].rotary >= batch.angles.count)
@@ -112,6 +122,7 @@ class Encoder {
   }
 
   std::vector<LayerSpec> specs_;
+  std::vector<RelativeTables> relative_;  // of each layer, or none at all
   std::vector<PackedLayer> packed_;
   std::vector<LayerWeights> live_;
   const float* center_ = nullptr;
@@ -163,15 +174,16 @@ void bind_encoder(py::module_& m) {
               field("batch", &Batch::batch), field("tokens", &Batch::tokens),
               field("longest", &Batch::longest), optional("rows", &Batch::rows),
               optional("count", &Batch::count), optional("bias", &Batch::bias),
-              optional("angles", &Batch::angles));
+              optional("angles", &Batch::angles), optional("rel_index", &Batch::rel_index));
   bind_struct(m, "PackedLayer", field("qkv", &PackedLayer::qkv), field("out", &PackedLayer::out),
               field("up", &PackedLayer::up), field("down", &PackedLayer::down),
               field("norm1", &PackedLayer::norm1), field("norm2", &PackedLayer::norm2));
   py::class_<Encoder>(m, "Encoder")
-      .def(py::init<std::vector<LayerSpec>, std::vector<PackedLayer>, int, ptr>(), py::arg("specs"),
-           py::arg("packed"), py::arg("precision"), py::arg("center"))
-      .def(py::init<std::vector<LayerSpec>, ptr, bool, int>(), py::arg("specs"), py::arg("weights"),
-           py::arg("bf16"), py::arg("precision"))
+      .def(py::init<std::vector<LayerSpec>, std::vector<PackedLayer>, int, ptr, const Tables&>(),
+           py::arg("specs"), py::arg("packed"), py::arg("precision"), py::arg("center"),
+           py::arg("relative"))
+      .def(py::init<std::vector<LayerSpec>, ptr, bool, int, const Tables&>(), py::arg("specs"),
+           py::arg("weights"), py::arg("bf16"), py::arg("precision"), py::arg("relative"))
       .def("forward", &Encoder::forward)
       .def("texts", &Encoder::texts);
   m.def("qkv_precision",

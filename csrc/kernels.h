@@ -128,12 +128,19 @@ struct PackedLayer {
   Parameter norm1, norm2;             // fp32
 };
 
+// A layer's embeddings of relative positions, fp32 [buckets, heads, head_dim] or null: keys' that
+// queries meet, and the other way round.
+struct RelativeTables {
+  const float *key, *query;
+};
+
 struct EncoderArgs {
   const LayerSpec* specs;  // of each layer; they differ in window and rotary alone
   int64_t layers;
   const PackedLayer* packed;  // null where weights are live
   const LayerWeights* live;   // null, or weights that may change, packed at every call; no int8
   bool live_bf16;             // the live matrices; biases and norms are fp32
+  const RelativeTables* relative;  // of each layer, or null
   Precision precision;
   // int8 weights after a norm take its result less its bias, which their own bias has taken in:
   // most of an outlier's size is there. center: that of the norm before the first layer, or null;

@@ -63,6 +63,7 @@ struct Batch {
   int64_t count;        // of rows
   Bias bias;
   Angles angles;
+  const int32_t* rel_index;  // of the distance 0: the bucket of (query position - key position)
 
   int64_t results() const { return rows ? count : tokens; }
 };

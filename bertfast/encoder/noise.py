@@ -33,9 +33,8 @@ def _noise(states, expected) -> float:
 class Sample(NamedTuple):
     """Tokens at random, to try int8 on: outliers of weights show with any."""
 
-    first: torch.Tensor  # [tokens, hidden], what comes to the first layer
-    hidden: torch.Tensor  # behind the layers that it has come through
-    sequences: PackedSequences
+    batch: Batch  # what comes to the first layer
+    hidden: torch.Tensor  # [tokens, hidden], behind the layers that it has come through
 
     @classmethod
     @torch.no_grad()
@@ -61,12 +60,12 @@ class Sample(NamedTuple):
             handle.remove()
         hidden = seen[0].reshape(texts * seqlen, -1)
         starts = torch.arange(texts + 1, dtype=torch.int32) * seqlen
-        return cls(hidden, hidden, PackedSequences(starts, seqlen))
+        return cls(encoder.sample_batch(hidden, PackedSequences(starts, seqlen)), hidden)
 
     @torch.no_grad()
     def through(self, layer, packed):
         """-> the sample behind the layer, and the noise of `packed`'s."""
-        batch = Batch.of(self.hidden, self.sequences)
+        batch = self.batch._replace(hidden=self.hidden)
         expected = operators.run([layer], batch)
         states = forward(packed, 0, 1, batch, torch.float32)
         return self._replace(hidden=expected), _noise(states, expected.float())
@@ -74,7 +73,7 @@ class Sample(NamedTuple):
     @torch.no_grad()
     def least_cosine(self, run) -> float:
         """Of a token's states by `run`, all of the frozen layers, to those here."""
-        states = run(Batch.of(self.first, self.sequences))
+        states = run(self.batch)
         return torch.cosine_similarity(states.float(), self.hidden.float(), dim=1).min().item()
 
 

@@ -11,7 +11,7 @@ from ..ops.library import CPU_DTYPES, is_bf16, plain, ptr, unwatched
 from . import watch
 from .batch import Batch
 from .executors import whole_cuda
-from .executors.whole_cpu import c_spec, forward, positions_limit
+from .executors.whole_cpu import c_spec, forward, positions_limit, relative_tables
 from .noise import NOISE_LIMIT, Sample, complaints
 from .replay import Graphs
 from .run import Choice, forced
@@ -38,6 +38,15 @@ class Freezable:
 
     def sizes(self):
         """What `read` depends on besides the layers."""
+
+    def sample_batch(self, hidden, sequences) -> Batch:
+        """What int8 is tried on: states [tokens, hidden] of sequences from position 0 on, with
+        the angles or relative positions that the layers take."""
+        return Batch.of(hidden, sequences)
+
+    def relative_embeddings(self):
+        """[buckets, hidden] of relative positions, None where there are none: `freeze` keeps their
+        projections."""
 
     def describe(self) -> list[Layer | Unfit]:
         """`read`, asked at every forward: a model can change between two."""
@@ -120,23 +129,28 @@ class PackedCpu(Packed):
     `least_cosine` the whole's, see noise.py.
 
     layers: are taken out of the list, so that each can be freed. center: [hidden], the bias of the
-    LayerNorm before the first, or None. sample: for int8.
+    LayerNorm before the first, or None. sample: for int8. relative: [buckets, hidden], the
+    embeddings of relative positions, whose projections are kept; a call's then aren't looked at.
     """
 
-    def __init__(self, layers, precision: str, dtype, config, center, sample: Sample | None):
+    def __init__(
+        self, layers, precision: str, dtype, config, center, sample: Sample | None, relative=None
+    ):
         super().__init__(layers, precision, dtype, config)
         self.noise: list[float] = []
         self.choice = Choice(f"whole_cpu, frozen in {precision}", {})
         chosen, self._specs = [], [layer.spec for layer in layers]
+        relative = None if relative is None else relative.detach().float()
+        self._buckets = 0 if relative is None else len(relative)
         center = None if center is None else center.detach().float().clone()
         while layers:
             layer = layers.pop(0)
-            found, weights = precision, _PackedLayer(layer, precision, center)
+            found, weights = precision, _PackedLayer(layer, precision, center, relative)
             if sample is not None:
                 sample, noise = sample.through(layer, weights.encoder())
                 self.noise.append(noise)
                 if not noise <= NOISE_LIMIT:  # or NaN
-                    found, weights = "bf16", _PackedLayer(layer, "bf16", center)
+                    found, weights = "bf16", _PackedLayer(layer, "bf16", center, relative)
             chosen.append((found, weights))
             center = weights.norm2[1]
         self._keep, self._runs, first = [w for _, w in chosen], [], 0
@@ -162,6 +176,10 @@ class PackedCpu(Packed):
 
     def _run(self, first, last, batch, graphs=None):
         why = positions_limit(self._specs[first:last], batch)
+        if why is None and self._buckets:
+            low, high = (int(n) for n in torch.aminmax(batch.relative.index))
+            if low < 0 or high >= self._buckets:
+                why = f"relative.index has {low} to {high}, of {self._buckets} embeddings"
         if why:
             raise ValueError(f"the frozen encoder can't take this call: {why}")
         for start, end, encoder in self._runs:
@@ -231,15 +249,17 @@ class PackedCpu(Packed):
 
 
 class _PackedLayer:
-    """A layer's weights; `center` is the bias of the LayerNorm before it."""
+    """A layer's weights; `center` is the bias of the LayerNorm before it, `relative` the embeddings
+    of relative positions."""
 
-    def __init__(self, layer: Layer, precision: str, center):
+    def __init__(self, layer: Layer, precision: str, center, relative):
         spec, w, code = layer.spec, layer.weights, PRECISIONS.index(precision)
         self.spec, self.precision = spec, code
         self.norm1, self.norm2 = (
             [None if p is None else p.detach().float().clone() for p in norm]
             for norm in (w.norm1, w.norm2)
         )
+        self.tables = relative_tables(layer, relative) if spec.relative else []
         self.center = self.norm1[1] if spec.pre_norm else center
         behind = (self.norm2 if spec.pre_norm else self.norm1)[1]
         gate = (w.gate,) if spec.gated else ()
@@ -258,7 +278,8 @@ class _PackedLayer:
             pointers = {name: m.pointer for name, m in w.matrices.items()}
             layers.append(C.PackedLayer(**pointers, norm1=norm1, norm2=norm2))
         specs = [c_spec(w.spec) for w in (self, *others)]
-        return C.Encoder(specs, layers, self.precision, ptr(self.center))
+        tables = [list(map(ptr, w.tables)) for w in (self, *others) if w.tables]
+        return C.Encoder(specs, layers, self.precision, ptr(self.center), tables)
 
 
 class _Matrices:

@@ -244,7 +244,7 @@ struct Encoder {
     });
   }
   void run() {
-    static thread_local Buffer buffer, shared, weights, blocks, heads, panels;
+    static thread_local Buffer buffer, shared, weights, blocks, heads, panels, laid_out, rows_of;
     layers.make_room(weights);
     const int64_t padded = tokens + kMaxTileRows,
                   kept = batch.rows ? batch.count + kMaxTileRows : 0;
@@ -259,7 +259,10 @@ struct Encoder {
     int64_t longest = 0;
     for (int64_t b = 0; b < batch.batch; ++b)
       longest = max(longest, batch.cu_seqlens[b + 1] - batch.cu_seqlens[b]);
-    const PerThread<float> head_memory(heads, Heads<kHeads>::floats(longest, spec.dim()));
+    const PerThread<float> head_memory(heads,
+                                       Heads<kHeads>::floats(longest, spec.dim(), g.relative));
+    const auto distances = distances_of<kHeads>(g, longest, laid_out);
+    const PerThread<float> distance_rows(rows_of, g.relative ? distances[0].scratch_floats() : 0);
     const int64_t widest = max(spec.hidden, spec.inner);
     const int64_t split = 2 * max(split_panel<u>(widest), split_panel<kQkv>(widest));
     panel_memory = {panels, max(split, g.live ? Matrix<u>::scratch(widest) : 0)};
@@ -277,7 +280,12 @@ struct Encoder {
       for (int64_t i = 0; i < g.layers; ++i) {
         layers.pack_rest(i, team, panel_memory.mine());
         layers.pack_qkv(i + 1, team, panel_memory.mine());
-        const Heads<kHeads> attention{g.specs[i], qkv, qkv_row, context, hidden_row, batch.bias};
+        if (g.relative)
+          crew.share(2 * spec.heads, [&](int64_t n) {
+            distances[i].template lay_out<kHeads, float>(n, distance_rows.mine());
+          });
+        const Heads<kHeads> attention{g.specs[i], qkv,        qkv_row,     context,
+                                      hidden_row, batch.bias, distances[i]};
         crew.share(tasks * parts, [&](int64_t task) {
           const int64_t b = task / parts / spec.heads, start = batch.cu_seqlens[b];
           const int64_t queries = batch.cu_seqlens[b + 1] - start;

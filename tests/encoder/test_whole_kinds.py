@@ -10,6 +10,7 @@ from helpers import apart, close_to_truth, offsets
 from torch.nn import functional as F
 
 from bertfast.encoder import Batch, LayerSpec, LayerWeights
+from bertfast.encoder.batch import Relative
 from bertfast.encoder.executors import whole_cpu
 from bertfast.encoder.packed import PackedCpu
 from bertfast.encoder.spec import Layer
@@ -28,10 +29,15 @@ KINDS = {
     "rotary": {"rotary": 1},
     "window": {"window": 9},
     "groups": {"groups": 2},
-    # families' own
+    "c2p": {"relative": ("c2p",)},
+    "p2c": {"relative": ("p2c",)},
+    "relative_window": {"relative": ("p2c", "c2p"), "window": 21, "groups": 2},
+}
+FAMILIES = {
     "modernbert": PRE
     | {"gated": True, "biases": (), "first_norm": False, "size": (128, 2, 200)}
     | {"each": [{"rotary": 0}, {"rotary": 1, "window": 8}]},
+    "deberta": {"relative": ("c2p", "p2c"), "size": (96, 3, 200)},
     "nomic": {"gated": True, "activation": "silu", "rotary": 0, "biases": ("norms",)},
     "eurobert": PRE
     | {"rms": True, "gated": True, "activation": "silu", "rotary": 0, "groups": 3}
@@ -43,10 +49,10 @@ LENGTHS = [(40, 1, 17, 0, 33), (3,), (129, 150)]
 
 def layers_of(kind, size="even", count=3):
     """Some, with weights that matter."""
-    options = dict(KINDS[kind])
+    options = dict((KINDS | FAMILIES)[kind])
     biases = options.pop("biases", ("matrices", "norms"))
     first, each = options.pop("first_norm", True), options.pop("each", [{}])
-    hidden, heads, inner = options.pop("size", SIZES[size])
+    hidden, heads, inner = options.pop("size", None) or SIZES[size]
     heads = options.get("groups", 1) * -(-heads // options.get("groups", 1))
     g, layers = torch.Generator().manual_seed(0), []
     for i in range(count):
@@ -149,16 +155,30 @@ def batch_of(layers, lengths, seed=1, **rest):
     return Batch(hidden, offsets(lengths), max(lengths), **rest, **positions(layers, lengths))
 
 
+BUCKETS = 16  # near distances have one each, far ones share them: arXiv:2006.03654's successor
+EMBEDDINGS = torch.randn(2 * BUCKETS, 128, generator=torch.Generator().manual_seed(2))
+
+
+def relative(size, n):
+    away = torch.arange(1 - n, n)
+    near, far = BUCKETS // 2, away.abs().clamp(min=1).float()
+    more = near + (far / near).log() / math.log(16) * (near - 1)
+    bucket = torch.where(far <= near, far, more.ceil().clamp(max=BUCKETS - 1)) * away.sign()
+    return Relative(EMBEDDINGS[:, :size], (bucket + BUCKETS).int())
+
+
 def positions(layers, lengths):
-    """Angles, of two bases."""
+    """Angles, of two bases, and relative positions of a few more tokens than there are."""
     at, half = torch.cat([torch.arange(n) for n in lengths]), layers[0].spec.head_dim // 2
     turns = (at[:, None] * base ** -(torch.arange(half) / half) for base in (100.0, 10000.0))
-    return {"angles": tuple(torch.stack([t.cos(), t.sin()], 1) for t in turns)}
+    given = relative(layers[0].spec.hidden, max(lengths) + 3)
+    return {"relative": given, "angles": tuple(torch.stack([t.cos(), t.sin()], 1) for t in turns)}
 
 
 def packed(layers, precision):
     center = None if layers[0].spec.pre_norm else torch.linspace(-0.1, 0.1, layers[0].spec.hidden)
-    return PackedCpu(list(layers), precision, torch.float32, None, center, None)
+    relative = EMBEDDINGS[:, : layers[0].spec.hidden]
+    return PackedCpu(list(layers), precision, torch.float32, None, center, None, relative)
 
 
 HOW = ["live fp32", "live bf16", "fp32", "bf16", "int8"]
@@ -194,9 +214,12 @@ def agrees(how, layers, batch):
     return found
 
 
+CASES = [(kind, size) for kind in KINDS for size in ("even", "odd")]
+CASES += [("gated", "inner"), *((kind, None) for kind in FAMILIES)]
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, size", CASES)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.usefixtures("guarded")
 def test_kinds(how, kind, size, lengths):
@@ -204,7 +227,7 @@ def test_kinds(how, kind, size, lengths):
     agrees(how, layers, batch_of(layers, lengths))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["pre_norm", "window", *FAMILIES])
 @pytest.mark.parametrize("how", HOW)
 def test_rows_and_padding(how, kind):
     """Rows that are wanted alone, and sequences whose last rows are queries, not keys."""
@@ -216,7 +239,7 @@ def test_rows_and_padding(how, kind):
     assert apart(few, whole[rows]) < 2e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("how", HOW)
 def test_company_changes_nothing(how, kind):
     layers, lengths = layers_of(kind), (40, 1, 17, 133) * 6

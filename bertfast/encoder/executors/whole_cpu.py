@@ -9,14 +9,15 @@ import torch
 from ...ops import registry
 from ...ops.attention import bias_arguments, dense_last
 from ...ops.extension import C, error
-from ...ops.library import CPU_DTYPES, GPU_DTYPES, is_bf16, lazy, plain, ptr, real
+from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, ptr, real
 from ...ops.linear_act import ACTIVATIONS
-from ..batch import Batch
+from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
 from ..weights import FLAT, IS_MATRIX, addresses, fit
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
+_TABLES = {"c2p": "pos_key", "p2c": "pos_query"}
 _ANGLES = 3  # tables of a call, see csrc/layer.h
 
 
@@ -63,9 +64,15 @@ def _specs_limit(specs: tuple[LayerSpec, ...]) -> str | None:
 
 def positions_limit(specs, batch: Batch) -> str | None:
     """What of a call's positions doesn't fit its layers."""
-    dim, tokens = specs[0].head_dim, len(batch.hidden)
+    dim, tokens, relative = specs[0].head_dim, len(batch.hidden), batch.relative
     if specs[0].relative:
-        return "it has no relative positions"
+        if relative is None:
+            return "the batch has no relative positions"
+        index = relative.index
+        if index.dtype != torch.int32 or index.dim() != 1 or not plain(index):
+            return f"the relative positions are {index.dtype}, expected plain int32"
+        if len(index) < 2 * batch.longest - 1 or len(index) % 2 == 0:
+            return f"there are {len(index)} relative positions for {batch.longest} tokens"
     for i in {spec.rotary for spec in specs} - {None}:
         if dim % 2:
             return f"heads of {dim} have no halves to turn"
@@ -87,6 +94,7 @@ def _needed(spec: LayerSpec) -> list[int]:
     roles = {"query", "key", "value", "out", "up", "down", "norm2"}
     roles |= {"gate"} if spec.gated else set()
     roles |= set() if spec.pre_norm else {"norm1"}
+    roles |= {_TABLES[kind] for kind in spec.relative}
     return [i for i, (role, part) in enumerate(FLAT) if part == "weight" and role in roles]
 
 
@@ -133,7 +141,13 @@ def c_spec(spec: LayerSpec):
 
 def run(layers: list[Layer], batch: Batch):
     """In bf16 the residual stream stays in fp32 between layers."""
-    hidden = batch.hidden
+    hidden, relative = batch.hidden, batch.relative
+    tables = []
+    if layers[0].spec.relative:
+        index, first, last = _reached(batch)
+        rows = relative.embeddings[first : last + 1].to(hidden.dtype)
+        batch = batch._replace(relative=Relative(rows, index - first))
+        tables = [relative_tables(layer, rows) for layer in layers]
     keep = [
         p if matrix or p.dtype is torch.float32 else p.float()
         for p, matrix in zip(flat_weights(layers), _are_matrices(layers), strict=True)
@@ -143,9 +157,37 @@ def run(layers: list[Layer], batch: Batch):
     at = addresses([layer.weights.filled(own) for layer in layers])
     encoder = C.Encoder(
         *([c_spec(layer.spec) for layer in layers], at.buffer_info()[0]),
-        *(is_bf16(keep[0]), int(is_bf16(hidden))),
+        *(is_bf16(keep[0]), int(is_bf16(hidden)), [list(map(ptr, two)) for two in tables]),
     )
     return forward(encoder, 0, len(layers), batch, hidden.dtype)
+
+
+def _reached(batch: Batch):
+    """The part of the relative positions' index that the call reaches, and its least and largest
+    bucket. Raises IndexError for buckets that aren't there."""
+    embeddings, index = batch.relative
+    middle, reach = len(index) // 2, max(batch.longest - 1, 0)
+    index = index[middle - reach : middle + reach + 1]
+    first, last = (int(n) for n in torch.aminmax(index))
+    if first < 0 or last >= len(embeddings):
+        raise IndexError(f"relative.index has {first} to {last} of {len(embeddings)} embeddings")
+    return index, first, last
+
+
+@torch.no_grad()
+def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
+    """[buckets, hidden] -> what a layer's queries meet, and its keys: fp32, [buckets, width]."""
+    spec, found = layer.spec, []
+    for kind, role in _TABLES.items():
+        weight, bias = (
+            p.float() if p is not None and embeddings.dtype == torch.float32 else p
+            for p in getattr(layer.weights, role)
+        )
+        table = None
+        if kind in spec.relative:
+            table = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
+        found.append(table)
+    return found
 
 
 def forward(encoder, first: int, last: int, batch: Batch, dtype):
@@ -161,12 +203,13 @@ def forward(encoder, first: int, last: int, batch: Batch, dtype):
     if count:
         bias = None if batch.bias is None else dense_last(batch.bias)
         angles = [real(table) for table in batch.angles]
-        given = c_batch(batch, hidden, out, starts, used, rows, bias, angles)
+        index = None if batch.relative is None else real(batch.relative.index)
+        given = c_batch(batch, hidden, out, starts, used, rows, bias, angles, index)
         encoder.forward(first, last, given)
     return out
 
 
-def c_batch(batch, hidden, out, starts, used, rows, bias, angles=()):
+def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None):
     """Of C++, with whatever stands for the batch's tensors in memory."""
     return C.Batch(
         hidden=hidden.data_ptr(),
@@ -182,4 +225,5 @@ def c_batch(batch, hidden, out, starts, used, rows, bias, angles=()):
         count=len(out),
         bias=bias_arguments(bias),
         angles=[ptr(table) for table in angles],
+        rel_index=0 if index is None else index[len(index) // 2 :].data_ptr(),
     )
