@@ -52,7 +52,7 @@ def layers_of(kind, size="even", count=3):
     options = dict((KINDS | FAMILIES)[kind])
     biases = options.pop("biases", ("matrices", "norms"))
     first, each = options.pop("first_norm", True), options.pop("each", [{}])
-    hidden, heads, inner = options.pop("size", None) or SIZES[size]
+    hidden, heads, inner = options.pop("size", SIZES[size or "even"])
     heads = options.get("groups", 1) * -(-heads // options.get("groups", 1))
     g, layers = torch.Generator().manual_seed(0), []
     for i in range(count):
