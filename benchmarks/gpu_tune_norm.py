@@ -58,7 +58,7 @@ def case_of(which, tokens, hidden, p, device, sets):
     seed = torch.tensor([7, 9], device=where) if p else None
 
     def forward(x, residual, weight, bias, x_bias, *_):
-        return kernel.add_layer_norm(x, residual, weight, bias, EPS, x_bias, p, seed)
+        return kernel.add_layer_norm(x, residual, weight, bias, EPS, x_bias, p, seed, False)
 
     def both(found):
         dx, ds, *rest = found
@@ -66,7 +66,7 @@ def case_of(which, tokens, hidden, p, device, sets):
 
     def backward(x, residual, weight, bias, x_bias, grad, mean, rstd):
         args = grad, x, residual, weight, mean, rstd, x_bias, p, seed
-        return both(kernel.add_layer_norm_backward(*args))
+        return both(kernel.add_layer_norm_backward(*args, False))
 
     def variant(options):
         def call(x, residual, weight, bias, x_bias, grad, mean, rstd):

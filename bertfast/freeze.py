@@ -86,7 +86,7 @@ def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
     relative = encoder.relative_embeddings()
     center = _center(owner, layers[0].spec.hidden)
     sample = Sample.of(owner, encoder, config) if precision == "int8" else None
-    encoder.layer = type(encoder.layer)()  # so that `layers` alone has the weights
+    del encoder.layer[:]  # so that `layers` alone has the weights
     encoder.bertfast_seen = None
     if encoder.bertfast_graphs is not None:
         encoder.bertfast_graphs.release()
@@ -106,13 +106,13 @@ def _layers(name: str, encoder) -> list[Layer]:
     for path, m in encoder.named_modules(prefix=name):
         if adapters.unmerged(m):
             _refuse(path, f"it is a {watch.class_name(m)} that is not merged")
-    watched = {name: encoder, f"{name}.layer": encoder.layer}
-    watched |= {f"{name}.layer.{i}": layer for i, layer in enumerate(encoder.layer)}
+    watched = {name: encoder, encoder.path(name): encoder.layer}
+    watched |= {encoder.path(name, i): layer for i, layer in enumerate(encoder.layer)}
     for path, m in watched.items():
-        _refuse(path.lstrip("."), watch.untouched(m, type(m)))
+        _refuse(path, watch.untouched(m, type(m)))
     found = encoder.read()
     for i, layer in enumerate(found):
-        path = f"{name}.layer.{i}".lstrip(".")
+        path = encoder.path(name, i)
         if isinstance(layer, Unfit):
             _refuse(f"{path}.{layer.where}".rstrip("."), layer.why)
         spec = found[0].spec._replace(window=layer.spec.window, rotary=layer.spec.rotary)

@@ -39,6 +39,13 @@ void bind_products(py::module_& m) {
   add(m, "activation_backward", &Kernels::activation_backward,
       Fields<&A::grad, &A::grad_row, &A::z, &A::dz, &A::column_sum, &A::m, &A::n, &A::bf16,
              &A::activation>());
+  using H = GatedActArgs;
+  constexpr Fields<&H::up, &H::up_row, &H::gate, &H::gate_row, &H::rows, &H::n, &H::activation,
+                   &H::dropout, &H::bf16>
+      gated;
+  add(m, "gated_act", &Kernels::gated_act, gated + Fields<&H::y>());
+  add(m, "gated_act_backward", &Kernels::gated_act_backward,
+      gated + Fields<&H::grad, &H::grad_row, &H::dup, &H::dgate>());
 }
 
 void bind_attention(py::module_& m) {
@@ -52,12 +59,16 @@ void bind_attention(py::module_& m) {
   add(m, "attention_backward", &Kernels::attention_backward,
       common + Fields<&A::grad, &A::lse, &A::dq, &A::dk, &A::dv, &A::dq_token, &A::dk_token,
                       &A::dbias, &A::dbias_rows, &A::dbias_cols, &A::drel_key, &A::drel_query>());
+  using R = RotaryArgs;
+  add(m, "rotary", &Kernels::rotary,
+      Fields<&R::qkv, &R::angles, &R::tokens, &R::heads, &R::dim, &R::inverse, &R::bf16,
+             &R::out>());
 }
 
 void bind_norms(py::module_& m) {
   using N = AddLayerNormArgs;
   constexpr Fields<&N::x, &N::residual, &N::weight, &N::x_bias, &N::dropout, &N::mean, &N::rstd,
-                   &N::tokens, &N::hidden, &N::bf16, &N::weight_bf16, &N::x_bias_bf16>
+                   &N::tokens, &N::hidden, &N::bf16, &N::weight_bf16, &N::x_bias_bf16, &N::rms>
       norm;
   add(m, "add_layer_norm", &Kernels::add_layer_norm,
       norm + Fields<&N::bias, &N::bias_bf16, &N::eps, &N::y>());

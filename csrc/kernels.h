@@ -29,7 +29,7 @@ struct GemmArgs {
   int64_t c_row;
   bool c_bf16;
   void* z;          // null, or the pre-activation, laid out as c
-  int activation;   // 0 none, 1 GELU (erf), 2 GELU (tanh), 3 ReLU
+  int activation;   // 0 none, 1 GELU (erf), 2 GELU (tanh), 3 ReLU, 4 SiLU
   bool accumulate;  // c = activation(... + c)
 };
 
@@ -79,16 +79,40 @@ struct AttentionArgs {
 };
 
 struct AddLayerNormArgs {
-  const void *x, *residual, *weight, *bias, *x_bias;
+  const void *x, *residual, *weight, *bias, *x_bias;  // all but x may be null
   Dropout dropout;
   int64_t tokens, hidden;
   float eps;
   bool bf16, weight_bf16, bias_bf16, x_bias_bf16;
+  bool rms;  // no mean is taken off
   void* y;
-  float *mean, *rstd;
+  float *mean, *rstd;  // mean is 0 where rms; null where there is no norm at all
   const void* grad;
   void *dx, *dresidual;  // dresidual is null where it is dx's
   float* columns;        // [3, hidden]: dweight, dbias, dx_bias
+};
+
+// y = dropout(activation(up) * gate), all [rows, n]; what is read has rows of any stride.
+struct GatedActArgs {
+  const void *up, *gate;
+  int64_t up_row, gate_row, rows, n;
+  int activation;
+  Dropout dropout;
+  bool bf16;
+  void* y;
+  const void* grad;
+  int64_t grad_row;
+  void *dup, *dgate;
+};
+
+// out = qkv [tokens, 3, heads, dim], in its queries and keys each pair (x[j], x[j + dim / 2])
+// turned by angles [tokens, 2, dim / 2], cosines and sines; the other way if inverse.
+struct RotaryArgs {
+  const void* qkv;
+  const float* angles;
+  int64_t tokens, heads, dim;
+  bool inverse, bf16;
+  void* out;
 };
 
 struct EmbeddingArgs {
@@ -166,6 +190,9 @@ struct Kernels {
   void (*attention_backward)(const AttentionArgs&);
   void (*add_layer_norm)(const AddLayerNormArgs&);
   void (*add_layer_norm_backward)(const AddLayerNormArgs&);
+  void (*gated_act)(const GatedActArgs&);
+  void (*gated_act_backward)(const GatedActArgs&);
+  void (*rotary)(const RotaryArgs&);
   void (*embedding_layer_norm)(const EmbeddingArgs&);
   void (*embedding_layer_norm_backward)(const EmbeddingArgs&);
   // out[rows[i]] += x[i]; out [table, hidden] is overwritten

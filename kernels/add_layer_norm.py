@@ -1,4 +1,5 @@
-"""LN(residual + dropout(x + x_bias)): each value is read once and written once.
+"""LN(residual + dropout(x + x_bias)), RMS norm or none in LN's place: each value is read once and
+written once.
 
 Bytes per value in bf16: forward 6 (x, residual, y); backward 10 (grad, x, residual, dx, ds), less
 2 without dropout, where dx and ds are one. Programs of backward take every tile'th rows in turn,
@@ -9,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bertfast.ops.add_layer_norm import statistics_of, two_gradients
 from bertfast.ops.dropout import threshold
 
 from .jit import cdiv, jit
@@ -51,7 +53,7 @@ def _sum(
 @jit(do_not_specialize=["tokens", "threshold"])
 def _forward(
     x, residual, weight, bias, x_bias, seed, y, mean, rstd, tokens, eps, scale, threshold,
-    N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    RMS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """x, residual, y [tokens, N]; weight, bias, x_bias [N]; mean, rstd fp32 [tokens]."""
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -59,23 +61,27 @@ def _forward(
     at = rows[:, None] * N + j[None, :]
     mask = (rows < tokens)[:, None] & (j < N)[None, :]
     k = None if x_bias is None else load_columns(x_bias, j, N)
-    s, _ = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
-    m, r, centred = statistics(s, mask, eps, N)
-    tl.store(mean + rows, m, rows < tokens)
-    tl.store(rstd + rows, r, rows < tokens)
-    out = centred * r[:, None] * load_columns(weight, j, N)[None, :]
-    out += load_columns(bias, j, N)[None, :]
+    out, _ = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
+    if weight is not None:
+        m, r, centred = statistics(out, mask, eps, N, RMS)
+        tl.store(mean + rows, m, rows < tokens)
+        tl.store(rstd + rows, r, rows < tokens)
+        out = centred * r[:, None] * load_columns(weight, j, N)[None, :]
+    if bias is not None:
+        out += load_columns(bias, j, N)[None, :]
     tl.store(y + at, out.to(y.dtype.element_ty), mask)
 
 
 @jit(do_not_specialize=["tokens", "threshold"])
 def _backward(
     grad, x, residual, weight, x_bias, seed, mean, rstd, dx, ds, partial, tokens, scale, threshold,
-    N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr,
+    RMS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """partial fp32 [programs, SUMS, N]: dweight, dbias and, with x_bias, dx_bias."""
+    """partial fp32 [programs, SUMS, N]: with weight dweight and dbias, with x_bias dx_bias."""
     j = tl.arange(0, BLOCK)
-    w = load_columns(weight, j, N)
+    if weight is not None:
+        w = load_columns(weight, j, N)
     k = None if x_bias is None else load_columns(x_bias, j, N)
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
@@ -85,14 +91,20 @@ def _backward(
         rows = t * R + tl.arange(0, R).to(tl.int64)
         at = rows[:, None] * N + j[None, :]
         mask = (rows < tokens)[:, None] & (j < N)[None, :]
-        g = load_once(grad + at, mask)
-        s, keep = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
-        m = tl.load(mean + rows, rows < tokens, other=0)
-        r = tl.load(rstd + rows, rows < tokens, other=0)
-        normed = centre(s, m, mask, N) * r[:, None]
-        dw += tl.sum(g * normed, 0)
-        db += tl.sum(g, 0)
-        d = gradient(g * w[None, :], normed, r, N)
+        d = load_once(grad + at, mask)
+        if weight is None:
+            keep = mask
+            if seed is not None:
+                keep = keep_mask(seed, rows, tl.arange(0, BLOCK // 4), threshold)
+        else:
+            s, keep = _sum(x, residual, k, seed, rows, j, at, mask, scale, threshold, BLOCK)
+            r = tl.load(rstd + rows, rows < tokens, other=0)
+            if not RMS:
+                s = centre(s, tl.load(mean + rows, rows < tokens, other=0), mask, N)
+            normed = s * r[:, None]
+            dw += tl.sum(d * normed, 0)
+            db += tl.sum(d, 0)
+            d = gradient(d * w[None, :], normed, r, N, RMS)
         if ds is not None:
             tl.store(ds + at, d.to(ds.dtype.element_ty), mask)
         if seed is not None:
@@ -101,53 +113,57 @@ def _backward(
         if x_bias is not None:
             dk += tl.sum(d, 0)
     partial += tl.program_id(0) * SUMS * N + j
-    tl.store(partial, dw, j < N)
-    tl.store(partial + N, db, j < N)
+    if weight is not None:
+        tl.store(partial, dw, j < N)
+        tl.store(partial + N, db, j < N)
+        partial += 2 * N
     if x_bias is not None:
-        tl.store(partial + 2 * N, dk, j < N)
+        tl.store(partial, dk, j < N)
 
 
 def _dense(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
+def add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, seed, rms):
     tokens, hidden = x.shape
     y = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = statistics_of(x, weight)
     if tokens:
         block, rows, warps = tile(hidden, _FORWARD)
         _forward[cdiv(tokens, rows),](
             *_dense(x, residual, weight, bias, x_bias, seed),
             *(y, mean, rstd, tokens, eps, 1 / (1 - dropout_p), as_int32(threshold(dropout_p))),
-            *(hidden, block, rows),
+            *(rms, hidden, block, rows),
             num_warps=warps,
         )
     return y, mean, rstd
 
 
-def add_layer_norm_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
+def add_layer_norm_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed, rms):
     tokens, hidden = x.shape
-    two = residual is not None and seed is not None
-    sums = 2 if x_bias is None else 3
     block, rows, warps = tile(hidden, _BACKWARD)
     grid = max(1, min(programs(x.device, _BACKWARD[2]), cdiv(tokens, rows)))
 
     def empty(*shape, dtype=x.dtype):
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    dx, ds = empty(tokens, hidden), empty(tokens, hidden) if two else None
-    partial = empty(grid, sums, hidden, dtype=torch.float32)
+    dx = empty(tokens, hidden)
+    ds = empty(tokens, hidden) if two_gradients(residual, seed) else None
+    vectors = [
+        None if p is None else empty(hidden, dtype=p.dtype) for p in (weight, weight, x_bias)
+    ]
+    sums = [v for v in vectors if v is not None]
+    partial = empty(grid, len(sums), hidden, dtype=torch.float32)
     _backward[grid,](
         *_dense(grad, x, residual, weight, x_bias, seed, mean, rstd),
         *(dx, ds, partial, tokens, 1 / (1 - dropout_p), as_int32(threshold(dropout_p))),
-        *(hidden, block, rows, sums, _BACKWARD[3]),
+        *(rms, hidden, block, rows, len(sums), _BACKWARD[3]),
         num_warps=warps,
     )
-    dw, db = (empty(hidden, dtype=weight.dtype) for _ in range(2))
-    dx_bias = None if x_bias is None else empty(hidden, dtype=x_bias.dtype)
-    sum_partials(partial, dw, db, dx_bias)
-    return dx, empty(0) if ds is None else ds, dw, db, empty(0) if dx_bias is None else dx_bias
+    if sums:
+        sum_partials(partial, *sums)
+    return dx, *(empty(0) if t is None else t for t in (ds, *vectors))
 
 
 def shipped():
@@ -162,22 +178,35 @@ def shipped():
             for extras in ("residual x_bias seed", "residual x_bias", "residual", ""):
                 if hidden != 768 and (p != "*fp32" or x != "*bf16" or "seed" not in extras):
                     continue
-                yield from _specs(hidden, x, p, extras.split())
+                yield from _specs(hidden, x, p, ["weight", "bias", *extras.split()])
+    for x in ("*bf16", "*fp16", "*fp32"):
+        for extras in ("weight", "weight seed", "x_bias seed", "x_bias", ""):
+            yield from _specs(768, x, x, ["residual", *extras.split()], "weight" in extras)
 
 
-def _specs(hidden, x, parameter, extras):
-    optional = {"residual": x, "x_bias": parameter, "seed": "*i64"}
-    types = {k: v for k, v in optional.items() if k in extras}
-    nothing = {k: None for k in optional if k not in extras}
-    types |= {"x": x, "weight": parameter, "mean": "*fp32", "rstd": "*fp32"}
-    types |= {"tokens": "i32", "scale": "fp32", "threshold": "i32"}
+def _specs(hidden, x, parameter, extras, rms=False):
+    vectors = dict.fromkeys(("weight", "bias", "x_bias"), parameter)
+    optional = vectors | {"residual": x, "seed": "*i64"}
+    types = {k: v for k, v in optional.items() if k in extras and k != "bias"}
+    nothing = {k: None for k in optional if k not in extras and k != "bias"} | {"RMS": rms}
+    types |= {"x": x, "tokens": "i32", "scale": "fp32", "threshold": "i32"}
+    statistics = {"mean": "*fp32", "rstd": "*fp32"}
     block, rows, warps = tile(hidden, _FORWARD)
     constants = nothing | {"N": hidden, "BLOCK": block, "R": rows}
-    yield Spec(_forward, types | {"bias": parameter, "y": x, "eps": "fp32"}, constants, warps)
+    own = types | statistics | {"y": x, "eps": "fp32"}
+    if "bias" in extras:
+        own["bias"] = parameter
+    else:
+        constants["bias"] = None
+    yield Spec(_forward, own, constants, warps)
     block, rows, warps = tile(hidden, _BACKWARD)
     constants = nothing | {"N": hidden, "BLOCK": block, "R": rows}
-    constants |= {"SUMS": 3 if "x_bias" in extras else 2, "STAGES": _BACKWARD[3]}
+    constants |= {"SUMS": 2 * ("weight" in extras) + ("x_bias" in extras), "STAGES": _BACKWARD[3]}
     types |= {"grad": x, "dx": x, "partial": "*fp32"}
+    if "weight" in extras:
+        types |= statistics
+    else:
+        constants |= dict.fromkeys(statistics)
     if "seed" in extras:
         types["ds"] = x
     else:

@@ -269,7 +269,8 @@ def shipped():
                 yield _product_spec(dtype, tile, 1001, 101, 1, 1, True)
             yield _product_spec("bf16", tile, 1001, 101, 3, 0, False)
             continue
-        for activation, save in ((0, False), (1, False), (1, True), (2, True), (3, True)):
+        saved = [(activation, True) for activation in (1, 2, 3, 4)]
+        for activation, save in ((0, False), (1, False), *saved):
             yield _product_spec("bf16", tile, *feed_forward, 1, activation, save)
         yield _product_spec("fp16", tile, *feed_forward, 1, 1, True)
         if not tile.tma:
@@ -285,7 +286,7 @@ def shipped():
             )
         )
         lengths = dict.fromkeys(("M", "chunk"), "i32")
-        for activation in (1, 2, 3):
+        for activation in (1, 2, 3, 4):
             yield Spec(
                 *(kernels.activation, {"z": p, "y": p, "size": "i32"}),
                 *({"ACT": activation, "BLOCK": BLOCK}, 4),

@@ -23,8 +23,8 @@ def _tail(z):
 
 
 @triton.jit
-def _activate(z, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """None, GELU, its tanh approximation or ReLU of z, fp32; EXACT: to fp32's precision."""
+def activate(z, ACT: tl.constexpr, EXACT: tl.constexpr):
+    """None, GELU, its tanh approximation, ReLU or SiLU of z, fp32; EXACT: to fp32's precision."""
     if ACT == 1 and not EXACT:
         u, tail, _ = _tail(z)
         z = tl.maximum(z, 0.0) - u * tail  # a NaN is in the tail
@@ -36,14 +36,23 @@ def _activate(z, ACT: tl.constexpr, EXACT: tl.constexpr):
             z = z / (1 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
     if ACT == 3:
         z = tl.where(z < 0, 0.0, z)
+    if ACT == 4:
+        z = tl.where(z < -100, -100.0, z)  # likewise
+        z = z / (1 + tl.exp(-z))
     return z
 
 
 @triton.jit
-def _derivative(z, ACT: tl.constexpr, EXACT: tl.constexpr):
+def derivative(z, ACT: tl.constexpr, EXACT: tl.constexpr):
     """activation'(z), fp32; EXACT: to fp32's precision."""
-    if ACT == 3:
+    if ACT == 0:
+        d = tl.full(z.shape, 1.0, tl.float32)
+    elif ACT == 3:
         d = tl.where(z > 0, 1.0, 0.0)
+    elif ACT == 4:
+        z = tl.where(z < -88, -88.0, tl.where(z > 88, 88.0, z))  # the limits at infinity
+        s = 1 / (1 + tl.exp(-z))
+        d = s + z * s * (1 - s)
     elif ACT == 1 and not EXACT:
         u, tail, e = _tail(z)
         d = tail - 0.3989422804014327 * u * e  # at -|z|
@@ -76,14 +85,14 @@ def _finish(
     if TMA:
         if z is not None:
             z.store([m0, n0], acc.to(z.dtype))  # which goes on while the activation is computed
-        y.store([m0, n0], _activate(acc, ACT, EXACT).to(y.dtype))
+        y.store([m0, n0], activate(acc, ACT, EXACT).to(y.dtype))
     else:
         rm = m0 + tl.arange(0, acc.shape[0])
         at = rm.to(tl.int64)[:, None] * (PARTS * N) + (part * N + rn)[None, :]
         inside = (rm < M)[:, None] & (rn < N)[None, :]
         if z is not None:
             tl.store(z + at, acc.to(z.dtype.element_ty), mask=inside)
-        tl.store(y + at, _activate(acc, ACT, EXACT).to(y.dtype.element_ty), mask=inside)
+        tl.store(y + at, activate(acc, ACT, EXACT).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -183,7 +192,7 @@ def activation(z, y, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(z + at, mask=at < size, other=0).to(tl.float32)
     EXACT: tl.constexpr = y.dtype.element_ty == tl.float32
-    tl.store(y + at, _activate(value, ACT, EXACT).to(y.dtype.element_ty), mask=at < size)
+    tl.store(y + at, activate(value, ACT, EXACT).to(y.dtype.element_ty), mask=at < size)
 
 
 @jit(do_not_specialize=["M", "chunk"])
@@ -217,7 +226,7 @@ def gradient(
             EXACT: tl.constexpr = dz.dtype.element_ty == tl.float32
             at = rm[:, None] * N + rn[None, :]
             argument = tl.load(z + at, mask=inside, other=0).to(tl.float32)
-            value *= _derivative(argument, ACT, EXACT)
+            value *= derivative(argument, ACT, EXACT)
             tl.store(dz + at, value.to(dz.dtype.element_ty), mask=inside)
         total += value
     if sums is not None:

@@ -60,17 +60,24 @@ def centre(s, mean, mask, N: tl.constexpr):
 
 
 @triton.jit
-def statistics(s, mask, eps, N: tl.constexpr):
-    """mean [R], rstd [R] and s - mean [R, BLOCK] of rows of N values; s is 0 outside mask."""
+def statistics(s, mask, eps, N: tl.constexpr, RMS: tl.constexpr = False):
+    """mean [R], rstd [R] and s - mean [R, BLOCK] of rows of N values; s is 0 outside mask. RMS
+    norm's mean is 0."""
     mean = tl.sum(s, 1) / N
     centred = centre(s, mean, mask, N)
+    if RMS:
+        mean = tl.zeros_like(mean)
+        centred = s
     return mean, tl.rsqrt(tl.sum(centred * centred, 1) / N + eps), centred
 
 
 @triton.jit
-def gradient(scaled, normed, rstd, N: tl.constexpr):
+def gradient(scaled, normed, rstd, N: tl.constexpr, RMS: tl.constexpr = False):
     """Of the sum that was normalised; scaled = grad * weight, 0 outside the rows, as normed."""
-    if N == 1:  # a fused product would leave the rounding of scaled's mean, times rstd
+    if RMS:
+        b = tl.sum(scaled * normed, 1) / N
+        return (scaled - normed * b[:, None]) * rstd[:, None]
+    elif N == 1:  # a fused product would leave the rounding of scaled's mean, times rstd
         return tl.zeros_like(scaled)
     else:
         a = tl.sum(scaled, 1) / N
@@ -83,7 +90,7 @@ def _sum_partials(
     partial, out0, out1, out2, parts,
     N: tl.constexpr, SUMS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out_k [N] = sum over p of partial [parts, SUMS, N] [p, k]; out2 is None where SUMS is 2."""
+    """out_k [N] = sum over p of partial [parts, SUMS, N] [p, k]; None from out_SUMS on."""
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.program_id(1)
     total = tl.zeros([PARTS, COLUMNS], tl.float32)
@@ -94,14 +101,15 @@ def _sum_partials(
     result = tl.sum(total, 0)
     if k == 0:
         tl.store(out0 + j, result.to(out0.dtype.element_ty), j < N)
-    if k == 1:
-        tl.store(out1 + j, result.to(out1.dtype.element_ty), j < N)
-    if out2 is not None:  # noqa: SIM102  decided when compiled: None has no type
+    if SUMS > 1:  # noqa: SIM102  decided when compiled: None has no type
+        if k == 1:
+            tl.store(out1 + j, result.to(out1.dtype.element_ty), j < N)
+    if SUMS > 2:  # noqa: SIM102
         if k == 2:
             tl.store(out2 + j, result.to(out2.dtype.element_ty), j < N)
 
 
-def sum_partials(partial, out0, out1, out2=None):
+def sum_partials(partial, out0, out1=None, out2=None):
     parts, sums, n = partial.shape
     _sum_partials[cdiv(n, _COLUMNS), sums](
         *(partial, out0, out1, out2, parts, n, sums, _COLUMNS, _PARTS), num_warps=4
@@ -110,11 +118,8 @@ def sum_partials(partial, out0, out1, out2=None):
 
 def shipped():
     for out in ("*fp32", "*bf16", "*fp16"):
-        for third in (out, None):
-            types = {"partial": "*fp32", "out0": out, "out1": out}
-            constants = {"N": 768, "COLUMNS": _COLUMNS, "PARTS": _PARTS}
-            if third:
-                types["out2"], constants["SUMS"] = third, 3
-            else:
-                constants["out2"], constants["SUMS"] = None, 2
-            yield Spec(_sum_partials, types | {"parts": "i32"}, constants, 4)
+        for sums in (1, 2, 3):
+            types = {"partial": "*fp32", "parts": "i32"} | {f"out{k}": out for k in range(sums)}
+            constants = {"N": 768, "SUMS": sums, "COLUMNS": _COLUMNS, "PARTS": _PARTS}
+            constants |= {f"out{k}": None for k in range(sums, 3)}
+            yield Spec(_sum_partials, types, constants, 4)

@@ -14,6 +14,10 @@ FAMILIES = {
     "Electra": "electra",
     "DistilBert": "distilbert",
     "MPNet": "mpnet",
+    "ModernBert": "modernbert",
+    "NomicBert": "nomic_bert",
+    "Gte": "gte",
+    "EuroBert": "eurobert",
 }
 
 
@@ -27,6 +31,15 @@ def heads(family):
     )
 
 
+def layers_of(model):
+    return next(m.layer if hasattr(m, "layer") else m.layers for m in model.modules()
+                if hasattr(m, "layer") or hasattr(m, "layers"))  # fmt: skip
+
+
+# Parts of these are in fp32 whatever the model's dtype.
+PARTLY_FP32 = ("ModernBert", "EuroBert")
+# What counts distances needs positions as they stand, padding last where it is read.
+BY_DISTANCE = ("MPNet", "ModernBert")
 MASKS = ("right", "left", "holes", "row", "none")
 
 
@@ -41,6 +54,15 @@ def config(family, **options):
                      num_attention_heads="n_heads", hidden_dropout_prob="dropout",
                      attention_probs_dropout_prob="attention_dropout")  # fmt: skip
         tiny = {names.get(k, k): v for k, v in tiny.items() if k != "type_vocab_size"}
+    if family in ("ModernBert", "EuroBert"):
+        gone = ("type_vocab_size", "hidden_dropout_prob", "attention_probs_dropout_prob")
+        tiny = {k: v for k, v in tiny.items() if k not in gone}
+        tiny |= dict.fromkeys(("eos_token_id", "bos_token_id", "sep_token_id", "cls_token_id"), 2)
+        tiny["pad_token_id"] = 1
+    if family == "ModernBert":  # its second layer sees 3 tokens to either side
+        tiny |= dict(local_attention=6, global_attn_every_n_layers=2)
+    if family == "EuroBert":
+        tiny |= dict(num_key_value_heads=1)
     return getattr(transformers, f"{family}Config")(**tiny | options)
 
 

@@ -52,6 +52,8 @@ class Maker:
             return self.random.choice([1, self.size(text[:-5])])
         if times := re.fullmatch(r"(\d+) \* (\w+)", text):
             return int(times[1]) * self.size(times[2])
+        if part := re.fullmatch(r"(\w+) / (\d+)", text):
+            return self.size(part[1]) // int(part[2])
         if plus := re.fullmatch(r"(\w+) \+ (\d+)", text):
             return self.size(plus[1]) + int(plus[2])
         return self.size(text)
@@ -68,11 +70,11 @@ class Maker:
             return self.random.choice(ANY if kind is None else FLOATS)
         if isinstance(kind, torch.dtype):
             return kind
-        words = kind.split()
-        like = made[words[2] if words[0] == "statistics" else words[1]].dtype
-        if words[0] == "statistics":
-            return torch.float64 if like == torch.float64 else torch.float32
-        return self.random.choice([like, torch.float32]) if "or" in words else like
+        like, _, also = kind.partition(" or ")
+        own = made[like.split()[-1]].dtype
+        if like.startswith("statistics") and own != torch.float64:
+            return torch.float32
+        return self.random.choice([own, torch.float32]) if also else own
 
     def values(self, declared, shape, dtype):
         rule = declared.values
@@ -113,6 +115,9 @@ class Maker:
             n for n, a in said.items() if isinstance(getattr(a, "values", 0), declare.Offsets)
         ]
         made |= {n: self.starts(said[n].values) for n in offsets}
+        shapes = ", ".join(a.shape for a in said.values() if isinstance(a, declare.Tensor))
+        for name, whole in re.findall(r"(\w+) / (\d+)", shapes):
+            self.sizes.setdefault(name, int(whole) * self.size(f"{name} / {whole}"))
         if "indices" in said and self.sizes.setdefault("tokens", 0) == 0:
             rows = self.size("batch") * self.size("seqlen") if "seqlen" in said else None
             rows = self.sizes.setdefault("rows", self.size("vocabulary") if rows is None else rows)
@@ -126,6 +131,8 @@ class Maker:
             beside = (said_of.beside or "").split(" or ")
             if beside[-1] in made:
                 absent = all(made[n] is None for n in beside)
+            if said_of.needs is not None:
+                absent = absent or made[said_of.needs] is None
             dtype = None if absent else self.dtype(said_of, made)
             made[name] = None if absent else self.values(said_of, self.shape(said_of), dtype)
         if declared is _UNPACK:

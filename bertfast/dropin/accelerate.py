@@ -96,7 +96,7 @@ def _layers(encoders, backend=None) -> dict[str, str | None]:
         forced = backend or encoder.bertfast_backend
         with nullcontext() if forced == "auto" else ops.backend(forced):
             for i, layer in enumerate(encoder.layer):
-                found[f"{name}.layer.{i}".lstrip(".")] = _unfit(layer)
+                found[encoder.path(name, i)] = _unfit(layer)
     return found
 
 
@@ -171,10 +171,9 @@ def accelerate(
         raise ValueError(f"unknown padding {padding!r}; expected {', '.join(PADDING)}")
     swapped = []
     for module in _inside(models):
-        cls = fused(type(module))
-        if cls is not None:
-            module.__class__ = cls
-            swapped.append(module)
+        for one, cls in fused(module):
+            one.__class__ = cls
+            swapped.append(one)
     encoders = {}
     for path, one in models.items():
         for name, module in one.named_modules(prefix=path):
@@ -219,7 +218,7 @@ def _restore(candidates):
                 f"a {type(module).__name__} is frozen, its layers are gone: load the model anew"
             )
     for module in swapped:
-        for name in FusedEncoder.SETTINGS:
+        for name in getattr(module, "SETTINGS", ()):
             vars(module).pop(name, None)
         module.__class__ = type(module).stock
 

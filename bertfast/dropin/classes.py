@@ -4,30 +4,43 @@ import copy
 import functools
 from multiprocessing.reduction import ForkingPickler
 
+from torch import nn
+
 from .. import families
 from . import readers
 from .fused import FusedEncoder, FusedLayer
+from .stack import FusedStack
 
 
-def fused(stock: type) -> type | None:
-    """The class in the place of transformers' own, or None for one of no family."""
-    family = families.of(stock)
-    return None if family is None else _make(stock, family)
+def fused(module: nn.Module):
+    """(module, the class in the place of its own), for it or for the layers in it."""
+    family, stock = families.of(type(module)), type(module)
+    if family is None:
+        return
+    if stock.__name__ == family.layer or family.layers is None:
+        yield module, _make(stock, family)
+    else:
+        layers = module.get_submodule(family.layers)
+        if type(layers) is nn.ModuleList:
+            yield layers, _make(nn.ModuleList, family)
 
 
 @functools.cache
 def _make(stock, family):
     if family.readers is not None:
         readers.register(family)
-    mixin = FusedLayer if stock.__name__ == family.layer else FusedEncoder
+    mixin = FusedEncoder if family.layers is None else FusedStack
+    mixin = FusedLayer if stock.__name__ == family.layer else mixin
     own = {"__module__": __name__, "stock": stock, "family": family}
     made = type(stock.__name__, (Swapped, mixin, stock), own)
-    ForkingPickler.register(made, lambda m: (_arrived, (stock,), m.__getstate__()))
+    arrived = stock, family.module
+    ForkingPickler.register(made, lambda m: (_arrived, arrived, m.__getstate__()))
     return made
 
 
-def _arrived(stock: type):
-    cls = fused(stock) or stock
+def _arrived(stock: type, module: str):
+    family = families.of_module(module)
+    cls = stock if family is None else _make(stock, family)
     return cls.__new__(cls)
 
 
@@ -38,8 +51,8 @@ class Swapped:
     def __reduce_ex__(self, protocol):
         made, (cls, *rest), state = object.__reduce_ex__(self, 0)  # 2's takes no other class
         if "stock" in vars(cls):  # else another class has been laid over it since
-            cls = cls.stock
-            state = {k: v for k, v in state.items() if k not in FusedEncoder.SETTINGS}
+            own = getattr(cls, "SETTINGS", ())
+            cls, state = cls.stock, {k: v for k, v in state.items() if k not in own}
         return made, (cls, *rest), state
 
     def __copy__(self):

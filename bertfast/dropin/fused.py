@@ -23,7 +23,7 @@ class Call(NamedTuple):
     """One forward of an encoder, for its layers."""
 
     packing: Packing
-    bias: torch.Tensor | None  # on the scores
+    more: dict  # of its `Batch`
     dtype: torch.dtype  # of what padded layers return
     padded: bool  # whether each layer must return [batch, seqlen, hidden]: somebody looks
     ran: list[Unfit | Choice]  # of each layer: why it didn't run fused, or who ran it
@@ -59,7 +59,7 @@ class FusedLayer:
             padded = packing.unpack(hidden_states) if packed else hidden_states
             return super().forward(padded, attention_mask, *args, **kwargs)
         hidden = hidden_states if packed else packing.pack(lowered(hidden_states))
-        hidden, choice = run([layer], Batch.of(hidden, packing, bias=call.bias, seeds=seeds))
+        hidden, choice = run([layer], Batch.of(hidden, packing, seeds=seeds, **call.more))
         call.ran.append(choice)
         out = packing.unpack(hidden).to(call.dtype) if call.padded else hidden
         return (out,) if self.family.in_tuple else out
@@ -81,9 +81,18 @@ class FusedEncoder(Freezable):
 
     @outside_graphs
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        out = self.fused(hidden_states, attention_mask, args, kwargs)
+        if out is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        hidden, states = out
+        return self.family.output(hidden, states, kwargs)
+
+    def fused(self, hidden_states, attention_mask, args, kwargs):
+        """(hidden states, those of all layers where they were asked for), or None for a call that
+        the stock class must serve."""
         forced = self.bertfast_backend
         with nullcontext() if forced == "auto" else ops.backend(forced):
-            why, keys = self._limit(hidden_states, attention_mask, args, kwargs)
+            why, keys = self.limit(hidden_states, attention_mask, args, kwargs)
             if why is None:
                 watched = asked(self.settings(), kwargs, "output_hidden_states")
                 watched = watched or any(map(hooked, self.layer))
@@ -98,7 +107,7 @@ class FusedEncoder(Freezable):
             self.bertfast_last = Last(fallback=why)
             if self.packed is not None:
                 raise RuntimeError(f"a frozen encoder can't serve this call: {why}")
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return None
 
     def read(self) -> list[Layer | Unfit]:
         return [layer.describe() for layer in self.layer]
@@ -131,31 +140,27 @@ class FusedEncoder(Freezable):
         if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
             dtype = torch.float32  # of a layer norm there
         hidden, states = lowered(hidden_states), [hidden_states]
-        bias = None if self.family.bias is None else self.family.bias(self, hidden_states)
-        given = () if bias is None else (bias,)
+        more = self.more(hidden_states, packing, kwargs)
         seeds = ops.draw_seeds(DROPOUTS * count, device) if self.training and count else None
         if self.packed is not None:
-            batch = Batch.of(packing.pack(hidden), packing, bias=bias)
+            batch = Batch.of(packing.pack(hidden), packing, **more)
             collect = (lambda t: states.append(packing.unpack(t).to(dtype))) if watched else None
             hidden = self.packed.run(batch, self.training, collect, self.bertfast_graphs)
             ran = [self.packed.choice]
         elif self._by_modules(watched, found):
-            call = Call(packing, bias, dtype, watched, [])
+            call = Call(packing, more, dtype, watched, [])
             hidden = hidden_states if watched else hidden
             for i, layer in enumerate(self.layer):
-                hidden = layer(
-                    *(hidden, attention_mask, *given),
-                    bertfast_call=call,
-                    bertfast_seeds=None if seeds is None else of_layer(seeds, i),
-                    **kwargs,
-                )
+                own = None if seeds is None else of_layer(seeds, i)
+                args, given = self.arguments(layer, attention_mask, more, kwargs)
+                hidden = layer(hidden, *args, bertfast_call=call, bertfast_seeds=own, **given)
                 if self.family.in_tuple:
                     hidden = hidden[0]
                 if watched:
                     states.append(hidden)
             ran = call.ran
         else:
-            batch = Batch.of(packing.pack(hidden), packing, bias=bias, seeds=seeds)
+            batch = Batch.of(packing.pack(hidden), packing, seeds=seeds, **more)
             hidden, choice = run(found, batch, self.bertfast_graphs)
             ran = [choice]
         by = {str(one): isinstance(one, Choice) for one in ran}
@@ -165,7 +170,16 @@ class FusedEncoder(Freezable):
             padded,
         )
         hidden = packing.unpack(hidden) if hidden.dim() == 2 else hidden
-        return self.family.output(hidden.to(dtype), states, kwargs)
+        return hidden.to(dtype), states
+
+    def more(self, hidden_states, packing, kwargs) -> dict:
+        """What the family's `Batch` has besides the packed states."""
+        bias = self.family.bias
+        return {} if bias is None else {"bias": bias(self, hidden_states)}
+
+    def arguments(self, layer, attention_mask, more, kwargs):
+        """What the stock encoder gives a layer after the states."""
+        return (attention_mask, *more.values()), kwargs
 
     def _by_modules(self, watched, found) -> bool:
         """Whether the layers must be called: somebody looks, or they do more than was found."""
@@ -179,7 +193,7 @@ class FusedEncoder(Freezable):
         """The model's configuration."""
         return self.family.config(self) if self.packed is None else self.packed.config
 
-    def _limit(self, hidden_states, attention_mask, args, kwargs):
+    def limit(self, hidden_states, attention_mask, args, kwargs):
         """(why this call can't be fused, None), or (None, the mask [batch, seqlen] or None)."""
         if not len(self.layer) and self.packed is None:
             return "it has no layers", None

@@ -18,6 +18,7 @@ from ..encoder.watch import hooked, untouched
 _PASSING = {
     "bertfast.dropin.fused",
     "bertfast.dropin.readers",
+    "bertfast.dropin.stack",
     "bertfast.encoder.compile",
     "bertfast.encoder.watch",
     "torch._dynamo.eval_frame",
@@ -67,6 +68,11 @@ def _code(cls: type):
 def _place(code):
     """Of a function: torch.compile runs other code for it, with the same variables, from there."""
     return code.co_filename, code.co_firstlineno, code.co_name
+
+
+def runs(frame, cls: type) -> bool:
+    """Whether a frame runs a class's forward."""
+    return _place(frame.f_code) == _place(_code(cls))
 
 
 def reader(packing) -> str | None:

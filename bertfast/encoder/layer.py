@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from ..ops.attention import default_scale
 from ..ops.dropout import as_seed
 from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
 from .batch import Batch
 from .spec import DROPOUTS, Layer, LayerSpec, of_layer
-from .weights import LayerWeights
+from .weights import NONE, LayerWeights
 
 _ACTIVATE = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+_ACTIVATE["silu"] = F.silu
 _QKV = "query", "key", "value"
 
 
@@ -55,22 +55,53 @@ def _unbiased(k, layer: Layer, role: str, x):
     return _product(k, layer, role, x, False), bias
 
 
-def _qkv(k, layer: Layer, hidden):
+def _qkv(k, layer: Layer, x):
     """[tokens, 3, heads, head_dim]"""
-    spec, w = layer.spec, layer.weights
-    if any([role in layer.adapters for role in _QKV]):
-        qkv = torch.stack([_product(k, layer, role, hidden) for role in _QKV], 1)
+    (spec, w, *_), tokens = layer, x.shape[0]
+    if _QKV in layer.stacked:
+        qkv = _product(k, layer, "query", x)
+    elif spec.groups > 1 or any([role in layer.adapters for role in _QKV]):
+        query, *shared = (_product(k, layer, role, x) for role in _QKV)
+        shape = tokens, spec.heads // spec.groups, spec.groups, spec.head_dim
+        shared = [t.view(*shape[:2], 1, spec.head_dim).expand(shape) for t in shared]
+        qkv = torch.stack([query, *(t.reshape(query.shape) for t in shared)], 1)
     else:
-        qkv = k.qkv_linear(hidden, *w.query, *w.key, *w.value)
-    return qkv.view(hidden.shape[0], 3, spec.heads, spec.head_dim)
+        qkv = k.qkv_linear(x, *w.query, *w.key, *w.value)
+    return qkv.view(tokens, 3, spec.heads, spec.head_dim)
 
 
-def _inner(k, layer: Layer, x, save: bool):
+def _inner(k, layer: Layer, x, seed, save: bool):
     """[n, inner], and what `linear_act` saves."""
     activation = layer.spec.activation
+    if layer.spec.gated:
+        if ("up", "gate") in layer.stacked:
+            parts = _product(k, layer, "up", x).chunk(2, 1)
+        else:
+            parts = (_product(k, layer, role, x) for role in ("up", "gate"))
+        code = ACTIVATIONS.index(activation)
+        return k.gated_act(*parts, code, layer.dropout.inner, seed), None
     if "up" in layer.adapters:
         return _ACTIVATE[activation](_product(k, layer, "up", x)), None
     return k.linear_act(x, *layer.weights.up, ACTIVATIONS.index(activation), save)
+
+
+def _relative(k, layer: Layer, batch: Batch, seed):
+    """What queries and keys meet of relative positions, `ops.attention`'s rel_key and rel_query,
+    and its rel_index."""
+    spec = layer.spec
+    if not spec.relative:
+        return None, None, None
+    embeddings, index = batch.relative
+    if seed is not None:
+        p = layer.dropout.relative
+        embeddings = k.add_layer_norm(embeddings, None, *NONE, 0.0, None, p, seed, False)[0]
+    found = [
+        _product(k, layer, role, embeddings).view(-1, spec.heads, spec.head_dim)
+        if kind in spec.relative
+        else None
+        for kind, role in (("c2p", "pos_key"), ("p2c", "pos_query"))
+    ]
+    return *found, index
 
 
 def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
@@ -87,19 +118,29 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     Returns: [tokens or n, hidden], and what `backward` takes besides `hidden` and the weights; the
     query, key and value [tokens, 3, heads, head_dim] first.
     """
-    spec, w, (p0, p1, p2, *_), _ = layer
-    seed0, seed1, seed2, *_ = seeds
-    qkv = _qkv(k, layer, hidden)
+    spec, w, (p0, p1, p2, *_), *_ = layer
+    seed0, seed1, seed2, inner_seed, relative_seed = seeds
+
+    def add(x, residual, norm, bias=None, p=0.0, seed=None):
+        rms = spec.rms and norm is not NONE
+        return k.add_layer_norm(x, residual, *norm, spec.eps, bias, p, seed, rms)
+
+    before, after = ((w.norm1, w.norm2), (NONE, NONE))[:: 1 if spec.pre_norm else -1]
+    x = hidden if before[0].weight is None else add(hidden, None, before[0])[0]
+    qkv = _qkv(k, layer, x)
+    turned = qkv if spec.rotary is None else k.rotary(qkv, batch.angles[spec.rotary], False)
     context, lse = k.attention(
-        *(qkv, batch.cu_seqlens, batch.longest, default_scale(spec.head_dim), p0, seed0),
-        *(False, batch.bias, batch.seqused_k, None, None, None, None),
+        *(turned, batch.cu_seqlens, batch.longest, spec.scale, p0, seed0),
+        *(False, batch.bias, batch.seqused_k, spec.window),
+        *_relative(k, layer, batch, relative_seed),
     )
     wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
     projected, bias = _unbiased(k, layer, "out", wanted)
-    middle, *stats1 = k.add_layer_norm(projected, residual, *w.norm1, spec.eps, bias, p1, seed1)
-    inner, z = _inner(k, layer, middle, save)
+    middle, *stats1 = add(projected, residual, after[0], bias, p1, seed1)
+    x = middle if before[1].weight is None else add(middle, None, before[1])[0]
+    inner, z = _inner(k, layer, x, inner_seed, save)
     out, bias = _unbiased(k, layer, "down", inner)
-    y, *stats2 = k.add_layer_norm(out, middle, *w.norm2, spec.eps, bias, p2, seed2)
+    y, *stats2 = add(out, middle, after[1], bias, p2, seed2)
     return y, (qkv, context, lse, projected, *stats1, middle, inner, z, out, *stats2)
 
 
@@ -128,7 +169,7 @@ def backward(
 
     def norm(grad, x, residual, norm, stats, x_bias, p, seed):
         dx, ds, dw, db, dx_bias = k.add_layer_norm_backward(
-            grad, x, residual, norm.weight, *stats, x_bias, p, seed
+            grad, x, residual, norm.weight, *stats, x_bias, p, seed, False
         )
         return dx, dx if seed is None else ds, (dw, db.to(norm.bias.dtype)), dx_bias
 
@@ -156,7 +197,7 @@ def backward(
         )
     dqkv, dbias, *_ = k.attention_backward(
         *(dcontext.view(context.shape), qkv, context, lse, batch.cu_seqlens, batch.longest),
-        *(default_scale(spec.head_dim), p0, seed0, False, batch.bias, batch.seqused_k),
+        *(spec.scale, p0, seed0, False, batch.bias, batch.seqused_k),
         *(None, None, None, None, through_bias, False),
     )
     own = needs.query, needs.key, needs.value

@@ -28,6 +28,7 @@ class Freezable:
     """Mixed into an encoder's class: what was read off its layers, and their graphs.
     `bertfast.freeze` takes the layers and sets `packed`."""
 
+    LAYERS = "layer"  # where they are
     packed = None  # a `Packed`: the encoder's layers are gone
     bertfast_graphs: Graphs | None = None  # None: it is never replayed
     bertfast_seen: Seen | None = None  # what was read off the layers
@@ -35,6 +36,10 @@ class Freezable:
     def read(self) -> list[Layer | Unfit]:
         """What kernels take in the layers' places, or why they can't."""
         raise NotImplementedError
+
+    def path(self, name: str, *layer: int) -> str:
+        """Of its layers, or of one, where `name` is the encoder's."""
+        return ".".join(map(str, [*filter(None, (name, self.LAYERS)), *layer]))
 
     def sizes(self):
         """What `read` depends on besides the layers."""

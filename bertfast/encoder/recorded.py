@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch._utils import _unflatten_dense_tensors as unflatten
 
 from ..ops.dropout import draw_seeds
-from .batch import Batch
+from .batch import Batch, Relative
 from .executors.node import is_batched
 from .graph import Bucket
 from .run import EXECUTORS, Choice, choose
@@ -22,8 +22,18 @@ class Key(NamedTuple):
     dtype: torch.dtype
     used: bool  # whether there is a seqused_k
     bias: tuple | None  # its heads and dtype
+    angles: tuple  # each table's sizes and dtype
+    relative: tuple | None  # the embeddings' sizes and dtype
     dropout: tuple  # each layer's rates
-    wants: tuple[bool, ...] | None  # gradients of states, bias, parameters; None for inference
+    wants: tuple[bool, ...] | None  # gradients of `inputs` and parameters; None for inference
+
+
+def inputs(batch: Batch):
+    """What may have gradients besides parameters."""
+    return batch.hidden, batch.bias, None if batch.relative is None else batch.relative.embeddings
+
+
+_INPUTS = 3
 
 
 class Graph:
@@ -48,26 +58,37 @@ class Graph:
             self.bias = None
             if key.bias is not None:
                 self.bias = zeros(1, key.bias[0], longest, longest, dtype=key.bias[1])
+            self.angles = tuple(zeros(tokens, *size, dtype=dtype) for size, dtype in key.angles)
+            self.relative = None
+            if key.relative is not None:
+                embeddings = zeros(*key.relative[0], dtype=key.relative[1])
+                self.relative = Relative(embeddings, zeros(2 * longest - 1, dtype=torch.int32))
             count = tokens if key.rows is None else key.rows
             self.grad = zeros(count, hidden.shape[1], dtype=key.dtype) if training else None
             # Not the parameters: no hook of theirs may see a recording.
             leaves = [p.detach() for p in flat]
-            inputs = [self.hidden.detach(), None if self.bias is None else self.bias.detach()]
-            self.leaves = [*inputs, *leaves]
+            self.batch = Batch(
+                *(self.hidden, self.starts, longest, self.used, self.rows, self.bias, self.seeds),
+                *(self.angles, self.relative, True),
+            )
+            hidden, bias, embeddings = given = [
+                None if t is None else t.detach() for t in inputs(self.batch)
+            ]
+            self.leaves = [*given, *leaves]
             self.groups = []
             self.wanted = [i for i, wanted in enumerate(key.wants or ()) if wanted]
             for i in self.wanted:
                 self.leaves[i].requires_grad_()
             own = iter(leaves)
             self.layers = [layer._replace(weights=layer.weights.filled(own)) for layer in layers]
-            self.batch = Batch(
-                *(inputs[0], self.starts, longest, self.used, self.rows, inputs[1], self.seeds),
-                captured=True,
-            )
+            if embeddings is not None:
+                self.batch = self.batch._replace(relative=Relative(embeddings, self.relative.index))
+            self.batch = self.batch._replace(hidden=hidden, bias=bias)
             self._fill(batch)  # a warm-up reads it
         with torch.inference_mode(False), torch.set_grad_enabled(training):
             self._record(record, lane, training)
         held = self.hidden, self.starts, self.used, self.rows, self.bias, self.grad, self.out
+        held += (*self.angles, *(self.relative or ()))
         self.nbytes = sum(t.nbytes for t in held if t is not None)
 
     def _run(self):
@@ -98,7 +119,7 @@ class Graph:
         shared = {(t.dtype, len(t)): t for graph in lane.graphs.values() for *_, t in graph.groups}
         found = {}
         for i in self.wanted:
-            if i >= 2:
+            if i >= _INPUTS:
                 found.setdefault(self.leaves[i].dtype, []).append(i)
         for dtype, places in found.items():
             parts = [self.leaves[i].detach() for i in places]
@@ -109,12 +130,12 @@ class Graph:
             self.groups.append((places, parts, whole))
 
     def _gathered(self, out):
-        """The gradients of states and bias, where they are wanted; the others in their buffers."""
+        """The gradients of `inputs`, where they are wanted; the others in their buffers."""
         found = dict(zip(self.wanted, self._gradients(out, self.grad), strict=True))
         with torch.no_grad():
             for places, _, whole in self.groups:
                 torch.cat([found[i].reshape(-1) for i in places], out=whole)
-        return [found.get(0), found.get(1)]
+        return [*map(found.get, range(_INPUTS))]
 
     def _fill(self, batch):
         """What isn't the batch's is zeros, in sequences of their own: no value or gradient comes
@@ -137,6 +158,15 @@ class Graph:
         if self.bias is not None:
             n = min(batch.bias.shape[2], self.bias.shape[2])
             self.bias.zero_()[..., :n, :n].copy_(batch.bias[..., :n, :n])
+        for own, given in zip(self.angles, batch.angles, strict=True):
+            _put(own, given)
+        if self.relative is not None:
+            self.relative.embeddings.copy_(batch.relative.embeddings)
+            own, given = self.relative.index, batch.relative.index
+            n = min(len(own), len(given)) // 2  # as far as both go, to either side
+            (own.zero_()[len(own) // 2 - n :][: 2 * n + 1]).copy_(
+                given[len(given) // 2 - n :][: 2 * n + 1]
+            )
 
     def forward(self, batch):
         """[tokens or rows, hidden], in memory of its own."""
@@ -146,7 +176,7 @@ class Graph:
         return self.out[:count].clone()
 
     def backward(self, use, grad):
-        """The gradients of states, bias and parameters."""
+        """The gradients of `inputs` and parameters."""
         found = [None] * len(self.leaves)
         if is_batched(grad):
             rest = grad.new_zeros((len(self.grad) - len(grad), grad.shape[1]))
@@ -162,7 +192,7 @@ class Graph:
             use.again = True
             _put(self.grad, grad)
             self._backward.replay()
-            found[:2] = [None if g is None else g.clone() for g in self._backward.result]
+            found[:_INPUTS] = [None if g is None else g.clone() for g in self._backward.result]
             for places, parts, whole in self.groups:
                 for i, g in zip(places, unflatten(whole.clone(), parts), strict=True):
                     found[i] = g

@@ -28,7 +28,7 @@ from .graph import (
     rounded,
     settings,
 )
-from .recorded import Graph, Key
+from .recorded import Graph, Key, inputs
 from .run import adapters_limit, forced
 from .spec import Layer
 
@@ -181,7 +181,7 @@ class Graphs:
                     return graph.forward(batch), graph.choice
                 use = Use(graph, lane, batch, self._read)
                 lane.use = weakref.ref(use)
-                return _Replayed.apply(use, batch, batch.hidden, batch.bias, *flat), graph.choice
+                return _Replayed.apply(use, batch, *inputs(batch), *flat), graph.choice
 
     def _limit(self, batch, record) -> str | None:
         hidden, bias = batch.hidden, batch.bias
@@ -191,8 +191,6 @@ class Graphs:
             return f"there are {len(hidden)} tokens, a graph takes 1 to {self.max_tokens}"
         if bias is not None and not (plain(bias) and bias.shape[0] == 1):
             return "the bias on the scores is one of each sequence"
-        if batch.angles or batch.relative is not None:
-            return "rotary and relative positions are not recorded"
         if torch.is_anomaly_enabled():
             return "anomaly detection looks at each gradient"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
@@ -214,11 +212,11 @@ class Graphs:
         return self._flat
 
     def _key(self, batch, flat) -> Key:
-        hidden, bias, rows = batch.hidden, batch.bias, batch.rows
+        hidden, bias, rows, relative = batch.hidden, batch.bias, batch.rows, batch.relative
         wants = None
         if torch.is_grad_enabled():
-            own = False if bias is None else bias.requires_grad
-            wants = (hidden.requires_grad, own, *map(_wanted, flat))
+            given = (t is not None and t.requires_grad for t in inputs(batch))
+            wants = (*given, *map(_wanted, flat))
         # One more token, for rows that nobody wants to be of.
         more = rows is not None
         return Key(
@@ -227,6 +225,8 @@ class Graphs:
             hidden.dtype,
             batch.seqused_k is not None,
             None if bias is None else (bias.shape[1], bias.dtype),
+            tuple([(t.shape[1:], t.dtype) for t in batch.angles]),
+            None if relative is None else (relative.embeddings.shape, relative.embeddings.dtype),
             self._dropout,
             wants if wants and any(wants) else None,
         )
@@ -312,7 +312,7 @@ def _device(hidden):
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, use, batch, hidden, bias, *flat):
+    def forward(ctx, use, batch, *inputs_and_parameters):
         ctx.use = use
         ctx.save_for_backward(batch.cu_seqlens)  # torch then says so where there is no graph left
         return use.graph.forward(batch)

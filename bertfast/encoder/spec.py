@@ -2,11 +2,12 @@
 al., arXiv:2002.04745)."""
 
 from collections.abc import Callable, Mapping
+from itertools import starmap
 from types import MappingProxyType
 from typing import NamedTuple
 
 from ..ops.attention import default_scale
-from .weights import LayerWeights
+from .weights import LayerWeights, Parameters
 
 
 class LayerSpec(NamedTuple):
@@ -69,6 +70,18 @@ class Layer(NamedTuple):
     dropout: DropoutRates = DropoutRates()
     # a matrix's role -> what is called in its product's place, bias included: [n, in] -> [n, out]
     adapters: Mapping[str, Callable] = MappingProxyType({})
+    # roles whose matrices lie on each other in one, which the first of them has
+    stacked: tuple[tuple[str, ...], ...] = ()
+
+    def apart(self) -> LayerWeights:
+        """The weights, each role's own: views for now."""
+        weights = self.weights
+        for roles in self.stacked:
+            whole = getattr(weights, roles[0])
+            parts = [p if p is None else p.chunk(len(roles)) for p in whole]
+            own = [[p and p[i] for p in parts] for i in range(len(roles))]
+            weights = weights._replace(**dict(zip(roles, starmap(Parameters, own), strict=True)))
+        return weights
 
 
 class Unfit(NamedTuple):

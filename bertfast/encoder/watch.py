@@ -62,13 +62,20 @@ def untouched(m: nn.Module, expected: type) -> str | None:
     return None
 
 
-def plain(m: nn.Module, expected: type) -> str | None:
+def has_parameters(cls: type, *names: str) -> None:
+    """Makes a class's parameters known to `plain`."""
+    _PARAMETERS[cls] = names
+
+
+def plain(m: nn.Module, expected: type, biased: bool = True) -> str | None:
     """Why m is not untouched with all its parameters where a kernel can read them, or None."""
     why = untouched(m, expected)
     if why:
         return why
     for name in _PARAMETERS.get(expected, ()):
         p = m._parameters.get(name)
+        if p is None and name == "bias" and not biased:
+            continue
         # A Parameter over a tensor subclass (DTensor, torchao's) has that subclass as its type.
         if type(p) not in PLAIN:
             return f"its {name} is {'missing' if p is None else f'a {type(p).__name__}'}"
@@ -82,11 +89,14 @@ def _count(types) -> int:
     return sum(len(_PARAMETERS.get(t, ())) for t in types)
 
 
-def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -> Unfit | None:
+def limit(
+    modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None, biased: bool = True
+) -> Unfit | None:
     """Why not each of the modules is `plain`, of its type; None where all are, which is found out
-    by functions in C alone."""
+    by functions in C alone. biased: whether no bias may be missing."""
     if (
-        not torch.compiler.is_compiling()
+        biased
+        and not torch.compiler.is_compiling()
         and tuple(map(type, modules)) == types
         and not any(chain.from_iterable(map(_hooks, modules)))
         and not any(map(contains, map(vars, modules), repeat("forward")))
@@ -96,7 +106,7 @@ def limit(modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None) -
         if whole and {*map(type, found)} <= PLAIN and not any(map(_is_meta, found)):
             return None
     for m, expected, name in zip(modules, types, names or repeat(None), strict=names is not None):
-        why = plain(m, expected)
+        why = plain(m, expected, biased)
         if why:
             return Unfit(name or expected.__name__, why)
     return None

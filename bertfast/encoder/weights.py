@@ -24,14 +24,14 @@ NONE = Parameters(None, None)
 class LayerWeights(NamedTuple):
     """By role; csrc/layer.h has the struct of the same name."""
 
-    query: Parameters
-    key: Parameters
-    value: Parameters
-    out: Parameters  # behind the attention
-    norm1: Parameters
-    up: Parameters
-    down: Parameters
-    norm2: Parameters
+    query: Parameters = NONE
+    key: Parameters = NONE
+    value: Parameters = NONE
+    out: Parameters = NONE  # behind the attention
+    norm1: Parameters = NONE
+    up: Parameters = NONE
+    down: Parameters = NONE
+    norm2: Parameters = NONE
     gate: Parameters = NONE
     pos_key: Parameters = NONE  # of relative positions, which queries meet
     pos_query: Parameters = NONE  # and keys

@@ -4,6 +4,7 @@ from .bert import BERT_LIKE
 from .distilbert import DISTILBERT
 from .family import ACTIVATIONS, Family, Readers
 from .mpnet import MPNET
+from .rotary import ROTARY
 
 _BY_MODULE: dict[str, Family] = {}
 
@@ -22,13 +23,18 @@ def known() -> list[Family]:
     return [*_BY_MODULE.values()]
 
 
+def of_module(name: str) -> Family | None:
+    """The family whose classes are in a module."""
+    return _BY_MODULE.get(name)
+
+
 def of(cls: type) -> Family | None:
     """The family that a class is the encoder or the layer of."""
     family = _BY_MODULE.get(cls.__module__)
     return family if family and cls.__name__ in (family.encoder, family.layer) else None
 
 
-for _family in (*BERT_LIKE, DISTILBERT, MPNET):
+for _family in (*BERT_LIKE, DISTILBERT, MPNET, *ROTARY):
     register(_family)
 
-__all__ = ["ACTIVATIONS", "Family", "Readers", "forget", "known", "of", "register"]
+__all__ = ["ACTIVATIONS", "Family", "Readers", "forget", "known", "of", "of_module", "register"]

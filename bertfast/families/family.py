@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from math import isclose
 from typing import NamedTuple
 
 from torch import nn
@@ -21,7 +22,12 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
 }
+
+
+Roles = str | tuple[str, ...]
 
 
 @cache
@@ -38,7 +44,7 @@ def kernel_of(activation: nn.Module) -> str | None:
     cls = type(activation)
     if cls is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
-    return "relu" if cls is nn.ReLU else _theirs(cls)
+    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(cls) or _theirs(cls)
 
 
 def rate(dropout: nn.Module | None, user: nn.Module | None = None) -> float:
@@ -47,6 +53,20 @@ def rate(dropout: nn.Module | None, user: nn.Module | None = None) -> float:
     if dropout is None:
         return 0.0
     return getattr(dropout, "p", 0.0) if (user or dropout).training else 0.0  # nn.Identity's
+
+
+def no_holes(keys):
+    """`Family.mask_limit` where distances count: a kernel's are those among real tokens."""
+    real = keys != 0
+    starts = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(1)
+    return "the attention mask has holes" if bool((starts > 1).any()) else None
+
+
+def padding_last(keys):
+    """And `Family.padding_limit`: padded rows come last, at the positions that they have."""
+    if bool((keys[:, 1:] != 0).logical_and(keys[:, :-1] == 0).any()):
+        return "padded rows are read and are not on the right"
+    return None
 
 
 class Readers(NamedTuple):
@@ -66,13 +86,24 @@ class Family:
     module: str
     encoder: str  # its layers are its `layer`
     layer: str
-    roles: Mapping[str, str]  # of `LayerWeights` -> path
+    roles: Mapping[Roles, str]  # of `LayerWeights`, or several stacked in one matrix -> path
     bypassed: Mapping[str, str]  # path of the other modules that a kernel stands for -> class
     activation: str  # path of the module
     attention: str  # path of the one that has attention_head_size
     dropouts: tuple[str, str | None, str]  # paths of the modules of `DropoutRates`
-    reads_dropout: bool = True  # whether `attention` reads its dropout's rate or calls it
+    # whether `attention` reads its dropout's rate or calls it; or its attribute that is the rate
+    reads_dropout: bool | str = True
     dropout: type = nn.Dropout
+    norm: str | None = None  # its norms' class, for torch's
+    biased: bool = True  # whether no bias may be missing
+    optional: tuple[str, ...] = ()  # paths where an nn.Identity may be
+    spec: Callable = lambda layer: {}  # of a layer: what its `LayerSpec` has other than BERT's
+    # Where the encoder is no module: the path of its layers in the model of class `encoder`, whose
+    # forward goes through them; a layer's kind, by which that forward tells it what to look at, and
+    # all kinds, in the order of a batch's angles.
+    layers: str | None = None
+    kind: Callable = lambda layer: None
+    kinds: tuple[str | None, ...] = (None,)
     in_tuple: bool = False  # whether a layer returns (hidden states,)
     # what its encoder returns, of the hidden states, all of them where asked for, and its keywords
     output: Callable = lambda hidden, states, kwargs: BaseModelOutputWithPastAndCrossAttentions(
@@ -102,16 +133,12 @@ class Family:
             for parent, name in plan.steps:
                 found.append(found[parent]._modules[name])
             attention = found[plan.attention]
-            head_dim = attention.attention_head_size
+            head_dim = getattr(attention, "attention_head_size", None) or attention.head_dim
         except (AttributeError, KeyError) as e:
             return Unfit("", f"it is not built as its class is: {e!r}")
-        own = layer.__dict__
-        if own.get("is_decoder") or own.get("add_cross_attention"):
-            return Unfit("", "it is a decoder layer")
-        config = vars(attention).get("config")
-        positions = getattr(config, "position_embedding_type", None)
-        if positions not in (None, "absolute"):  # transformers 5 itself has forgotten them
-            return Unfit(self.attention, f"its positions are {positions!r}, not 'absolute'")
+        why = _decoder(layer, attention) or self._positions(attention)
+        if why:
+            return why
         kernel = kernel_of(found[plan.activation])
         if kernel is None:
             return Unfit(self.activation, f"no kernel has {found[plan.activation]!r}")
@@ -119,7 +146,13 @@ class Family:
         modules, adapted = split(modules, plan.names)
         if isinstance(modules, Unfit):
             return modules
-        why = watch.limit(modules, (*plan.types, type(found[plan.activation])), plan.names)
+        types = (*plan.types, type(found[plan.activation]))
+        if plan.optional:
+            types = tuple(
+                nn.Identity if i in plan.optional and type(m) is nn.Identity else cls
+                for i, (m, cls) in enumerate(zip(modules, types, strict=True))
+            )
+        why = watch.limit(modules, types, plan.names, self.biased)
         if why:
             return why
         count = len(self.roles)
@@ -127,26 +160,52 @@ class Family:
         if any(
             [
                 "chunk_size_feed_forward" in d and d["chunk_size_feed_forward"]
-                for d in (own, *map(vars, bypassed))
+                for d in (vars(layer), *map(vars, bypassed))
             ]
         ):
             return Unfit("", "chunk_size_feed_forward is set")
-        own = [Parameters(m._parameters["weight"], m._parameters["bias"]) for m in weighted]
-        weights = LayerWeights(**dict(zip(self.roles, own, strict=True)))
-        if modules[plan.norm1].eps != modules[plan.norm2].eps:
-            return Unfit("", "its LayerNorms differ in eps")
-        first, second, third = plan.dropouts
-        rates = DropoutRates(
-            rate(found[first], attention if self.reads_dropout else None),
-            0.0 if second is None else rate(found[second]),
-            rate(found[third]),
-        )
-        hidden, inner = weights.norm1.bias.shape[0], weights.up.bias.shape[0]
-        heads = weights.query.bias.shape[0] // head_dim
-        spec = LayerSpec(hidden, heads, head_dim, inner, kernel, modules[plan.norm1].eps)
-        roles = [*self.roles]
-        adapted = {roles[i]: m for i, m in adapted.items()}
-        return Layer(spec, weights, rates, adapted)
+        own = [Parameters(*map(m._parameters.get, Parameters._fields)) for m in weighted]
+        weights = LayerWeights(**dict(zip(plan.roles, own, strict=True)))
+        eps = {_eps(weighted[i]) for i in plan.norms if type(weighted[i]) is not nn.Identity}
+        if len(eps) != 1:
+            return Unfit("", "its norms differ in eps")
+        more = self.spec(layer)
+        if isinstance(more, str):
+            return Unfit("", more)
+        hidden, inner = weights.out.weight.shape[0], weights.down.weight.shape[1]
+        heads = weights.query.weight.shape[0] // head_dim // plan.parts
+        spec = LayerSpec(hidden, heads, head_dim, inner, kernel, *eps, **more)
+        if not isclose(vars(attention).get("scaling", spec.scale), spec.scale):
+            return Unfit(
+                self.attention, f"its scores' scale is {attention.scaling}, not {spec.scale}"
+            )
+        adapted = {plan.roles[i]: m for i, m in adapted.items()}
+        return Layer(spec, weights, self._rates(plan, found, attention), adapted, plan.stacked)
+
+    def _positions(self, attention) -> Unfit | None:
+        positions = getattr(vars(attention).get("config"), "position_embedding_type", None)
+        if positions in (None, "absolute"):  # transformers 5 itself has forgotten the others
+            return None
+        return Unfit(self.attention, f"its positions are {positions!r}, not 'absolute'")
+
+    def _rates(self, plan, found, attention) -> DropoutRates:
+        first, *others = plan.dropouts
+        if isinstance(self.reads_dropout, str):
+            p = vars(attention)[self.reads_dropout] if attention.training else 0.0
+        else:
+            p = rate(found[first], attention if self.reads_dropout else None)
+        return DropoutRates(p, *[0.0 if i is None else rate(found[i]) for i in others])
+
+
+def _decoder(layer, attention) -> Unfit | None:
+    own = layer.__dict__
+    if own.get("is_decoder") or own.get("add_cross_attention"):
+        return Unfit("", "it is a decoder layer")
+    return Unfit("", "its attention is causal") if vars(attention).get("is_causal") else None
+
+
+def _eps(norm) -> float:
+    return vars(norm)["eps" if "eps" in vars(norm) else "variance_epsilon"]
 
 
 class _Plan:
@@ -162,10 +221,11 @@ class _Plan:
                 places[path] = len(self.steps)
             return places[path]
 
-        called = [p for p in family.dropouts[family.reads_dropout :] if p is not None]
+        called = [p for p in family.dropouts[family.reads_dropout is not False :] if p is not None]
+        norm = nn.LayerNorm if family.norm is None else family.named(family.norm)
+        watch.has_parameters(norm, "weight", *["bias"] * (family.norm is None))
         classes = {
-            family.roles[role]: nn.LayerNorm if role in NORMS else nn.Linear
-            for role in family.roles
+            path: norm if role in NORMS else nn.Linear for role, path in family.roles.items()
         }
         classes |= {path: family.named(name) for path, name in family.bypassed.items()}
         classes |= dict.fromkeys(called, family.dropout)
@@ -173,4 +233,8 @@ class _Plan:
         self.checked = [place(path) for path in self.names]
         self.activation, self.attention = self.checked[-1], place(family.attention)
         self.dropouts = [None if path is None else place(path) for path in family.dropouts]
-        self.norm1, self.norm2 = map([*family.roles].index, NORMS)
+        self.roles = [r if isinstance(r, str) else r[0] for r in family.roles]
+        self.stacked = tuple(r for r in family.roles if not isinstance(r, str))
+        self.parts = next((len(r) for r in self.stacked if "query" in r), 1)
+        self.norms = [*map(self.roles.index, NORMS)]
+        self.optional = {self.names.index(path) for path in family.optional}

@@ -2,7 +2,7 @@
 
 from transformers.modeling_outputs import BaseModelOutput
 
-from .family import Family, Readers
+from .family import Family, Readers, no_holes, padding_last
 
 
 def _output(hidden, states, kwargs):
@@ -10,20 +10,6 @@ def _output(hidden, states, kwargs):
     if not kwargs.get("return_dict"):
         return (hidden,) if all_states is None else (hidden, all_states)
     return BaseModelOutput(last_hidden_state=hidden, hidden_states=all_states)
-
-
-def _mask_limit(keys):
-    # The kernel's positions are those among a sequence's real tokens.
-    real = keys != 0
-    starts = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(1)
-    return "the attention mask has holes" if bool((starts > 1).any()) else None
-
-
-def _padding_limit(keys):
-    # Padded rows come last, at the positions that they have.
-    if bool((keys[:, 1:] != 0).logical_and(keys[:, :-1] == 0).any()):
-        return "padded rows are read and are not on the right"
-    return None
 
 
 MPNET = Family(
@@ -54,8 +40,8 @@ MPNET = Family(
     output=_output,
     gives_states=True,
     bias=lambda encoder, hidden_states: encoder.compute_position_bias(hidden_states[:1]),
-    mask_limit=_mask_limit,
-    padding_limit=_padding_limit,
+    mask_limit=no_holes,
+    padding_limit=padding_last,
     readers=Readers(
         "MPNetModel",
         {

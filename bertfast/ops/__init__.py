@@ -6,10 +6,12 @@ from .attention import attention
 from .cross_attention import cross_attention
 from .dropout import draw_seeds
 from .embedding_layer_norm import embedding_layer_norm
+from .gated_act import gated_act
 from .linear_act import feed_forward, linear_act, qkv_linear
 from .masked_cross_entropy import masked_cross_entropy
 from .pack import pack, unpack
 from .registry import backend
+from .rotary import rotary
 
 __all__ = [
     "add_layer_norm",
@@ -19,10 +21,12 @@ __all__ = [
     "draw_seeds",
     "embedding_layer_norm",
     "feed_forward",
+    "gated_act",
     "linear_act",
     "masked_cross_entropy",
     "pack",
     "qkv_linear",
     "registry",
+    "rotary",
     "unpack",
 ]

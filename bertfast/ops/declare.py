@@ -14,20 +14,23 @@ class Tensor(NamedTuple):
     """A tensor argument of any strides; the schema says whether it may be None.
 
     shape: sizes, of which equal names are equal: "tokens, 3, heads, head_dim". "batch + 1" of
-        offsets; in terms of other sizes "3 * out", "batch or 1", ">= max_seqlen", "2n - 1 for n
-        >= max_seqlen", which is one for each distance of two positions; "..." for any that follow.
+        offsets; in terms of other sizes "3 * out", "head_dim / 2", "batch or 1", ">= max_seqlen",
+        "2n - 1 for n >= max_seqlen", which is one for each distance of two positions; "..." for
+        any that follow.
     dtype: None for any, FLOATS, one dtype, or in terms of another argument: "as x",
         "as x or float32", "statistics of x" (float64 of float64, else float32).
     values: `check(name, tensor, sizes)`, asked on a CPU alone: on a GPU it would wait for the
         device.
     beside: the argument that it goes together with: both are given or neither; of "a or b",
         either.
+    needs: the one without which it must be None.
     """
 
     shape: str
     dtype: object = None
     values: object = None
     beside: str | None = None
+    needs: str | None = None
 
 
 class Number(NamedTuple):
@@ -148,6 +151,8 @@ class Declaration:
                 raise ValueError(
                     f"{a.name} and {a.declared.beside} go together: give both or neither"
                 )
+            if a.needs is not None and t is not None and args[a.needs] is None:
+                raise ValueError(f"{a.name} is given, yet {self.names[a.needs]} is None")
             if t is None and a.optional:
                 continue
             a.check(t, args, sizes)
@@ -167,6 +172,7 @@ class Declaration:
 
 
 _OFFSET, _TIMES = re.compile(r"(\w+) \+ (\d+)"), re.compile(r"(\d+) \* (\w+)")
+_PART = re.compile(r"(\w+) / (\d+)")
 _DISTANCES = "2n - 1 for n >= "
 
 
@@ -181,6 +187,8 @@ def late_size(dim: str):
         return lambda n, sizes: n in (1, sizes[dim[:-5]])
     if times := _TIMES.fullmatch(dim):
         return lambda n, sizes: n == int(times[1]) * sizes[times[2]]
+    if part := _PART.fullmatch(dim):
+        return lambda n, sizes: n * int(part[2]) == sizes[part[1]]
     return None
 
 
@@ -191,6 +199,7 @@ class _Compiled:
         self.name, self.optional, self.declared = name, optional, declared
         self.position, self.values = names.index(name), declared.values
         self.beside = [names.index(n) for n in (declared.beside or "").split(" or ") if n]
+        self.needs = None if declared.needs is None else names.index(declared.needs)
         dims = declared.shape.split(", ")
         self.open = dims[-1] == "..."
         self.texts = dims[:-1] if self.open else dims
@@ -204,9 +213,9 @@ class _Compiled:
                 )
         self.dtype, self.like, self.also = declared.dtype, None, ()
         if isinstance(self.dtype, str) and self.dtype != FLOATS:
-            words = self.dtype.split()
-            self.like = names.index(words[2] if words[0] == "statistics" else words[1])
-            self.also = tuple(getattr(torch, w) for w in words[3:] if words[2] == "or")
+            like, _, also = self.dtype.partition(" or ")
+            self.like = names.index(like.split()[-1])
+            self.also = tuple(getattr(torch, w) for w in also.split())
 
     def check(self, t, args, sizes):
         """Its own dtype and shape; `sizes` learns those that it names."""

@@ -1,7 +1,7 @@
 """Linear layers with the activation in the product's epilogue, and the feed-forward block.
 
 GELU: Hendrycks & Gimpel, arXiv:1606.08415; "gelu" is x * Phi(x) with the error function, as BERT
-checkpoints need, "gelu_tanh" its tanh approximation.
+checkpoints need, "gelu_tanh" its tanh approximation. SiLU, x * sigmoid(x): the same paper.
 """
 
 import math
@@ -35,21 +35,17 @@ def linear_act(x, weight, bias=None, activation=None):
         x: [..., in].
         weight: [out, in], x's dtype, or fp32 beside bf16 x (mixed precision without a cast copy).
         bias: [out] or None, like weight.
-        activation: None, "gelu" (erf), "gelu_tanh" or "relu".
+        activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu".
 
     Returns: [..., out] in x's dtype; products accumulate in fp32.
 
     Raises: ValueError or TypeError for arguments that don't fit together.
     """
-    check(
-        activation in ACTIVATIONS,
-        lambda: f"activation is {activation!r}, expected one of {ACTIVATIONS}",
-    )
+    index = activation_index(activation)
     save = activation is not None and torch.is_grad_enabled() and needs_grad(x, weight, bias)
     flat = isinstance(x, torch.Tensor) and 1 <= x.dim() != 2
     y = torch.ops.bertfast.linear_act(
-        *(x.unsqueeze(0).flatten(0, -2) if flat else x, weight, bias),
-        *(ACTIVATIONS.index(activation), save),
+        *(x.unsqueeze(0).flatten(0, -2) if flat else x, weight, bias, index, save)
     )[0]
     return y.reshape(*x.shape[:-1], y.shape[1]) if flat else y
 
@@ -67,6 +63,15 @@ def qkv_linear(x, wq, bq, wk, bk, wv, bv):
     Raises ValueError or TypeError as `linear_act`.
     """
     return torch.ops.bertfast.qkv_linear(x, wq, bq, wk, bk, wv, bv)
+
+
+def activation_index(activation) -> int:
+    """Of a name in `ACTIVATIONS`: what an operator passes."""
+    check(
+        activation in ACTIVATIONS,
+        lambda: f"activation is {activation!r}, expected one of {ACTIVATIONS}",
+    )
+    return ACTIVATIONS.index(activation)
 
 
 def needs_grad(*tensors) -> bool:
@@ -90,11 +95,12 @@ def _fake_backward(grad, x, weight, bias, z, activation, need):
     )
 
 
+ACTIVATION = Number(0, len(ACTIVATIONS))
 _LINEAR = {
     "x": Tensor("rows, in", FLOATS),
     "weight": Tensor("out, in", "as x or float32"),
     "bias": Tensor("out", "as x or float32"),
-    "activation": Number(0, len(ACTIVATIONS)),
+    "activation": ACTIVATION,
 }
 define(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, int activation, bool save) "
@@ -148,17 +154,21 @@ define(
 # --- reference ---
 
 
-def _activate(z, activation):
-    if activation in (1, 2):
+def activate(z, activation):
+    """activation(z) of an index in `ACTIVATIONS`, by plain PyTorch."""
+    if activation in (1, 2, 4):
         z = torch.where(z == -math.inf, -1e9, z)  # the limit 0, not -inf * 0
     if activation == 1:
         return 0.5 * z * (1 + torch.erf(z * math.sqrt(0.5)))
     if activation == 2:
         return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    if activation == 4:
+        return z * torch.sigmoid(z)
     return torch.where(z < 0, 0, z) if activation == 3 else z
 
 
-def _derivative(z, activation):
+def derivative(z, activation):
+    """activation'(z)."""
     if activation == 1:
         density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
         return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density
@@ -166,7 +176,10 @@ def _derivative(z, activation):
         c = math.sqrt(2 / math.pi)
         t = torch.tanh(c * (z + 0.044715 * z**3))
         return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z)
-    return (z > 0).to(z.dtype)
+    if activation == 4:
+        s = torch.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    return (z > 0).to(z.dtype) if activation else torch.ones_like(z)
 
 
 def _matmul(x, weight, bias):
@@ -177,7 +190,7 @@ def _matmul(x, weight, bias):
 @register("linear_act", "reference")
 def _reference(x, weight, bias, activation, save):
     z = _matmul(x, weight, bias)
-    y = _activate(z, activation).to(x.dtype)
+    y = activate(z, activation).to(x.dtype)
     return y, z.to(x.dtype, copy=True) if save else _empty(x, 0)
 
 
@@ -186,7 +199,7 @@ def _reference_backward(grad, x, weight, bias, z, activation, need):
     grad, bias_dtype = grad.to(wide(x.dtype)), (weight if bias is None else bias).dtype
     if activation:
         z = _matmul(x, weight, bias) if z is None else z
-        grad = grad * _derivative(z.to(grad.dtype), activation)
+        grad = grad * derivative(z.to(grad.dtype), activation)
     return (
         (grad @ weight.to(grad.dtype)).to(x.dtype) if need & _DX else _empty(x, 0),
         (grad.T @ x.to(grad.dtype)).to(weight.dtype) if need & _DW else _empty(weight, 0),

@@ -1,4 +1,4 @@
-// LN(residual + dropout(x + x_bias)) and its backward.
+// LN(residual + dropout(x + x_bias)) and its backward; RMS norm or none in LN's place.
 #include "operators.h"
 #include "philox.h"
 #include "rows.h"
@@ -34,15 +34,19 @@ void forward(const AddLayerNormArgs& g) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < g.tokens; ++t) {
       sum_row<T>(g, t, s, bits);
-      float mean, low, rstd;
-      row_statistics(s, g.hidden, g.eps, mean, low, rstd);
-      g.mean[t] = mean, g.rstd[t] = rstd;
+      float mean = 0, low = 0, rstd = 1;
+      if (g.rms)
+        rstd = row_rms(s, g.hidden, g.eps);
+      else if (g.rstd)
+        row_statistics(s, g.hidden, g.eps, mean, low, rstd);
+      if (g.rstd) g.mean[t] = mean, g.rstd[t] = rstd;
       T* y = static_cast<T*>(g.y) + t * g.hidden;
-      for (int64_t j = 0; j < g.hidden; j += W)
-        store_upto(
-            y + j,
-            (load(s + j) - mean - low) * rstd * weight.at(j, g.hidden) + bias.at(j, g.hidden),
-            g.hidden - j);
+      for (int64_t j = 0; j < g.hidden; j += W) {
+        vf v = load(s + j);
+        if (g.rstd) v = (v - mean - low) * rstd * weight.at(j, g.hidden);
+        if (g.bias) v += bias.at(j, g.hidden);
+        store_upto(y + j, v, g.hidden - j);
+      }
     }
   }
 }
@@ -63,15 +67,20 @@ void backward(const AddLayerNormArgs& g) {
     float *dbias = dweight + stride, *dx_bias = dbias + stride;
     std::memset(dweight, 0, 3 * stride * sizeof(float));
     for (int64_t t = g.tokens * chunk / chunks; t < g.tokens * (chunk + 1) / chunks; ++t) {
-      sum_row<T>(g, t, s, bits);
       const T* grad = static_cast<const T*>(g.grad) + t * g.hidden;
+      float* ds = g.rstd ? s : grad_row;  // without a norm the sum's gradient is the result's
       for (int64_t j = 0; j < g.hidden; j += W)
         store(grad_row + j, load_upto(grad + j, g.hidden - j));
-      row_backward(grad_row, s, weight, g.hidden, g.mean[t], g.rstd[t], dweight, dbias);
+      if (g.rstd) {
+        sum_row<T>(g, t, s, bits);
+        row_backward(grad_row, s, weight, g.hidden, g.mean[t], g.rstd[t], dweight, dbias, g.rms);
+      } else if (g.dropout.seed) {
+        philox_row(g.dropout.seed, t, g.hidden, bits);
+      }
       T* dx = static_cast<T*>(g.dx) + t * g.hidden;
       T* dresidual = g.dresidual ? static_cast<T*>(g.dresidual) + t * g.hidden : nullptr;
       for (int64_t j = 0; j < g.hidden; j += W) {
-        vf d = load(s + j);
+        vf d = load(ds + j);
         if (dresidual) store_upto(dresidual + j, d, g.hidden - j);
         if (g.dropout.seed) d = drop(d, bits + j, g.dropout);
         store_upto(dx + j, d, g.hidden - j);

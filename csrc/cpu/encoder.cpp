@@ -5,6 +5,7 @@
 #include "encoder_layers.h"
 #include "encoder_norm.h"
 #include "encoder_scratch.h"
+#include "rotary.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -72,7 +73,7 @@ struct Encoder {
       T* row = to + m * qkv_row;
       const float* from = s.turned + m * qkv_row;
       if constexpr (!kRounded) from = row;
-      turn(from, batch.angles.data[rotary] + (m0 + m) * dim, width / dim, dim, row);
+      turn(from, batch.angles.data[rotary] + (m0 + m) * dim, width / dim, dim, 1, row);
       for (int64_t j = width; kRounded && j < width + spec.keys(); j += W)
         store(row + j, load(from + j));
     }

@@ -1,4 +1,4 @@
-// Norms of the encoder's rows, and rotary positions.
+// Norms of the encoder's rows.
 #pragma once
 #include "crew.h"
 #include "packed_linear.h"
@@ -44,20 +44,6 @@ void normalise(const LayerSpec& spec, const Parameter& norm, const Normed& g, in
     put_row(operand, m, aside ? spare : states, spec.hidden);
   }
   team.meet();
-}
-
-// Heads side by side, each pair (x[j], x[j + dim / 2]) turned by angles [2, dim / 2].
-template <class T>
-void turn(const float* x, const float* angles, int64_t heads, int64_t dim, T* out) {
-  const int64_t half = dim / 2;
-  for (int64_t h = 0; h < heads; ++h, x += dim, out += dim)
-    for (int64_t j = 0; j < half; j += W) {
-      const int64_t n = half - j;
-      const vf a = load_upto(x + j, n), b = load_upto(x + half + j, n);
-      const vf c = load_upto(angles + j, n), s = load_upto(angles + half + j, n);
-      store_upto(out + j, a * c - b * s, n);
-      store_upto(out + half + j, b * c + a * s, n);
-    }
 }
 
 }  // namespace

@@ -141,16 +141,8 @@ struct Ahead {
 
 template <class T>
 Epilogue choose_epilogue(int activation) {
-  switch (activation) {
-    case 1:
-      return epilogue<1, T>;
-    case 2:
-      return epilogue<2, T>;
-    case 3:
-      return epilogue<3, T>;
-    default:
-      return epilogue<0, T>;
-  }
+  return by_activation(activation,
+                       [](auto a) -> Epilogue { return epilogue<decltype(a)::value, T>; });
 }
 
 template <Unit u>
@@ -264,16 +256,7 @@ void activation_backward_in(const ActivationBackwardArgs& g) {
 
 template <class T>
 void activation_backward_of(const ActivationBackwardArgs& g) {
-  switch (g.activation) {
-    case 1:
-      return activation_backward_in<1, T>(g);
-    case 2:
-      return activation_backward_in<2, T>(g);
-    case 3:
-      return activation_backward_in<3, T>(g);
-    default:
-      return activation_backward_in<0, T>(g);
-  }
+  by_activation(g.activation, [&](auto a) { activation_backward_in<decltype(a)::value, T>(g); });
 }
 
 }  // namespace

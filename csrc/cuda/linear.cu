@@ -200,6 +200,9 @@ void linear(int dtype, const void* x, int64_t m, int64_t n, int64_t k, int64_t p
   if (m == 0 || n == 0) return;
   if (k % 8 || !vectorised(k, x, w0, w1, w2))
     throw std::invalid_argument("linear takes 16-byte aligned rows, k is " + std::to_string(k));
+  if (activation < 0 || activation > 3)
+    throw std::invalid_argument("linear: activation " + std::to_string(activation) +
+                                ", expected 0 to 3");
   const DeviceGuard guard(device);
   const int splits = int(linear_splits(m, n, k, parts));
   by_half(dtype, [&](auto type) {

@@ -76,9 +76,9 @@ def test_add_layer_norm(hidden, p):
     x, residual, grad = (torch.randn(9, hidden, device=GPU).bfloat16() for _ in range(3))
     weight, bias, x_bias = (torch.randn(hidden, device=GPU).bfloat16() for _ in range(3))
     seed = torch.tensor([7, 9], device=GPU) if p else None
-    forward = norm_kernel.add_layer_norm(x, residual, weight, bias, 1e-12, x_bias, p, seed)
+    forward = norm_kernel.add_layer_norm(x, residual, weight, bias, 1e-12, x_bias, p, seed, False)
     given = grad, x, residual, weight, *forward[1:], x_bias, p, seed
-    expected = norm_kernel.add_layer_norm_backward(*given)
+    expected = norm_kernel.add_layer_norm_backward(*given, False)
     for variant in (add_layer_norm.Variant(1, 1, 2), add_layer_norm.Variant(4, 2, 1, True)):
         found = add_layer_norm.run(*given, variant)
         for f, e in zip(found, expected, strict=True):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from families import (
+    BY_DISTANCE,
     FAMILIES,
     MASKS,
     build,
@@ -16,6 +17,7 @@ from families import (
     gradients,
     heads,
     inputs_for,
+    layers_of,
     real,
     same_gradients,
     tensors,
@@ -44,14 +46,16 @@ def test_outputs_and_gradients(family, head, kind):
     with torch.no_grad():
         expected, actual = tensors(theirs(**given)), tensors(ours(**given))
     truth = tensors(exact(theirs, given))
-    # MPNet's bias needs positions as they stand, padding last.
-    stock = family == "MPNet" and kind in ("holes", "left", "row")
+    late = kind == "row" and (family, head) == ("EuroBert", "ForSequenceClassification")  # x / 0
+    stock = family in BY_DISTANCE and kind in ("holes", "left")
+    stock = stock or (family, kind) == ("MPNet", "row")  # eager gives it the mean of its padding
     assert report.fallbacks and any(report.fallbacks.values()) == stock, report
     assert len(expected) == len(actual) > 0
     for e, a, t in zip(expected, actual, truth, strict=True):
         close_to_truth(*(real(x, mask) for x in (a, t, e)))
-        assert torch.isfinite(a).all()
-    same_gradients(gradients(ours, given, mask), theirs, given, mask)
+        assert torch.isfinite(a).all() or late
+    if not late:
+        same_gradients(gradients(ours, given, mask), theirs, given, mask)
 
 
 @pytest.mark.parametrize("by", ["call", "config"])
@@ -80,7 +84,7 @@ def test_hidden_states_and_attentions(family, attention, by):
         if count == 2:
             maps = (actual.attentions, truth.attentions, expected.attentions)
             for found in zip(*maps, strict=True):
-                close_to_truth(*found)
+                close_to_truth(*map(torch.nan_to_num, found))  # a padded row without a key in sight
             assert "attention maps" in str(report)
         else:
             assert not any(report.fallbacks.values())
@@ -105,7 +109,7 @@ def test_nothing_to_see(family):
         assert out.shape == (4, 17, 48) and torch.isfinite(out).all()
         close_to_truth(out, expected)
         for m in theirs, ours:
-            next(c for c in m.children() if hasattr(c, "layer")).layer = torch.nn.ModuleList()
+            del layers_of(m)[:]
         close_to_truth(ours(**given)[0], theirs(**given)[0])
     assert "no layers" in str(report)
 
@@ -258,12 +262,12 @@ def test_other_models_are_left_alone():
 
 def test_what_is_said_of_an_unknown_model():
     """Its class, in a wrapper too; the families known; what helps."""
-    c = transformers.ModernBertConfig(vocab_size=90, hidden_size=48, num_hidden_layers=1,
-                                      num_attention_heads=3, intermediate_size=80, pad_token_id=0)  # fmt: skip
-    text = str(bertfast.accelerate(torch.nn.ModuleDict({"0": transformers.ModernBertModel(c)})))
+    c = transformers.RoFormerConfig(vocab_size=90, hidden_size=48, num_hidden_layers=1,
+                                    num_attention_heads=3, intermediate_size=80)  # fmt: skip
+    text = str(bertfast.accelerate(torch.nn.ModuleDict({"0": transformers.RoFormerModel(c)})))
     for said in (
         "torch.nn.modules.container.ModuleDict",
-        "transformers.models.modernbert.modeling_modernbert.ModernBertModel",
+        "transformers.models.roformer.modeling_roformer.RoFormerModel",
         "bert, roberta, xlm_roberta, camembert, electra, distilbert, mpnet",
         'attn_implementation="bertfast"',
     ):
@@ -325,8 +329,9 @@ def test_dtypes_out_of_autocast(family, head, states):
     report = bertfast.accelerate(ours)
     for hooked in (False, True):
         for m in (theirs, ours) if hooked else ():
-            layer = next(c for c in m.modules() if hasattr(c, "layer")).layer[0]
-            layer.register_forward_hook(lambda _, a, out: seen.append((a[0].dtype, out[0].dtype)))
+            layers_of(m)[0].register_forward_hook(
+                lambda _, a, out: seen.append((a[0].dtype, out[0].dtype))
+            )
         for m in theirs, ours:
             m.train(hooked)
         with torch.autocast("cpu", torch.bfloat16):

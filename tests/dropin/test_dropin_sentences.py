@@ -22,7 +22,7 @@ def test_encode(family, tmp_path):
     theirs = sentence_model(tmp_path, family)
     ours = copy.deepcopy(theirs)
     report = bertfast.accelerate(ours)
-    assert (report.fused == 2 and "encoder" in str(report)) or "transformer" in str(report)
+    assert report.fused == 2
     models = ours, copy.deepcopy(theirs).double(), theirs
     for batch in (32, 4, 1):
         options = {"batch_size": batch, "convert_to_tensor": True, "show_progress_bar": False}

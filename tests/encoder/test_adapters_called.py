@@ -24,14 +24,13 @@ def test_every_family(family, kind):
     theirs, inputs = adapted(theirs, everything), families.inputs_for(kind=kind)
     ours, report = accelerated(theirs)
     mask = inputs["attention_mask"]
-    assert_same(
-        families.gradients(ours, inputs, mask), families.gradients(theirs, inputs, mask), family
-    )
+    bound = 1e-5 if family in families.PARTLY_FP32 else 1e-10
+    assert_same(*(families.gradients(m, inputs, mask) for m in (ours, theirs)), family, bound)
     with torch.no_grad():
         found, expected = (m(**inputs)[0] for m in (ours, theirs))
-    assert relative(found, expected) < 1e-10  # at padded rows, too
+    assert relative(found, expected) < bound  # at padded rows, too
     assert report.fused == 2
-    assert not any(report.fallbacks.values()) or family == "MPNet", report
+    assert not any(report.fallbacks.values()) or family in families.BY_DISTANCE, report
 
 
 @pytest.mark.parametrize("path", ["", ".base_layer", ".lora_A.default", ".lora_dropout.default"])

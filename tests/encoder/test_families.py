@@ -145,8 +145,8 @@ def test_what_read_says():
     layer = pair()[0].layer[0]
     assert isinstance(TOY.read(layer), Layer)
     layer.second.eps = 0.5
-    assert TOY.read(layer) == Unfit("", "its LayerNorms differ in eps")
-    layer.act = nn.SiLU()
+    assert TOY.read(layer) == Unfit("", "its norms differ in eps")
+    layer.act = nn.Mish()
     assert TOY.read(layer).where == "act"
     del layer.heads.to_k
     assert "to_k" in TOY.read(layer).why

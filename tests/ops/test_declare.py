@@ -172,7 +172,14 @@ def test_called_by_the_dispatcher():
         *(False, False),
     )
     refused(ValueError, "dropout_p is 1.0", raw.attention, *args[1:2], *args[4:7], 1.0, *args[8:])
-    refused(ValueError, "activation is 4", raw.linear_act, table, table, None, 4, False)
+    refused(ValueError, "activation is 5", raw.linear_act, table, table, None, 5, False)
+    unnormed = table, None, None, vector, 1e-5, None, 0.0, None
+    refused(ValueError, "bias is given, yet weight is None", raw.add_layer_norm, *unnormed, False)
+    unnormed = table, table, None, None
+    refused(
+        *(ValueError, "mean and weight go together", raw.add_layer_norm_backward, *unnormed),
+        *(vector[:5], None, None, 0.0, None, False),
+    )
     meta = table.to("meta")
     refused(ValueError, "weight is on meta", raw.linear_act, table, meta, None, 0, False)
 
@@ -198,5 +205,18 @@ def test_declaration():
     refused(
         TypeError, "expected torch.float64 or torch.float32", it.check, (a.double(), a.half(), 4)
     )
+    other = Declaration(
+        "op(Tensor a, Tensor? b, bool c) -> Tensor",
+        a=Tensor("batch, size", FLOATS),
+        b=Tensor("batch, size / 2", "statistics of a or float32", needs="a"),
+        c=Number(0, 2, needs="b"),
+    )
+    a = torch.ones(3, 8, dtype=torch.float64)
+    for b in (torch.ones(3, 4), torch.ones(3, 4).double()):
+        other.check((a, b, True))
+    refused(ValueError, r"b has shape \[3, 3\].*size is 8", other.check, (a, a[:, :3], False))
+    refused(ValueError, "size / 2", other.check, (a[:, :7], a[:, :3], False))
+    refused(TypeError, "expected torch.float32", other.check, (a.half(), a[:, :4].half(), False))
+    refused(ValueError, "c is True, yet b is None", other.check, (a, None, True))
     refused(ValueError, "n is 0, expected 1 <= n", it.check, (a, None, 0))
     refused(TypeError, "n is '4', expected a number", it.check, (a, None, "4"))

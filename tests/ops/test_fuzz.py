@@ -50,7 +50,7 @@ def public(name, declared):
 
     def call(args):
         given = {n: a for n, a in zip(declared.names, args, strict=True) if n in known}
-        if name == "linear_act" and isinstance(given["activation"], int):
+        if isinstance(given.get("activation"), int):
             given["activation"] = ACTIVATIONS[given["activation"] % len(ACTIVATIONS)]
         torch.manual_seed(0)  # of dropout without a seed
         return function(**given)

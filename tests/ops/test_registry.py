@@ -23,7 +23,7 @@ def samples():
     seed, x, w, b = torch.tensor([3, 1]), leaf(8, 6), leaf(4, 6), leaf(4)
     g, h, square = leaf(6), leaf(6), [leaf(6, 6), leaf(6)] * 3
     qkv, ids = leaf(8, 3, 2, 4), torch.arange(8)
-    bias, none = leaf(1, 2, 5, 5), (None,) * 5
+    bias, both, none = leaf(1, 2, 5, 5), leaf(8, 12), (None,) * 5
     rel, index = leaf(3, 2, 4), torch.arange(11, dtype=torch.int32) % 3
     out, lse = (
         t.detach()
@@ -58,10 +58,19 @@ def samples():
         "qkv_linear": [(x, *square)],
         "qkv_linear_backward": [(torch.ones(8, 18), *d(x, *square[::2]), torch.ones(6), 7)],
         "add_layer_norm": [
-            (x, leaf(8, 6), g, h, 1e-5, leaf(6), 0.1, seed),
-            (x, None, g, h, 1e-5, None, 0.0, None),
+            (x, leaf(8, 6), g, h, 1e-5, leaf(6), 0.1, seed, False),
+            (x, None, g, h, 1e-5, None, 0.0, None, False),
+            (x, leaf(8, 6), g, None, 1e-5, leaf(6), 0.1, seed, True),
+            (x, leaf(8, 6), None, None, 1e-5, leaf(6), 0.1, seed, False),
         ],
-        "add_layer_norm_backward": [(torch.ones(8, 6), *d(x, x, g), *stats, None, 0.0, None)],
+        "add_layer_norm_backward": [
+            (torch.ones(8, 6), *d(x, x, g), *stats, None, 0.0, None, False),
+            (torch.ones(8, 6), *d(x, x, g), *stats, None, 0.1, seed, True),
+            (torch.ones(8, 6), *d(x, x), None, None, None, d(h)[0], 0.0, None, False),
+        ],
+        "gated_act": [(both[:, :6], both[:, 6:], 4, 0.1, seed), (x, leaf(8, 6), 0, 0.0, None)],
+        "gated_act_backward": [(torch.ones(8, 6), *d(x, x), 1, 0.1, seed)],
+        "rotary": [(qkv, torch.randn(8, 2, 2), False), (qkv, torch.randn(8, 2, 2), True)],
         "embedding_layer_norm": [
             (leaf(9, 6), ids, ids, ids % 2, leaf(8, 6), leaf(2, 6), g, h, 1e-5, 0.1, seed)
         ],
@@ -122,6 +131,11 @@ def public():
             lambda x, w: ops.add_layer_norm(x, x, w, w, 1e-5),
             [leaf(8, 6), leaf(6)],
         ),
+        "gated_act": (
+            lambda x: ops.gated_act(x[:, :6], x[:, 6:], "silu", dropout_p=0.1, seed=3),
+            [leaf(8, 12)],
+        ),
+        "rotary": (lambda q: ops.rotary(q, torch.ones(8, 2, 2)), [leaf(8, 3, 2, 4)]),
         "embedding_layer_norm": (
             lambda t, w: ops.embedding_layer_norm(ids, ids, ids, t, t, t, w, w, 1e-5),
             [leaf(8, 6), leaf(6)],

@@ -45,6 +45,8 @@ def call_limit(spec: LayerSpec, batch: Batch) -> str | None:
         return "the GPU is older than sm_80"
     if spec.head_dim not in HEAD_DIMS or spec.hidden % 8 or spec.inner % 8:
         return "the sizes don't fit its tiles"
+    if spec.activation == "silu":
+        return "it has no silu"
     if spec.hidden > MAX_HIDDEN:
         return f"hidden is {spec.hidden}, it takes at most {MAX_HIDDEN}"
     return None

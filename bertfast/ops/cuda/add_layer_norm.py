@@ -1,5 +1,7 @@
 """`ops.add_layer_norm` on csrc/cuda/add_layer_norm.cu."""
 
+from functools import partial
+
 import torch
 
 from ..add_layer_norm import two_gradients
@@ -10,12 +12,15 @@ from ..registry import register
 from .arguments import dtype_code, hidden_limit, parameter, row_blocks
 
 
-def _limit(device, dtype, arguments):
+def _limit(parameters, device, dtype, arguments):
+    """parameters: which of the arguments are the norm's."""
+    if any(p is None for p in arguments[parameters]) or (arguments and arguments[-1] is True):
+        return "it has layer norm with weight and bias alone"
     return cuda_float_limit(device, dtype, arguments) or hidden_limit(arguments)
 
 
-@register("add_layer_norm", "cuda", limit=_limit)
-def _forward(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
+@register("add_layer_norm", "cuda", limit=partial(_limit, slice(2, 4)))
+def _forward(x, residual, weight, bias, eps, x_bias, dropout_p, seed, rms):
     x, residual, weight, bias, x_bias, seed = map(dense, (x, residual, weight, bias, x_bias, seed))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[0], device=x.device) for _ in range(2))
@@ -27,8 +32,8 @@ def _forward(x, residual, weight, bias, eps, x_bias, dropout_p, seed):
     return y, mean, rstd
 
 
-@register("add_layer_norm_backward", "cuda", limit=_limit)
-def _backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed):
+@register("add_layer_norm_backward", "cuda", limit=partial(_limit, slice(3, 4)))
+def _backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, seed, rms):
     grad, x, residual, weight = map(dense, (grad, x, residual, weight))
     mean, rstd, x_bias, seed = map(dense, (mean, rstd, x_bias, seed))
     tokens, hidden = x.shape

@@ -6,11 +6,13 @@ bias in the product's epilogue, in fp32 and at no cost; its GELU is the tanh for
 activation is a kernel of its own.
 """
 
+from functools import partial
+
 import torch
 
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, ptr
-from ..linear_act import _DB, _DW, _DX, _WIDE
+from ..linear_act import _DB, _DW, _DX, _WIDE, ACTIVATIONS
 from ..registry import register
 from .arguments import HALVES, dtype_code, parameter, row_blocks
 
@@ -54,7 +56,14 @@ def _few(x, weights, biases, activation=0, save=False):
     return y, z
 
 
-@register("linear_act", "cuda", limit=cuda_float_limit)
+def _limit(position, device, dtype, arguments):
+    """position: of the activation among the arguments."""
+    if ACTIVATIONS.index("silu") in arguments[position : position + 1]:
+        return "it has no silu"
+    return cuda_float_limit(device, dtype, arguments)
+
+
+@register("linear_act", "cuda", limit=partial(_limit, 3))
 def _forward(x, weight, bias, activation, save):
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     cast = weight.to(x.dtype)
@@ -101,7 +110,7 @@ def _products(grad, x, weight, need):
     )
 
 
-@register("linear_act_backward", "cuda", limit=cuda_float_limit)
+@register("linear_act_backward", "cuda", limit=partial(_limit, 5))
 def _backward(grad, x, weight, bias, z, activation, need):
     bias_dtype = (weight if bias is None else bias).dtype
     grad, db = grad.contiguous(), None
