@@ -83,15 +83,19 @@ def freeze(model, precision: str = "fp32"):
 
 def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
     config, dtype = encoder.settings(), layers[0].weights.query.weight.dtype
-    relative = encoder.relative_embeddings()
     center = _center(owner, layers[0].spec.hidden)
-    sample = Sample.of(owner, encoder, config) if precision == "int8" else None
+    int8, relative = precision == "int8", layers[0].spec.relative
+    sample = Sample.of(owner, encoder, config) if int8 or relative else None
+    embeddings = sample.batch.relative.embeddings if relative else None
     del encoder.layer[:]  # so that `layers` alone has the weights
     encoder.bertfast_seen = None
     if encoder.bertfast_graphs is not None:
         encoder.bertfast_graphs.release()
     given = layers, precision, dtype, config
-    encoder.packed = PackedCuda(*given) if cuda else PackedCpu(*given, center, sample, relative)
+    if cuda:
+        encoder.packed = PackedCuda(*given)
+    else:
+        encoder.packed = PackedCpu(*given, center, sample if int8 else None, embeddings)
 
 
 def _center(owner, size):
@@ -118,7 +122,7 @@ def _layers(name: str, encoder) -> list[Layer]:
         spec = found[0].spec._replace(window=layer.spec.window, rotary=layer.spec.rotary)
         if layer.spec != spec or spec.width != spec.hidden:
             _refuse(path, f"it is {layer.spec}, expected {spec}, all heads")
-        flat = layer.weights.flat()
+        flat = layer.apart().flat()
         for p, shape, (role, _) in zip(flat, shapes(layer.spec), FLAT, strict=True):
             if p is not None and p.shape != shape:
                 _refuse(path, f"{role} has shape {list(p.shape)}, expected {list(shape)}")

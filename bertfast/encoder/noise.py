@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.extension import C
-from .batch import Batch, PackedSequences
+from .batch import Batch
 from .executors import operators
 from .executors.whole_cpu import forward
 
@@ -45,22 +45,14 @@ class Sample(NamedTuple):
         ids = torch.randint(
             *(0, vocabulary, (texts, seqlen)), generator=torch.Generator().manual_seed(0)
         )
-        seen = []
-
-        def catch(_, args, kwargs):
-            seen.append(args[0] if args else kwargs["hidden_states"])
-            raise _Caught
-
-        handle = encoder.register_forward_pre_hook(catch, with_kwargs=True)
+        encoder.packed = _Catcher()
         try:
             owner(input_ids=ids)
-        except _Caught:
-            pass
+        except _Caught as caught:
+            (batch,) = caught.args
         finally:
-            handle.remove()
-        hidden = seen[0].reshape(texts * seqlen, -1)
-        starts = torch.arange(texts + 1, dtype=torch.int32) * seqlen
-        return cls(encoder.sample_batch(hidden, PackedSequences(starts, seqlen)), hidden)
+            encoder.packed = None
+        return cls(batch, batch.hidden)
 
     @torch.no_grad()
     def through(self, layer, packed):
@@ -75,6 +67,13 @@ class Sample(NamedTuple):
         """Of a token's states by `run`, all of the frozen layers, to those here."""
         states = run(self.batch)
         return torch.cosine_similarity(states.float(), self.hidden.float(), dim=1).min().item()
+
+
+class _Catcher:
+    """In the place of an encoder's packed layers."""
+
+    def run(self, batch, *_):
+        raise _Caught(batch)
 
 
 class _Caught(Exception):  # noqa: N818  nobody sees it

@@ -44,15 +44,6 @@ class Freezable:
     def sizes(self):
         """What `read` depends on besides the layers."""
 
-    def sample_batch(self, hidden, sequences) -> Batch:
-        """What int8 is tried on: states [tokens, hidden] of sequences from position 0 on, with
-        the angles or relative positions that the layers take."""
-        return Batch.of(hidden, sequences)
-
-    def relative_embeddings(self):
-        """[buckets, hidden] of relative positions, None where there are none: `freeze` keeps their
-        projections."""
-
     def describe(self) -> list[Layer | Unfit]:
         """`read`, asked at every forward: a model can change between two."""
         if self.bertfast_seen is None or torch.compiler.is_compiling():
@@ -258,7 +249,7 @@ class _PackedLayer:
     of relative positions."""
 
     def __init__(self, layer: Layer, precision: str, center, relative):
-        spec, w, code = layer.spec, layer.weights, PRECISIONS.index(precision)
+        spec, w, code = layer.spec, layer.apart(), PRECISIONS.index(precision)
         self.spec, self.precision = spec, code
         self.norm1, self.norm2 = (
             [None if p is None else p.detach().float().clone() for p in norm]

@@ -33,7 +33,7 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return f"heads of {layers[0].spec.head_dim} are no pairs"
     why = inference_limit(batch) or layers_limit(layers)
     why = why or positions_limit([layer.spec for layer in layers], batch)
-    return why or _weights_limit(layers, hidden)
+    return why or _weights_limit(_apart(layers), hidden)
 
 
 def inference_limit(batch: Batch) -> str | None:
@@ -139,8 +139,17 @@ def c_spec(spec: LayerSpec):
     )
 
 
+def _apart(layers: list[Layer]) -> list[Layer]:
+    """With each role's weights its own."""
+    return [
+        layer._replace(weights=layer.apart(), stacked=()) if layer.stacked else layer
+        for layer in layers
+    ]
+
+
 def run(layers: list[Layer], batch: Batch):
     """In bf16 the residual stream stays in fp32 between layers."""
+    layers = _apart(layers)
     hidden, relative = batch.hidden, batch.relative
     tables = []
     if layers[0].spec.relative:
