@@ -45,7 +45,7 @@ class Sample(NamedTuple):
         ids = torch.randint(
             *(0, vocabulary, (texts, seqlen)), generator=torch.Generator().manual_seed(0)
         )
-        encoder.packed = _Catcher()
+        encoder.packed = _Catcher(config)
         try:
             owner(input_ids=ids)
         except _Caught as caught:
@@ -71,6 +71,9 @@ class Sample(NamedTuple):
 
 class _Catcher:
     """In the place of an encoder's packed layers."""
+
+    def __init__(self, config):
+        self.config = config
 
     def run(self, batch, *_):
         raise _Caught(batch)

@@ -2,11 +2,12 @@
 layer in fp64."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import apart, close_to_truth, offsets
+from helpers import apart, close_to_truth, offsets, refused
 from torch.nn import functional as F
 
 from bertfast.encoder import Batch, LayerSpec, LayerWeights
@@ -14,7 +15,7 @@ from bertfast.encoder.batch import Relative
 from bertfast.encoder.executors import whole_cpu
 from bertfast.encoder.packed import PackedCpu
 from bertfast.encoder.spec import Layer
-from bertfast.encoder.weights import FLAT, shapes
+from bertfast.encoder.weights import FLAT, NONE, shapes
 
 BOUND = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.09}
 PRE = {"pre_norm": True}
@@ -247,3 +248,40 @@ def test_company_changes_nothing(how, kind):
     together, start = states(how, layers, batch), 191 + 41
     alone = batch_of(layers, (17,))._replace(hidden=batch.hidden[start : start + 17])
     close_to_truth(states(how, layers, alone), together[start : start + 17], floor=2e-6)
+
+
+def test_what_it_does_not_serve():
+    """Said by the limit for live weights, raised for packed ones."""
+    given = {kind: layers_of(kind, "even") for kind in ("rotary", "c2p", "modernbert", "bert")}
+    batches = {kind: batch_of(layers, (5, 3)) for kind, layers in given.items()}
+
+    def check(kind, why, layers=None, frozen=True, **changed):
+        layers, batch = layers or given[kind], batches[kind]._replace(**changed)
+        with torch.inference_mode():
+            assert why in whole_cpu.limit(layers, batch)
+            if frozen:
+                refused(ValueError, re.escape(why), packed(layers, "fp32").run, batch, False)
+
+    angles = batches["rotary"].angles
+    check("rotary", "has 1 tables of angles", angles=angles[:1])
+    check("rotary", "has 4 tables of angles, and 3 at most", angles=angles * 2)
+    check("rotary", "expected float32 [8, 2, 16]", angles=(angles[0], angles[1][:7]))
+    check("rotary", "angles are torch.float64", angles=(angles[0], angles[1].double()))
+    embeddings, index = batches["c2p"].relative
+    check("c2p", "no relative positions", relative=None)
+    check("c2p", "7 relative positions for 5 tokens", relative=Relative(embeddings, index[4:-4]))
+    check("c2p", "expected plain int32", relative=Relative(embeddings, index.long()))
+    far = Relative(embeddings, index + BUCKETS)
+    with torch.inference_mode():
+        refused(IndexError, "of 32 embeddings", states, "live fp32", given["c2p"],
+                batches["c2p"]._replace(relative=far))  # fmt: skip
+        refused(ValueError, "of 32 embeddings", states, "fp32", given["c2p"],
+                batches["c2p"]._replace(relative=far))  # fmt: skip
+    first, *rest = given["modernbert"]
+    other = first._replace(spec=first.spec._replace(rms=True))
+    check("modernbert", "differ in more than", [other, *rest], frozen=False)
+    lost = first._replace(weights=first.weights._replace(gate=NONE))
+    check("modernbert", "a weight is missing", [lost, *rest], frozen=False)
+    bare = given["bert"][0]
+    lost = bare._replace(weights=bare.weights._replace(norm1=NONE))
+    check("bert", "a weight is missing", [lost], frozen=False)
