@@ -6,14 +6,14 @@ sequences take one kernel, where a program holds all keys of a head; else one fo
 dK and dV.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from ..ops.attention import empty_or_zeros
-from .attention import (
+from .attention_launch import arguments, choose, dense_last, launch, variants, work
+from .attention_tile import (
+    _LOG2E,
     kept,
     load_rows,
     place,
@@ -23,11 +23,8 @@ from .attention import (
     store_rows,
     words_offset,
 )
-from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
 from .jit import jit
-
-_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
