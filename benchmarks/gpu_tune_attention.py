@@ -80,7 +80,7 @@ class Inputs:
         where = "cpu" if device == "meta" else device
         self.starts = torch.tensor([0, *lengths]).cumsum(0).int().to(where)
         self.seed = torch.tensor([7, 9], device=where) if p else None
-        self.options = dim**-0.5, p, self.seed, False, None, None
+        self.options = dim**-0.5, p, self.seed, False, *(None,) * 6
 
     def qkv(self):
         shape = sum(self.lengths), 3, HIDDEN // self.dim, self.dim
@@ -120,7 +120,7 @@ class Inputs:
 
     def backward(self, launch):
         def call(grad, qkv, out, lse):
-            args = grad, qkv, out, lse, self.starts, self.longest, *self.options, False
+            args = grad, qkv, out, lse, self.starts, self.longest, *self.options, False, False
             return [attention_backward.backward(*args, launch=launch)[0]]
 
         return call

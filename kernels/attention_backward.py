@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.attention import empty_or_zeros
+from ..ops.attention_reference import empty_or_zeros
 from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .attention_tile import (
     _LOG2E,
@@ -286,7 +286,7 @@ def _run(
 
 def backward(
     grad, qkv, out, lse, starts, longest, scale, dropout_p, seed, causal, bias, seqused_k,
-    need_dbias, launch=launch,
+    window, rel_key, rel_query, rel_index, need_dbias, need_drel, launch=launch,
 ):  # fmt: skip
     """The operator `attention_backward`."""
     dqkv = empty_or_zeros(seqused_k)(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -295,7 +295,7 @@ def backward(
         grad, *parts, out, lse, starts, starts, longest, longest, scale, dropout_p, seed, causal,
         bias, seqused_k, need_dbias, launch,
     )  # fmt: skip
-    return dqkv, dbias
+    return dqkv, dbias, qkv.new_empty(0), qkv.new_empty(0)
 
 
 def cross_backward(
@@ -315,7 +315,7 @@ def cross_backward(
 def shipped():
     def run(launch, qkv, starts, longest, *options):
         out, lse = qkv[:, 0].contiguous(), qkv.new_empty(qkv.shape[2], qkv.shape[0]).float()
-        need_dbias = options[-2] is not None
-        backward(out, qkv, out, lse, starts, longest, *options, need_dbias, launch)
+        needs = options[4] is not None, False  # the bias's
+        backward(out, qkv, out, lse, starts, longest, *options, *needs, launch)
 
     yield from variants(run)

@@ -273,7 +273,7 @@ def variants(run):
             bias = empty(1, heads, longest, longest, dtype=dtype) if "bias" in more else None
             record = Record(arch)
             options = (0.125, 0.1 if more else 0.0, seed if more else None, "causal" in more, bias)
-            options += (starts[1:] if "bias" in more else None,)
+            options += (starts[1:] if "bias" in more else None, *(None,) * 4)
             run(record, empty(4096, 3, heads, dim, dtype=dtype), starts, longest, *options)
             for spec in record.specs:
                 key = repr(spec._replace(arch=80))

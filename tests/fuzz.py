@@ -10,6 +10,7 @@ from bertfast.ops import declare
 from bertfast.ops.pack import _UNPACK
 
 FLOATS = [torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64]
+_TABLES = "vocabulary", "positions", "types", "buckets"
 ANY = [*FLOATS, torch.int64, torch.int32, torch.int8, torch.bool, torch.complex64]
 
 
@@ -22,7 +23,7 @@ class Maker:
         if name not in self.sizes:
             n = self.random.choice([0, 1, 1, 2, 3, 5, 8, 17, 33])
             # A table without rows has no valid index.
-            self.sizes[name] = max(n, 1) if name in ("vocabulary", "positions", "types") else n
+            self.sizes[name] = max(n, 1) if name in _TABLES else n
         return self.sizes[name]
 
     def starts(self, values):
@@ -43,6 +44,8 @@ class Maker:
     def dimension(self, text):
         if text.isdigit():
             return int(text)
+        if text.startswith("2n - 1 for n >= "):
+            return 2 * max(self.size(text[16:]) + self.random.choice([0, 0, 1, 5]), 1) - 1
         if text.startswith(">= "):
             return self.size(text[3:]) + self.random.choice([0, 0, 1, 5])
         if text.endswith(" or 1"):
@@ -78,6 +81,7 @@ class Maker:
             shape = shape if rows else [0] * len(shape)
             n = math.prod(shape)
             t = torch.randperm(rows)[:n] if n <= rows else torch.randint(rows, (n,))
+            t = t.to(dtype)
             if rule.unless is not None and n:
                 t[:: self.random.choice([1, 2, 3])] = self.sizes[rule.unless]
             return t.view(shape)
@@ -119,8 +123,9 @@ class Maker:
             if name in made:
                 continue
             absent = name in declared.optional and self.random.random() < 0.3
-            if said_of.beside is not None and said_of.beside in made:
-                absent = made[said_of.beside] is None
+            beside = (said_of.beside or "").split(" or ")
+            if beside[-1] in made:
+                absent = all(made[n] is None for n in beside)
             dtype = None if absent else self.dtype(said_of, made)
             made[name] = None if absent else self.values(said_of, self.shape(said_of), dtype)
         if declared is _UNPACK:
@@ -130,6 +135,8 @@ class Maker:
             if isinstance(a, declare.Number):
                 absent = a.needs is not None and made[a.needs] is None
                 made[n] = 0 if absent else self.number(n, a)
+                if n in declared.optional:
+                    made[n] = self.random.choice([None, None, 1, 3, made[n]])
                 if a.needs is not None:
                     made[n] = bool(made[n])
         extra = {"scale": 0.5, "eps": 1e-5, "tokens": None}

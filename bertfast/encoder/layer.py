@@ -92,7 +92,7 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     qkv = _qkv(k, layer, hidden)
     context, lse = k.attention(
         *(qkv, batch.cu_seqlens, batch.longest, default_scale(spec.head_dim), p0, seed0),
-        *(False, batch.bias, batch.seqused_k),
+        *(False, batch.bias, batch.seqused_k, None, None, None, None),
     )
     wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
     projected, bias = _unbiased(k, layer, "out", wanted)
@@ -154,10 +154,10 @@ def backward(
             t.new_zeros((hidden.shape[0], t.shape[1])).index_add(0, rows, t)
             for t in (dcontext, dresidual)
         )
-    dqkv, dbias = k.attention_backward(
+    dqkv, dbias, *_ = k.attention_backward(
         *(dcontext.view(context.shape), qkv, context, lse, batch.cu_seqlens, batch.longest),
         *(default_scale(spec.head_dim), p0, seed0, False, batch.bias, batch.seqused_k),
-        through_bias,
+        *(None, None, None, None, through_bias, False),
     )
     own = needs.query, needs.key, needs.value
     weights, biases = any(n.weight for n in own), any(n.bias for n in own)

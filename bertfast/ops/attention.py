@@ -1,18 +1,32 @@
 """softmax(Q K^T * scale + bias) V over packed sequences.
 
+Relative positions are disentangled (He et al., arXiv:2006.03654): a score is scale * (q_i.k_j +
+q_i.rel_key[r] + k_j.rel_query[r]), where r is the bucket of i - j.
+
 The log-sum-exp of each row is kept so that backward recomputes the probabilities instead of
 storing them (Dao et al., arXiv:2205.14135).
 """
 
 import math
-from itertools import pairwise
 
 import torch
 
-from .declare import FLOATS, LENGTH, PROBABILITY, SEED, Number, Offsets, Tensor, UpToLengths
-from .dropout import as_seed, dropout_arguments, keep_mask
+from .attention_reference import Options, empty_or_zeros, reference, reference_backward
+from .declare import (
+    FLOATS,
+    LENGTH,
+    PROBABILITY,
+    SEED,
+    Below,
+    Number,
+    Offsets,
+    Tensor,
+    UpToLengths,
+)
+from .dropout import as_seed, dropout_arguments
 from .extension import C
 from .library import (
+    DECLARED,
     GPU_DTYPES,
     autograd,
     cpu_limit,
@@ -38,6 +52,10 @@ def attention(
     causal=False,
     bias=None,
     seqused_k=None,
+    window=None,
+    rel_key=None,
+    rel_query=None,
+    rel_index=None,
 ):
     """Self-attention within each packed sequence, dropout on the probabilities.
 
@@ -51,6 +69,11 @@ def attention(
         bias: [batch or 1, heads or 1, max_seqlen, max_seqlen], added to the scores; -inf masks.
         seqused_k: int32 [batch], how many of each sequence's tokens are keys, its first ones; None
             for all. The others are queries alone: the padding of a batch whose rows are read.
+        window: a query sees the keys at most so many positions before or after it; None for all.
+        rel_key, rel_query: [buckets, heads, head_dim] in qkv's dtype, embeddings of relative
+            positions, which meet queries and keys as keys and queries do; None for none.
+        rel_index: int32 [2n - 1] for an n >= max_seqlen, with either of them: the bucket of
+            (query position - key position) from -(n - 1) to n - 1.
 
     Returns: [tokens, heads, head_dim] in qkv's dtype. A row whose keys are all masked is zeros.
 
@@ -60,7 +83,8 @@ def attention(
     scale = default_scale(head_dim) if scale is None else float(scale)
     seed = as_seed(seed, dropout_p, qkv.device)
     return torch.ops.bertfast.attention(
-        qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias, seqused_k
+        *(qkv, cu_seqlens, max_seqlen, scale, float(dropout_p), seed, causal, bias, seqused_k),
+        *(window, rel_key, rel_query, rel_index),
     )[0]
 
 
@@ -74,15 +98,19 @@ def _fake(qkv, *_):
     return qkv.new_empty((tokens, heads, head_dim)), lse
 
 
-def _fake_backward(grad, qkv, *rest):
-    *_, bias, _, need_dbias = rest
-    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape) if need_dbias else qkv.new_empty(0)
+def _fake_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
+    *options, need_dbias, need_drel = options
+    o, nothing = Options(*options), qkv.new_empty(0)
+    rel = [t.new_empty(t.shape) if need_drel and t is not None else nothing for t in o[7:9]]
+    return qkv.new_empty(qkv.shape), o.bias.new_empty(o.bias.shape) if need_dbias else nothing, *rel
 
 
 _OPTIONS = (
     "Tensor cu_seqlens, SymInt max_seqlen, float scale, float dropout_p, Tensor? seed, "
-    "bool causal, Tensor? bias, Tensor? seqused_k"
+    "bool causal, Tensor? bias, Tensor? seqused_k, "
+    "int? window, Tensor? rel_key, Tensor? rel_query, Tensor? rel_index"
 )
+_REL = Tensor("buckets, heads, head_dim", "as qkv")
 _ARGUMENTS = {
     "qkv": Tensor("tokens, 3, heads, head_dim", FLOATS),
     "cu_seqlens": Tensor("batch + 1", torch.int32, Offsets("tokens", "max_seqlen")),
@@ -91,115 +119,41 @@ _ARGUMENTS = {
     "seed": SEED,
     "bias": Tensor("batch or 1, heads or 1, >= max_seqlen, >= max_seqlen", "as qkv or float32"),
     "seqused_k": Tensor("batch", torch.int32, UpToLengths("cu_seqlens")),
+    "window": LENGTH,
+    "rel_key": _REL,
+    "rel_query": _REL,
+    "rel_index": Tensor(
+        *("2n - 1 for n >= max_seqlen", torch.int32, Below("buckets")), "rel_key or rel_query"
+    ),
 }
 _OUT = Tensor("tokens, heads, head_dim", "as qkv")
 _ATTENTION = define(f"attention(Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor)", _fake, **_ARGUMENTS)
 define(
     f"attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, "
-    "bool need_dbias) -> (Tensor, Tensor)",
+    "bool need_dbias, bool need_drel) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     **_ARGUMENTS,
     grad=_OUT,
     out=_OUT,
     lse=Tensor("heads, tokens", "statistics of qkv"),
     need_dbias=Number(needs="bias"),
+    need_drel=Number(needs="rel_index"),
 )
-
-
-def scores(q, k, b, scale, causal, bias):
-    """[heads, queries, keys] of sequence b."""
-    s = torch.einsum("qhd,khd->hqk", q, k) * scale
-    queries, keys = s.shape[1:]
-    if bias is not None:
-        s = s + bias[min(b, bias.shape[0] - 1), :, :queries, :keys]
-    if causal:
-        later = torch.ones(queries, keys, dtype=torch.bool, device=s.device).triu(1)
-        s = s.masked_fill(later, -math.inf)
-    return s
-
-
-def _keep(seed, rows, heads, keys, dropout_p):
-    rows = torch.arange(*rows, device=seed.device) * heads
-    rows = rows + torch.arange(heads, device=seed.device)[:, None]
-    return keep_mask(seed, rows, keys, dropout_p)
-
-
-def _softmax(s, lse):
-    """Zeros where lse is +inf. The sum is 1 but for lse's rounding, which grows with the scores."""
-    p = torch.exp(s - lse[..., None])
-    total = p.sum(-1, keepdim=True)
-    return p / total.masked_fill(total == 0, 1)
-
-
-def _sequences(cu_q, cu_k, seqused_k):
-    """(b, (first query, end), (first key, end)) of each sequence."""
-    starts, ends = cu_k[:-1], cu_k[1:] if seqused_k is None else cu_k[:-1] + seqused_k
-    keys = zip(starts.tolist(), ends.tolist(), strict=True)
-    return enumerate(zip(pairwise(cu_q.tolist()), keys, strict=True))
-
-
-def reference(q, kv, cu_q, cu_k, scale, dropout_p, seed, causal, bias, seqused_k=None):
-    """q [tokens_q, heads, dim], kv [tokens_k, 2, heads, dim] -> out as q, lse [heads, tokens_q]"""
-    tokens, heads, _ = q.shape
-    dtype = wide(q.dtype)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, tokens), dtype=dtype, device=q.device)
-    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k, seqused_k):
-        k, v = kv[m:n].to(dtype).unbind(1)
-        s = scores(q[i:j].to(dtype), k, b, scale, causal, bias)
-        row = torch.logsumexp(s, -1)
-        lse[:, i:j] = row.masked_fill(row == -math.inf, math.inf)  # so exp(s - lse) is 0
-        p = _softmax(s, lse[:, i:j])
-        if seed is not None:
-            p = torch.where(_keep(seed, (i, j), heads, n - m, dropout_p), p / (1 - dropout_p), 0)
-        out[i:j] = torch.einsum("hqk,khd->qhd", p, v).to(q.dtype)
-    return out, lse
-
-
-def empty_or_zeros(seqused_k):
-    """What makes dkv: a kernel writes no gradient of a key that isn't used."""
-    return torch.empty if seqused_k is None else torch.zeros
-
-
-def reference_backward(
-    grad, q, kv, lse, cu_q, cu_k, scale, dropout_p, seed, causal, bias, seqused_k, need_dbias
-):
-    """dq and dkv as q and kv, dbias as bias or empty"""
-    heads, dtype = q.shape[1], wide(q.dtype)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dkv = empty_or_zeros(seqused_k)(kv.shape, dtype=q.dtype, device=q.device)
-    dbias = torch.zeros(bias.shape, dtype=dtype, device=q.device) if need_dbias else None
-    for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k, seqused_k):
-        query, do = q[i:j].to(dtype), grad[i:j].to(dtype)
-        k, v = kv[m:n].to(dtype).unbind(1)
-        p = _softmax(scores(query, k, b, scale, causal, bias), lse[:, i:j])
-        dp = torch.einsum("qhd,khd->hqk", do, v)
-        dropped = p
-        if seed is not None:
-            keep = _keep(seed, (i, j), heads, n - m, dropout_p)
-            dp = torch.where(keep, dp / (1 - dropout_p), 0)
-            dropped = torch.where(keep, p / (1 - dropout_p), 0)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-        dq[i:j] = (torch.einsum("hqk,khd->qhd", ds, k) * scale).to(q.dtype)
-        dkv[m:n, 0] = (torch.einsum("hqk,qhd->khd", ds, query) * scale).to(q.dtype)
-        dkv[m:n, 1] = torch.einsum("hqk,qhd->khd", dropped, do).to(q.dtype)
-        if need_dbias:
-            target = dbias[min(b, bias.shape[0] - 1), :, : j - i, : n - m]
-            target += ds.sum_to_size(target.shape)
-    return dq, dkv, dbias.to(bias.dtype) if need_dbias else q.new_empty(0)
 
 
 @register("attention", "reference")
 def _reference(qkv, cu_seqlens, max_seqlen, *options):
-    return reference(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
+    return reference(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, Options(*options))
 
 
 @register("attention_backward", "reference")
 def _reference_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
-    dq, dkv, dbias = reference_backward(
-        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens), *options
+    *options, need_dbias, need_drel = options
+    dq, dkv, *others = reference_backward(
+        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens),
+        *(Options(*options), need_dbias, need_drel),
     )
-    return torch.cat([dq.unsqueeze(1), dkv], 1), dbias
+    return torch.cat([dq.unsqueeze(1), dkv], 1), *others
 
 
 def dense_last(t):
@@ -215,79 +169,96 @@ def bias_arguments(bias):
     return ptr(bias), *steps, bias.stride(2), GPU_DTYPES.index(bias.dtype)
 
 
-def _cpu_arguments(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k):
+def _cpu_arguments(q, kv, starts_q, starts_k, o):
     tokens, heads, dim = q.shape
     return (
         *(ptr(q), ptr(kv[:, 0]), ptr(kv[:, 1])),
         *(*q.stride()[:2], kv.stride(0), kv.stride(2), ptr(starts_q), ptr(starts_k)),
-        ptr(seqused_k),
-        *(starts_q.shape[0] - 1, tokens, heads, dim, scale, bias_arguments(bias)),
-        *(dropout_arguments(dropout_p, seed), causal, is_bf16(q)),
+        ptr(o.seqused_k),
+        *(starts_q.shape[0] - 1, tokens, heads, dim, o.scale, bias_arguments(o.bias)),
+        *(dropout_arguments(o.dropout_p, o.seed), o.causal, is_bf16(q)),
     )
 
 
-def cpu(q, kv, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k=None):
+def _made_dense(q, kv, starts_q, starts_k, o):
+    """As the C++ kernels read them."""
+    bias = None if o.bias is None else dense_last(o.bias)
+    o = o._replace(seed=dense(o.seed), bias=bias, seqused_k=dense(o.seqused_k))
+    return dense_last(q), dense_last(kv), dense(starts_q), dense(starts_k), o
+
+
+def cpu(*arguments):
     """As `reference`."""
-    starts_q, starts_k, seed = dense(starts_q), dense(starts_k), dense(seed)
-    q, kv, bias = dense_last(q), dense_last(kv), None if bias is None else dense_last(bias)
+    q, *_ = arguments = _made_dense(*arguments)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]))
-    options = scale, dropout_p, seed, causal, bias, dense(seqused_k)
-    C.attention(*_cpu_arguments(q, kv, starts_q, starts_k, *options), ptr(out), ptr(lse))
+    C.attention(*_cpu_arguments(*arguments), ptr(out), ptr(lse))
     return out, lse
 
 
-def cpu_backward(
-    grad, q, kv, lse, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k,
-    need_dbias, dq, dkv,
-):  # fmt: skip
+def cpu_backward(grad, q, kv, lse, starts_q, starts_k, o, need_dbias, dq, dkv):
     """Fills dq and dkv, whose heads are dense; -> dbias as bias, or empty."""
-    grad, lse, starts_q, starts_k, seed = map(dense, (grad, lse, starts_q, starts_k, seed))
-    q, kv, bias = dense_last(q), dense_last(kv), None if bias is None else dense_last(bias)
+    grad, lse = dense(grad), dense(lse)
+    q, kv, starts_q, starts_k, o = arguments = _made_dense(q, kv, starts_q, starts_k, o)
     # One full square per sequence and head, so that no two threads add to one place.
-    rows, columns = bias.shape[2:] if need_dbias else (0, 0)
+    rows, columns = o.bias.shape[2:] if need_dbias else (0, 0)
     dbias = None
     if need_dbias:
         dbias = torch.zeros((starts_q.shape[0] - 1, q.shape[1], rows, columns))
-    options = scale, dropout_p, seed, causal, bias, dense(seqused_k)
     C.attention_backward(
-        *_cpu_arguments(q, kv, starts_q, starts_k, *options),
+        *_cpu_arguments(*arguments),
         *(ptr(grad), ptr(lse), ptr(dq), ptr(dkv[:, 0]), ptr(dkv[:, 1])),
         *(dq.stride(0), dkv.stride(0), ptr(dbias), rows, columns),
     )
-    return dbias.sum_to_size(bias.shape).to(bias.dtype) if need_dbias else q.new_empty(0)
+    return dbias.sum_to_size(o.bias.shape).to(o.bias.dtype) if need_dbias else q.new_empty(0)
 
 
-@register("attention", "cpu", limit=cpu_limit)
+def full_and_plain(operator, limit):
+    """`limit` of a backend of attention that has neither windows nor relative positions."""
+    at = DECLARED[operator].names.index("window")
+
+    def more(device, dtype, arguments):
+        if any(a is not None for a in arguments[at : at + 4]):
+            return "it has no window and no relative positions"
+        return limit(device, dtype, arguments)
+
+    return more
+
+
+@register("attention", "cpu", limit=full_and_plain("attention", cpu_limit))
 def _cpu(qkv, cu_seqlens, max_seqlen, *options):
-    return cpu(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, *options)
+    return cpu(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, Options(*options))
 
 
-@register("attention_backward", "cpu", limit=cpu_limit)
+@register("attention_backward", "cpu", limit=full_and_plain("attention_backward", cpu_limit))
 def _cpu_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
-    dqkv = empty_or_zeros(options[-2])(qkv.shape, dtype=qkv.dtype)
+    *options, need_dbias, _ = options
+    o = Options(*options)
+    dqkv = empty_or_zeros(o.seqused_k)(qkv.shape, dtype=qkv.dtype)
     dbias = cpu_backward(
-        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens, *options),
+        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens, o, need_dbias),
         *(dqkv[:, 0], dqkv[:, 1:]),
     )
-    return dqkv, dbias
+    return dqkv, dbias, qkv.new_empty(0), qkv.new_empty(0)
 
 
 def _setup(ctx, inputs, output):
-    qkv, cu_seqlens, *ctx.options, seed, ctx.causal, bias, seqused_k = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens, seed, bias, seqused_k)
+    qkv, cu_seqlens, *ctx.options, seed, ctx.causal, bias, seqused_k, ctx.window = inputs[:-3]
+    ctx.save_for_backward(qkv, *output, cu_seqlens, seed, bias, seqused_k, *inputs[-3:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 9
-    *tensors, seed, bias, seqused_k = ctx.saved_tensors
-    need_dbias = ctx.needs_input_grad[7]
-    dqkv, dbias = torch.ops.bertfast.attention_backward(
-        grad, *tensors, *ctx.options, seed, ctx.causal, bias, seqused_k, need_dbias
+        return (None,) * 13
+    *tensors, seed, bias, seqused_k, rel_key, rel_query, rel_index = ctx.saved_tensors
+    need_dbias, (need_key, need_query) = ctx.needs_input_grad[7], ctx.needs_input_grad[10:12]
+    dqkv, dbias, drel_key, drel_query = torch.ops.bertfast.attention_backward(
+        *(grad, *tensors, *ctx.options, seed, ctx.causal, bias, seqused_k, ctx.window),
+        *(rel_key, rel_query, rel_index, need_dbias, need_key or need_query),
     )
-    return dqkv, *(None,) * 6, dbias if need_dbias else None, None
+    relative = drel_key if need_key else None, drel_query if need_query else None
+    return dqkv, *(None,) * 6, dbias if need_dbias else None, None, None, *relative, None
 
 
 autograd("attention", _backward, _setup)
@@ -300,5 +271,8 @@ def triton_attention_limit(device, dtype, arguments):
     return triton_limit(device, dtype, arguments)
 
 
-register_triton("attention", "attention.forward", triton_attention_limit)
-register_triton("attention_backward", "attention_backward.backward", triton_attention_limit)
+for _name, _kernel in (
+    ("attention", "attention.forward"),
+    ("attention_backward", "attention_backward.backward"),
+):
+    register_triton(_name, _kernel, full_and_plain(_name, triton_attention_limit))

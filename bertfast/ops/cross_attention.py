@@ -3,14 +3,8 @@ decoder that attends to an encoder; see `attention`."""
 
 import torch
 
-from .attention import (
-    cpu,
-    cpu_backward,
-    default_scale,
-    reference,
-    reference_backward,
-    triton_attention_limit,
-)
+from .attention import cpu, cpu_backward, default_scale, triton_attention_limit
+from .attention_reference import Options, reference, reference_backward
 from .declare import FLOATS, LENGTH, PROBABILITY, SEED, Number, Offsets, Tensor
 from .dropout import as_seed
 from .library import autograd, cpu_limit, define, register_triton, wide
@@ -102,25 +96,26 @@ define(
 
 @register("cross_attention", "reference")
 def _reference(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
-    return reference(q, kv, starts_q, starts_k, *options)
+    return reference(q, kv, starts_q, starts_k, Options(*options))
 
 
 @register("cross_attention_backward", "reference")
 def _reference_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
     *options, need_dbias = options
-    return reference_backward(grad, q, kv, lse, starts_q, starts_k, *options, None, need_dbias)
+    arguments = grad, q, kv, lse, starts_q, starts_k, Options(*options), need_dbias
+    return reference_backward(*arguments)[:3]
 
 
 @register("cross_attention", "cpu", limit=cpu_limit)
 def _cpu(q, kv, starts_q, starts_k, longest_q, longest_k, *options):
-    return cpu(q, kv, starts_q, starts_k, *options)
+    return cpu(q, kv, starts_q, starts_k, Options(*options))
 
 
 @register("cross_attention_backward", "cpu", limit=cpu_limit)
 def _cpu_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_k, *options):
     dq, dkv = torch.empty(q.shape, dtype=q.dtype), torch.empty(kv.shape, dtype=kv.dtype)
     *options, need_dbias = options
-    arguments = grad, q, kv, lse, starts_q, starts_k, *options, None, need_dbias, dq, dkv
+    arguments = grad, q, kv, lse, starts_q, starts_k, Options(*options), need_dbias, dq, dkv
     return dq, dkv, cpu_backward(*arguments)
 
 

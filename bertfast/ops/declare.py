@@ -14,13 +14,14 @@ class Tensor(NamedTuple):
     """A tensor argument of any strides; the schema says whether it may be None.
 
     shape: sizes, of which equal names are equal: "tokens, 3, heads, head_dim". "batch + 1" of
-        offsets; in terms of other sizes "3 * out", "batch or 1", ">= max_seqlen"; "..." for any
-        that follow.
+        offsets; in terms of other sizes "3 * out", "batch or 1", ">= max_seqlen", "2n - 1 for n
+        >= max_seqlen", which is one for each distance of two positions; "..." for any that follow.
     dtype: None for any, FLOATS, one dtype, or in terms of another argument: "as x",
         "as x or float32", "statistics of x" (float64 of float64, else float32).
     values: `check(name, tensor, sizes)`, asked on a CPU alone: on a GPU it would wait for the
         device.
-    beside: the argument that it goes together with: both are given or neither.
+    beside: the argument that it goes together with: both are given or neither; of "a or b",
+        either.
     """
 
     shape: str
@@ -143,9 +144,9 @@ class Declaration:
             sizes[name] = value
         for a in self._tensors:
             t = args[a.position]
-            if a.beside is not None and (t is None) != (args[a.beside] is None):
+            if a.beside and (t is None) != all(args[i] is None for i in a.beside):
                 raise ValueError(
-                    f"{a.name} and {self.names[a.beside]} go together: give both or neither"
+                    f"{a.name} and {a.declared.beside} go together: give both or neither"
                 )
             if t is None and a.optional:
                 continue
@@ -166,10 +167,14 @@ class Declaration:
 
 
 _OFFSET, _TIMES = re.compile(r"(\w+) \+ (\d+)"), re.compile(r"(\d+) \* (\w+)")
+_DISTANCES = "2n - 1 for n >= "
 
 
 def late_size(dim: str):
     """`fits(size, sizes)` of a dimension in terms of others; None for one that isn't."""
+    if dim.startswith(_DISTANCES):
+        longest = dim[len(_DISTANCES) :]
+        return lambda n, sizes: n % 2 == 1 and n >= 2 * sizes[longest] - 1
     if dim.startswith(">= "):
         return lambda n, sizes: n >= sizes[dim[3:]]
     if dim.endswith(" or 1"):
@@ -185,7 +190,7 @@ class _Compiled:
     def __init__(self, names, name, declared, optional):
         self.name, self.optional, self.declared = name, optional, declared
         self.position, self.values = names.index(name), declared.values
-        self.beside = None if declared.beside is None else names.index(declared.beside)
+        self.beside = [names.index(n) for n in (declared.beside or "").split(" or ") if n]
         dims = declared.shape.split(", ")
         self.open = dims[-1] == "..."
         self.texts = dims[:-1] if self.open else dims

@@ -146,10 +146,13 @@ def test_zero_sizes():
 def test_called_by_the_dispatcher():
     """Who calls `torch.ops.bertfast` is checked too, backward operators included."""
     qkv, out = torch.ones(5, 3, 2, 4), torch.ones(5, 2, 4)
-    args = [out, qkv, out, torch.ones(2, 5), offsets([2, 3]), 3, 0.5, 0.0, None, False, None]
-    args.append(None)
-    raw.attention_backward(*args, False)
-    refused(ValueError, "need_dbias is True, yet bias is None", raw.attention_backward, *args, True)
+    args = [out, qkv, out, torch.ones(2, 5), offsets([2, 3]), 3, 0.5, 0.0, None, False]
+    args += [None] * 6
+    raw.attention_backward(*args, False, False)
+    match = "need_dbias is True, yet bias is None"
+    refused(ValueError, match, raw.attention_backward, *args, True, False)
+    match = "need_drel is True, yet rel_index is None"
+    refused(ValueError, match, raw.attention_backward, *args, False, True)
     refused(
         TypeError,
         "lse has dtype",
@@ -157,7 +160,7 @@ def test_called_by_the_dispatcher():
         *args[:3],
         args[3].double(),
         *args[4:],
-        False,
+        *(False, False),
     )
     refused(
         ValueError,
@@ -166,7 +169,7 @@ def test_called_by_the_dispatcher():
         *args[:4],
         offsets([2, 9]),
         *args[5:],
-        False,
+        *(False, False),
     )
     refused(ValueError, "dropout_p is 1.0", raw.attention, *args[1:2], *args[4:7], 1.0, *args[8:])
     refused(ValueError, "activation is 4", raw.linear_act, table, table, None, 4, False)

@@ -23,23 +23,27 @@ def samples():
     seed, x, w, b = torch.tensor([3, 1]), leaf(8, 6), leaf(4, 6), leaf(4)
     g, h, square = leaf(6), leaf(6), [leaf(6, 6), leaf(6)] * 3
     qkv, ids = leaf(8, 3, 2, 4), torch.arange(8)
-    bias = leaf(1, 2, 5, 5)
+    bias, none = leaf(1, 2, 5, 5), (None,) * 5
+    rel, index = leaf(3, 2, 4), torch.arange(11, dtype=torch.int32) % 3
     out, lse = (
         t.detach()
-        for t in torch.ops.bertfast.attention(qkv, cu, 5, 0.5, 0.0, None, False, None, None)
+        for t in torch.ops.bertfast.attention(qkv, cu, 5, 0.5, 0.0, None, False, None, *none)
     )
+    used, saved = torch.tensor([2, 1], dtype=torch.int32), (out, qkv.detach(), out, lse, cu, 5, 0.5)
     kv, cross_bias = leaf(9, 2, 2, 4), leaf(1, 2, 5, 6)
     cross = (cu, torch.tensor([0, 3, 9], dtype=torch.int32), 5, 6, 0.5)
     d = lambda *ts: [t.detach() for t in ts]
     stats = torch.zeros(8), torch.ones(8)
     return {
         "attention": [
-            (qkv, cu, 5, 0.5, 0.0, None, False, None, None),
-            (qkv, cu, 5, 0.5, 0.1, seed, True, bias, torch.tensor([2, 1], dtype=torch.int32)),
+            (qkv, cu, 5, 0.5, 0.0, None, False, None, *none),
+            (qkv, cu, 5, 0.5, 0.1, seed, True, bias, used, *none[1:]),
+            (qkv, cu, 5, 0.5, 0.1, seed, False, None, used, 2, rel, rel * 2, index),
         ],
         "attention_backward": [
-            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.1, seed, False, None, None, False),
-            (out, *d(qkv), out, lse, cu, 5, 0.5, 0.0, None, False, bias.detach(), None, True),
+            (*saved, 0.1, seed, False, None, *none, False, False),
+            (*saved, 0.0, None, False, *d(bias), *none, True, False),
+            (*saved, 0.1, seed, False, None, used, 2, None, *d(rel), index, False, True),
         ],
         "cross_attention": [
             (leaf(8, 2, 4), kv, *cross, 0.0, None, False, None),

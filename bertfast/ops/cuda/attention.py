@@ -3,7 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from ..attention import bias_arguments, dense_last, empty_or_zeros
+from ..attention import bias_arguments, dense_last, full_and_plain
+from ..attention_reference import empty_or_zeros
 from ..dropout import dropout_arguments
 from ..extension import C
 from ..library import cuda_float_limit, cuda_queue, dense, ptr
@@ -101,20 +102,24 @@ def _padded_empty(x, empty=torch.empty):
     return empty((*x.shape[:-1], _head_dim(x.shape[-1])), dtype=x.dtype, device=x.device)
 
 
-@register("attention", "cuda", limit=_limit)
+@register("attention", "cuda", limit=full_and_plain("attention", _limit))
 def _forward(qkv, cu_seqlens, max_seqlen, *options):
     own = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    return _attend(qkv[:, 0], qkv[:, 1:], *own, *options)
+    return _attend(qkv[:, 0], qkv[:, 1:], *own, *options[:6])
 
 
-@register("attention_backward", "cuda", limit=_limit)
+@register("attention_backward", "cuda", limit=full_and_plain("attention_backward", _limit))
 def _backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
-    dqkv = _padded_empty(qkv, empty_or_zeros(options[-2]))
+    *options, need_dbias, _ = options
+    options = options[:6]  # up to seqused_k
+    dqkv = _padded_empty(qkv, empty_or_zeros(options[-1]))
     own = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     dbias = _gradients(
-        *(grad, qkv[:, 0], qkv[:, 1:], out, lse, *own, *options, dqkv[:, 0], dqkv[:, 1:])
+        *(grad, qkv[:, 0], qkv[:, 1:], out, lse, *own, *options, need_dbias),
+        *(dqkv[:, 0], dqkv[:, 1:]),
     )
-    return dqkv[..., : qkv.shape[3]].contiguous(), dbias
+    nothing = qkv.new_empty(0)
+    return dqkv[..., : qkv.shape[3]].contiguous(), dbias, nothing, nothing
 
 
 @register("cross_attention", "cuda", limit=_limit)
