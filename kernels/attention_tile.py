@@ -76,7 +76,17 @@ def square(base, row, query, key, step):
 
 
 @triton.jit
-def scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr):
+def near(first, end, row, window, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Of the positions from `first` to `end`, those within the window of ROWS rows from `row`, from
+    a multiple of STEP on."""
+    first = tl.maximum(first, tl.maximum(row - window, 0) // STEP * STEP)
+    return first, tl.minimum(end, row + ROWS + window)
+
+
+@triton.jit
+def scores(
+    product, row, query, key, queries, keys, bias, bias_query, scale, window, CAUSAL: tl.constexpr
+):
     """A tile of q k^T -> its scores in base 2, -inf where masked.
 
     query [M, 1] from `row` and key [1, N], or [1, M] and [N, 1] for the transposed tile.
@@ -88,6 +98,8 @@ def scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAU
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
     if CAUSAL:
         s = tl.where(key <= query, s, float("-inf"))
+    if window is not None:
+        s = tl.where(tl.abs(query - key) <= window, s, float("-inf"))
     return s
 
 
