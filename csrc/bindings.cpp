@@ -45,12 +45,13 @@ void bind_attention(py::module_& m) {
   using A = AttentionArgs;
   constexpr Fields<&A::q, &A::k, &A::v, &A::q_token, &A::q_head, &A::k_token, &A::k_head,
                    &A::starts_q, &A::starts_k, &A::seqused_k, &A::batch, &A::tokens, &A::heads,
-                   &A::dim, &A::scale, &A::bias, &A::dropout, &A::causal, &A::bf16>
+                   &A::dim, &A::scale, &A::bias, &A::dropout, &A::causal, &A::bf16, &A::window,
+                   &A::rel_key, &A::rel_query, &A::rel_index>
       common;
   add(m, "attention", &Kernels::attention, common + Fields<&A::out, &A::lse>());
   add(m, "attention_backward", &Kernels::attention_backward,
       common + Fields<&A::grad, &A::lse, &A::dq, &A::dk, &A::dv, &A::dq_token, &A::dk_token,
-                      &A::dbias, &A::dbias_rows, &A::dbias_cols>());
+                      &A::dbias, &A::dbias_rows, &A::dbias_cols, &A::drel_key, &A::drel_query>());
 }
 
 void bind_norms(py::module_& m) {

@@ -61,6 +61,10 @@ struct AttentionArgs {
   Bias bias;
   Dropout dropout;
   bool causal, bf16;
+  int64_t window;  // keys that a query sees to either side, or negative for all
+  // Embeddings of relative positions, [buckets, heads, dim] or null: see ops/attention.py.
+  const void *rel_key, *rel_query;
+  const int32_t* rel_index;  // of the distance 0: the bucket of (query position - key position)
   // forward: out [tokens, heads, dim]; lse [heads, tokens] is +inf where a row is fully masked
   void* out;
   float* lse;
@@ -71,6 +75,7 @@ struct AttentionArgs {
   int64_t dq_token, dk_token;
   float* dbias;
   int64_t dbias_rows, dbias_cols;
+  float *drel_key, *drel_query;  // null or [buckets, heads, dim], zeros
 };
 
 struct AddLayerNormArgs {

@@ -100,9 +100,10 @@ def _fake(qkv, *_):
 
 def _fake_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
     *options, need_dbias, need_drel = options
-    o, nothing = Options(*options), qkv.new_empty(0)
-    rel = [t.new_empty(t.shape) if need_drel and t is not None else nothing for t in o[7:9]]
-    return qkv.new_empty(qkv.shape), o.bias.new_empty(o.bias.shape) if need_dbias else nothing, *rel
+    o = Options(*options)
+    given = o.given(need_dbias, need_drel)
+    others = (qkv.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+    return qkv.new_empty(qkv.shape), *others
 
 
 _OPTIONS = (
@@ -177,13 +178,26 @@ def _cpu_arguments(q, kv, starts_q, starts_k, o):
         ptr(o.seqused_k),
         *(starts_q.shape[0] - 1, tokens, heads, dim, o.scale, bias_arguments(o.bias)),
         *(dropout_arguments(o.dropout_p, o.seed), o.causal, is_bf16(q)),
+        -1 if o.window is None else o.window,
+        *(ptr(o.rel_key), ptr(o.rel_query), _zero_distance(o.rel_index)),
     )
+
+
+def _zero_distance(rel_index):
+    """Where the bucket of the distance 0 is."""
+    if rel_index is None:
+        return 0
+    return ptr(rel_index) + rel_index.shape[0] // 2 * rel_index.element_size()
+
+
+_DENSE = "seed", "seqused_k", "rel_key", "rel_query", "rel_index"
 
 
 def _made_dense(q, kv, starts_q, starts_k, o):
     """As the C++ kernels read them."""
     bias = None if o.bias is None else dense_last(o.bias)
-    o = o._replace(seed=dense(o.seed), bias=bias, seqused_k=dense(o.seqused_k))
+    own = {n: dense(getattr(o, n)) for n in _DENSE}
+    o = o._replace(bias=bias, **own)
     return dense_last(q), dense_last(kv), dense(starts_q), dense(starts_k), o
 
 
@@ -196,8 +210,9 @@ def cpu(*arguments):
     return out, lse
 
 
-def cpu_backward(grad, q, kv, lse, starts_q, starts_k, o, need_dbias, dq, dkv):
-    """Fills dq and dkv, whose heads are dense; -> dbias as bias, or empty."""
+def cpu_backward(grad, q, kv, lse, starts_q, starts_k, o, need_dbias, dq, dkv, need_drel=False):
+    """Fills dq and dkv, whose heads are dense; -> dbias, drel_key and drel_query as what they are
+    of, or empty."""
     grad, lse = dense(grad), dense(lse)
     q, kv, starts_q, starts_k, o = arguments = _made_dense(q, kv, starts_q, starts_k, o)
     # One full square per sequence and head, so that no two threads add to one place.
@@ -205,12 +220,17 @@ def cpu_backward(grad, q, kv, lse, starts_q, starts_k, o, need_dbias, dq, dkv):
     dbias = None
     if need_dbias:
         dbias = torch.zeros((starts_q.shape[0] - 1, q.shape[1], rows, columns))
+    _, *rel = o.given(need_dbias, need_drel)
+    drel = [None if t is None else torch.zeros(t.shape) for t in rel]
     C.attention_backward(
         *_cpu_arguments(*arguments),
         *(ptr(grad), ptr(lse), ptr(dq), ptr(dkv[:, 0]), ptr(dkv[:, 1])),
-        *(dq.stride(0), dkv.stride(0), ptr(dbias), rows, columns),
+        *(dq.stride(0), dkv.stride(0), ptr(dbias), rows, columns, *map(ptr, drel)),
     )
-    return dbias.sum_to_size(o.bias.shape).to(o.bias.dtype) if need_dbias else q.new_empty(0)
+    return (
+        dbias.sum_to_size(o.bias.shape).to(o.bias.dtype) if need_dbias else q.new_empty(0),
+        *(q.new_empty(0) if t is None else t.to(q.dtype) for t in drel),
+    )
 
 
 def full_and_plain(operator, limit):
@@ -225,21 +245,18 @@ def full_and_plain(operator, limit):
     return more
 
 
-@register("attention", "cpu", limit=full_and_plain("attention", cpu_limit))
+@register("attention", "cpu", limit=cpu_limit)
 def _cpu(qkv, cu_seqlens, max_seqlen, *options):
     return cpu(qkv[:, 0], qkv[:, 1:], cu_seqlens, cu_seqlens, Options(*options))
 
 
-@register("attention_backward", "cpu", limit=full_and_plain("attention_backward", cpu_limit))
+@register("attention_backward", "cpu", limit=cpu_limit)
 def _cpu_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
-    *options, need_dbias, _ = options
+    *options, need_dbias, need_drel = options
     o = Options(*options)
     dqkv = empty_or_zeros(o.seqused_k)(qkv.shape, dtype=qkv.dtype)
-    dbias = cpu_backward(
-        *(grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens, o, need_dbias),
-        *(dqkv[:, 0], dqkv[:, 1:]),
-    )
-    return dqkv, dbias, qkv.new_empty(0), qkv.new_empty(0)
+    own = grad, qkv[:, 0], qkv[:, 1:], lse, cu_seqlens, cu_seqlens, o, need_dbias
+    return dqkv, *cpu_backward(*own, dqkv[:, 0], dqkv[:, 1:], need_drel)
 
 
 def _setup(ctx, inputs, output):

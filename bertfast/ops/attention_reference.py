@@ -25,6 +25,11 @@ class Options(NamedTuple):
     rel_query: torch.Tensor | None = None
     rel_index: torch.Tensor | None = None
 
+    def given(self, need_dbias, need_drel):
+        """The bias, rel_key and rel_query, None where there is no gradient to find."""
+        rel = (self.rel_key, self.rel_query) if need_drel else (None, None)
+        return self.bias if need_dbias else None, *rel
+
 
 def _distances(s):
     """[queries, keys]: query position - key position of the scores s."""
@@ -113,10 +118,8 @@ def reference_backward(grad, q, kv, lse, cu_q, cu_k, o, need_dbias, need_drel=Fa
     heads, dtype = q.shape[1], wide(q.dtype)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dkv = empty_or_zeros(o.seqused_k)(kv.shape, dtype=q.dtype, device=q.device)
-    sums = [
-        torch.zeros(t.shape if needed and t is not None else 0, dtype=dtype, device=q.device)
-        for t, needed in ((o.bias, need_dbias), (o.rel_key, need_drel), (o.rel_query, need_drel))
-    ]
+    given = o.given(need_dbias, need_drel)
+    sums = [torch.zeros(0 if t is None else t.shape, dtype=dtype, device=q.device) for t in given]
     for b, ((i, j), (m, n)) in _sequences(cu_q, cu_k, o.seqused_k):
         query, do = q[i:j].to(dtype), grad[i:j].to(dtype)
         k, v = kv[m:n].to(dtype).unbind(1)
@@ -139,8 +142,7 @@ def reference_backward(grad, q, kv, lse, cu_q, cu_k, o, need_dbias, need_drel=Fa
         if o.rel_query is not None:
             dk += _through(ds.mT, _buckets(ds, o).mT, k, o.rel_query, need_drel, sums[2])
         dq[i:j], dkv[m:n, 0] = dquery.to(q.dtype), dk.to(q.dtype)
-    like = o.bias, o.rel_key, o.rel_query
-    return dq, dkv, *(d.to((q if t is None else t).dtype) for d, t in zip(sums, like, strict=True))
+    return dq, dkv, *(d.to((q if t is None else t).dtype) for d, t in zip(sums, given, strict=True))
 
 
 def _through(ds, buckets, x, rel, need_drel, drel):

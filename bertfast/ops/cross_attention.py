@@ -116,7 +116,7 @@ def _cpu_backward(grad, q, kv, out, lse, starts_q, starts_k, longest_q, longest_
     dq, dkv = torch.empty(q.shape, dtype=q.dtype), torch.empty(kv.shape, dtype=kv.dtype)
     *options, need_dbias = options
     arguments = grad, q, kv, lse, starts_q, starts_k, Options(*options), need_dbias, dq, dkv
-    return dq, dkv, cpu_backward(*arguments)
+    return dq, dkv, cpu_backward(*arguments)[0]
 
 
 register_triton("cross_attention", "attention.cross_forward", triton_attention_limit)

@@ -26,11 +26,11 @@ struct Heads {
     const Head<u> head(q + hidden, q + 2 * hidden, row, n, dim, true, memory);
     const Vector biases{bias.data, bias.dtype == kBf16};
     const float scale = 1 / std::sqrt(float(dim));
-    const auto factor = [&](float* s, int64_t query) {
+    const auto factor = [&](float* s, int64_t query, Span keys) {
       if (!bias.data) return scale;
-      const int64_t at = bias.row(b, h, query);
-      for (int64_t j = 0; j < n; j += W)
-        store(s + j, load(s + j) * scale + biases.at(at + j, at + n));
+      const int64_t at = bias.row(b, h, query) + keys.first;
+      for (int64_t j = 0; j < keys.count(); j += W)
+        store(s + j, load(s + j) * scale + biases.at(at + j, at + keys.count()));
       return 1.f;
     };
     head.attend(

@@ -19,14 +19,16 @@ inline void interleave(vq a, vq b, uint32_t* out, std::integer_sequence<int, I..
   __builtin_memcpy(out + W, &second, sizeof second);
 }
 
-// The random bits of columns [0, n) of a row; bits has room for n rounded up to 64.
+// The random bits of columns [first, n) of a row, first a multiple of 4; bits has room for their
+// number rounded up to 64.
 // A counter's four words stand in the low halves of 64-bit lanes; what gathers in the high halves
 // is never read.
-inline void philox_row(const int64_t* seed, int64_t row, int64_t n, uint32_t* bits) {
+inline void philox_row(const int64_t* seed, int64_t row, int64_t n, uint32_t* bits,
+                       int64_t first = 0) {
   constexpr int L = W / 2, U = 2;  // counters in a register, registers at a time
   vq lanes;
   for (int i = 0; i < L; ++i) lanes[i] = i;
-  for (int64_t block = 0; 4 * block < n; block += U * L) {
+  for (int64_t block = first / 4; 4 * block < n; block += U * L) {
     vq c0[U], c1[U], c2[U], c3[U];
     for (int u = 0; u < U; ++u) {
       c0[u] = lanes + uint64_t(block + u * L);
@@ -52,7 +54,8 @@ inline void philox_row(const int64_t* seed, int64_t row, int64_t n, uint32_t* bi
     for (int u = 0; u < U; ++u) {
       const vq low = (c0[u] & 0xFFFFFFFFu) | c1[u] << 32,
                high = (c2[u] & 0xFFFFFFFFu) | c3[u] << 32;
-      interleave(low, high, bits + 4 * (block + u * L), std::make_integer_sequence<int, L>{});
+      interleave(low, high, bits + 4 * (block + u * L) - first,
+                 std::make_integer_sequence<int, L>{});
     }
   }
 }

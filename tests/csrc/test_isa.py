@@ -60,8 +60,9 @@ HALVES = [
         "optimizer",
         "train",
     ],
-    ["linear_act", "attention", "cross_attention", "add_layer_norm", "embedding_layer_norm"]
-    + ["masked_cross_entropy", "pack", "dropout", "frozen", "whole_cpu", "graphs"]
+    ["linear_act", "attention", "attention_window", "attention_relative", "cross_attention"]
+    + ["add_layer_norm", "embedding_layer_norm", "masked_cross_entropy", "pack", "dropout"]
+    + ["frozen", "whole_cpu", "graphs"]
     + ["dropin_frozen", "families", "node", "run"],
 ]
 NUMERIC = "not triton and (not test_pretrain and not test_train or packed or accumul or lamb_)"
@@ -95,7 +96,7 @@ def check_models(isa, **environment):
 
 def check_operators(isa, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "test_forward_backward and cpu"]
-    command += [file_of(stem) for stem in ("linear_act", "attention")]
+    command += [file_of(stem) for stem in ("linear_act", "attention", "attention_relative")]
     done = run(command, isa, **environment)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 

@@ -38,7 +38,7 @@ def samples():
         "attention": [
             (qkv, cu, 5, 0.5, 0.0, None, False, None, *none),
             (qkv, cu, 5, 0.5, 0.1, seed, True, bias, used, *none[1:]),
-            (qkv, cu, 5, 0.5, 0.1, seed, False, None, used, 2, rel, rel * 2, index),
+            (qkv, cu, 5, 0.5, 0.1, seed, False, None, used, 2, rel, leaf(3, 2, 4), index),
         ],
         "attention_backward": [
             (*saved, 0.1, seed, False, None, *none, False, False),

@@ -118,8 +118,8 @@ def _backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
         *(grad, qkv[:, 0], qkv[:, 1:], out, lse, *own, *options, need_dbias),
         *(dqkv[:, 0], dqkv[:, 1:]),
     )
-    nothing = qkv.new_empty(0)
-    return dqkv[..., : qkv.shape[3]].contiguous(), dbias, nothing, nothing
+    rel = qkv.new_empty(0), qkv.new_empty(0)
+    return dqkv[..., : qkv.shape[3]].contiguous(), dbias, *rel
 
 
 @register("cross_attention", "cuda", limit=_limit)
