@@ -37,15 +37,18 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
     return why or _weights_limit(_apart(layers), hidden)
 
 
+def even_limit(batch: Batch) -> str | None:
+    """What keeps padding that is `Even` from whole encoders."""
+    return EVEN if batch.even is not None and batch.even.share is None else None
+
+
 def inference_limit(batch: Batch) -> str | None:
     """What keeps a call from any executor of whole encoders."""
     if torch.is_grad_enabled():
         return "gradients are enabled"
     if batch.bias is not None and not plain(batch.bias):
         return "the bias on the scores is no plain tensor"
-    if batch.even is not None:
-        return EVEN
-    return None
+    return even_limit(batch)
 
 
 def layers_limit(layers: list[Layer]) -> str | None:
@@ -216,12 +219,13 @@ def forward(encoder, first: int, last: int, batch: Batch, dtype):
         bias = None if batch.bias is None else dense_last(batch.bias)
         angles = [real(table) for table in batch.angles]
         index = None if batch.relative is None else real(batch.relative.index)
-        given = c_batch(batch, hidden, out, starts, used, rows, bias, angles, index)
+        even = None if batch.even is None else batch.even.share.float()
+        given = c_batch(batch, hidden, out, starts, used, rows, bias, angles, index, even)
         encoder.forward(first, last, given)
     return out
 
 
-def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None):
+def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None, even=None):
     """Of C++, with whatever stands for the batch's tensors in memory."""
     return C.Batch(
         hidden=hidden.data_ptr(),
@@ -238,4 +242,5 @@ def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None)
         bias=bias_arguments(bias),
         angles=[ptr(table) for table in angles],
         rel_index=0 if index is None else index[len(index) // 2 :].data_ptr(),
+        even=ptr(even),
     )
