@@ -19,11 +19,19 @@ FAMILIES = {
     "Gte": "gte",
     "EuroBert": "eurobert",
     "DebertaV2": "deberta_v2",
+    "Ernie": "ernie",
+    "RoCBert": "roc_bert",
+    "Data2VecText": "data2vec",
+    "MegatronBert": "megatron_bert",
+    "XLMRobertaXL": "xlm_roberta_xl",
+    "RobertaPreLayerNorm": "roberta_prelayernorm",
+    "Albert": "albert",
 }
-EAGER = ("MPNet", "DebertaV2")  # transformers has no SDPA for them
+EAGER = ("MPNet", "DebertaV2", "MegatronBert")  # transformers has no SDPA for them
 # Masks that are left to stock: distances between places are not those between tokens.
 UNFUSED = {
     "MPNet": ("holes", "left", "row"),  # eager gives a row without tokens the mean of its padding
+    "MegatronBert": ("row",),
     "ModernBert": ("holes", "left"),
     "DebertaV2": ("holes",),
 }
@@ -35,18 +43,30 @@ def heads(family):
     return sorted(
         name.removeprefix(family)
         for name, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, transformers.PreTrainedModel) and not name.endswith("PreTrainedModel")
+        if issubclass(c, transformers.PreTrainedModel)
+        and name.startswith(family)
+        and not name.endswith("PreTrainedModel")
+        and name != "RoCBertForPreTraining"  # which takes three batches
     )
 
 
 def layers_of(model):
-    return next(m.layer if hasattr(m, "layer") else m.layers for m in model.modules()
-                if hasattr(m, "layer") or hasattr(m, "layers"))  # fmt: skip
+    own = (
+        getattr(m, n, None) for m in model.modules() for n in ("layer", "layers", "albert_layers")
+    )
+    return next(layers for layers in own if isinstance(layers, torch.nn.ModuleList))
 
 
 # Parts of these are in fp32 whatever the model's dtype.
 PARTLY_FP32 = ("ModernBert", "EuroBert")
 MASKS = ("right", "left", "holes", "row", "none")
+# These have Bert's table of modules: what it is asked for every mask and dtype they are for few.
+TWINS = ("Roberta", "XLMRoberta", "Camembert", "Ernie", "RoCBert", "Data2VecText")
+
+
+def few(family, values):
+    """Of the values of a parameter those that a family is tested with."""
+    return values[:1] if family in TWINS else values
 
 
 def config(family, **options):
@@ -55,6 +75,11 @@ def config(family, **options):
                 initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
     if family == "Electra":
         tiny["embedding_size"] = 32
+    if family == "Albert":  # two layers, which run twice each
+        tiny |= dict(embedding_size=32, inner_group_num=2)
+    if family == "RoCBert":
+        kinds = ("pronunciation", "shape")
+        tiny |= {f"{k}_{n}": s for k in kinds for n, s in (("vocab_size", 90), ("embed_dim", 48))}
     if family == "DistilBert":
         names = dict(hidden_size="dim", num_hidden_layers="n_layers", intermediate_size="hidden_dim",
                      num_attention_heads="n_heads", hidden_dropout_prob="dropout",

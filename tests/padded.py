@@ -51,6 +51,7 @@ def labels(model, given, everywhere=False):
     known = {
         "labels": classes,
         "next_sentence_label": torch.randint(2, (len(mask),), generator=g),
+        "sentence_order_label": torch.randint(2, (len(mask),), generator=g),
         "start_positions": torch.multinomial(places.float(), 1, generator=g).squeeze(1),
         "end_positions": torch.multinomial(places.float(), 1, generator=g).squeeze(1),
     }

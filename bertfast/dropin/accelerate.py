@@ -34,7 +34,8 @@ class Report:
 
     @property
     def layers(self) -> dict[str, str | None]:
-        """Each encoder layer's name: None where it can run fused, else the reason."""
+        """Each encoder layer's name, once if it runs several times: None where it can run fused,
+        else the reason."""
         return _layers(self._encoders)
 
     @property

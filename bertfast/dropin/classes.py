@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import families
 from . import readers
-from .fused import FusedEncoder, FusedLayer
+from .fused import FusedEncoder, FusedGroups, FusedLayer
 from .stack import FusedStack
 
 
@@ -29,9 +29,11 @@ def fused(module: nn.Module):
 def _make(stock, family):
     if family.readers is not None:
         readers.register(family)
-    mixin = FusedEncoder if family.layers is None else FusedStack
+    mixin = FusedEncoder if family.groups is None else FusedGroups
+    mixin = mixin if family.layers is None else FusedStack
     mixin = FusedLayer if stock.__name__ == family.layer else mixin
     own = {"__module__": __name__, "stock": stock, "family": family}
+    own |= {"LAYERS": family.groups} if mixin is FusedGroups else {}
     made = type(stock.__name__, (Swapped, mixin, stock), own)
     arrived = stock, family.module
     ForkingPickler.register(made, lambda m: (_arrived, arrived, m.__getstate__()))

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .. import ops
 from ..encoder import Batch, Layer, Unfit, run
@@ -11,7 +12,7 @@ from ..encoder.batch import Packing, PaddedPacking, ZerosPacking, lowered
 from ..encoder.packed import Freezable
 from ..encoder.run import Choice
 from ..encoder.spec import DROPOUTS, of_layer
-from ..encoder.watch import call_limit, class_name, hooked, outside_graphs
+from ..encoder.watch import call_limit, class_name, hooked, outside_graphs, untouched
 from ..families import Family
 from . import readers
 from .guards import asked, key_mask
@@ -100,6 +101,7 @@ class FusedEncoder(Freezable):
                     hidden_states, attention_mask, keys, watched, found
                 )
             if why is None:
+                hidden_states = self.entry(hidden_states)
                 return self._fused(
                     hidden_states, attention_mask, packing, padded, watched, found, kwargs
                 )
@@ -120,6 +122,9 @@ class FusedEncoder(Freezable):
         why = self.family.limit(self)
         return [Unfit("", why) if why else layer.describe() for layer in self.layer]
 
+    def entry(self, hidden):
+        return self.family.entry(self, hidden)
+
     def _packing(self, hidden_states, attention_mask, keys, watched, found):
         """(None, the call's packing: of real tokens, or with padded rows where somebody may read
         them, what they are), or (why not, None, None)."""
@@ -135,7 +140,7 @@ class FusedEncoder(Freezable):
             who = "hidden states or a hook on a layer" if watched else readers.reader(packing)
             # A layer's own modules may be looked into, or mix rows.
             own = [type(m).__name__ for m, f in zip(self.layer, found) if isinstance(f, Unfit)]  # noqa: B905
-            who = who or next(iter(own), None)
+            who = who or next(iter(own), None) or self._last_touched()
         if who is None:
             return None, packing, "skipped: nobody reads them"
         said = f"as in the stock model, for {who}"
@@ -191,9 +196,24 @@ class FusedEncoder(Freezable):
             "; ".join(text for text, fused in by.items() if fused) or None,
             padded,
         )
+        if self.family.last is not None:
+            hidden = self._last(hidden.to(dtype), packing)
         hidden = packing.unpack(hidden) if hidden.dim() == 2 else hidden
         hidden = hidden.to(dtype)
         return hidden, states if watched else [hidden]
+
+    def _last(self, hidden, packing):
+        """The norm behind the layers: padded states for who looks, or does another thing."""
+        norm = self.get_submodule(self.family.last)
+        hidden = hidden if hidden.dim() == 2 else packing.pack(hidden)
+        if self._last_touched():
+            return packing.pack(norm(packing.unpack(hidden)))
+        return norm(hidden)
+
+    def _last_touched(self) -> str | None:
+        last = self.family.last
+        why = last and untouched(self.get_submodule(last), nn.LayerNorm)
+        return f"its {last}: {why}" if why else None
 
     def more(self, hidden, packing, kwargs) -> dict:
         """What the family's `Batch` has besides the packed states."""
@@ -247,3 +267,17 @@ class FusedEncoder(Freezable):
             return why, None
         why, keys = key_mask(attention_mask, hidden_states)
         return why or (keys is not None and self.family.mask_limit(keys)) or None, keys
+
+
+class FusedGroups(FusedEncoder):
+    """Of a family with `Family.order`: `layer` has a layer as often as it runs."""
+
+    @property
+    def layer(self):
+        return [layer for _, layer in self.family.order(self)]
+
+    def sizes(self):
+        return [place for place, _ in self.family.order(self)]
+
+    def path(self, name, *layer):
+        return super().path(name, *[step for i in layer for step in self.sizes()[i]])

@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import nn
 
+from ..encoder.packed import Freezable
 from ..encoder.watch import hooked, untouched
 
 # Modules whose functions hand a result on as it is.
@@ -41,6 +42,8 @@ _AFTER_POOLING = ("Normalize", "Dense", "Dropout", "LayerNorm")
 # Functions of sentence-transformers that keep what its model returns to themselves.
 _OWNERS = ("_inference", "encode", "compute_loss")
 _ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.CrossEntropyLoss, nn.ModuleList}
+_ROW_BY_ROW |= {nn.Tanh}
+_EMBEDDINGS = ("embeddings", "embed_tokens")  # of a base model, before its encoder
 _BASE, _FIRST, _TOKENS = range(3)
 _FORWARDS = {}  # place of a forward -> what becomes of the states there, and by which module
 
@@ -168,10 +171,10 @@ def _as_made(m: nn.Module, cls: type) -> bool:
 
 def _changed(model, kind):
     """A module behind the encoder that may do more than one row at a time, or None; of a base
-    model its pooler, which sees all rows."""
+    model its norm and pooler, which see all rows."""
     if kind == _BASE:
-        pooler = getattr(model, "pooler", None)
-        behind = () if pooler is None else (pooler,)
+        children = model.named_children()
+        behind = (c for n, c in children if n not in _EMBEDDINGS and not isinstance(c, Freezable))
     else:
         children = model.named_children()
         behind = (m for n, c in children if n != model.base_model_prefix for m in c.modules())

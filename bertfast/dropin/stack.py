@@ -44,8 +44,7 @@ class FusedStack(FusedEncoder):
         return not isinstance(frame.f_locals["attention_mask"], dict)
 
     def _steps(self):
-        if self.packed is None:
-            self.read_kinds()
+        self.read_kinds()
         told, step = {}, None
         for kind in self.bertfast_kinds:
             step = Step(self, kind, told)
@@ -56,7 +55,8 @@ class FusedStack(FusedEncoder):
             yield from super().__iter__()
 
     def read_kinds(self):
-        self.bertfast_kinds = tuple(dict.fromkeys(map(self.family.kind, super().__iter__())))
+        if self.packed is None:  # or they are gone
+            self.bertfast_kinds = tuple(dict.fromkeys(map(self.family.kind, super().__iter__())))
 
     def read(self):
         self.read_kinds()

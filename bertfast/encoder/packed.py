@@ -1,17 +1,17 @@
 """Weights laid out once, for inference alone: on a CPU in the order of the kernels, in fp32, bf16
 or int8; on a GPU in bf16 or fp16."""
 
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 
 from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16, plain, unwatched
+from ..ops.library import CPU_DTYPES, is_bf16, plain, ptr, unwatched
 from . import watch
 from .batch import Batch, Relative
 from .executors import whole_cuda
-from .executors.whole_cpu import EVEN, c_spec, forward
+from .executors.whole_cpu import EVEN, c_spec, forward, positions_limit, relative_tables
 from .noise import NOISE_LIMIT, Sample, complaints
 from .replay import Graphs
 from .run import Choice, forced
@@ -37,7 +37,11 @@ class Freezable:
         """What kernels take in the layers' places, or why they can't."""
         raise NotImplementedError
 
-    def path(self, name: str, *layer: int) -> str:
+    def entry(self, hidden):
+        """What comes to its layers of what it is given."""
+        return hidden
+
+    def path(self, name: str, *layer) -> str:
         """Of its layers, or of one, where `name` is the encoder's."""
         return ".".join(map(str, [*filter(None, (name, self.LAYERS)), *layer]))
 
@@ -48,7 +52,7 @@ class Freezable:
         """`read`, asked at every forward: a model can change between two."""
         if self.bertfast_seen is None or torch.compiler.is_compiling():
             return self.read()
-        return self.bertfast_seen.get(self.layer, self.sizes(), self.read)
+        return self.bertfast_seen.get(self.get_submodule(self.LAYERS), self.sizes(), self.read)
 
     def _save_to_state_dict(self, *args):
         if self.packed is not None:
@@ -125,24 +129,38 @@ class PackedCpu(Packed):
     `least_cosine` the whole's, see noise.py.
 
     layers: are taken out of the list, so that each can be freed. center: [hidden], the bias of the
-    LayerNorm before the first. sample: for int8.
+    LayerNorm before the first, or None. sample: for int8. relative: [buckets, hidden], the
+    embeddings of relative positions, whose projections are kept; a call's then aren't looked at.
     """
 
-    def __init__(self, layers, precision: str, dtype, config, center, sample: Sample | None):
+    def __init__(
+        self, layers, precision: str, dtype, config, center, sample: Sample | None, relative=None
+    ):
         super().__init__(layers, precision, dtype, config)
         self.noise: list[float] = []
         self.choice = Choice(f"whole_cpu, frozen in {precision}", {})
-        chosen, center = [], center.detach().float().clone()
+        chosen, made, before = [], {}, None
+        self._specs = [layer.spec for layer in layers]
+        relative = None if relative is None else relative.detach().float()
+        self._buckets = 0 if relative is None else len(relative)
+        center = None if center is None else center.detach().float().clone()
+
+        def packed(precision):
+            key = precision, before, *map(id, layer.weights.present())
+            if key not in made:  # else it runs several times
+                made[key] = _PackedLayer(layer, precision, center, relative)
+            return made[key]
+
         while layers:
             layer = layers.pop(0)
-            found, weights = precision, _PackedLayer(layer, precision, center)
+            found, weights = precision, packed(precision)
             if sample is not None:
                 sample, noise = sample.through(layer, weights.encoder())
                 self.noise.append(noise)
                 if not noise <= NOISE_LIMIT:  # or NaN
-                    found, weights = "bf16", _PackedLayer(layer, "bf16", center)
+                    found, weights = "bf16", packed("bf16")
             chosen.append((found, weights))
-            center = weights.norms[-1][1]
+            center, before = weights.norm2[1], id(layer.weights.norm2.bias)
         self._keep, self._runs, first = [w for _, w in chosen], [], 0
         for _, group in groupby(chosen, key=lambda c: c[0]):
             weights = [w for _, w in group]
@@ -167,6 +185,13 @@ class PackedCpu(Packed):
     def _run(self, first, last, batch, graphs=None):
         if batch.even is not None:
             raise RuntimeError(f"a frozen encoder can't serve this call: {EVEN}")
+        why = positions_limit(self._specs[first:last], batch)
+        if why is None and self._buckets:
+            low, high = (int(n) for n in torch.aminmax(batch.relative.index))
+            if low < 0 or high >= self._buckets:
+                why = f"relative.index has {low} to {high}, of {self._buckets} embeddings"
+        if why:
+            raise ValueError(f"the frozen encoder can't take this call: {why}")
         for start, end, encoder in self._runs:
             a, b = max(first, start), min(last, end)
             if a < b:
@@ -234,45 +259,56 @@ class PackedCpu(Packed):
 
 
 class _PackedLayer:
-    """A layer's weights; `center` is the bias of the LayerNorm before it."""
+    """A layer's weights; `center` is the bias of the LayerNorm before it, `relative` the embeddings
+    of relative positions."""
 
-    def __init__(self, layer: Layer, precision: str, center):
-        self.spec, w, code = layer.spec, layer.weights, PRECISIONS.index(precision)
-        self.center, self.precision = center, code
+    def __init__(self, layer: Layer, precision: str, center, relative):
+        spec, w, code = layer.spec, layer.apart(), PRECISIONS.index(precision)
+        self.spec, self.precision = spec, code
+        self.norm1, self.norm2 = (
+            [None if p is None else p.detach().float().clone() for p in norm]
+            for norm in (w.norm1, w.norm2)
+        )
+        self.tables = relative_tables(layer, relative) if spec.relative else []
+        self.center = self.norm1[1] if spec.pre_norm else center
+        behind = (self.norm2 if spec.pre_norm else self.norm1)[1]
+        gate = (w.gate,) if spec.gated else ()
         self.matrices = {
-            "qkv": _Matrices((w.query, w.key, w.value), C.qkv_precision(code), center),
+            "qkv": _Matrices((w.query, w.key, w.value), C.qkv_precision(code), self.center),
             "out": _Matrices((w.out,), code),
-            "up": _Matrices((w.up,), code, w.norm1.bias),
+            "up": _Matrices((w.up, *gate), code, behind, gated=spec.gated),
             "down": _Matrices((w.down,), code),
         }
-        self.norms = [
-            tuple(p.detach().float().clone() for p in norm) for norm in (w.norm1, w.norm2)
-        ]
 
     def encoder(self, others=()):
         """Of this layer and those behind it; whoever holds it must hold them."""
         layers = []
         for w in (self, *others):
-            norm1, norm2 = (tuple(p.data_ptr() for p in norm) for norm in w.norms)
+            norm1, norm2 = (tuple(map(ptr, norm)) for norm in (w.norm1, w.norm2))
             pointers = {name: m.pointer for name, m in w.matrices.items()}
             layers.append(C.PackedLayer(**pointers, norm1=norm1, norm2=norm2))
-        return C.Encoder(c_spec(self.spec), layers, self.precision, self.center.data_ptr())
+        specs = [c_spec(w.spec) for w in (self, *others)]
+        tables = [list(map(ptr, w.tables)) for w in (self, *others) if w.tables]
+        return C.Encoder(specs, layers, self.precision, ptr(self.center), tables)
 
 
 class _Matrices:
-    """Linear layers side by side; `pointer` is what C++ takes. In int8 they take their input less
-    `center`, [in_features]."""
+    """Linear layers side by side, or one and its gate; `pointer` is what C++ takes. In int8 they
+    take their input less `center`, [in_features] or None."""
 
-    def __init__(self, linears, precision: int, center=None):
-        weight = torch.cat([linear.weight.detach().float() for linear in linears])
-        bias = torch.cat([linear.bias.detach().float() for linear in linears])
-        if center is not None and PRECISIONS[precision] == "int8":
-            bias += weight @ center.detach().float()
-        n, k = weight.shape
-        size = C.packed_bytes(n, k, precision) + 64
-        self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
+    def __init__(self, linears, precision: int, center=None, gated=False):
+        parts = []
+        for weight, bias in linears:
+            weight = weight.detach().float().contiguous()
+            bias = None if bias is None else bias.detach().float().contiguous()
+            if center is not None and PRECISIONS[precision] == "int8":
+                moved = weight @ center
+                bias = moved if bias is None else bias + moved
+            parts.append((weight, bias))
+        given = [(ptr(w), ptr(b), len(w)) for w, b in parts], parts[0][0].shape[1], gated, precision
+        self.storage = torch.empty(C.packed_bytes(*given) + 64, dtype=torch.uint8, device="cpu")
         self.pointer = -(-self.storage.data_ptr() // 64) * 64
-        C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, self.pointer)
+        C.pack_weights(*given, self.pointer)
 
 
 class PackedCuda(Packed):
@@ -281,13 +317,11 @@ class PackedCuda(Packed):
     def __init__(self, layers, precision: str, dtype, config):
         super().__init__(layers, precision, dtype, config)
         self.low, self.device = CUDA_PRECISIONS[precision], layers[0].weights.query.weight.device
+        flat = [layer.weights.present() for layer in layers]
+        low = {p: p.detach().to(self.low).contiguous() for p in chain.from_iterable(flat)}
         self.layers = [
-            layer._replace(
-                weights=layer.weights.filled(
-                    p.detach().to(self.low).contiguous() for p in layer.weights.present()
-                )
-            )
-            for layer in layers
+            layer._replace(weights=layer.weights.filled(map(low.get, own)))
+            for layer, own in zip(layers, flat, strict=True)
         ]
         self.choice = Choice(f"frozen in {precision}", {})
         self._why_not_whole = whole_cuda.weights_limit(self.layers, self.low, self.device)

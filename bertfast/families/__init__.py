@@ -1,10 +1,12 @@
 """Which modules make an encoder's layer, in each model family: a table each."""
 
+from .albert import ALBERT
 from .bert import BERT_LIKE
 from .deberta import DEBERTA_V2
 from .distilbert import DISTILBERT
 from .family import ACTIVATIONS, Family, Readers
 from .mpnet import MPNET
+from .pre_norm import PRE_NORM
 from .rotary import ROTARY
 
 _BY_MODULE: dict[str, Family] = {}
@@ -35,7 +37,7 @@ def of(cls: type) -> Family | None:
     return family if family and cls.__name__ in (family.encoder, family.layer) else None
 
 
-for _family in (*BERT_LIKE, DISTILBERT, MPNET, *ROTARY, DEBERTA_V2):
+for _family in (*BERT_LIKE, *PRE_NORM, ALBERT, DISTILBERT, MPNET, *ROTARY, DEBERTA_V2):
     register(_family)
 
 __all__ = ["ACTIVATIONS", "Family", "Readers", "forget", "known", "of", "of_module", "register"]

@@ -1,11 +1,14 @@
-"""BERT, mBERT, E5, BGE, MiniLM; RoBERTa, XLM-RoBERTa, BGE-M3, CamemBERT, ELECTRA: their embeddings
-differ, their layers don't. And bertfast's own model, which has the same names."""
+"""BERT, mBERT, E5, BGE, MiniLM; RoBERTa, XLM-RoBERTa, BGE-M3, CamemBERT, ELECTRA, ERNIE, RoCBERT,
+Data2Vec's text model: their embeddings differ, their layers don't. And bertfast's own model, which
+has the same names."""
 
 from .family import Family, Readers
 
+_DROPOUTS = "attention.self.dropout", "attention.output.dropout", "output.dropout"
 
-def bert_like(module: str, prefix: str, readers: Readers | None = None, **more) -> Family:
-    """module: where classes of such a layer are; prefix: of their names."""
+
+def bert_like(module: str, prefix: str, readers=None, norms=(), dropouts=_DROPOUTS, **more):
+    """module: where classes of such a layer are; prefix: of their names; norms: paths, by role."""
     return Family(
         module=module,
         encoder=f"{prefix}Encoder",
@@ -19,7 +22,8 @@ def bert_like(module: str, prefix: str, readers: Readers | None = None, **more) 
             "up": "intermediate.dense",
             "down": "output.dense",
             "norm2": "output.LayerNorm",
-        },
+        }
+        | dict(norms),
         bypassed={
             "attention": f"{prefix}Attention",
             "attention.self": f"{prefix}SelfAttention",
@@ -29,29 +33,43 @@ def bert_like(module: str, prefix: str, readers: Readers | None = None, **more) 
         },
         activation="intermediate.intermediate_act_fn",
         attention="attention.self",
-        dropouts=("attention.self.dropout", "attention.output.dropout", "output.dropout"),
+        dropouts=dropouts,
         readers=readers,
         **more,
     )
 
 
-def _theirs(name: str, prefix: str, first: dict[str, tuple[str, str]]) -> Family:
+def theirs(name: str, prefix: str, first: dict[str, tuple[str, str]], **more) -> Family:
     """Of transformers. first: {"ForTask": (path, "Class")}, see `Readers`; without prefixes."""
     readers = Readers(
         f"{prefix}Model",
         {prefix + head: (path, prefix + taker) for head, (path, taker) in first.items()},
         (f"{prefix}ForMaskedLM", f"{prefix}ForTokenClassification"),
     )
-    return bert_like(f"transformers.models.{name}.modeling_{name}", prefix, readers)
+    file = f"{name.removesuffix('_text')}.modeling_{name}"
+    return bert_like(f"transformers.models.{file}", prefix, readers, **more)
 
 
-_CLASSIFIER = {"ForSequenceClassification": ("classifier", "ClassificationHead")}
-_CHOICE = {"ForMultipleChoice": ("roberta.pooler", "Pooler")}
-_POOLED = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+CLASSIFIER = {"ForSequenceClassification": ("classifier", "ClassificationHead")}
+_POOLED = "ForSequenceClassification", "ForMultipleChoice"
+
+
+def choice(model: str):
+    return {"ForMultipleChoice": (f"{model}.pooler", "Pooler")}
+
+
+def pooled(model: str, *more: str):
+    return dict.fromkeys((*_POOLED, *more), (f"{model}.pooler", "Pooler"))
+
+
+NEXT = "ForNextSentencePrediction"
 BERT_LIKE = (
-    _theirs("bert", "Bert", dict.fromkeys(_POOLED, ("bert.pooler", "Pooler"))),
-    _theirs("roberta", "Roberta", _CLASSIFIER | _CHOICE),
-    _theirs("xlm_roberta", "XLMRoberta", _CLASSIFIER | _CHOICE),
-    _theirs("camembert", "Camembert", _CLASSIFIER | _CHOICE),
-    _theirs("electra", "Electra", _CLASSIFIER),
+    theirs("bert", "Bert", pooled("bert", NEXT)),
+    theirs("roberta", "Roberta", CLASSIFIER | choice("roberta")),
+    theirs("xlm_roberta", "XLMRoberta", CLASSIFIER | choice("roberta")),
+    theirs("camembert", "Camembert", CLASSIFIER | choice("roberta")),
+    theirs("electra", "Electra", CLASSIFIER),
+    theirs("ernie", "Ernie", pooled("ernie", NEXT)),
+    theirs("roc_bert", "RoCBert", pooled("roc_bert")),
+    theirs("data2vec_text", "Data2VecText", CLASSIFIER | choice("data2vec_text")),
 )

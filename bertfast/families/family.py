@@ -121,6 +121,12 @@ class Family:
     kind: Callable = lambda layer: None
     kinds: tuple[str | None, ...] = (None,)
     tail: tuple | None = None  # what a layer returns behind the states; None: no tuple, just these
+    # Where its layers run in another order than they are in it: the path of their groups, and
+    # [(steps from there, layer)] as they run in an encoder.
+    groups: str | None = None
+    order: Callable | None = None
+    entry: Callable = lambda encoder, hidden: hidden  # what it does before its layers
+    last: str | None = None  # path of the LayerNorm behind them
     # what its encoder returns, of the hidden states, all of them where asked for, and its keywords
     output: Callable = lambda hidden, states, kwargs: BaseModelOutputWithPastAndCrossAttentions(
         last_hidden_state=hidden

@@ -14,6 +14,7 @@ from families import (
     UNFUSED,
     build,
     config,
+    few,
     gradients,
     heads,
     inputs_for,
@@ -31,7 +32,7 @@ CASES = [
     (family, head, mask)
     for family in FAMILIES
     for head in heads(family)
-    for mask in (("right",) if head == "ForMultipleChoice" else MASKS)  # one logit a choice
+    for mask in few(family, MASKS[:1] if head == "ForMultipleChoice" else MASKS)  # a logit a choice
 ]
 
 
@@ -76,7 +77,7 @@ def test_hidden_states_and_attentions(family, attention, by):
         with torch.no_grad():
             expected, actual = theirs(**given, **asked), ours(**given, **asked)
         truth = exact(theirs, given | asked)
-        assert len(actual.hidden_states) == 3
+        assert len(actual.hidden_states) > 2
         states = (actual.hidden_states, truth.hidden_states, expected.hidden_states)
         for found in zip(*states, strict=True):
             close_to_truth(*(real(x, given["attention_mask"]) for x in found))
@@ -269,7 +270,8 @@ def test_what_is_said_of_an_unknown_model():
     for said in (
         "torch.nn.modules.container.ModuleDict",
         "transformers.models.roformer.modeling_roformer.RoFormerModel",
-        "bert, roberta, xlm_roberta, camembert, electra, distilbert, mpnet",
+        "bert, roberta, xlm_roberta, camembert, electra",
+        "distilbert, mpnet, modernbert",
         'attn_implementation="bertfast"',
     ):
         assert said in text
@@ -322,8 +324,14 @@ def dtypes(output):
 
 
 @pytest.mark.parametrize("states", [False, True])
-@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, head",
+    [
+        (f, h)
+        for f in FAMILIES
+        for h in few(f, ["Model", "ForMaskedLM", "ForSequenceClassification"])
+    ],
+)
 def test_dtypes_out_of_autocast(family, head, states):
     theirs = build(family, head)
     ours, seen = copy.deepcopy(theirs), []
@@ -338,7 +346,9 @@ def test_dtypes_out_of_autocast(family, head, states):
         with torch.autocast("cpu", torch.bfloat16):
             found = [m(**inputs_for(head), output_hidden_states=states) for m in (theirs, ours)]
         assert dtypes(found[0]) == dtypes(found[1])
-    assert seen[0] == seen[1] and not any(report.fallbacks.values())
+        stock = hooked and family == "MegatronBert"  # whose layers give their attention maps away
+        assert any(report.fallbacks.values()) == stock
+    assert seen[0] == seen[1]
 
 
 def test_forced_backend(monkeypatch):
