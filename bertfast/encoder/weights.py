@@ -33,8 +33,8 @@ class LayerWeights(NamedTuple):
     down: Parameters = NONE
     norm2: Parameters = NONE
     gate: Parameters = NONE
-    pos_key: Parameters = NONE  # of relative positions, which queries meet
-    pos_query: Parameters = NONE  # and keys
+    pos_key: Parameters = NONE  # of relative positions, which queries meet; or the key does
+    pos_query: Parameters = NONE  # and keys; or the query
 
     @classmethod
     def of(cls, parameters):
