@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]  # before bertfast is built there is no harness
 GRACE = 25  # seconds that a part may take beyond those it is told
 OPERATORS = "add_layer_norm attention cross_attention dropout embedding_layer_norm linear_act"
-OPERATORS += " linear_act_triton masked_cross_entropy pack node families"
+OPERATORS += " gated_act rotary linear_act_triton masked_cross_entropy pack node families"
 CUDA = "attention_cuda cuda_linear whole_cuda"
 PARITY = "graphs replay replay_training replay_memory seen step node"
 TAIL = 15  # lines of a failed part's log

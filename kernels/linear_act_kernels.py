@@ -37,7 +37,7 @@ def activate(z, ACT: tl.constexpr, EXACT: tl.constexpr):
     if ACT == 3:
         z = tl.where(z < 0, 0.0, z)
     if ACT == 4:
-        z = tl.where(z < -88, -88.0, z)  # likewise
+        z = tl.where(z < -100, -100.0, z)  # likewise
         z = z / (1 + tl.exp(-z))
     return z
 

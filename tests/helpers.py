@@ -10,6 +10,7 @@ import pybind11
 import pytest
 import torch
 import triton_interpreter  # noqa: F401
+from torch.nn import functional as F
 
 from bertfast import ops
 from bertfast.ops.extension import C
@@ -50,6 +51,13 @@ def backends(operator):
 
 
 FLOATS = [torch.float32, torch.bfloat16]
+ACTIVATE = {  # by plain PyTorch
+    None: lambda z: z,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 def relative(actual, expected) -> float:

@@ -51,6 +51,10 @@ class Shape:
     def cu_seqlens(self):
         return torch.tensor([0, *self.lengths]).cumsum(0).int().to(self.device)
 
+    @property
+    def positions(self):
+        return torch.cat([torch.arange(n) for n in self.lengths])
+
     @cached_property
     def mask(self):
         """int64 [batch, longest]"""
@@ -98,9 +102,7 @@ def attention(s):
     return Case(
         [draw(s.tokens, 3, s.heads, s.hidden // s.heads)],
         lambda qkv, **dropout: ops.attention(qkv, s.cu_seqlens, s.longest, **dropout),
-        plain,
-        1,
-        s.attention_flop(),
+        *(plain, 1, s.attention_flop()),
     )
 
 
@@ -167,10 +169,30 @@ def add_layer_norm(s):
     )
 
 
+def gated_act(s):
+    leaves = [draw(s.tokens, s.inner) for _ in range(2)]
+    return Case(leaves, ops.gated_act, lambda up, gate, p: F.dropout(F.gelu(up) * gate, p), 2, 0)
+
+
+def rotary(s):
+    dim = s.hidden // s.heads
+    angles = torch.outer(s.positions, 1e4 ** (-torch.arange(0, dim, 2) / dim)).to(s.device)
+    angles = torch.stack([angles.cos(), angles.sin()], 1)
+    cos, sin = s.pad(torch.cat([angles, angles], -1))[..., None, None, :].unbind(2)
+
+    def plain(qkv, p):
+        turned, values = qkv.split([2, 1], 2)
+        a, b = turned.chunk(2, -1)
+        turned = turned * cos.to(a.dtype) + torch.cat([-b, a], -1) * sin.to(a.dtype)
+        return torch.cat([turned, values], 2)
+
+    leaves = [draw(s.tokens, 3, s.heads, dim)]
+    return Case(leaves, lambda qkv, **_: ops.rotary(qkv, angles), plain, 1, 0)
+
+
 def embedding_layer_norm(s):
     ids = torch.randint(s.vocabulary, (s.tokens,)).to(s.device)
-    positions = torch.cat([torch.arange(n) for n in s.lengths]).to(s.device)
-    types = torch.zeros_like(ids)
+    positions, types = s.positions.to(s.device), torch.zeros_like(ids)
     padded = [s.pad(x) for x in (ids, positions, types)]
 
     def plain(*leaves, p):
@@ -214,9 +236,7 @@ def pack(s):
         [draw(*s.mask.shape, s.hidden)],
         lambda x, **_: ops.pack(x, s.mask)[0],
         lambda x, p: x[real],
-        None,
-        0,
-        2 * s.tokens * s.hidden,
+        *(None, 0, 2 * s.tokens * s.hidden),
     )
 
 
@@ -226,8 +246,7 @@ def unpack(s):
         [draw(s.tokens, s.hidden)],
         lambda x, **_: ops.unpack(x, indices, *s.mask.shape),
         lambda x, p: s.pad(x),
-        None,
-        0,
+        *(None, 0),
     )
 
 
@@ -235,7 +254,7 @@ OPERATORS = {
     f.__name__: f
     for f in (
         *(attention, qkv_linear, linear, linear_act, feed_forward, add_layer_norm),
-        *(embedding_layer_norm, masked_cross_entropy, pack, unpack),
+        *(gated_act, rotary, embedding_layer_norm, masked_cross_entropy, pack, unpack),
     )
 }
 

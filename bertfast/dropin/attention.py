@@ -20,17 +20,20 @@ def attention_forward(
 ):
     """transformers' attention interface.
 
-    query, key, value: [batch, heads, seqlen, head_dim]; attention_mask: bool (true is seen) or
-    added to the scores, [batch or 1, heads or 1, seqlen, seqlen], or None.
+    query, key, value: [batch, heads, seqlen, head_dim], of key and value a part of the heads where
+    several of the query share them; attention_mask: bool (true is seen) or added to the scores,
+    [batch or 1, heads or 1, seqlen, seqlen], or None. kwargs: `sliding_window`, one more than how
+    far a token sees to either side, which the mask says, too: what is beyond is left out.
 
     Returns: ([batch, seqlen, heads, head_dim], None). A row whose keys are all masked is zeros.
     """
     batch, heads, seqlen, head_dim = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    shape = batch, key.shape[1], seqlen, head_dim
     if (
         causal
-        or key.shape != query.shape
-        or value.shape != query.shape
+        or heads % max(key.shape[1], 1)
+        or not key.shape == value.shape == shape
         or kwargs.get("position_bias") is not None
         or call_limit(query)
     ):
@@ -41,6 +44,9 @@ def attention_forward(
             is_causal=is_causal,
             **kwargs,
         )
+    if key.shape[1] < heads:
+        key, value = (t.repeat_interleave(heads // key.shape[1], 1) for t in (key, value))
+    window = kwargs.get("sliding_window")
     qkv = torch.stack([query, key, value], 1).permute(0, 3, 1, 2, 4)  # [batch, seqlen, 3, ...]
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * seqlen
     out = ops.attention(
@@ -48,6 +54,7 @@ def attention_forward(
         scale=scaling,
         dropout_p=dropout,
         bias=_bias(attention_mask, query),
+        window=None if window is None else window - 1,
     )
     return out.view(batch, seqlen, heads, head_dim), None
 

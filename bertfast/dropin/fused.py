@@ -7,7 +7,7 @@ import torch
 
 from .. import ops
 from ..encoder import Batch, Layer, Unfit, run
-from ..encoder.batch import EvenPacking, Packing, PaddedPacking, lowered
+from ..encoder.batch import Packing, PaddedPacking, ZerosPacking, lowered
 from ..encoder.packed import Freezable
 from ..encoder.run import Choice
 from ..encoder.spec import DROPOUTS, of_layer
@@ -144,7 +144,7 @@ class FusedEncoder(Freezable):
                 hidden_states.masked_fill(keys.unsqueeze(-1) != 0, 0).any()
             )
             said += ", one for all of a sequence's" * zeros
-            return None, EvenPacking(packing, zeros), said
+            return None, ZerosPacking(packing) if zeros else PaddedPacking(packing, True), said
         why = self.family.padding_limit(keys)
         if attention_mask.is_floating_point() and not bool(packing.cu_seqlens.diff().all()):
             why = "eager attention gives a sequence without a token the mean of its padding"
@@ -152,8 +152,9 @@ class FusedEncoder(Freezable):
 
     def _alike(self, watched, found) -> bool:
         """Whether rows that come alike, and see alike, leave so, and nobody takes gradients."""
-        varied = [layer for layer in found if any(layer.dropout) or layer.adapters]
-        return not (torch.is_grad_enabled() or self._by_modules(watched, found) or varied)
+        if torch.is_grad_enabled() or self._by_modules(watched, found):
+            return False
+        return not any([any(layer.dropout) or layer.adapters for layer in found])
 
     def _fused(self, hidden_states, attention_mask, packing, padded, watched, found, kwargs):
         device, dtype, count = hidden_states.device, hidden_states.dtype, len(found)
@@ -224,7 +225,9 @@ class FusedEncoder(Freezable):
                 return FOREIGN.format(class_name(layer)), None
             if "forward" in vars(layer):
                 return "a layer has a forward of its own", None
-        given = [*args, *map(kwargs.get, ("encoder_hidden_states", "past_key_values"))]
+        if any(a is not None for a in args):
+            return "it was given more than states and a mask by position", None
+        given = map(kwargs.get, ("encoder_hidden_states", "past_key_values"))
         if any(a is not None for a in given) or kwargs.get("use_cache"):
             return "it was called as a decoder", None
         why = self.family.limit(self)

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     angles: tuple[torch.Tensor, ...] = ()
     relative: "Relative | None" = None  # disentangled positions
     captured: bool = False  # into a CUDA graph, whose launches cost nothing
-    padding: "Padding | None" = None  # rows behind those of the sequences
+    even: "Even | None" = None  # what padding sees
 
     @classmethod
     def of(cls, hidden, packing, **rest):
@@ -44,16 +44,15 @@ class Batch(NamedTuple):
             hidden,
             *(packing.cu_seqlens, packing.seqlen, packing.seqused_k),
             captured=getattr(packing, "captured", False),
-            padding=packing.padding,
+            even=packing.even,
             **rest,
         )
 
     def check(self, size: int, values: bool = True) -> None:
         """Raises TypeError, ValueError or IndexError where it doesn't fit together, or layers of
         this hidden size; `values`: whether those of the offsets may be read."""
-        hidden = self.hidden if self.padding is None else self.hidden[: self.padding.first]
         STATES.check(
-            (hidden, size, self.cu_seqlens, self.longest, self.seqused_k, self.rows), values
+            (self.hidden, size, self.cu_seqlens, self.longest, self.seqused_k, self.rows), values
         )
 
 
@@ -65,15 +64,17 @@ class Relative(NamedTuple):
     index: torch.Tensor
 
 
-class Padding(NamedTuple):
-    """Rows of padding that see every place of their padded sequence alike: what attention gives
-    them is a mean of values."""
+class Even(NamedTuple):
+    """Rows of padding, those past `seqused_k`, that see all places of their padded sequence alike:
+    attention gives them the mean of the values there. Its last row stands for all places that have
+    no row of their own."""
 
-    first: int  # of these rows
-    cu_seqlens: torch.Tensor  # int32 [sequences + 1], the offsets of each sequence's among them
-    longest: int  # or a bound above it
-    places: torch.Tensor  # int64 [sequences, seqlen], the row that is at each place
-    cu_places: torch.Tensor  # int32 [sequences + 1], the offsets of each sequence's places
+    rows: torch.Tensor  # int64 [n], those rows
+    cu_rows: torch.Tensor  # int32 [sequences + 1], the offsets of each sequence's among them
+    longest: int  # the most that a sequence has
+    # fp64 [n], the share of all places that a sequence's last row stands for besides its own; None
+    # where all have one
+    share: torch.Tensor | None
 
 
 class PackedSequences(NamedTuple):
@@ -82,7 +83,7 @@ class PackedSequences(NamedTuple):
     cu_seqlens: torch.Tensor  # int32 [sequences + 1]
     seqlen: int  # the longest
     seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
-    padding: Padding | None = None
+    even: Even | None = None
 
 
 def lowered(hidden):
@@ -107,7 +108,7 @@ class Packing:
     attention_mask [batch, seqlen], 0 at padding, None for none.
     """
 
-    seqused_k = padding = None
+    seqused_k = even = None
     captured = False
 
     def __init__(self, batch: int, seqlen: int, attention_mask, device):
@@ -162,49 +163,47 @@ class PaddedPacking(Packing):
     """All rows of a padded batch: a sequence's real tokens, then its padding, whose rows are
     queries alone. For who reads what the layers make of them.
 
-    packing: that of the real tokens.
+    packing: that of the real tokens. even: whether they are `Even`.
     """
 
-    def __init__(self, packing: Packing):
+    def __init__(self, packing: Packing, even: bool = False):
         self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
         self.seqused_k = packing.cu_seqlens.diff()
         padding = (self.mask == 0).to(torch.uint8)
         rows = padding.argsort(dim=1, stable=True)
         starts = torch.arange(self.batch + 1, device=rows.device) * self.seqlen
         self.indices, self.cu_seqlens = (rows + starts[:-1, None]).flatten(), starts.int()
+        if even:
+            behind = torch.arange(self.seqlen, device=rows.device) >= self.seqused_k[:, None]
+            count = len(self.indices) - len(packing.indices)
+            rows, starts = call("pack_indices", behind, count)
+            self.even = Even(rows, starts, self.seqlen, None)
 
 
-class EvenPacking(Packing):
-    """All rows of a padded batch where those of padding see all alike (`Padding`), behind the real
-    tokens.
+class ZerosPacking(Packing):
+    """The real tokens of a padded batch, and behind each sequence's a row of zeros, for all of its
+    padding where that is zeros and stays alike, as `Even` has it.
 
-    packing: that of the real tokens. zeros: whether all rows of padding are zeros and stay alike:
-        then one stands for all of a sequence's.
+    packing: that of the real tokens.
     """
 
-    def __init__(self, packing: Packing, zeros: bool):
-        self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
-        self.cu_seqlens, self.zeros, real = packing.cu_seqlens, zeros, packing.indices
-        first, device = len(real), real.device
-        ends = torch.arange(self.batch + 1, dtype=torch.int32, device=device)
-        if zeros:
-            starts, longest = ends, 1
-            places = (first + ends[:-1].long()).repeat_interleave(self.seqlen)
-            self.indices = real
-        else:
-            tokens = self.batch * self.seqlen - first
-            padding, starts = call("pack_indices", self.mask == 0, tokens)
-            longest, self.indices = self.seqlen, torch.cat([real, padding])
-            places = torch.empty_like(self.indices)
-            places[padding] = torch.arange(first, len(places), device=device)
-        places[real] = torch.arange(first, device=device)
-        places = places.view(self.batch, self.seqlen)
-        self.padding = Padding(first, starts, longest, places, ends * self.seqlen)
+    def __init__(self, packing: Packing):
+        self.batch, seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
+        self.seqlen, self.seqused_k = seqlen + 1, packing.cu_seqlens.diff()
+        self.indices, device = packing.indices, packing.indices.device
+        one = torch.arange(self.batch + 1, dtype=torch.int32, device=device)
+        self.cu_seqlens = packing.cu_seqlens + one
+        rows = self.cu_seqlens[1:].long() - 1
+        tokens = torch.arange(len(self.indices), device=device)
+        self.tokens = tokens + self.indices // seqlen  # where they are among all rows
+        self.places = rows.repeat_interleave(seqlen).index_copy(0, self.indices, self.tokens)
+        share = 1 - (self.seqused_k.double() + 1) / seqlen
+        self.even = Even(rows, one, 1, share)
 
     def pack(self, x):
         x = super().pack(x)
-        return torch.cat([x, x.new_zeros(self.batch, *x.shape[1:])]) if self.zeros else x
+        rows = x.new_zeros(len(x) + self.batch, *x.shape[1:])
+        return rows.index_copy(0, self.tokens, x)
 
     def unpack(self, x):
-        places = self.padding.places
-        return x.index_select(0, places.flatten()).unflatten(0, places.shape)
+        return x.index_select(0, self.places).unflatten(0, (self.batch, self.seqlen - 1))

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..ops.dropout import as_seed
+from ..ops.library import wide
 from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
 from .batch import Batch
 from .spec import DROPOUTS, Layer, LayerSpec, of_layer
@@ -105,23 +106,25 @@ def _relative(k, layer: Layer, batch: Batch, seed):
 
 
 def _attention(k, layer: Layer, batch: Batch, qkv, seed, relative_seed):
-    """`ops.attention`, of padding what `Padding` says."""
-    (spec, _, (p, *_), *_), padding = layer, batch.padding
+    """`ops.attention`, and what `Even` says of padding."""
+    (spec, _, (p, *_), *_), even, starts = layer, batch.even, batch.cu_seqlens
     context, lse = k.attention(
-        *(qkv if padding is None else qkv[: padding.first], batch.cu_seqlens, batch.longest),
-        *(spec.scale, p, seed, False, batch.bias, batch.seqused_k, spec.window),
+        *(qkv, starts, batch.longest, spec.scale, p, seed),
+        *(False, batch.bias, batch.seqused_k, spec.window),
         *_relative(k, layer, batch, relative_seed),
     )
-    if padding is None:
+    if even is None:
         return context, lse
-    queries = torch.zeros_like(qkv[padding.first :, 0])
-    values = qkv[:, 2].index_select(0, padding.places.flatten())
-    mean = k.cross_attention(  # scores of zero, whatever the keys
-        *(queries, values.unsqueeze(1).expand(-1, 2, -1, -1)),
-        *(padding.cu_seqlens, padding.cu_places, padding.longest, padding.places.shape[1]),
-        *(0.0, p, seed, False, None),
+    queries, values = qkv.new_zeros((len(even.rows), *qkv.shape[2:])), qkv[:, 2:]
+    mean = k.cross_attention(  # with scores of zero
+        *(queries, values.expand(-1, 2, -1, -1), even.cu_rows, starts),
+        *(even.longest, batch.longest, 0.0, p, seed, False, None),
     )[0]
-    return torch.cat([context, mean]), lse
+    if even.share is not None:
+        last, share = values[:, 0].index_select(0, even.rows), even.share.view(-1, 1, 1)
+        exact = wide(mean.dtype)
+        mean = torch.lerp(mean.to(exact), last.to(exact), share.to(exact)).to(mean.dtype)
+    return context.index_copy(0, even.rows, mean), lse
 
 
 def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):

@@ -9,9 +9,9 @@ from ..ops import registry
 from ..ops.extension import C
 from ..ops.library import CPU_DTYPES, is_bf16, plain, unwatched
 from . import watch
-from .batch import Batch
+from .batch import Batch, Relative
 from .executors import whole_cuda
-from .executors.whole_cpu import c_spec, forward
+from .executors.whole_cpu import EVEN, c_spec, forward
 from .noise import NOISE_LIMIT, Sample, complaints
 from .replay import Graphs
 from .run import Choice, forced
@@ -165,6 +165,8 @@ class PackedCpu(Packed):
         return super().__str__() + (f", {len(self.kept)} in bf16" if self.kept else "")
 
     def _run(self, first, last, batch, graphs=None):
+        if batch.even is not None:
+            raise RuntimeError(f"a frozen encoder can't serve this call: {EVEN}")
         for start, end, encoder in self._runs:
             a, b = max(first, start), min(last, end)
             if a < b:
@@ -302,6 +304,9 @@ class PackedCuda(Packed):
                 "the model before bertfast.freeze"
             )
         batch, spec = batch._replace(hidden=hidden.to(self.low)), self.layers[0].spec
+        if batch.relative is not None:
+            relative = batch.relative.embeddings.to(self.low), batch.relative.index
+            batch = batch._replace(relative=Relative(*relative))
         found = None if graphs is None else graphs.run(self.layers, batch)
         if isinstance(found, tuple):
             hidden, self.choice = found

@@ -56,7 +56,7 @@ def _limit(encoder):
 def _more(encoder, hidden):
     if not encoder.relative_attention:
         return {}
-    span, n = _span(encoder), 1 << max(hidden.shape[1] - 1, 15).bit_length()
+    span, n = _span(encoder), 1 << max(hidden.shape[1], 15).bit_length()
     make = _buckets if unwatched() else _buckets.__wrapped__
     sizes = encoder.position_buckets, encoder.max_relative_positions
     embeddings = encoder.get_rel_embedding()[: 2 * span].to(hidden.dtype)

@@ -19,7 +19,7 @@ void put(void* out, int64_t t, int64_t j, int64_t n, vf v) {
 template <class F>
 void each(const GatedActArgs& g, const F& f) {
   static thread_local Buffer buffer;
-  const PerThread<uint32_t> scratch(buffer, padded(g.n));
+  const PerThread<uint32_t> scratch(buffer, g.dropout.seed ? padded(g.n) : 0);
 #pragma omp parallel if (g.rows * g.n > (1 << 14))
   {
     uint32_t* bits = scratch.mine();

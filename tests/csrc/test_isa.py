@@ -61,7 +61,16 @@ HALVES = [
         "train",
     ],
     ["linear_act", "attention", "cross_attention", "add_layer_norm", "embedding_layer_norm"]
-    + ["masked_cross_entropy", "pack", "dropout", "frozen", "whole_cpu", "graphs"]
+    + [
+        "gated_act",
+        "rotary",
+        "masked_cross_entropy",
+        "pack",
+        "dropout",
+        "frozen",
+        "whole_cpu",
+        "graphs",
+    ]
     + ["dropin_frozen", "families", "node", "run"],
 ]
 NUMERIC = "not triton and (not test_pretrain and not test_train or packed or accumul or lamb_)"

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from families import build, close_gradients, gradients, inputs_for, real, same_gradients
-from helpers import close_to_truth, wide
+from helpers import close_to_truth, exact, wide
 from torch import nn
 from torch.nn.utils import prune
 
-import bertfast
+import bertfast.dropin  # registers the switch
+from bertfast import ops
 
 LAYER = "encoder.layer.1"
 
@@ -357,3 +358,22 @@ def test_attention_switch_by_from_pretrained(tmp_path):
     ours = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="bertfast")
     assert ours.config._attn_implementation == "bertfast"
     assert_same_outputs(ours.eval(), theirs)
+
+
+@pytest.mark.parametrize("family", ["ModernBert", "NomicBert", "Gte", "EuroBert"])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "none"])
+def test_attention_switch_with_windows_and_shared_keys(family, kind, monkeypatch):
+    theirs, ours = (build(family, attention=a) for a in ("sdpa", "bertfast"))
+    given, seen, attention = inputs_for(kind=kind), [], ops.attention
+
+    def spied(*args, **options):
+        seen.append(options["window"])
+        return attention(*args, **options)
+
+    monkeypatch.setattr(ops, "attention", spied)
+    with torch.no_grad():
+        found = [m(**given)[0] for m in (ours, theirs)]
+    close_to_truth(
+        *(real(t, given["attention_mask"]) for t in (found[0], exact(theirs, given)[0], found[1]))
+    )
+    assert seen == [None, 3 if family == "ModernBert" else None]

@@ -164,7 +164,7 @@ def mixed_eps(m):
 
 
 def other_activation(m):
-    m.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.SiLU()
+    m.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.Mish()
 
 
 def one_layer_wider(m):

@@ -274,5 +274,5 @@ def test_bad_inputs():
     refused(ValueError, "input_ids or inputs_embeds", ours)
     refused(ValueError, r"token_type_ids has shape \[2, 3\]", ours, ids, None, ids[:, :3])
     refused(ValueError, "past_key_values is not supported", ours, ids, past_key_values=1)
-    refused(ValueError, "hidden_act is 'swish'", bertfast.BertModel, config(hidden_act="swish"))
+    refused(ValueError, "hidden_act is 'mish'", bertfast.BertModel, config(hidden_act="mish"))
     refused(ValueError, "is_decoder", bertfast.BertModel, config(is_decoder=True))

@@ -23,7 +23,7 @@ BAD |= {name: [-1, -0.1, True, "0.1", math.nan, math.inf, 101, 10**400, {}] for 
 BAD |= {name: [*BAD[name], 1, 1.0] for name in NUMBERS if "dropout" in name}
 BAD |= {
     "pad_token_id": [-1, True, "0", 0.0, math.nan, 200],
-    "hidden_act": ["silu", "", None, 1, []],
+    "hidden_act": ["mish", "", None, 1, []],
     "is_decoder": [True, 1, "no"],
     "add_cross_attention": [True],
     "position_embedding_type": ["relative_key", 3],

@@ -19,10 +19,15 @@ def there(backend, tensors):
     return [t.to(DEVICES[backend]) for t in tensors]
 
 
-def plain(x, residual, weight, bias, x_bias, mask=None, eps=1e-5):
+def plain(x, residual, weight, bias, x_bias, mask=None, eps=1e-5, rms=False):
     s = x if x_bias is None else x + x_bias
     s = s if mask is None else s * mask.to(s.dtype)
     s = s if residual is None else s + residual
+    if weight is None:
+        return s
+    if rms:
+        y = F.rms_norm(s, s.shape[1:], weight, eps)
+        return y if bias is None else y + bias
     return F.layer_norm(s, s.shape[1:], weight, bias, eps)
 
 
@@ -56,6 +61,97 @@ def test_dropout(backend):
         lambda *t: plain(*t, mask=mask),
         tensors,
     )
+
+
+# What stands in layer norm's place: its inputs that are missing, and whether it is RMS norm.
+KINDS = {"no bias": ((3,), False), "rms": ((3,), True), "rms, bias": ((), True)}
+KINDS |= {"no norm": ((2, 3), False)}
+each_kind = pytest.mark.parametrize("missing, rms", KINDS.values(), ids=KINDS)
+but_cuda = pytest.mark.parametrize(
+    "backend", [b for b in backends("add_layer_norm") if b != "cuda"]
+)
+
+
+@pytest.mark.parametrize("more", [(), (1,), (4,), (1, 4)])
+@pytest.mark.parametrize(
+    "dtype, shape", [*((d, (130, 65)) for d in FLOATS), (torch.float32, (3, 7))]
+)
+@each_kind
+@but_cuda
+def test_other_norms(backend, missing, rms, dtype, shape, more):
+    tensors = [None if i in missing + more else t for i, t in enumerate(inputs(*shape))]
+    check(backend, dtype, ours(rms=rms), lambda *t: plain(*t, rms=rms), tensors)
+
+
+@pytest.mark.parametrize("more", [(), (1,), (4,), (1, 4)])
+@each_kind
+@but_cuda
+def test_other_norms_dropout(backend, missing, rms, more):
+    p, seed = 0.25, torch.tensor([2**40 + 3, 5], device=DEVICES[backend])
+    tensors = [None if i in missing + more else t for i, t in enumerate(inputs(90, 70))]
+    mask = torch.stack([keep(2**40 + 3, 5, t, 70, p) for t in range(90)]) / (1 - p)
+    check(
+        backend,
+        torch.float32,
+        ours(dropout_p=p, seed=seed, rms=rms),
+        lambda *t: plain(*t, mask=mask, rms=rms),
+        tensors,
+    )
+
+
+@each_kind
+@but_cuda
+def test_other_norms_edges(backend, missing, rms):
+    """No tokens; a NaN stays in its row; a row of zeros is one for RMS norm; tiny rows' eps."""
+    x, r, w, b, k = (
+        None if i in missing else t for i, t in enumerate(there(backend, inputs(5, 33)))
+    )
+    with ops.backend(backend):
+        empty = x[:0].clone().requires_grad_()
+        leaves = [t.requires_grad_() for t in (w, k) if t is not None]
+        ops.add_layer_norm(empty, r[:0], w, b, 1e-5, x_bias=k, rms=rms).sum().backward()
+        assert all((t.grad == 0).all() for t in leaves)
+        bad = x.clone()
+        bad[2, 4] = float("nan")
+        y = ops.add_layer_norm(bad, r, w, b, 1e-5, rms=rms)
+        assert y[2].isnan().all() or (w is None and y[2, 4].isnan())
+        assert torch.isfinite(y[[0, 1, 3, 4]]).all()
+        if rms:
+            zero = ops.add_layer_norm(x * 0, None, w, b, 1e-5, rms=True)
+            assert torch.equal(zero, torch.zeros_like(x) if b is None else b.expand_as(x))
+    tiny = [None if t is None else t * 1e-3 for t in (x, r)]
+    tensors = [None if t is None else t.detach().cpu() for t in (*tiny, w, b, None)]
+    floor = ours(1e-3, rms=rms)
+    check(backend, torch.float32, floor, lambda *t: plain(*t, eps=1e-3, rms=rms), tensors)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="built without CUDA")
+@each_kind
+def test_cuda_declines_other_norms(missing, rms):
+    x, r, w, b, _ = there("cuda", inputs(5, 8))
+    w, b = (None if i in missing else t for i, t in ((2, w), (3, b)))
+    with ops.backend("cuda"):
+        refused(
+            RuntimeError,
+            "with weight and bias alone",
+            ops.add_layer_norm,
+            x,
+            r,
+            w,
+            b,
+            1e-5,
+            rms=rms,
+        )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("missing, rms", [((), False), *KINDS.values()], ids=["layer", *KINDS])
+def test_reference_gradients(missing, rms, p):
+    """Of fp64, by differences."""
+    tensors = [None if i in missing else t.double() for i, t in enumerate(inputs(4, 6))]
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    with ops.backend("reference"):
+        assert torch.autograd.gradcheck(ours(rms=rms, dropout_p=p, seed=3), leaves)
 
 
 @each_backend
@@ -191,6 +287,22 @@ def test_refusals():
     refused(ValueError, r"weight has shape \[5\]", ops.add_layer_norm, x, r, w[:5], b, 1e-5)
     refused(TypeError, "bfloat16", ops.add_layer_norm, x, r.bfloat16(), w, b, 1e-5)
     refused(ValueError, r"expected \[tokens, hidden\]", ops.add_layer_norm, x[0], None, w, b, 1e-5)
+    refused(
+        ValueError, "bias is given, yet weight is None", ops.add_layer_norm, x, r, None, b, 1e-5
+    )
+    refused(
+        *(
+            ValueError,
+            "rms is True, yet weight is None",
+            ops.add_layer_norm,
+            x,
+            r,
+            None,
+            None,
+            1e-5,
+        ),
+        rms=True,
+    )
     refused(ValueError, "dropout_p is -0.1", ops.add_layer_norm, x, r, w, b, 1e-5, dropout_p=-0.1)
     refused(
         ValueError, "seed is", ops.add_layer_norm, x, r, w, b, 1e-5, dropout_p=0.1,

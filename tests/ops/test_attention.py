@@ -26,18 +26,28 @@ BACKENDS = [name for name in backends("attention") if name != "cuda"]
 LENGTHS = [0, 1, 13, 40, 0, 77, 130]
 
 
-def plain(qkv, lengths, scale=None, causal=False, bias=None, masks=None, used=None):
+def plain(qkv, lengths, scale=None, causal=False, bias=None, masks=None, used=None, window=None,
+          rel_key=None, rel_query=None, rel_index=None):  # fmt: skip
     """Attention by autograd on each sequence; `masks` drop probabilities (already scaled)."""
     out, start = [], 0
     for b, n in enumerate(lengths):
         q, k, v = qkv[start : start + n].transpose(0, 2).unbind(1)  # [heads, n, dim]
-        s = q @ k.transpose(1, 2) * (scale or 1 / math.sqrt(qkv.shape[3]))
+        s, apart = q @ k.transpose(1, 2), torch.arange(n)[:, None] - torch.arange(n)
+        if rel_index is not None:
+            r = rel_index[apart + rel_index.shape[0] // 2].long()
+        if rel_key is not None:
+            s = s + torch.einsum("hid,ijhd->hij", q, rel_key[r])
+        if rel_query is not None:
+            s = s + torch.einsum("hjd,ijhd->hij", k, rel_query[r])
+        s = s * (scale or 1 / math.sqrt(qkv.shape[3]))
         if bias is not None:
             s = s + bias[b % bias.shape[0], :, :n, :n]
         if causal:
-            s = s.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
+            s = s.masked_fill(apart < 0, -math.inf)
         if used is not None:
             s = s.masked_fill(torch.arange(n) >= used[b], -math.inf)
+        if window is not None:
+            s = s.masked_fill(apart.abs() > window, -math.inf)
         p = s.softmax(-1).nan_to_num(0)  # a row without keys
         if masks is not None:
             p = p * masks[b].to(p.dtype)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, refused, relative
+from helpers import ACTIVATE, DEVICES, FLOATS, backends, check, close_to_truth, refused, relative
 from torch.nn import functional as F
 
 import bertfast
@@ -12,12 +12,11 @@ BACKENDS = backends("linear_act")
 CASES = [(b, d) for b in BACKENDS for d in FLOATS]
 CASES += [("triton", torch.float16)] if "triton" in BACKENDS else []
 pytestmark = pytest.mark.usefixtures("guarded")
-PLAIN = {
-    None: lambda z: z,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "relu": F.relu,
-}
+
+
+def without_silu(backend, activation):
+    if (backend, activation) == ("cuda", "silu"):
+        pytest.skip("CUDA's kernels have no silu: test_cuda_declines_silu")
 
 
 def inputs(m, n, k, seed=0):
@@ -35,14 +34,15 @@ def on(backend, *tensors):
 
 
 @pytest.mark.parametrize("shape", [(77, 53, 100), (2, 9, 5), (33, 384, 1536), (200, 96, 64)])
-@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("activation", ACTIVATE)
 @pytest.mark.parametrize("backend, dtype", CASES)
 def test_forward_backward(backend, dtype, activation, shape):
+    without_silu(backend, activation)
     check(
         backend,
         dtype,
         lambda x, w, b: ops.linear_act(x, w, b, activation),
-        lambda x, w, b: PLAIN[activation](F.linear(x, w, b)),
+        lambda x, w, b: ACTIVATE[activation](F.linear(x, w, b)),
         inputs(*shape),
     )
 
@@ -95,17 +95,18 @@ def test_non_finite_rows_stay_apart(value):
     assert y[:7].isfinite().all() and y[8:].isfinite().all()
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 @pytest.mark.parametrize("backend", backends("linear_act"))
 def test_extreme_values(backend, activation):
     """Large, infinite and NaN pre-activations; the negative tail."""
+    without_silu(backend, activation)
     z = [-math.inf, -1e30, -1e4, -20, -6, -5.4, -3, -1e-30, 0, 1e-3, 5, 1e4, 1e30, math.inf]
     z = torch.tensor([*z, math.nan])
     with ops.backend(backend):
         y = ops.linear_act(*on(backend, z[:, None], torch.ones(1, 1)), None, activation)
     y = y[:, 0].cpu()
     z = z[1:-2].double()
-    expected = PLAIN[activation](z)
+    expected = ACTIVATE[activation](z)
     # z times a probability, which ends within a few ulp of 0 or 1
     assert ((y[1:-2] - expected).abs() <= 1e-5 * expected.abs() + 2e-7 * z.abs()).all()
     assert y[-1].isnan()
@@ -113,6 +114,17 @@ def test_extreme_values(backend, activation):
         assert not y[-2].isfinite()  # a float is a sum there, of which infinity has none
     else:
         assert y[0] == 0 and y[-2] == math.inf
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="built without CUDA")
+def test_cuda_declines_silu():
+    x, w, _ = on("cuda", *inputs(4, 3, 5))
+    with ops.backend("cuda"):
+        refused(RuntimeError, "it has no silu", ops.linear_act, x, w, None, "silu")
+        x.requires_grad_()
+        grad, z = (torch.ones(4, 3, device=x.device) for _ in range(2))
+        backward = torch.ops.bertfast.linear_act_backward
+        refused(RuntimeError, "it has no silu", backward, grad, x, w, None, z, 4, 1)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -14,13 +14,21 @@ import torch, transformers
 import bertfast
 from bertfast import ops
 
-def attention(n, grad=False):
+def attention(n, grad=False, **options):
     qkv = torch.full((n, 3, 2, 8), 0.5, requires_grad=grad)
     starts = torch.tensor([0, n], dtype=torch.int32)
-    return lambda: ops.attention(qkv, starts, n)
+    return lambda: ops.attention(qkv, starts, n, **options)
 
 def attention_backward(n):
     y = attention(n, True)()
+    return lambda: y.sum().backward()
+
+def relative(n, grad=False):
+    rel, index = torch.ones(3, 2, 8, requires_grad=grad), torch.zeros(2 * n - 1, dtype=torch.int32)
+    return attention(n, grad, window=9, rel_key=rel, rel_query=rel, rel_index=index)
+
+def relative_backward(n):
+    y = relative(n, True)()
     return lambda: y.sum().backward()
 
 def linear_act(n):
@@ -30,6 +38,10 @@ def linear_act(n):
 def add_layer_norm(n):
     x, w = torch.ones(2, n), torch.ones(n)
     return lambda: ops.add_layer_norm(x, None, w, w, 1e-5)
+
+def gated_act(n):
+    x = torch.ones(2, n)
+    return lambda: ops.gated_act(x, x, dropout_p=0.1, seed=1)
 
 def embedding_layer_norm(n):
     ids, w = torch.zeros(2, dtype=torch.int64), torch.ones(n)
@@ -69,8 +81,11 @@ for name, *sizes in json.loads(sys.argv[1]):
 CASES = [
     ("attention", 64, 40000, 12 << 20),
     ("attention_backward", 64, 20000, 16 << 20),
+    ("relative", 64, 40000, 12 << 20),
+    ("relative_backward", 64, 20000, 16 << 20),
     ("linear_act", 512, 4096, 16 << 20),
     ("add_layer_norm", 20000, 4 << 20, 48 << 20),
+    ("gated_act", 20000, 4 << 20, 48 << 20),
     ("embedding_layer_norm", 20000, 4 << 20, 48 << 20),
     ("frozen", 64, 30000, 40 << 20),
 ]

@@ -51,7 +51,7 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return "the sequences are no int32 offsets with a longest one that is known"
     if batch.bias is not None and not (here and plain(batch.bias)):
         return "it takes a bias on the scores on a CPU alone"
-    if batch.padding is not None:
+    if batch.even is not None:
         return EVEN
     for spec, weights, *_ in layers:
         w = weights.flat()[:BERT]

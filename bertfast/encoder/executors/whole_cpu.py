@@ -40,7 +40,7 @@ def inference_limit(batch: Batch) -> str | None:
         return "gradients are enabled"
     if batch.bias is not None and not plain(batch.bias):
         return "the bias on the scores is no plain tensor"
-    if batch.padding is not None:
+    if batch.even is not None:
         return EVEN
     return None
 
