@@ -1,8 +1,6 @@
 """Families other than BERT in base size, as their checkpoints are configured, with the vocabulary
 of the tokenizer that is here."""
 
-import transformers
-
 FAMILIES = {  # name: transformers' prefix, and what is not that configuration's default
     "ModernBERT-base": ("ModernBert", {}),
     "DeBERTa-v3-base": (
@@ -38,6 +36,8 @@ SPECIAL = dict(pad_token_id=0, bos_token_id=101, cls_token_id=101, eos_token_id=
 
 def config_of(name: str, **changes):
     """A family's configuration in base size; changes: TINY, a vocabulary."""
+    import transformers
+
     prefix, own = FAMILIES[name]
     sizes = dict(vocab_size=30522, sep_token_id=102) | SPECIAL | own | changes
     config = getattr(transformers, f"{prefix}Config")(**sizes)

@@ -36,6 +36,7 @@ def rows_of(result, name):
     return next(c["rows"] for c in result["cells"] if c["task"].startswith(name))
 
 
+@pytest.mark.seconds
 def test_cells(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(families, "FROZEN", {"ModernBERT-base": ("fp32",)})
     result = run(tmp_path)
