@@ -157,6 +157,8 @@ class FusedEncoder(Freezable):
 
     def _alike(self, watched, found) -> bool:
         """Whether rows that come alike, and see alike, leave so, and nobody takes gradients."""
+        if self.packed is not None:
+            return True
         if torch.is_grad_enabled() or self._by_modules(watched, found):
             return False
         return not any([any(layer.dropout) or layer.adapters for layer in found])

@@ -18,7 +18,6 @@ from ..weights import FLAT, IS_MATRIX, addresses, fit
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
 EVEN = "rows of padding see all places alike"
-_TABLES = {"c2p": "pos_key", "p2c": "pos_query"}
 _ANGLES = 3  # tables of a call, see csrc/layer.h
 
 
@@ -100,7 +99,6 @@ def _needed(spec: LayerSpec) -> list[int]:
     roles = {"query", "key", "value", "out", "up", "down", "norm2"}
     roles |= {"gate"} if spec.gated else set()
     roles |= set() if spec.pre_norm else {"norm1"}
-    roles |= {_TABLES[kind] for kind in spec.relative}
     return [i for i, (role, part) in enumerate(FLAT) if part == "weight" and role in roles]
 
 
@@ -192,17 +190,14 @@ def _reached(batch: Batch):
 @torch.no_grad()
 def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
     """[buckets, hidden] -> what a layer's queries meet, and its keys: fp32, [buckets, width]."""
-    spec, found = layer.spec, []
-    for kind, role in _TABLES.items():
+    found = dict.fromkeys(("c2p", "p2c"))
+    for kind in layer.spec.relative:
         weight, bias = (
             p.float() if p is not None and embeddings.dtype == torch.float32 else p
-            for p in getattr(layer.weights, role)
+            for p in getattr(layer.weights, layer.role_of(kind))
         )
-        table = None
-        if kind in spec.relative:
-            table = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
-        found.append(table)
-    return found
+        found[kind] = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
+    return [*found.values()]
 
 
 def forward(encoder, first: int, last: int, batch: Batch, dtype):
