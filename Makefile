@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
-OPERATOR_TESTS = $(wildcard $(addprefix tests/*/test_,fuzz.py frozen.py node.py whole_cpu.py attention_*.py *_cuda.py cuda_*.py $(notdir $(wildcard bertfast/ops/*.py))))
+OPERATOR_TESTS = $(wildcard $(addprefix tests/*/test_,fuzz.py frozen.py node.py whole_cpu.py whole_kinds.py attention_*.py *_cuda.py cuda_*.py $(notdir $(wildcard bertfast/ops/*.py))))
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)

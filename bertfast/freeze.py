@@ -84,13 +84,18 @@ def freeze(model, precision: str = "fp32"):
 def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
     config, dtype = encoder.settings(), layers[0].weights.query.weight.dtype
     center = _center(owner, layers[0].spec.hidden)
-    sample = Sample.of(owner, encoder, config) if precision == "int8" else None
+    int8, relative = precision == "int8", layers[0].spec.relative
+    sample = Sample.of(owner, encoder, config) if int8 or relative else None
+    embeddings = sample.batch.relative.embeddings if relative else None
     del encoder.get_submodule(encoder.LAYERS)[:]  # so that `layers` alone has the weights
     encoder.bertfast_seen = None
     if encoder.bertfast_graphs is not None:
         encoder.bertfast_graphs.release()
     given = layers, precision, dtype, config
-    encoder.packed = PackedCuda(*given) if cuda else PackedCpu(*given, center, sample)
+    if cuda:
+        encoder.packed = PackedCuda(*given)
+    else:
+        encoder.packed = PackedCpu(*given, center, sample if int8 else None, embeddings)
 
 
 def _center(owner, size):
@@ -101,7 +106,7 @@ def _center(owner, size):
 
 
 def _layers(name: str, encoder) -> list[Layer]:
-    """An encoder's, all of one kind. Raises ValueError for what packed weights can't stand for."""
+    """An encoder's. Raises ValueError for what packed weights can't stand for."""
     for path, m in encoder.named_modules(prefix=name):
         if adapters.unmerged(m):
             _refuse(path, f"it is a {watch.class_name(m)} that is not merged")
@@ -114,11 +119,10 @@ def _layers(name: str, encoder) -> list[Layer]:
         path = encoder.path(name, i)
         if isinstance(layer, Unfit):
             _refuse(f"{path}.{layer.where}".rstrip("."), layer.why)
-        if not layer.spec.like_bert:
-            _refuse(path, f"it is {layer.spec}, and only layers as BERT's are packed")
-        if layer.spec != found[0].spec or layer.spec.width != layer.spec.hidden:
-            _refuse(path, f"it is {layer.spec}, expected {found[0].spec}, all heads")
-        flat = layer.weights.flat()
+        spec = found[0].spec._replace(window=layer.spec.window, rotary=layer.spec.rotary)
+        if layer.spec != spec or spec.width != spec.hidden:
+            _refuse(path, f"it is {layer.spec}, expected {spec}, all heads")
+        flat = layer.apart().flat()
         for p, shape, (role, _) in zip(flat, shapes(layer.spec), FLAT, strict=True):
             if p is not None and p.shape != shape:
                 _refuse(path, f"{role} has shape {list(p.shape)}, expected {list(shape)}")

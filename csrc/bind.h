@@ -45,16 +45,21 @@ struct Cross<Precision> {
   using Type = int;
   static Precision arrived(int value) { return Precision(value); }
 };
-template <>
-struct Cross<Parts> {
+// A list of pointers.
+template <class Struct, class T>
+struct CrossAsList {
   using Type = std::vector<std::uintptr_t>;
-  static Parts arrived(const Type& values) {
-    Parts parts{{}, int(values.size())};
-    if (values.size() > std::size(parts.data)) throw std::invalid_argument("more than three parts");
-    std::transform(values.begin(), values.end(), parts.data, Cross<const void*>::arrived);
-    return parts;
+  static Struct arrived(const Type& values) {
+    Struct made{{}, int(values.size())};
+    if (values.size() > std::size(made.data)) throw std::invalid_argument("more than three parts");
+    std::transform(values.begin(), values.end(), made.data, Cross<T>::arrived);
+    return made;
   }
 };
+template <>
+struct Cross<Parts> : CrossAsList<Parts, const void*> {};
+template <>
+struct Cross<Angles> : CrossAsList<Angles, const float*> {};
 template <class Struct, class... T>
 struct CrossAsTuple {
   using Type = std::tuple<typename Cross<T>::Type...>;

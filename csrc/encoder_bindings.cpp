@@ -19,19 +19,25 @@ T* at(ptr p) {
   return reinterpret_cast<T*>(p);
 }
 
+using Tables = std::vector<std::array<ptr, 2>>;  // RelativeTables of each layer
+
 // An encoder's weights for inference. Of packed weights it holds pointers alone: Python keeps them.
 class Encoder {
  public:
   // center: the bias of the LayerNorm before the first layer, see EncoderArgs.
-  Encoder(const LayerSpec& spec, std::vector<PackedLayer> layers, int precision, ptr center)
-      : packed_(std::move(layers)), center_(at<const float>(center)) {
-    args_.spec = spec, args_.precision = Precision(precision);
+  Encoder(std::vector<LayerSpec> specs, std::vector<PackedLayer> layers, int precision, ptr center,
+          const Tables& relative)
+      : specs_(std::move(specs)), packed_(std::move(layers)), center_(at<const float>(center)) {
+    args_.precision = Precision(precision);
+    check_layers(relative);
   }
-  // Of `layers` LayerWeights, which are copied, with the matrices in bf16 or fp32 and the rest in
-  // fp32.
-  Encoder(const LayerSpec& spec, ptr weights, int64_t layers, bool bf16, int precision)
-      : live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + layers) {
-    args_.spec = spec, args_.precision = Precision(precision), args_.live_bf16 = bf16;
+  // Of LayerWeights, which are copied, with the matrices in bf16 or fp32 and the rest in fp32.
+  Encoder(std::vector<LayerSpec> specs, ptr weights, bool bf16, int precision,
+          const Tables& relative)
+      : specs_(std::move(specs)),
+        live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + specs_.size()) {
+    args_.precision = Precision(precision), args_.live_bf16 = bf16;
+    check_layers(relative);
   }
   // Layers [first, last).
   void forward(int64_t first, int64_t last, const Batch& batch) const {
@@ -62,7 +68,7 @@ class Encoder {
     }
     check_ids("input_ids", words, vocabulary);
     check_ids("token_type_ids", kinds, type_count);
-    const int64_t tokens = int64_t(rows.size()), hidden = args_.spec.hidden;
+    const int64_t tokens = int64_t(rows.size()), hidden = specs_[0].hidden;
     std::vector<float> statistics(2 * tokens);
     EmbeddingArgs e{};
     e.ids = words.data(), e.positions = positions.data(), e.types = kinds.data();
@@ -82,10 +88,23 @@ class Encoder {
   }
 
  private:
-  int64_t layers() const { return int64_t(packed_.size() + live_.size()); }
+  int64_t layers() const { return int64_t(specs_.size()); }
+  void check_layers(const Tables& relative) {
+    if (specs_.empty() || packed_.size() + live_.size() != specs_.size() ||
+        (!relative.empty() && relative.size() != specs_.size()))
+      throw std::invalid_argument("encoder: expected a description of each layer, and a layer");
+    for (const auto& [key, query] : relative)
+      relative_.push_back({at<const float>(key), at<const float>(query)});
+  }
   void run(int64_t first, int64_t last, const Batch& batch) const {
     EncoderArgs g = args_;
-    g.layers = last - first, g.batch = batch;
+    if (!relative_.empty()) g.relative = relative_.data() + first;
+    if (g.relative && !batch.rel_index)
+      throw std::invalid_argument("encoder: the batch lacks relative positions");
+    g.specs = specs_.data() + first, g.layers = last - first, g.batch = batch;
+    for (int64_t i = 0; i < g.layers; ++i)
+      if (g.specs[i].rotary >= batch.angles.count)
+        throw std::invalid_argument("encoder: the batch lacks the angles of a layer");
     if (live_.empty())
       g.packed = packed_.data() + first;
     else
@@ -102,15 +121,36 @@ class Encoder {
                             std::to_string(*high) + ", expected 0 to " + std::to_string(size - 1));
   }
 
+  std::vector<LayerSpec> specs_;
+  std::vector<RelativeTables> relative_;  // of each layer, or none at all
   std::vector<PackedLayer> packed_;
   std::vector<LayerWeights> live_;
   const float* center_ = nullptr;
   EncoderArgs args_{};
 };
 
-void pack_weights(ptr weight, ptr bias, int64_t n, int64_t k, int precision, ptr out) {
-  const LinearWeights from{{{at(weight), at(bias)}}, 1, false};
-  const PackArgs g{from, n, k, Precision(precision), at<void>(out)};
+// Linear layers side by side, each (weight, bias or null, rows) in fp32.
+using Linears = std::vector<std::tuple<ptr, ptr, int64_t>>;
+
+PackArgs pack_args(const Linears& linears, int64_t k, bool gated, int precision) {
+  PackArgs g{};
+  if (linears.empty() || linears.size() > std::size(g.from.part) || (gated && linears.size() != 2))
+    throw std::invalid_argument("pack_weights: that many linear layers");
+  for (const auto& [weight, bias, rows] : linears) {
+    g.from.part[g.from.parts] = {at(weight), at(bias)};
+    g.from.rows[g.from.parts++] = rows;
+  }
+  g.from.gated = gated, g.k = k, g.precision = Precision(precision);
+  return g;
+}
+
+int64_t packed_bytes(const Linears& linears, int64_t k, bool gated, int precision) {
+  return kernels().packed_bytes(pack_args(linears, k, gated, precision));
+}
+
+void pack_weights(const Linears& linears, int64_t k, bool gated, int precision, ptr out) {
+  PackArgs g = pack_args(linears, k, gated, precision);
+  g.out = at<void>(out);
   const Running running;
   kernels().pack_weights(g);
 }
@@ -123,28 +163,32 @@ void bind_encoder(py::module_& m) {
   m.attr("LAYER_BYTES") = sizeof(LayerWeights);
   bind_struct(m, "LayerSpec", field("hidden", &LayerSpec::hidden),
               field("heads", &LayerSpec::heads), field("inner", &LayerSpec::inner),
-              field("activation", &LayerSpec::activation), field("eps", &LayerSpec::eps));
+              field("activation", &LayerSpec::activation), field("eps", &LayerSpec::eps),
+              field("scale", &LayerSpec::scale), field("pre_norm", &LayerSpec::pre_norm),
+              field("rms", &LayerSpec::rms), field("gated", &LayerSpec::gated),
+              field("groups", &LayerSpec::groups), field("window", &LayerSpec::window),
+              field("rotary", &LayerSpec::rotary));
   bind_struct(m, "Batch", field("hidden", &Batch::hidden), field("dtype", &Batch::dtype),
               field("out", &Batch::out), field("out_dtype", &Batch::out_dtype),
               field("cu_seqlens", &Batch::cu_seqlens), optional("seqused_k", &Batch::seqused_k),
               field("batch", &Batch::batch), field("tokens", &Batch::tokens),
               field("longest", &Batch::longest), optional("rows", &Batch::rows),
-              optional("count", &Batch::count), optional("bias", &Batch::bias));
+              optional("count", &Batch::count), optional("bias", &Batch::bias),
+              optional("angles", &Batch::angles), optional("rel_index", &Batch::rel_index));
   bind_struct(m, "PackedLayer", field("qkv", &PackedLayer::qkv), field("out", &PackedLayer::out),
               field("up", &PackedLayer::up), field("down", &PackedLayer::down),
               field("norm1", &PackedLayer::norm1), field("norm2", &PackedLayer::norm2));
   py::class_<Encoder>(m, "Encoder")
-      .def(py::init<const LayerSpec&, std::vector<PackedLayer>, int, ptr>(), py::arg("spec"),
-           py::arg("packed"), py::arg("precision"), py::arg("center"))
-      .def(py::init<const LayerSpec&, ptr, int64_t, bool, int>(), py::arg("spec"),
-           py::arg("weights"), py::arg("layers"), py::arg("bf16"), py::arg("precision"))
+      .def(py::init<std::vector<LayerSpec>, std::vector<PackedLayer>, int, ptr, const Tables&>(),
+           py::arg("specs"), py::arg("packed"), py::arg("precision"), py::arg("center"),
+           py::arg("relative"))
+      .def(py::init<std::vector<LayerSpec>, ptr, bool, int, const Tables&>(), py::arg("specs"),
+           py::arg("weights"), py::arg("bf16"), py::arg("precision"), py::arg("relative"))
       .def("forward", &Encoder::forward)
       .def("texts", &Encoder::texts);
   m.def("qkv_precision",
         [](int precision) { return int(kernels().qkv_precision(Precision(precision))); });
-  m.def("packed_bytes", [](int64_t n, int64_t k, int precision) {
-    return kernels().packed_bytes(n, k, Precision(precision));
-  });
+  m.def("packed_bytes", &packed_bytes);
   m.def("pack_weights", &pack_weights);
 }
 

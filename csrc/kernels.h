@@ -129,36 +129,46 @@ struct EmbeddingArgs {
   float* columns;  // [2, hidden]: dweight, dbias
 };
 
-// Linear layers of equal size side by side, to be packed for inference.
+// Linear layers side by side, to be packed for inference.
 struct LinearWeights {
-  Parameter part[3];  // weight [n / parts, k]; bias fp32 [n / parts] or null
+  Parameter part[3];  // weight [rows[i], k]; bias fp32 [rows[i]] or null
+  int64_t rows[3];
   int parts;
-  bool bf16;  // the weights
+  bool gated;  // of the two, a register of the first's columns, then one of the second's, ...
+  bool bf16;   // the weights
 };
 
 enum class Precision : int { fp32, bf16, int8 };  // of weights packed; as Python's PRECISIONS
 
 struct PackArgs {
   LinearWeights from;
-  int64_t n, k;
+  int64_t k;
   Precision precision;
-  void* out;  // packed_bytes(n, k, precision), 64-byte aligned
+  void* out;  // packed_bytes of it, 64-byte aligned
 };
 
 struct PackedLayer {
-  const void *qkv, *out, *up, *down;  // packed; qkv in qkv_precision
+  const void *qkv, *out, *up, *down;  // packed; qkv in qkv_precision, a gate with up
   Parameter norm1, norm2;             // fp32
 };
 
+// A layer's embeddings of relative positions, fp32 [buckets, heads, head_dim] or null: keys' that
+// queries meet, and the other way round.
+struct RelativeTables {
+  const float *key, *query;
+};
+
 struct EncoderArgs {
-  LayerSpec spec;
+  const LayerSpec* specs;  // of each layer; they differ in window and rotary alone
   int64_t layers;
   const PackedLayer* packed;  // null where weights are live
   const LayerWeights* live;   // null, or weights that may change, packed at every call; no int8
   bool live_bf16;             // the live matrices; biases and norms are fp32
+  const RelativeTables* relative;  // of each layer, or null
   Precision precision;
-  // int8 weights after a LayerNorm take its result less its bias, which their own bias has taken
-  // in: most of an outlier's size is there. center: that of the norm before the first layer.
+  // int8 weights after a norm take its result less its bias, which their own bias has taken in:
+  // most of an outlier's size is there. center: that of the norm before the first layer, or null;
+  // unused by pre-norm layers, whose first matrices have a norm of their own, or none.
   const float* center;
   Batch batch;
 };
@@ -193,7 +203,7 @@ struct Kernels {
                       int64_t row_bytes);
   void (*scatter_rows)(const char* x, const int64_t* rows, char* out, int64_t tokens,
                        int64_t out_rows, int64_t row_bytes);
-  int64_t (*packed_bytes)(int64_t n, int64_t k, Precision precision);
+  int64_t (*packed_bytes)(const PackArgs&);
   Precision (*qkv_precision)(Precision precision);  // of the weights for queries, keys and values
   void (*pack_weights)(const PackArgs&);
   void (*encoder)(const EncoderArgs&);

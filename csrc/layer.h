@@ -24,6 +24,20 @@ struct LayerSpec {
   int64_t hidden, heads, inner;
   int activation;  // see GemmArgs
   float eps;
+  float scale;  // of the scores
+  bool pre_norm, rms, gated;
+  int64_t groups;  // heads of queries to one of keys and values
+  int64_t window;  // how far from itself a token sees, negative for all
+  int rotary;      // which of the batch's angles turn queries and keys, negative for none
+
+  int64_t dim() const { return hidden / heads; }
+  int64_t keys() const { return hidden / groups; }  // the width of keys, and of values
+};
+
+// Of angles, one for each kind of rotary positions.
+struct Angles {
+  const float* data[3];  // [tokens, 2, head_dim / 2]: cosines and sines
+  int count;
 };
 
 // Added to scaled scores, -inf masks: [batch, heads, longest, longest] by strides of elements, 0
@@ -48,6 +62,8 @@ struct Batch {
   const int64_t* rows;  // null, or those of the last layer's result that are wanted
   int64_t count;        // of rows
   Bias bias;
+  Angles angles;
+  const int32_t* rel_index;  // of the distance 0: the bucket of (query position - key position)
 
   int64_t results() const { return rows ? count : tokens; }
 };

@@ -179,7 +179,7 @@ def shipped():
                 if hidden != 768 and (p != "*fp32" or x != "*bf16" or "seed" not in extras):
                     continue
                 yield from _specs(hidden, x, p, ["weight", "bias", *extras.split()])
-    for x in ("*bf16", "*fp16", "*fp32"):
+    for x in ("*bf16", "*fp32"):
         for extras in ("weight", "weight seed", "x_bias seed", "x_bias", ""):
             yield from _specs(768, x, x, ["residual", *extras.split()], "weight" in extras)
 

@@ -14,142 +14,38 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_launch import arguments, choose, dense_last, launch, variants, work
+from .attention_launch import (
+    arguments,
+    bounded,
+    choose,
+    dense_last,
+    launch,
+    options,
+    variants,
+    work,
+)
+from .attention_relative import relative
+from .attention_tile import (
+    _LOG2E,
+    kept,
+    load_rows,
+    near,
+    place,
+    scores,
+    span,
+    store_rows,
+    words_offset,
+)
 from .dot import dot
 from .jit import jit
-from .philox import bit, keep_words, offsets
 
-_LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def place(starts, item, batch, blocks, SIZE: tl.constexpr):
-    """The sequence of a work item, and which of its blocks of SIZE rows the item is.
-
-    Each sequence has `blocks` items, or, where that is None, sequence b has those from
-    starts[b] // SIZE + b up to its successor's first: as many as it can have blocks, so that
-    mixed lengths need neither a list of work nor many more programs than blocks.
-    """
-    if blocks is None:
-        found = 0
-        for first in range(0, batch, 256):
-            b = first + tl.arange(0, 256)
-            begin = tl.load(starts + b, mask=b < batch, other=0) // SIZE + b
-            found += tl.sum(((b < batch) & (begin <= item)).to(tl.int32))
-        sequence = found - 1
-        block = item - tl.load(starts + sequence) // SIZE - sequence
-    else:
-        sequence = item // blocks
-        block = item % blocks
-    return sequence, block
-
-
-@triton.jit
-def span(starts, sequence, used=None):
-    """Where a sequence starts, and its length or how much of it is used."""
-    start = tl.load(starts + sequence)
-    length = tl.load(starts + sequence + 1) - start if used is None else tl.load(used + sequence)
-    return start, length
-
-
-@triton.jit
-def load_rows(
-    base, row, rows, TOKEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
-    FULL: tl.constexpr = False,
-):  # fmt: skip
-    """[len(row), D] from `base`, zeros past the `rows` rows and DIM columns that there are; FULL
-    where all of the rows are."""
-    column = tl.arange(0, D)
-    at = base + row.to(tl.int64)[:, None] * TOKEN + column[None, :]
-    if FULL and DIM == D:
-        return tl.load(at)
-    else:
-        mask = (row < rows)[:, None]
-        if DIM < D:
-            mask = mask & (column < DIM)[None, :]
-        return tl.load(at, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(base, x, row, rows, TOKEN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
-    column = tl.arange(0, D)
-    mask = (row < rows)[:, None]
-    if DIM < D:
-        mask = mask & (column < DIM)[None, :]
-    at = base + row.to(tl.int64)[:, None] * TOKEN + column[None, :]
-    tl.store(at, x.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def square(base, row, query, key, step):
-    """Pointers to a tile of [queries, keys] of row stride `step`; `row` is the tile's first, so
-    that a 64-bit offset is needed once and not for every element."""
-    return base + tl.cast(row, tl.int64) * step + ((query - row) * step + key)
-
-
-@triton.jit
-def scores(product, row, query, key, queries, keys, bias, bias_query, scale, CAUSAL: tl.constexpr):
-    """A tile of q k^T -> its scores in base 2, -inf where masked.
-
-    query [M, 1] from `row` and key [1, N], or [1, M] and [N, 1] for the transposed tile.
-    """
-    s = product * (scale * _LOG2E) + tl.where(key < keys, 0.0, float("-inf"))
-    if bias is not None:
-        inside = (query < queries) & (key < keys)
-        at = square(bias, row, query, key, bias_query)
-        s += tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
-    if CAUSAL:
-        s = tl.where(key <= query, s, float("-inf"))
-    return s
-
-
-@triton.constexpr_function
-def word_bits(m, n):
-    """Keys a word of dropout's bits, so that there are words for 256 threads."""
-    return min(32, n, max(4, m * n // 256))
-
-
-@triton.jit
-def words_offset(seed, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """What `kept` needs of the seed beside it, to be loaded before a loop."""
-    BITS: tl.constexpr = word_bits(M, N)
-    if TRANSPOSED:
-        return offsets(seed, N // BITS, M)
-    else:
-        return offsets(seed, M, N // BITS)
-
-
-@triton.jit
-def kept(
-    seed, offset, token, head, key, threshold,
-    HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
-):  # fmt: skip
-    """Dropout's mask [M, N] of the rows from `token` and the keys from `key`, a multiple of 4;
-    or transposed.
-
-    The random bits come four keys at a time and a thread of the score tile has two of them. So
-    each thread makes a word of up to 32 keys' bits, and it's the words that change place. Callers
-    ask for them before the tile's products, when registers are free.
-    """
-    BITS: tl.constexpr = word_bits(M, N)
-    row = (token + tl.arange(0, M)).to(tl.int64) * HEADS + head
-    block = key // 4 + tl.arange(0, N // BITS) * (BITS // 4)
-    column = tl.arange(0, N) & (BITS - 1)
-    if TRANSPOSED:
-        words = keep_words(seed, offset, row[None, :], block[:, None], threshold, BITS)
-        words = tl.broadcast_to(words[:, None, :], [N // BITS, BITS, M])
-        return bit(tl.reshape(words, [N, M]), column[:, None])
-    else:
-        words = keep_words(seed, offset, row[:, None], block[None, :], threshold, BITS)
-        words = tl.broadcast_to(words[:, :, None], [M, N // BITS, BITS])
-        return bit(tl.reshape(words, [M, N]), column[None, :])
 
 
 @triton.jit
 def _step(
     acc, top, total, query, k, v, row, first, end, queries, keys, start_q, head,
-    bias, bias_query, seed, offset, scale, zero, threshold,
+    bias, bias_query, seed, offset, rel_key, rel_query, rel_index, window, scale, zero, threshold,
     K_TOKEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     FULL: tl.constexpr,
@@ -168,7 +64,13 @@ def _step(
             p = tl.exp2(s * (scale * _LOG2E) - shift[:, None])
         else:
             at_key = at + column[None, :]
-            s = scores(s, row, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
+            s = relative(
+                s, query, key, row - at, queries, rel_key, rel_query, rel_index,
+                HEADS, DIM, D, True, PRECISION,
+            )  # fmt: skip
+            s = scores(
+                s, row, at_query, at_key, queries, keys, bias, bias_query, scale, window, CAUSAL
+            )
             new = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(new == float("-inf"), 0.0, new)
             p = tl.exp2(s - shift[:, None])
@@ -185,8 +87,8 @@ def _step(
 
 @jit(do_not_specialize=["batch", "tokens"])
 def _forward(
-    q, k, v, out, lse, starts_q, starts_k, seqused_k, bias, seed, bias_batch, bias_head,
-    bias_query, batch, tokens, blocks, scale, keep_scale, threshold,
+    q, k, v, out, lse, starts_q, starts_k, seqused_k, bias, seed, rel_key, rel_query, rel_index,
+    window, bias_batch, bias_head, bias_query, batch, tokens, blocks, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -204,6 +106,10 @@ def _forward(
     v += start_k.to(tl.int64) * K_TOKEN + head * K_HEAD
     if bias is not None:
         bias += sequence.to(tl.int64) * bias_batch + head * bias_head
+    if rel_key is not None:
+        rel_key += head * DIM
+    if rel_query is not None:
+        rel_query += head * DIM
     row = block * M + tl.arange(0, M)
     column = tl.arange(0, N)
     query = load_rows(q, row, queries, Q_TOKEN, DIM, D)
@@ -217,7 +123,13 @@ def _forward(
         value = load_rows(v, column, keys, K_TOKEN, DIM, D)
         s = dot(query, tl.trans(key), tl.zeros([M, N], tl.float32), PRECISION)
         at = column[None, :]
-        s = scores(s, block * M, row[:, None], at, queries, keys, bias, bias_query, scale, CAUSAL)
+        s = relative(
+            s, query, key, block * M, queries, rel_key, rel_query, rel_index,
+            HEADS, DIM, D, True, PRECISION,
+        )  # fmt: skip
+        s = scores(
+            s, block * M, row[:, None], at, queries, keys, bias, bias_query, scale, window, CAUSAL
+        )
         top = tl.max(s, 1)
         shift = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp2(s - shift[:, None])
@@ -231,18 +143,21 @@ def _forward(
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
         first = 0
-        PEEL: tl.constexpr = bias is None and not CAUSAL and q.dtype.element_ty != tl.float32
+        if window is not None:
+            first, end = near(first, end, block * M, window, M, N)
+        PLAIN: tl.constexpr = bias is None and window is None and rel_index is None
+        PEEL: tl.constexpr = PLAIN and not CAUSAL and q.dtype.element_ty != tl.float32
         if PEEL:  # all but the last tile; scale < 0 would turn the maximum; fp32 would spill
             first = tl.where(scale < 0, 0, keys // N * N)
             acc, top, total = _step(
                 acc, top, total, query, k, v, block * M, 0, first, queries, keys, start_q, head,
-                bias, bias_query, seed, offset, scale, zero, threshold,
-                K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, True,
+                bias, bias_query, seed, offset, rel_key, rel_query, rel_index, window, scale, zero,
+                threshold, K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, True,
             )  # fmt: skip
         acc, top, total = _step(
             acc, top, total, query, k, v, block * M, first, end, queries, keys, start_q, head,
-            bias, bias_query, seed, offset, scale, zero, threshold,
-            K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, False,
+            bias, bias_query, seed, offset, rel_key, rel_query, rel_index, window, scale, zero,
+            threshold, K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, False,
         )  # fmt: skip
         shift = tl.where(top == float("-inf"), 0.0, top)
     # A row without a key sums to 0; +inf makes its probabilities 0 in backward too.
@@ -258,7 +173,7 @@ def _forward(
 
 def cross_forward(
     q, kv, starts_q, starts_k, longest_q, longest_k, scale, dropout_p, seed, causal, bias,
-    seqused_k=None, launch=launch,
+    seqused_k=None, window=None, rel_key=None, rel_query=None, rel_index=None, launch=launch,
 ):  # fmt: skip
     """The operator `cross_attention`: out [tokens_q, heads, dim], lse [heads, tokens_q]."""
     q, kv = dense_last(q), dense_last(kv)
@@ -266,8 +181,12 @@ def cross_forward(
     tokens, heads, dim = q.shape
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    window = bounded(window, longest_k)
     a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k)
-    tile = choose("forward", launch.arch(q.device), q, longest_k, bias)
+    a |= options(window, rel_key, rel_query, rel_index)
+    seen = longest_k if window is None else 2 * window + 1
+    kernel = "forward" if rel_index is None else "forward relative"
+    tile = choose(kernel, launch.arch(q.device), q, seen, bias)
     items, blocks = work(tokens, starts_q, longest_q, tile.m)
     a |= dict(out=out, lse=lse, blocks=blocks, ONE_PASS=longest_k <= tile.n)
     launch(_forward, items * heads, tile, a)
@@ -277,7 +196,7 @@ def cross_forward(
 def forward(qkv, starts, longest, *options, launch=launch):
     """The operator `attention`."""
     q, kv = qkv[:, 0], qkv[:, 1:]
-    return cross_forward(q, kv, starts, starts, longest, longest, *options[:6], launch)
+    return cross_forward(q, kv, starts, starts, longest, longest, *options, launch)
 
 
 def shipped():

@@ -6,16 +6,28 @@ sequences take one kernel, where a program holds all keys of a head; else one fo
 dK and dV.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from ..ops.attention_reference import empty_or_zeros
-from .attention import (
+from .attention_launch import (
+    arguments,
+    bounded,
+    choose,
+    dense_last,
+    launch,
+    options,
+    variants,
+    work,
+)
+from .attention_relative import relative, relative_gradient
+from .attention_relative_backward import relative_gradients
+from .attention_tile import (
+    _LOG2E,
     kept,
     load_rows,
+    near,
     place,
     scores,
     span,
@@ -23,11 +35,8 @@ from .attention import (
     store_rows,
     words_offset,
 )
-from .attention_launch import arguments, choose, dense_last, launch, variants, work
 from .dot import dot
 from .jit import jit
-
-_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -39,7 +48,8 @@ def store_bias_gradient(dbias, ds, row, query, key, queries, keys, dbias_query):
 @triton.jit
 def _step(
     dqs, query, do, log, total, k, v, row, first, end, queries, keys, start_q, head,
-    bias, bias_query, dbias, dbias_query, seed, offset, scale, keep_scale, threshold,
+    bias, bias_query, dbias, dbias_query, seed, offset, rel_key, rel_query, rel_index, window,
+    scale, keep_scale, threshold,
     K_TOKEN: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     FULL: tl.constexpr,
@@ -57,7 +67,13 @@ def _step(
         if FULL:
             p = tl.exp2(p * (scale * _LOG2E) - log[:, None])
         else:
-            p = scores(p, row, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
+            p = relative(
+                p, query, key, row - at, queries, rel_key, rel_query, rel_index,
+                HEADS, DIM, D, True, PRECISION,
+            )  # fmt: skip
+            p = scores(
+                p, row, at_query, at_key, queries, keys, bias, bias_query, scale, window, CAUSAL
+            )
             p = tl.exp2(p - log[:, None])
         dp = dot(do, tl.trans(value), tl.zeros([M, N], tl.float32), PRECISION)
         if seed is not None:
@@ -66,12 +82,17 @@ def _step(
         if dbias is not None:
             store_bias_gradient(dbias, ds, row, at_query, at_key, queries, keys, dbias_query)
         dqs = dot(ds.to(key.dtype), key, dqs, PRECISION)
+        if rel_key is not None:
+            dqs = relative_gradient(
+                dqs, ds, rel_key, rel_index, row - at, queries, 1, HEADS, DIM, D, PRECISION
+            )
     return dqs
 
 
 @jit(do_not_specialize=["batch", "tokens"])
 def _queries(
     q, k, v, out, grad, lse, delta, dq, dbias, starts_q, starts_k, seqused_k, bias, seed,
+    rel_key, rel_query, rel_index, window,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,
     batch, tokens, blocks, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
@@ -91,6 +112,10 @@ def _queries(
     v += start_k.to(tl.int64) * K_TOKEN + head * K_HEAD
     if bias is not None:
         bias += sequence.to(tl.int64) * bias_batch + head * bias_head
+    if rel_key is not None:
+        rel_key += head * DIM
+    if rel_query is not None:
+        rel_query += head * DIM
     if dbias is not None:
         dbias += (sequence.to(tl.int64) * HEADS + head) * dbias_head
     row = block * M + tl.arange(0, M)
@@ -105,17 +130,22 @@ def _queries(
     offset = None if seed is None else words_offset(seed, M, N)
     end = tl.minimum(keys, (block + 1) * M) if CAUSAL else keys
     first = 0
-    PEEL: tl.constexpr = bias is None and not CAUSAL and q.dtype.element_ty != tl.float32
+    if window is not None:
+        first, end = near(first, end, block * M, window, M, N)
+    PLAIN: tl.constexpr = bias is None and window is None and rel_index is None
+    PEEL: tl.constexpr = PLAIN and not CAUSAL and q.dtype.element_ty != tl.float32
     if PEEL:  # all but the last tile; fp32 would spill
         first = keys // N * N
         dqs = _step(
             dqs, query, do, log, total, k, v, block * M, 0, first, queries, keys, start_q, head,
-            bias, bias_query, dbias, dbias_query, seed, offset, scale, keep_scale, threshold,
+            bias, bias_query, dbias, dbias_query, seed, offset, rel_key, rel_query, rel_index,
+            window, scale, keep_scale, threshold,
             K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, True,
         )  # fmt: skip
     dqs = _step(
         dqs, query, do, log, total, k, v, block * M, first, end, queries, keys, start_q, head,
-        bias, bias_query, dbias, dbias_query, seed, offset, scale, keep_scale, threshold,
+        bias, bias_query, dbias, dbias_query, seed, offset, rel_key, rel_query, rel_index, window,
+        scale, keep_scale, threshold,
         K_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, False,
     )  # fmt: skip
     dq += start_q.to(tl.int64) * DQ_TOKEN + head * DIM
@@ -133,7 +163,8 @@ def load_row(base, row, rows, other, FULL: tl.constexpr):
 @triton.jit
 def _key_step(
     dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, begin, end, at,
-    queries, keys, start_q, head, bias, bias_query, seed, offset, scale, keep_scale, threshold,
+    queries, keys, start_q, head, bias, bias_query, seed, offset,
+    rel_key, rel_query, rel_index, window, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, DQ_TOKEN: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -151,8 +182,14 @@ def _key_step(
         log = load_row(lse, row, queries, float("inf"), FULL) * _LOG2E
         at_query, at_key = row[None, :], column[:, None]
         p = dot(key, tl.trans(query), tl.zeros([N, M], tl.float32), PRECISION)
-        if WHOLE or CAUSAL or bias is not None:
-            p = scores(p, first, at_query, at_key, queries, keys, bias, bias_query, scale, CAUSAL)
+        if WHOLE or CAUSAL or bias is not None or window is not None or rel_index is not None:
+            p = relative(
+                p, query, key, first - at, queries, rel_key, rel_query, rel_index,
+                HEADS, DIM, D, False, PRECISION,
+            )  # fmt: skip
+            p = scores(
+                p, first, at_query, at_key, queries, keys, bias, bias_query, scale, window, CAUSAL
+            )
             p = tl.exp2(p - log[None, :])
         else:  # rows past the keys come to nothing: they are neither stored nor added to others
             p = tl.exp2(p * (scale * _LOG2E) - log[None, :])
@@ -170,6 +207,10 @@ def _key_step(
         ds = p * (dp - total[None, :])
         if WHOLE and dbias is not None:
             store_bias_gradient(dbias, ds, first, at_query, at_key, queries, keys, dbias_query)
+        if rel_query is not None:
+            dks = relative_gradient(
+                dks, ds, rel_query, rel_index, first - at, queries, -1, HEADS, DIM, D, PRECISION
+            )
         ds = ds.to(query.dtype)
         dks = dot(ds, query, dks, PRECISION)
         if WHOLE:
@@ -181,7 +222,7 @@ def _key_step(
 @jit(do_not_specialize=["batch", "tokens"])
 def _keys(
     q, k, v, out, grad, lse, delta, dq, dk, dv, dbias, starts_q, starts_k, seqused_k, bias,
-    seed,
+    seed, rel_key, rel_query, rel_index, window,
     bias_batch, bias_head, bias_query, dbias_head, dbias_query,
     batch, tokens, blocks, scale, keep_scale, threshold,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
@@ -208,6 +249,10 @@ def _keys(
     lse += head * tokens + start_q
     if bias is not None:
         bias += sequence.to(tl.int64) * bias_batch + head * bias_head
+    if rel_key is not None:
+        rel_key += head * DIM
+    if rel_query is not None:
+        rel_query += head * DIM
     if WHOLE:
         out += dense
         dq += start_q.to(tl.int64) * DQ_TOKEN + head * DIM
@@ -222,19 +267,24 @@ def _keys(
     dvs = tl.zeros([N, D], tl.float32)
     offset = None if seed is None else words_offset(seed, M, N, True)
     begin = block * N // M * M if CAUSAL else 0
-    PEEL: tl.constexpr = bias is None and not CAUSAL and q.dtype.element_ty != tl.float32
+    end = queries
+    if window is not None:
+        begin, end = near(begin, end, block * N, window, N, M)
+    PLAIN: tl.constexpr = bias is None and window is None and rel_index is None
+    PEEL: tl.constexpr = PLAIN and not CAUSAL and q.dtype.element_ty != tl.float32
     if PEEL:
         begin = queries // M * M
         dks, dvs = _key_step(
             dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, 0, begin,
-            block * N, queries, keys, start_q, head, bias, bias_query, seed, offset, scale,
-            keep_scale, threshold,
+            block * N, queries, keys, start_q, head, bias, bias_query, seed, offset,
+            rel_key, rel_query, rel_index, window, scale, keep_scale, threshold,
             Q_TOKEN, DQ_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, WHOLE, True,
         )  # fmt: skip
     dks, dvs = _key_step(
-        dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, begin, queries,
-        block * N, queries, keys, start_q, head, bias, bias_query, seed, offset, scale, keep_scale,
-        threshold, Q_TOKEN, DQ_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, WHOLE, False,
+        dks, dvs, key, value, q, grad, out, lse, delta, dq, dbias, dbias_query, begin, end,
+        block * N, queries, keys, start_q, head, bias, bias_query, seed, offset,
+        rel_key, rel_query, rel_index, window, scale, keep_scale, threshold,
+        Q_TOKEN, DQ_TOKEN, HEADS, DIM, D, CAUSAL, PRECISION, M, N, WHOLE, False,
     )  # fmt: skip
     if seed is not None:
         dvs = dvs * keep_scale
@@ -245,13 +295,17 @@ def _keys(
 
 def _run(
     grad, q, kv, dq, dkv, out, lse, starts_q, starts_k, longest_q, longest_k, scale, dropout_p,
-    seed, causal, bias, seqused_k, need_dbias, launch,
+    seed, causal, bias, seqused_k, window, rel_key, rel_query, rel_index, need_dbias, need_drel,
+    launch,
 ):  # fmt: skip
-    """Fills dq and dkv; -> dbias as bias, or empty."""
+    """Fills dq and dkv; -> dbias as bias, drel_key and drel_query as they are, or empty."""
     q, kv = dense_last(q), dense_last(kv)
     k, v = kv.unbind(1)
     heads = q.shape[1]
     a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k)
+    window = bounded(window, longest_k)
+    a |= options(window, rel_key, rel_query, rel_index)
+    drels = q.new_empty(0), q.new_empty(0)
     squares = None
     if need_dbias:  # a square per sequence and head, so that no two programs add to one place
         shape = a["batch"], heads, *bias.shape[2:]
@@ -264,13 +318,15 @@ def _run(
         a |= dict(dbias_head=squares.stride(1), dbias_query=squares.stride(2))
     dkv_arguments = dict(dk=dkv[:, 0], dv=dkv[:, 1], DK_TOKEN=dkv.stride(0))
     arch = launch.arch(q.device)
-    tile = choose("whole", arch, q, max(longest_q, longest_k), bias)
+    relative, tile = "" if rel_index is None else " relative", None
+    if not relative:
+        tile = choose("whole", arch, q, max(longest_q, longest_k), bias)
     if tile is not None:
         a |= dkv_arguments | dict(out=out.contiguous(), delta=None, blocks=1, WHOLE=True)
         launch(_keys, a["batch"] * heads, tile, a)
     else:
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-        tile = choose("queries", arch, q, longest_k, bias)
+        tile = choose(f"queries{relative}", arch, q, longest_k, bias)
         items, blocks = work(q.shape[0], starts_q, longest_q, tile.m)
         launch(
             _queries,
@@ -278,13 +334,15 @@ def _run(
             tile,
             a | dict(out=out.contiguous(), delta=delta, blocks=blocks),
         )
-        tile = choose("keys", arch, q, longest_q, bias)
+        tile = choose(f"keys{relative}", arch, q, longest_q, bias)
         items, blocks = work(k.shape[0], starts_k, longest_k, tile.n)
         a |= dkv_arguments | dict(out=None, delta=delta, blocks=blocks, WHOLE=False, dbias=None)
         launch(_keys, items * heads, tile, a)
+        if need_drel:
+            drels = relative_gradients(a, longest_q, window, launch)
     if not need_dbias:
-        return q.new_empty(0)
-    return squares.sum_to_size(bias.shape).to(bias.dtype)
+        return q.new_empty(0), *drels
+    return squares.sum_to_size(bias.shape).to(bias.dtype), *drels
 
 
 def backward(
@@ -294,11 +352,11 @@ def backward(
     """The operator `attention_backward`."""
     dqkv = empty_or_zeros(seqused_k)(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     parts = qkv[:, 0], qkv[:, 1:], dqkv[:, 0], dqkv[:, 1:]
-    dbias = _run(
+    others = _run(
         grad, *parts, out, lse, starts, starts, longest, longest, scale, dropout_p, seed, causal,
-        bias, seqused_k, need_dbias, launch,
+        bias, seqused_k, window, rel_key, rel_query, rel_index, need_dbias, need_drel, launch,
     )  # fmt: skip
-    return dqkv, dbias, qkv.new_empty(0), qkv.new_empty(0)
+    return dqkv, *others
 
 
 def cross_backward(
@@ -308,9 +366,9 @@ def cross_backward(
     """The operator `cross_attention_backward`."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    dbias = _run(
+    dbias, *_ = _run(
         grad, q, kv, dq, dkv, out, lse, starts_q, starts_k, longest_q, longest_k, scale, dropout_p,
-        seed, causal, bias, None, need_dbias, launch,
+        seed, causal, bias, *(None,) * 5, need_dbias, False, launch,
     )  # fmt: skip
     return dq, dkv, dbias
 
@@ -318,7 +376,7 @@ def cross_backward(
 def shipped():
     def run(launch, qkv, starts, longest, *options):
         out, lse = qkv[:, 0].contiguous(), qkv.new_empty(qkv.shape[2], qkv.shape[0]).float()
-        needs = options[4] is not None, False  # the bias's
+        needs = options[4] is not None, options[-1] is not None
         backward(out, qkv, out, lse, starts, longest, *options, *needs, launch)
 
     yield from variants(run)

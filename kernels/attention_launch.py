@@ -146,6 +146,46 @@ TILES = {
         (2, 128): {LONG: Tile(32, 32, 8, 2)},
     },
 }  # fmt: skip
+# With relative positions, whose tiles are square; "distances" sums their gradients.
+_RELATIVE = {
+    "forward": {
+        (2, 32): {32: Tile(32, 32, 4), LONG: Tile(64, 64, 8, 2)},
+        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 128): {LONG: Tile(32, 32, 8)},
+        (4, 32): {LONG: Tile(32, 32, 8)},
+        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 128): {LONG: Tile(16, 16, 8, 2)},
+    },
+    "queries": {
+        (2, 32): {LONG: Tile(32, 32, 4)},
+        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 128): {LONG: Tile(32, 32, 8)},
+        (4, 32): {LONG: Tile(32, 32, 8)},
+        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 128): {LONG: Tile(16, 16, 8, 2)},
+    },
+    "keys": {
+        (2, 32): {LONG: Tile(32, 32, 8)},
+        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 128): {LONG: Tile(32, 32, 8, 2)},
+        (4, 32): {LONG: Tile(32, 32, 8)},
+        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 128): {LONG: Tile(16, 16, 8, 2)},
+    },
+    "distances": {
+        (2, 32): {LONG: Tile(32, 32, 8)},
+        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 128): {LONG: Tile(16, 16, 4)},
+        (4, 32): {LONG: Tile(32, 32, 8)},
+        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 128): {LONG: Tile(16, 16, 8)},
+    },
+}  # fmt: skip
+_HOPPER = {(2, 64): {32: Tile(32, 32, 4), LONG: Tile(64, 64, 8, 2)}}
+for _kernel, _tiles in _RELATIVE.items():
+    TILES[f"{_kernel} relative", 80] = TILES[f"{_kernel} relative", 90] = _tiles
+TILES["forward relative", 90] = _RELATIVE["forward"] | _HOPPER
+BUCKETS = Tile(16, 64, 4)  # buckets and distances
 
 
 def choose(kernel, arch, q, longest, bias):
@@ -154,7 +194,7 @@ def choose(kernel, arch, q, longest, bias):
     # Of the rest, sm_86, 89 and 120 have an A100's registers and less shared memory.
     tiles = TILES[kernel, 90 if arch in (90, 100, 103) else 80][key]
     if bias is not None:
-        tiles = TILES[kernel, "bias"].get(key, tiles)
+        tiles = TILES.get((kernel, "bias"), {}).get(key, tiles)
     return next((tile for limit, tile in tiles.items() if longest <= limit), None)
 
 
@@ -208,6 +248,23 @@ def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias,
     )
 
 
+def bounded(window, longest):
+    """The window, None where every key of a sequence is within."""
+    return None if window is None or window >= longest - 1 else window
+
+
+def options(window, rel_key, rel_query, rel_index):
+    """What `attention` has beside: the embeddings dense, the index from the distance of 0 on."""
+    if rel_index is not None:
+        rel_index = rel_index.contiguous()[rel_index.shape[0] // 2 :]
+    return dict(
+        window=window,
+        rel_key=None if rel_key is None else rel_key.contiguous(),
+        rel_query=None if rel_query is None else rel_query.contiguous(),
+        rel_index=rel_index,
+    )
+
+
 def precision():
     """Of fp32 products, as torch's own: TF32 only where the user asked for it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -257,9 +314,16 @@ class Record(Launch):
 launch = Launch()
 
 
+# What a call has beside the table's dimensions.
+_MORE = (
+    "", "dropout", "causal, bias and dropout", "window", "window, dropout and unused keys",
+    "relative", "relative, dropout and unused keys",
+)  # fmt: skip
+
+
 def variants(run):
     """Every `Spec` of run(launch, qkv, starts, longest, *options), once: by the table, and with
-    what each of dropout, a causal mask, a bias and unused keys adds."""
+    what each of dropout, a causal mask, a bias, unused keys, a window and relative positions adds."""
     empty = functools.partial(torch.empty, device="meta")
     starts = empty(33, dtype=torch.int32)
     seed, heads, seen = empty(2, dtype=torch.int64), 12, set()
@@ -267,14 +331,19 @@ def variants(run):
         (80, 90),
         {torch.bfloat16: (32, 64, 128, 256, 512), torch.float32: (32, 512)}.items(),
         (32, 64, 128),
-        ("", "dropout", "causal, bias and dropout"),
+        _MORE,
     ):
         for longest in longests:
             bias = empty(1, heads, longest, longest, dtype=dtype) if "bias" in more else None
-            record = Record(arch)
-            options = (0.125, 0.1 if more else 0.0, seed if more else None, "causal" in more, bias)
-            options += (starts[1:] if "bias" in more else None, *(None,) * 4)
-            run(record, empty(4096, 3, heads, dim, dtype=dtype), starts, longest, *options)
+            record, drop = Record(arch), "dropout" in more
+            used = starts[1:] if "bias" in more or "unused" in more else None
+            rel, index = None, None
+            if "relative" in more:
+                rel = empty(512, heads, dim, dtype=dtype)
+                index = empty(1023, dtype=torch.int32)
+            call = (0.125, 0.1 if drop else 0.0, seed if drop else None, "causal" in more, bias)
+            call += (used, 64 if "window" in more else None, rel, rel, index)
+            run(record, empty(4096, 3, heads, dim, dtype=dtype), starts, longest, *call)
             for spec in record.specs:
                 key = repr(spec._replace(arch=80))
                 if key not in seen:

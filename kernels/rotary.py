@@ -55,7 +55,7 @@ def rotary(qkv, angles, inverse):
 
 def shipped():
     for x in ("*bf16", "*fp16", "*fp32"):
-        for heads, dim in ((12, 64), (16, 128), (5, 22)):
+        for heads, dim in ((12, 64), (16, 128), (5, 22)) if x == "*bf16" else ((12, 64),):
             for inverse in (False, True):
                 rows, block = _tile(dim)
                 types = {"qkv": x, "angles": "*fp32", "out": x, "tokens": "i32"}

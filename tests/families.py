@@ -18,6 +18,7 @@ FAMILIES = {
     "NomicBert": "nomic_bert",
     "Gte": "gte",
     "EuroBert": "eurobert",
+    "DebertaV2": "deberta_v2",
     "Ernie": "ernie",
     "RoCBert": "roc_bert",
     "Data2VecText": "data2vec",
@@ -25,6 +26,14 @@ FAMILIES = {
     "XLMRobertaXL": "xlm_roberta_xl",
     "RobertaPreLayerNorm": "roberta_prelayernorm",
     "Albert": "albert",
+}
+EAGER = ("MPNet", "DebertaV2", "MegatronBert")  # transformers has no SDPA for them
+# Masks that are left to stock: distances between places are not those between tokens.
+UNFUSED = {
+    "MPNet": ("holes", "left", "row"),  # eager gives a row without tokens the mean of its padding
+    "MegatronBert": ("row",),
+    "ModernBert": ("holes", "left"),
+    "DebertaV2": ("holes",),
 }
 
 
@@ -50,9 +59,6 @@ def layers_of(model):
 
 # Parts of these are in fp32 whatever the model's dtype.
 PARTLY_FP32 = ("ModernBert", "EuroBert")
-# What counts distances needs positions as they stand, padding last where it is read.
-BY_DISTANCE = ("MPNet", "ModernBert")
-EAGER = ("MPNet", "MegatronBert")  # transformers has no other attention for them
 MASKS = ("right", "left", "holes", "row", "none")
 # Whose table of modules these have, too: what that is asked for every value, they are for few.
 TWINS = dict.fromkeys(
@@ -91,6 +97,10 @@ def config(family, **options):
         tiny |= dict(local_attention=6, global_attn_every_n_layers=2)
     if family == "EuroBert":
         tiny |= dict(num_key_value_heads=1)
+    if family == "DebertaV2":  # as v3 is set
+        tiny |= dict(relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True,
+                     norm_rel_ebd="layer_norm", position_buckets=8, position_biased_input=False,
+                     type_vocab_size=0)  # fmt: skip
     return getattr(transformers, f"{family}Config")(**tiny | options)
 
 

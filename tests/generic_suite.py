@@ -60,9 +60,9 @@ class Tester:
         self.config_class = config_class
 
     def get_config(self):
-        inner = (
-            "hidden_dim" if self.config_class.model_type == "distilbert" else "intermediate_size"
-        )
+        kind = self.config_class.model_type
+        inner = "hidden_dim" if kind == "distilbert" else "intermediate_size"
+        relative = dict(relative_attention=True, position_buckets=4, pos_att_type=["c2p", "p2c"])
         return self.config_class(
             vocab_size=99,
             max_position_embeddings=64,
@@ -71,6 +71,7 @@ class Tester:
             num_hidden_layers=2,
             num_attention_heads=4,
             **{inner: 37},
+            **(relative if kind == "deberta-v2" else {}),
         )
 
     def prepare_config_and_inputs_for_common(self):
@@ -106,3 +107,4 @@ HEADS = (
 TestBert = suite("Bert", *HEADS, "ForPreTraining", "ForMultipleChoice")
 TestRoberta = suite("Roberta", *HEADS, "ForMultipleChoice")
 TestDistilBert = suite("DistilBert", *HEADS, "ForMultipleChoice")
+TestDebertaV2 = suite("DebertaV2", *HEADS, "ForMultipleChoice")

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from bertfast.kernels.attention import (
-    _LN2,
+from bertfast.kernels.attention import _LN2
+from bertfast.kernels.attention_launch import arguments, work
+from bertfast.kernels.attention_tile import (
     _LOG2E,
     kept,
     load_rows,
@@ -24,7 +25,6 @@ from bertfast.kernels.attention import (
     store_rows,
     words_offset,
 )
-from bertfast.kernels.attention_launch import arguments, work
 from bertfast.kernels.dot import INTERPRETED, dot
 from bertfast.kernels.jit import cdiv, jit
 from bertfast.kernels.philox import bit, keep_words, offsets

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import ops
 from ..encoder import Batch, Layer, Unfit, run
-from ..encoder.batch import Packing, PaddedPacking, lowered
+from ..encoder.batch import Packing, PaddedPacking, ZerosPacking, lowered
 from ..encoder.packed import Freezable
 from ..encoder.run import Choice
 from ..encoder.spec import DROPOUTS, of_layer
@@ -63,7 +63,7 @@ class FusedLayer:
         hidden, choice = run([layer], Batch.of(hidden, packing, seeds=seeds, **call.more))
         call.ran.append(choice)
         out = packing.unpack(hidden).to(call.dtype) if call.padded else hidden
-        return (out,) if self.family.in_tuple else out
+        return out if self.family.tail is None else (out, *self.family.tail)
 
     def describe(self) -> Layer | Unfit:
         return self.family.read(self)
@@ -95,8 +95,7 @@ class FusedEncoder(Freezable):
         with nullcontext() if forced == "auto" else ops.backend(forced):
             why, keys = self.limit(hidden_states, attention_mask, args, kwargs)
             if why is None:
-                watched = asked(self.settings(), kwargs, "output_hidden_states")
-                watched = watched or any(map(hooked, self.layer))
+                watched = self.states_asked(kwargs) or any(map(hooked, self.layer))
                 found = self.describe()
                 why, packing, padded = self._packing(
                     hidden_states, attention_mask, keys, watched, found
@@ -110,6 +109,14 @@ class FusedEncoder(Freezable):
             if self.packed is not None:
                 raise RuntimeError(f"a frozen encoder can't serve this call: {why}")
             return None
+
+    def states_asked(self, kwargs) -> bool:
+        """Whether somebody gets the states of all layers."""
+        read = self.family.reads_states
+        if read is None:
+            return asked(self.settings(), kwargs, "output_hidden_states")
+        base = self.family.named(self.family.readers.base)
+        return kwargs.get("output_hidden_states", True) and readers.states_read(base, read)
 
     def read(self) -> list[Layer | Unfit]:
         why = self.family.limit(self)
@@ -136,17 +143,30 @@ class FusedEncoder(Freezable):
             who = who or next(iter(own), None) or self._last_touched()
         if who is None:
             return None, packing, "skipped: nobody reads them"
+        said = f"as in the stock model, for {who}"
+        if self.family.even:
+            zeros = self._alike(watched, found) and not bool(
+                hidden_states.masked_fill(keys.unsqueeze(-1) != 0, 0).any()
+            )
+            said += ", one for all of a sequence's" * zeros
+            return None, ZerosPacking(packing) if zeros else PaddedPacking(packing, True), said
         why = self.family.padding_limit(keys)
         if attention_mask.is_floating_point() and not bool(packing.cu_seqlens.diff().all()):
             why = "eager attention gives a sequence without a token the mean of its padding"
-        return why, PaddedPacking(packing), f"as in the stock model, for {who}"
+        return why, PaddedPacking(packing), said
+
+    def _alike(self, watched, found) -> bool:
+        """Whether rows that come alike, and see alike, leave so, and nobody takes gradients."""
+        if torch.is_grad_enabled() or self._by_modules(watched, found):
+            return False
+        return not any([any(layer.dropout) or layer.adapters for layer in found])
 
     def _fused(self, hidden_states, attention_mask, packing, padded, watched, found, kwargs):
         device, dtype, count = hidden_states.device, hidden_states.dtype, len(found)
         if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
             dtype = torch.float32  # of a layer norm there
         hidden, states = lowered(hidden_states), [hidden_states]
-        more = self.more(hidden_states, packing, kwargs)
+        more = self.more(hidden, packing, kwargs)
         seeds = ops.draw_seeds(DROPOUTS * count, device) if self.training and count else None
         if self.packed is not None:
             batch = Batch.of(packing.pack(hidden), packing, **more)
@@ -156,11 +176,12 @@ class FusedEncoder(Freezable):
         elif self._by_modules(watched, found):
             call = Call(packing, more, dtype, watched, [])
             hidden = hidden_states if watched else hidden
+            told = self.arguments(attention_mask, more, kwargs)
             for i, layer in enumerate(self.layer):
                 own = None if seeds is None else of_layer(seeds, i)
-                args, given = self.arguments(layer, attention_mask, more, kwargs)
+                args, given = told(layer)
                 hidden = layer(hidden, *args, bertfast_call=call, bertfast_seeds=own, **given)
-                if self.family.in_tuple:
+                if self.family.tail is not None:
                     hidden = hidden[0]
                 if watched:
                     states.append(hidden)
@@ -178,7 +199,8 @@ class FusedEncoder(Freezable):
         if self.family.last is not None:
             hidden = self._last(hidden.to(dtype), packing)
         hidden = packing.unpack(hidden) if hidden.dim() == 2 else hidden
-        return hidden.to(dtype), states
+        hidden = hidden.to(dtype)
+        return hidden, states if watched else [hidden]
 
     def _last(self, hidden, packing):
         """The norm behind the layers: padded states for who looks, or does another thing."""
@@ -193,14 +215,14 @@ class FusedEncoder(Freezable):
         why = last and untouched(self.get_submodule(last), nn.LayerNorm)
         return f"its {last}: {why}" if why else None
 
-    def more(self, hidden_states, packing, kwargs) -> dict:
+    def more(self, hidden, packing, kwargs) -> dict:
         """What the family's `Batch` has besides the packed states."""
-        bias = self.family.bias
-        return {} if bias is None else {"bias": bias(self, hidden_states)}
+        return self.family.more(self, hidden)
 
-    def arguments(self, layer, attention_mask, more, kwargs):
-        """What the stock encoder gives a layer after the states."""
-        return (attention_mask, *more.values()), kwargs
+    def arguments(self, attention_mask, more, kwargs):
+        """What the stock encoder gives a layer after the states, as a function of the layer."""
+        args, own = self.family.arguments(self, attention_mask, more)
+        return lambda layer: (args, own or kwargs)
 
     def _by_modules(self, watched, found) -> bool:
         """Whether the layers must be called: somebody looks, or they do more than was found."""
@@ -223,10 +245,16 @@ class FusedEncoder(Freezable):
                 return FOREIGN.format(class_name(layer)), None
             if "forward" in vars(layer):
                 return "a layer has a forward of its own", None
-        given = [*args, *(kwargs.get(n) for n in ("encoder_hidden_states", "past_key_values"))]
+        if any(a is not None for a in args):
+            return "it was given more than states and a mask by position", None
+        given = map(kwargs.get, ("encoder_hidden_states", "past_key_values"))
         if any(a is not None for a in given) or kwargs.get("use_cache"):
             return "it was called as a decoder", None
         why = self.family.limit(self)
+        for name in ("query_states", "relative_pos"):
+            why = why or (f"it was called with {name}" if kwargs.get(name) is not None else None)
+        if self.family.even and getattr(attention_mask, "ndim", 2) != 2:
+            why = why or f"the attention mask has shape {list(attention_mask.shape)}"
         if why:
             return why, None
         if asked(self.settings(), kwargs, "output_attentions"):

@@ -78,6 +78,19 @@ def runs(frame, cls: type) -> bool:
     return _place(frame.f_code) == _place(_code(cls))
 
 
+def states_read(base: type, read) -> bool:
+    """Whether whoever called an encoder reads the states of all layers; of the family's model its
+    forward's variables tell, by `Family.reads_states`."""
+    for frame in _callers():
+        if isinstance(frame, nn.Module) or not runs(frame, base):
+            return True
+        try:
+            return read(_variables(frame))
+        except (AttributeError, KeyError):  # not the model that is known here
+            return True
+    return True
+
+
 def reader(packing) -> str | None:
     """Who may read padded rows of what this call of an encoder returns, or None.
 

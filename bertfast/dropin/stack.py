@@ -44,8 +44,7 @@ class FusedStack(FusedEncoder):
         return not isinstance(frame.f_locals["attention_mask"], dict)
 
     def _steps(self):
-        if self.packed is None:
-            self.read_kinds()
+        self.read_kinds()
         told, step = {}, None
         for kind in self.bertfast_kinds:
             step = Step(self, kind, told)
@@ -56,7 +55,8 @@ class FusedStack(FusedEncoder):
             yield from super().__iter__()
 
     def read_kinds(self):
-        self.bertfast_kinds = tuple(dict.fromkeys(map(self.family.kind, super().__iter__())))
+        if self.packed is None:  # or they are gone
+            self.bertfast_kinds = tuple(dict.fromkeys(map(self.family.kind, super().__iter__())))
 
     def read(self):
         self.read_kinds()
@@ -95,9 +95,12 @@ class FusedStack(FusedEncoder):
         ]
         return {"angles": tuple(tables)}
 
-    def arguments(self, layer, attention_mask, more, kwargs):
-        mask, own = kwargs["told"][self.family.kind(layer)]
-        return (mask,), own
+    def arguments(self, attention_mask, more, kwargs):
+        def told(layer):
+            mask, own = kwargs["told"][self.family.kind(layer)]
+            return (mask,), own
+
+        return told
 
 
 def table(cos, sin, hidden_states, packing):

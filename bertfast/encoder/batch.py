@@ -35,15 +35,16 @@ class Batch(NamedTuple):
     angles: tuple[torch.Tensor, ...] = ()
     relative: "Relative | None" = None  # disentangled positions
     captured: bool = False  # into a CUDA graph, whose launches cost nothing
+    even: "Even | None" = None  # what padding sees
 
     @classmethod
     def of(cls, hidden, packing, **rest):
         """packing: a `Packing`, or `PackedSequences`."""
-        captured = getattr(packing, "captured", False)
         return cls(
             hidden,
             *(packing.cu_seqlens, packing.seqlen, packing.seqused_k),
-            captured=captured,
+            captured=getattr(packing, "captured", False),
+            even=packing.even,
             **rest,
         )
 
@@ -63,12 +64,26 @@ class Relative(NamedTuple):
     index: torch.Tensor
 
 
+class Even(NamedTuple):
+    """Rows of padding, those past `seqused_k`, that see all places of their padded sequence alike:
+    attention gives them the mean of the values there. Its last row stands for all places that have
+    no row of their own."""
+
+    rows: torch.Tensor  # int64 [n], those rows
+    cu_rows: torch.Tensor  # int32 [sequences + 1], the offsets of each sequence's among them
+    longest: int  # the most that a sequence has
+    # fp64 [n], the share of all places that a sequence's last row stands for besides its own; None
+    # where all have one
+    share: torch.Tensor | None
+
+
 class PackedSequences(NamedTuple):
     """All that the layers need of a `Packing`, for sequences that come packed."""
 
     cu_seqlens: torch.Tensor  # int32 [sequences + 1]
     seqlen: int  # the longest
     seqused_k: torch.Tensor | None = None  # int32 [sequences], see `ops.attention`
+    even: Even | None = None
 
 
 def lowered(hidden):
@@ -93,7 +108,7 @@ class Packing:
     attention_mask [batch, seqlen], 0 at padding, None for none.
     """
 
-    seqused_k = None
+    seqused_k = even = None
     captured = False
 
     def __init__(self, batch: int, seqlen: int, attention_mask, device):
@@ -148,13 +163,47 @@ class PaddedPacking(Packing):
     """All rows of a padded batch: a sequence's real tokens, then its padding, whose rows are
     queries alone. For who reads what the layers make of them.
 
-    packing: that of the real tokens.
+    packing: that of the real tokens. even: whether they are `Even`.
     """
 
-    def __init__(self, packing: Packing):
+    def __init__(self, packing: Packing, even: bool = False):
         self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
         self.seqused_k = packing.cu_seqlens.diff()
         padding = (self.mask == 0).to(torch.uint8)
         rows = padding.argsort(dim=1, stable=True)
         starts = torch.arange(self.batch + 1, device=rows.device) * self.seqlen
         self.indices, self.cu_seqlens = (rows + starts[:-1, None]).flatten(), starts.int()
+        if even:
+            behind = torch.arange(self.seqlen, device=rows.device) >= self.seqused_k[:, None]
+            count = len(self.indices) - len(packing.indices)
+            rows, starts = call("pack_indices", behind, count)
+            self.even = Even(rows, starts, self.seqlen, None)
+
+
+class ZerosPacking(Packing):
+    """The real tokens of a padded batch, and behind each sequence's a row of zeros, for all of its
+    padding where that is zeros and stays alike, as `Even` has it.
+
+    packing: that of the real tokens.
+    """
+
+    def __init__(self, packing: Packing):
+        self.batch, seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
+        self.seqlen, self.seqused_k = seqlen + 1, packing.cu_seqlens.diff()
+        self.indices, device = packing.indices, packing.indices.device
+        one = torch.arange(self.batch + 1, dtype=torch.int32, device=device)
+        self.cu_seqlens = packing.cu_seqlens + one
+        rows = self.cu_seqlens[1:].long() - 1
+        tokens = torch.arange(len(self.indices), device=device)
+        self.tokens = tokens + self.indices // seqlen  # where they are among all rows
+        self.places = rows.repeat_interleave(seqlen).index_copy(0, self.indices, self.tokens)
+        share = 1 - (self.seqused_k.double() + 1) / seqlen
+        self.even = Even(rows, one, 1, share)
+
+    def pack(self, x):
+        x = super().pack(x)
+        rows = x.new_zeros(len(x) + self.batch, *x.shape[1:])
+        return rows.index_copy(0, self.tokens, x)
+
+    def unpack(self, x):
+        return x.index_select(0, self.places).unflatten(0, (self.batch, self.seqlen - 1))

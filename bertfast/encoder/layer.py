@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..ops.dropout import as_seed
+from ..ops.library import wide
 from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
 from .batch import Batch
 from .spec import DROPOUTS, Layer, LayerSpec, of_layer
@@ -87,7 +88,7 @@ def _inner(k, layer: Layer, x, seed, save: bool):
 
 def _relative(k, layer: Layer, batch: Batch, seed):
     """What queries and keys meet of relative positions, `ops.attention`'s rel_key and rel_query,
-    and its rel_index."""
+    and its rel_index. Without matrices of their own they share the key's and the query's."""
     spec = layer.spec
     if not spec.relative:
         return None, None, None
@@ -95,13 +96,35 @@ def _relative(k, layer: Layer, batch: Batch, seed):
     if seed is not None:
         p = layer.dropout.relative
         embeddings = k.add_layer_norm(embeddings, None, *NONE, 0.0, None, p, seed, False)[0]
-    found = [
-        _product(k, layer, role, embeddings).view(-1, spec.heads, spec.head_dim)
-        if kind in spec.relative
-        else None
-        for kind, role in (("c2p", "pos_key"), ("p2c", "pos_query"))
-    ]
-    return *found, index
+    found = dict.fromkeys(("c2p", "p2c"))
+    for kind in spec.relative:
+        own, shared = {"c2p": ("pos_key", "key"), "p2c": ("pos_query", "query")}[kind]
+        role = shared if getattr(layer.weights, own).weight is None else own
+        product = _product(k, layer, role, embeddings)
+        found[kind] = product.view(-1, spec.heads, spec.head_dim)
+    return *found.values(), index
+
+
+def _attention(k, layer: Layer, batch: Batch, qkv, seed, relative_seed):
+    """`ops.attention`, and what `Even` says of padding."""
+    (spec, _, (p, *_), *_), even, starts = layer, batch.even, batch.cu_seqlens
+    context, lse = k.attention(
+        *(qkv, starts, batch.longest, spec.scale, p, seed),
+        *(False, batch.bias, batch.seqused_k, spec.window),
+        *_relative(k, layer, batch, relative_seed),
+    )
+    if even is None:
+        return context, lse
+    queries, values = qkv.new_zeros((len(even.rows), *qkv.shape[2:])), qkv[:, 2:]
+    mean = k.cross_attention(  # with scores of zero
+        *(queries, values.expand(-1, 2, -1, -1), even.cu_rows, starts),
+        *(even.longest, batch.longest, 0.0, p, seed, False, None),
+    )[0]
+    if even.share is not None:
+        last, share = values[:, 0].index_select(0, even.rows), even.share.view(-1, 1, 1)
+        exact = wide(mean.dtype)
+        mean = torch.lerp(mean.to(exact), last.to(exact), share.to(exact)).to(mean.dtype)
+    return context.index_copy(0, even.rows, mean), lse
 
 
 def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
@@ -118,7 +141,7 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     Returns: [tokens or n, hidden], and what `backward` takes besides `hidden` and the weights; the
     query, key and value [tokens, 3, heads, head_dim] first.
     """
-    spec, w, (p0, p1, p2, *_), *_ = layer
+    spec, w, (_, p1, p2, *_), *_ = layer
     seed0, seed1, seed2, inner_seed, relative_seed = seeds
 
     def add(x, residual, norm, bias=None, p=0.0, seed=None):
@@ -129,11 +152,7 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
     x = hidden if before[0].weight is None else add(hidden, None, before[0])[0]
     qkv = _qkv(k, layer, x)
     turned = qkv if spec.rotary is None else k.rotary(qkv, batch.angles[spec.rotary], False)
-    context, lse = k.attention(
-        *(turned, batch.cu_seqlens, batch.longest, spec.scale, p0, seed0),
-        *(False, batch.bias, batch.seqused_k, spec.window),
-        *_relative(k, layer, batch, relative_seed),
-    )
+    context, lse = _attention(k, layer, batch, turned, seed0, relative_seed)
     wanted, residual = picked(rows, context.view(hidden.shape[0], spec.width), hidden)
     projected, bias = _unbiased(k, layer, "out", wanted)
     middle, *stats1 = add(projected, residual, after[0], bias, p1, seed1)

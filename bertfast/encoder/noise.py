@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.extension import C
-from .batch import Batch, PackedSequences
+from .batch import Batch
 from .executors import operators
 from .executors.whole_cpu import forward
 
@@ -33,9 +33,8 @@ def _noise(states, expected) -> float:
 class Sample(NamedTuple):
     """Tokens at random, to try int8 on: outliers of weights show with any."""
 
-    first: torch.Tensor  # [tokens, hidden], what comes to the first layer
-    hidden: torch.Tensor  # behind the layers that it has come through
-    sequences: PackedSequences
+    batch: Batch  # what comes to the first layer
+    hidden: torch.Tensor  # [tokens, hidden], behind the layers that it has come through
 
     @classmethod
     @torch.no_grad()
@@ -46,27 +45,19 @@ class Sample(NamedTuple):
         ids = torch.randint(
             *(0, vocabulary, (texts, seqlen)), generator=torch.Generator().manual_seed(0)
         )
-        seen = []
-
-        def catch(_, args, kwargs):
-            seen.append(args[0] if args else kwargs["hidden_states"])
-            raise _Caught
-
-        handle = encoder.register_forward_pre_hook(catch, with_kwargs=True)
+        encoder.packed = _Catcher(config)
         try:
             owner(input_ids=ids)
-        except _Caught:
-            pass
+        except _Caught as caught:
+            (batch,) = caught.args
         finally:
-            handle.remove()
-        hidden = encoder.entry(seen[0]).reshape(texts * seqlen, -1)
-        starts = torch.arange(texts + 1, dtype=torch.int32) * seqlen
-        return cls(hidden, hidden, PackedSequences(starts, seqlen))
+            encoder.packed = None
+        return cls(batch, batch.hidden)
 
     @torch.no_grad()
     def through(self, layer, packed):
         """-> the sample behind the layer, and the noise of `packed`'s."""
-        batch = Batch.of(self.hidden, self.sequences)
+        batch = self.batch._replace(hidden=self.hidden)
         expected = operators.run([layer], batch)
         states = forward(packed, 0, 1, batch, torch.float32)
         return self._replace(hidden=expected), _noise(states, expected.float())
@@ -74,8 +65,18 @@ class Sample(NamedTuple):
     @torch.no_grad()
     def least_cosine(self, run) -> float:
         """Of a token's states by `run`, all of the frozen layers, to those here."""
-        states = run(Batch.of(self.first, self.sequences))
+        states = run(self.batch)
         return torch.cosine_similarity(states.float(), self.hidden.float(), dim=1).min().item()
+
+
+class _Catcher:
+    """In the place of an encoder's packed layers."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def run(self, batch, *_):
+        raise _Caught(batch)
 
 
 class _Caught(Exception):  # noqa: N818  nobody sees it

@@ -7,11 +7,11 @@ import torch
 
 from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16, plain, unwatched
+from ..ops.library import CPU_DTYPES, is_bf16, plain, ptr, unwatched
 from . import watch
-from .batch import Batch
+from .batch import Batch, Relative
 from .executors import whole_cuda
-from .executors.whole_cpu import c_spec, forward
+from .executors.whole_cpu import EVEN, c_spec, forward, positions_limit, relative_tables
 from .noise import NOISE_LIMIT, Sample, complaints
 from .replay import Graphs
 from .run import Choice, forced
@@ -129,19 +129,26 @@ class PackedCpu(Packed):
     `least_cosine` the whole's, see noise.py.
 
     layers: are taken out of the list, so that each can be freed. center: [hidden], the bias of the
-    LayerNorm before the first. sample: for int8.
+    LayerNorm before the first, or None. sample: for int8. relative: [buckets, hidden], the
+    embeddings of relative positions, whose projections are kept; a call's then aren't looked at.
     """
 
-    def __init__(self, layers, precision: str, dtype, config, center, sample: Sample | None):
+    def __init__(
+        self, layers, precision: str, dtype, config, center, sample: Sample | None, relative=None
+    ):
         super().__init__(layers, precision, dtype, config)
         self.noise: list[float] = []
         self.choice = Choice(f"whole_cpu, frozen in {precision}", {})
-        chosen, center, made, before = [], center.detach().float().clone(), {}, None
+        chosen, made, before = [], {}, None
+        self._specs = [layer.spec for layer in layers]
+        relative = None if relative is None else relative.detach().float()
+        self._buckets = 0 if relative is None else len(relative)
+        center = None if center is None else center.detach().float().clone()
 
         def packed(precision):
             key = precision, before, *map(id, layer.weights.present())
             if key not in made:  # else it runs several times
-                made[key] = _PackedLayer(layer, precision, center)
+                made[key] = _PackedLayer(layer, precision, center, relative)
             return made[key]
 
         while layers:
@@ -153,7 +160,7 @@ class PackedCpu(Packed):
                 if not noise <= NOISE_LIMIT:  # or NaN
                     found, weights = "bf16", packed("bf16")
             chosen.append((found, weights))
-            center, before = weights.norms[-1][1], id(layer.weights.norm2.bias)
+            center, before = weights.norm2[1], id(layer.weights.norm2.bias)
         self._keep, self._runs, first = [w for _, w in chosen], [], 0
         for _, group in groupby(chosen, key=lambda c: c[0]):
             weights = [w for _, w in group]
@@ -176,6 +183,15 @@ class PackedCpu(Packed):
         return super().__str__() + (f", {len(self.kept)} in bf16" if self.kept else "")
 
     def _run(self, first, last, batch, graphs=None):
+        if batch.even is not None:
+            raise RuntimeError(f"a frozen encoder can't serve this call: {EVEN}")
+        why = positions_limit(self._specs[first:last], batch)
+        if why is None and self._buckets:
+            low, high = (int(n) for n in torch.aminmax(batch.relative.index))
+            if low < 0 or high >= self._buckets:
+                why = f"relative.index has {low} to {high}, of {self._buckets} embeddings"
+        if why:
+            raise ValueError(f"the frozen encoder can't take this call: {why}")
         for start, end, encoder in self._runs:
             a, b = max(first, start), min(last, end)
             if a < b:
@@ -243,45 +259,56 @@ class PackedCpu(Packed):
 
 
 class _PackedLayer:
-    """A layer's weights; `center` is the bias of the LayerNorm before it."""
+    """A layer's weights; `center` is the bias of the LayerNorm before it, `relative` the embeddings
+    of relative positions."""
 
-    def __init__(self, layer: Layer, precision: str, center):
-        self.spec, w, code = layer.spec, layer.weights, PRECISIONS.index(precision)
-        self.center, self.precision = center, code
+    def __init__(self, layer: Layer, precision: str, center, relative):
+        spec, w, code = layer.spec, layer.apart(), PRECISIONS.index(precision)
+        self.spec, self.precision = spec, code
+        self.norm1, self.norm2 = (
+            [None if p is None else p.detach().float().clone() for p in norm]
+            for norm in (w.norm1, w.norm2)
+        )
+        self.tables = relative_tables(layer, relative) if spec.relative else []
+        self.center = self.norm1[1] if spec.pre_norm else center
+        behind = (self.norm2 if spec.pre_norm else self.norm1)[1]
+        gate = (w.gate,) if spec.gated else ()
         self.matrices = {
-            "qkv": _Matrices((w.query, w.key, w.value), C.qkv_precision(code), center),
+            "qkv": _Matrices((w.query, w.key, w.value), C.qkv_precision(code), self.center),
             "out": _Matrices((w.out,), code),
-            "up": _Matrices((w.up,), code, w.norm1.bias),
+            "up": _Matrices((w.up, *gate), code, behind, gated=spec.gated),
             "down": _Matrices((w.down,), code),
         }
-        self.norms = [
-            tuple(p.detach().float().clone() for p in norm) for norm in (w.norm1, w.norm2)
-        ]
 
     def encoder(self, others=()):
         """Of this layer and those behind it; whoever holds it must hold them."""
         layers = []
         for w in (self, *others):
-            norm1, norm2 = (tuple(p.data_ptr() for p in norm) for norm in w.norms)
+            norm1, norm2 = (tuple(map(ptr, norm)) for norm in (w.norm1, w.norm2))
             pointers = {name: m.pointer for name, m in w.matrices.items()}
             layers.append(C.PackedLayer(**pointers, norm1=norm1, norm2=norm2))
-        return C.Encoder(c_spec(self.spec), layers, self.precision, self.center.data_ptr())
+        specs = [c_spec(w.spec) for w in (self, *others)]
+        tables = [list(map(ptr, w.tables)) for w in (self, *others) if w.tables]
+        return C.Encoder(specs, layers, self.precision, ptr(self.center), tables)
 
 
 class _Matrices:
-    """Linear layers side by side; `pointer` is what C++ takes. In int8 they take their input less
-    `center`, [in_features]."""
+    """Linear layers side by side, or one and its gate; `pointer` is what C++ takes. In int8 they
+    take their input less `center`, [in_features] or None."""
 
-    def __init__(self, linears, precision: int, center=None):
-        weight = torch.cat([linear.weight.detach().float() for linear in linears])
-        bias = torch.cat([linear.bias.detach().float() for linear in linears])
-        if center is not None and PRECISIONS[precision] == "int8":
-            bias += weight @ center.detach().float()
-        n, k = weight.shape
-        size = C.packed_bytes(n, k, precision) + 64
-        self.storage = torch.empty(size, dtype=torch.uint8, device="cpu")
+    def __init__(self, linears, precision: int, center=None, gated=False):
+        parts = []
+        for weight, bias in linears:
+            weight = weight.detach().float().contiguous()
+            bias = None if bias is None else bias.detach().float().contiguous()
+            if center is not None and PRECISIONS[precision] == "int8":
+                moved = weight @ center
+                bias = moved if bias is None else bias + moved
+            parts.append((weight, bias))
+        given = [(ptr(w), ptr(b), len(w)) for w, b in parts], parts[0][0].shape[1], gated, precision
+        self.storage = torch.empty(C.packed_bytes(*given) + 64, dtype=torch.uint8, device="cpu")
         self.pointer = -(-self.storage.data_ptr() // 64) * 64
-        C.pack_weights(weight.data_ptr(), bias.data_ptr(), n, k, precision, self.pointer)
+        C.pack_weights(*given, self.pointer)
 
 
 class PackedCuda(Packed):
@@ -311,6 +338,9 @@ class PackedCuda(Packed):
                 "the model before bertfast.freeze"
             )
         batch, spec = batch._replace(hidden=hidden.to(self.low)), self.layers[0].spec
+        if batch.relative is not None:
+            relative = batch.relative.embeddings.to(self.low), batch.relative.index
+            batch = batch._replace(relative=Relative(*relative))
         found = None if graphs is None else graphs.run(self.layers, batch)
         if isinstance(found, tuple):
             hidden, self.choice = found

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch._utils import _unflatten_dense_tensors as unflatten
 
 from ..ops.dropout import draw_seeds
-from .batch import Batch, Relative
+from .batch import Batch, Even, Relative
 from .executors.node import is_batched
 from .graph import Bucket
 from .run import EXECUTORS, Choice, choose
@@ -24,6 +24,7 @@ class Key(NamedTuple):
     bias: tuple | None  # its heads and dtype
     angles: tuple  # each table's sizes and dtype
     relative: tuple | None  # the embeddings' sizes and dtype
+    even: bool  # whether a row of each sequence is its padding
     dropout: tuple  # each layer's rates
     wants: tuple[bool, ...] | None  # gradients of `inputs` and parameters; None for inference
 
@@ -63,13 +64,18 @@ class Graph:
             if key.relative is not None:
                 embeddings = zeros(*key.relative[0], dtype=key.relative[1])
                 self.relative = Relative(embeddings, zeros(2 * longest - 1, dtype=torch.int32))
+            self.even = None
+            if key.even:
+                places, share = zeros(sequences), zeros(sequences, dtype=torch.float64)
+                one = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+                self.even = Even(places, one, 1, share)
             count = tokens if key.rows is None else key.rows
             self.grad = zeros(count, hidden.shape[1], dtype=key.dtype) if training else None
             # Not the parameters: no hook of theirs may see a recording.
             leaves = [p.detach() for p in flat]
             self.batch = Batch(
                 *(self.hidden, self.starts, longest, self.used, self.rows, self.bias, self.seeds),
-                *(self.angles, self.relative, True),
+                *(self.angles, self.relative, True, self.even),
             )
             hidden, bias, embeddings = given = [
                 None if t is None else t.detach() for t in inputs(self.batch)
@@ -158,6 +164,9 @@ class Graph:
         if self.bias is not None:
             n = min(batch.bias.shape[2], self.bias.shape[2])
             self.bias.zero_()[..., :n, :n].copy_(batch.bias[..., :n, :n])
+        if self.even is not None:
+            _put(self.even.rows, batch.even.rows, tokens - 1)
+            _put(self.even.share, batch.even.share)
         for own, given in zip(self.angles, batch.angles, strict=True):
             _put(own, given)
         if self.relative is not None:

@@ -191,6 +191,8 @@ class Graphs:
             return f"there are {len(hidden)} tokens, a graph takes 1 to {self.max_tokens}"
         if bias is not None and not (plain(bias) and bias.shape[0] == 1):
             return "the bias on the scores is one of each sequence"
+        if batch.even is not None and batch.even.share is None:
+            return "there are rows of padding that see all places alike"
         if torch.is_anomaly_enabled():
             return "anomaly detection looks at each gradient"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
@@ -217,8 +219,8 @@ class Graphs:
         if torch.is_grad_enabled():
             given = (t is not None and t.requires_grad for t in inputs(batch))
             wants = (*given, *map(_wanted, flat))
-        # One more token, for rows that nobody wants to be of.
-        more = rows is not None
+        even = batch.even is not None
+        more = rows is not None or even  # one more token, for rows that nobody wants to be of
         return Key(
             bucket(len(hidden) + more, len(batch.cu_seqlens) - 1 + more, int(batch.longest)),
             None if rows is None else rounded(len(rows)),
@@ -227,6 +229,7 @@ class Graphs:
             None if bias is None else (bias.shape[1], bias.dtype),
             tuple([(t.shape[1:], t.dtype) for t in batch.angles]),
             None if relative is None else (relative.embeddings.shape, relative.embeddings.dtype),
+            even,
             self._dropout,
             wants if wants and any(wants) else None,
         )

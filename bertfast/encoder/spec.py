@@ -2,9 +2,12 @@
 al., arXiv:2002.04745)."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import starmap
 from types import MappingProxyType
 from typing import NamedTuple
+
+import torch
 
 from ..ops.attention import default_scale
 from .weights import LayerWeights, Parameters
@@ -34,13 +37,21 @@ class LayerSpec(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """Of the scores, of which each kind of relative position adds one."""
-        return default_scale(self.head_dim * (1 + len(self.relative)))
+        """Of the scores, of which each kind of relative position adds one; then it is rounded as
+        transformers rounds it, that results in fp64 are its, too."""
+        if not self.relative:
+            return default_scale(self.head_dim)
+        return _rounded_scale(self.head_dim * (1 + len(self.relative)))
 
     @property
     def like_bert(self) -> bool:
         """Whether it is all as in BERT but for its sizes and activation."""
         return self[6:] == _BERT
+
+
+@cache
+def _rounded_scale(n: int) -> float:
+    return 1 / torch.tensor(float(n)).sqrt().item()
 
 
 _BERT = tuple(LayerSpec._field_defaults.values())

@@ -2,6 +2,7 @@
 
 from .albert import ALBERT
 from .bert import BERT_LIKE
+from .deberta import DEBERTA_V2
 from .distilbert import DISTILBERT
 from .family import ACTIVATIONS, Family, Readers
 from .mpnet import MPNET
@@ -36,7 +37,7 @@ def of(cls: type) -> Family | None:
     return family if family and cls.__name__ in (family.encoder, family.layer) else None
 
 
-for _family in (*BERT_LIKE, *PRE_NORM, ALBERT, DISTILBERT, MPNET, *ROTARY):
+for _family in (*BERT_LIKE, *PRE_NORM, ALBERT, DISTILBERT, MPNET, *ROTARY, DEBERTA_V2):
     register(_family)
 
 __all__ = ["ACTIVATIONS", "Family", "Readers", "forget", "known", "of", "of_module", "register"]

@@ -8,7 +8,10 @@ from math import isclose
 from typing import NamedTuple
 
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+)
 
 from ..encoder import DropoutRates, Layer, LayerSpec, LayerWeights, Parameters, Unfit, watch
 from ..encoder.adapters import split
@@ -69,6 +72,18 @@ def padding_last(keys):
     return None
 
 
+def states_output(default: bool):
+    """A `Family.output` with hidden states, of an encoder that takes `output_hidden_states` and
+    `return_dict`, both of one default."""
+
+    def output(hidden, states, kwargs):
+        states = tuple(states) if kwargs.get("output_hidden_states", default) else None
+        found = BaseModelOutput(last_hidden_state=hidden, hidden_states=states)
+        return found if kwargs.get("return_dict", default) else found.to_tuple()
+
+    return output
+
+
 class Readers(NamedTuple):
     """Who reads which rows of what a family's encoder returns: class names beside the encoder's."""
 
@@ -90,7 +105,7 @@ class Family:
     bypassed: Mapping[str, str]  # path of the other modules that a kernel stands for -> class
     activation: str  # path of the module
     attention: str  # path of the one that has attention_head_size
-    dropouts: tuple[str, str | None, str]  # paths of the modules of `DropoutRates`
+    dropouts: tuple[str | None, ...]  # paths of the modules of `DropoutRates`
     # whether `attention` reads its dropout's rate or calls it; or its attribute that is the rate
     reads_dropout: bool | str = True
     dropout: type = nn.Dropout
@@ -98,28 +113,35 @@ class Family:
     biased: bool = True  # whether no bias may be missing
     optional: tuple[str, ...] = ()  # paths where an nn.Identity may be
     spec: Callable = lambda layer: {}  # of a layer: what its `LayerSpec` has other than BERT's
+    variant: Callable | None = None  # of a layer: the table that it has in place of this one
     # Where the encoder is no module: the path of its layers in the model of class `encoder`, whose
     # forward goes through them; a layer's kind, by which that forward tells it what to look at, and
     # all kinds, in the order of a batch's angles.
     layers: str | None = None
     kind: Callable = lambda layer: None
     kinds: tuple[str | None, ...] = (None,)
+    tail: tuple | None = None  # what a layer returns behind the states; None: no tuple, just these
     # Where its layers run in another order than they are in it: the path of their groups, and
     # [(steps from there, layer)] as they run in an encoder.
     groups: str | None = None
     order: Callable | None = None
     entry: Callable = lambda encoder, hidden: hidden  # what it does before its layers
     last: str | None = None  # path of the LayerNorm behind them
-    limit: Callable = lambda encoder: None  # why none of its layers can run fused, or None
-    in_tuple: bool = False  # whether a layer returns (hidden states,)
     # what its encoder returns, of the hidden states, all of them where asked for, and its keywords
     output: Callable = lambda hidden, states, kwargs: BaseModelOutputWithPastAndCrossAttentions(
         last_hidden_state=hidden
     )
     gives_states: bool = False  # whether that has them, or hooks on its layers collect them
+    # of the variables of its model's forward: whether that, which asks for all states, reads them
+    reads_states: Callable | None = None
     config: Callable = lambda encoder: encoder.config
-    # (encoder, hidden states) -> what it gives its layers after the mask and they add to scores
-    bias: Callable | None = None
+    # (encoder, hidden states) -> what its `Batch` has, and what it gives its layers after a mask
+    more: Callable = lambda encoder, hidden_states: {}
+    arguments: Callable = lambda encoder, mask, more: ((mask, *more.values()), {})
+    limit: Callable = lambda encoder: None  # why nothing can take its layers' place, or None
+    # Whether a pair of tokens is masked where either is padding, so that a row of padding sees all
+    # places alike.
+    even: bool = False
     # why a mask [batch, seqlen] can't run packed, or with its padded rows; or None
     mask_limit: Callable = lambda keys: None
     padding_limit: Callable = lambda keys: None
@@ -135,8 +157,10 @@ class Family:
     def read(self, layer: nn.Module) -> Layer | Unfit:
         """What kernels take to do all that calling the modules inside would; or why that may be
         something else. Asked at every forward: a model can change between two."""
-        plan, found = self._plan, [layer]
         try:
+            if self.variant is not None:
+                return self.variant(layer).read(layer)
+            plan, found = self._plan, [layer]
             for parent, name in plan.steps:
                 found.append(found[parent]._modules[name])
             attention = found[plan.attention]

@@ -1,16 +1,6 @@
 """MPNet: one relative position bias shared by all layers."""
 
-from transformers.modeling_outputs import BaseModelOutput
-
-from .family import Family, Readers, no_holes, padding_last
-
-
-def _output(hidden, states, kwargs):
-    all_states = tuple(states) if kwargs.get("output_hidden_states") else None
-    if not kwargs.get("return_dict"):
-        return (hidden,) if all_states is None else (hidden, all_states)
-    return BaseModelOutput(last_hidden_state=hidden, hidden_states=all_states)
-
+from .family import Family, Readers, no_holes, padding_last, states_output
 
 MPNET = Family(
     module="transformers.models.mpnet.modeling_mpnet",
@@ -36,10 +26,10 @@ MPNET = Family(
     attention="attention.attn",
     dropouts=("attention.attn.dropout", "attention.dropout", "output.dropout"),
     reads_dropout=False,
-    in_tuple=True,
-    output=_output,
+    tail=(),
+    output=states_output(False),
     gives_states=True,
-    bias=lambda encoder, hidden_states: encoder.compute_position_bias(hidden_states[:1]),
+    more=lambda encoder, hidden: {"bias": encoder.compute_position_bias(hidden[:1])},
     mask_limit=no_holes,
     padding_limit=padding_last,
     readers=Readers(

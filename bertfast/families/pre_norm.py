@@ -30,7 +30,7 @@ PRE_NORM = (
         last="ln",
         spec=_megatron,
         reads_dropout=False,
-        in_tuple=True,
+        tail=(),
         output=_output,
         gives_states=True,
     ),

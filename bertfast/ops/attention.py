@@ -288,8 +288,5 @@ def triton_attention_limit(device, dtype, arguments):
     return triton_limit(device, dtype, arguments)
 
 
-for _name, _kernel in (
-    ("attention", "attention.forward"),
-    ("attention_backward", "attention_backward.backward"),
-):
-    register_triton(_name, _kernel, full_and_plain(_name, triton_attention_limit))
+register_triton("attention", "attention.forward", triton_attention_limit)
+register_triton("attention_backward", "attention_backward.backward", triton_attention_limit)

@@ -20,7 +20,7 @@ void forward(const AttentionArgs& g) {
         const int64_t block = min(kBlockTiles * MR, t.queries);
         return t.queries * t.dim_row() + t.row + 64 +
                Head<Unit::fp32>::floats(t.keys, g.dim, t.reach) +
-               (relative ? t.keys * t.dim_row() + RelativeScores::floats(block, t.keys, t.reach)
+               (relative ? t.keys * t.dim_row() + RelativeScores<>::floats(block, t.keys, t.reach)
                          : 0);
       }));
 #pragma omp parallel for schedule(dynamic) if (g.tokens * g.heads > 64)
@@ -37,8 +37,8 @@ void forward(const AttentionArgs& g) {
     if (distances.has(kKeys)) widen(k, task.of_key<T>(g.k), g.k_token, n, g.dim, dim_row);
     const Head<Unit::fp32> head(task.of_key<T>(g.k), task.of_key<T>(g.v), g.k_token, n, g.dim,
                                 false, memory, task.reach);
-    RelativeScores positions(distances, task.h, q, k, dim_row, min(kBlockTiles * MR, m), n, g.dim,
-                             task.reach, k + (relative ? n * dim_row : 0));
+    RelativeScores<> positions(distances, task.h, q, k, dim_row, min(kBlockTiles * MR, m), n, g.dim,
+                               task.reach, k + (relative ? n * dim_row : 0));
     const auto adjust = [&](float* s, int64_t query, Span keys) {
       if (relative) positions.add(s, query, keys);
       task.adjust(s, query, keys);

@@ -19,7 +19,7 @@ class HeadBackward {
     const int64_t block = kQueryBlock + 2 * MR, row = t.reach.width(kQueryBlock, t.keys);
     return 4 * of_q + 4 * of_k + 2 * t.row * t.g.dim + 2 * block * (row + 2 * kMargin) +
            MR * t.dim_row() + 2 * (row + 2 * kMargin) + 64 +
-           (t.g.rel_index ? RelativeScores::floats(kQueryBlock, t.keys, t.reach) : 0);
+           (t.g.rel_index ? RelativeScores<>::floats(kQueryBlock, t.keys, t.reach) : 0);
   }
   HeadBackward(const Task& t, const Distances& distances, float* memory)
       : t_(t),
@@ -53,8 +53,8 @@ class HeadBackward {
     pack_values(k_panels_, k, g_.k_token, n_, dim_);
     if (distances_.has(kKeys)) widen(k_, k, g_.k_token, n_, dim_, dim_row_);
     std::memset(dk_, 0, 2 * (n_ + MR) * dim_row_ * sizeof(float));
-    RelativeScores positions(distances_, t_.h, q_, k_, dim_row_, kQueryBlock, n_, dim_, t_.reach,
-                             relative_memory_);
+    RelativeScores<> positions(distances_, t_.h, q_, k_, dim_row_, kQueryBlock, n_, dim_, t_.reach,
+                               relative_memory_);
     for (int64_t query = 0; query < m_; query += kQueryBlock)
       block({query, min(query + kQueryBlock, m_)}, positions, relative);
     put(dk_, n_, g_.dk, t_.first_key, g_.dk_token, g_.scale);
@@ -62,7 +62,7 @@ class HeadBackward {
   }
 
  private:
-  void block(Span queries, RelativeScores& positions, const RelativeGradients* relative) {
+  void block(Span queries, RelativeScores<>& positions, const RelativeGradients* relative) {
     const Span keys = t_.reach.tile(queries.first, queries.count(), n_);
     pack_values(q_panels_, q_ + queries.first * dim_row_, dim_row_, queries.count(), dim_);
     pack_values(dout_panels_, dout_ + queries.first * dim_row_, dim_row_, queries.count(), dim_);
@@ -101,7 +101,7 @@ class HeadBackward {
   }
 
   // The block's rows of p and ds for a tile of its queries; -> the keys that these see.
-  Span tile(Span queries, Span keys, int64_t query, int64_t valid, RelativeScores& positions) {
+  Span tile(Span queries, Span keys, int64_t query, int64_t valid, RelativeScores<>& positions) {
     const Span seen = t_.reach.tile(query, valid, n_);
     const int64_t first = (query - queries.first) * row_, skip = seen.first - keys.first;
     product(q_ + query * dim_row_, dim_row_, 1, valid, keys_ + seen.first * dim_, dim_ * NR, dim_,

@@ -56,6 +56,8 @@ inline void hide(float* s, Span seen, Span tile) {
 template <Unit u>  // fp32, or bf16: of queries, keys, values and probabilities
 class Head {
  public:
+  // Of a row of queries or keys.
+  static int64_t units(int64_t dim) { return round_up(ceil_div(dim, kPer<u>), kUnitMultiple<u>); }
   // Of memory that n keys take.
   static int64_t floats(int64_t n, int64_t dim, Reach reach = {}) {
     const Head head(n, dim, reach);
@@ -133,7 +135,7 @@ class Head {
         dim_(dim),
         row_(round_up(n, NR)),
         width_(reach.width(kMaxTileRows, n)),
-        dim_units_(round_up(ceil_div(dim, kPer<u>), kUnitMultiple<u>)),
+        dim_units_(units(dim)),
         key_units_(u == Unit::fp32 ? n : row_ / kPer<u>) {}
 
   // Row i of the tile's scores become numerators; one over their sum.

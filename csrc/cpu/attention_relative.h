@@ -13,66 +13,71 @@ namespace {
 
 enum Side { kQueries, kKeys };  // whose rows are x
 
+// What is looked up by distance.
+struct RelativeEmbeddings {
+  const void* of[2];     // by side: [buckets, heads, dim], or null
+  const int32_t* index;  // of the distance 0: the bucket of (query position - key position)
+  int64_t heads, dim;
+};
+
 // The embeddings of every distance of two of `longest` positions, for each side and head.
 class Distances {
  public:
   Distances() = default;
-  // by_row: for gradients.
-  template <class T>
-  Distances(const AttentionArgs& g, int64_t longest, bool by_row, const T*)
-      : embeddings_{g.rel_key, g.rel_query},
-        index_(g.rel_index),
-        heads_(g.heads),
-        longest_(longest),
-        dim_(g.dim),
-        copies_(by_row ? 2 : 1) {
-    if (!index_ || longest == 0) return;
-    static thread_local Buffer buffer, rows;
-    const int64_t dim_row = round_up(dim_, NR);
-    laid_out_ = buffer.get<float>(2 * heads_ * of_head());
-    const PerThread<float> scratch(rows, columns() * dim_row);
-#pragma omp parallel for
-    for (int64_t n = 0; n < 2 * heads_; ++n) {
-      const Side side = Side(n / heads_);
-      if (!has(side)) continue;
-      const T* from = static_cast<const T*>(embeddings_[side]) + n % heads_ * dim_;
-      float* row = scratch.mine();
-      for (int64_t c = 0; c < columns(); ++c)
-        for (int64_t j = 0; j < dim_; j += W)
-          store(row + c * dim_row + j,
-                load_upto(from + bucket(side, c) * heads_ * dim_ + j, dim_ - j));
-      float* to = laid_out_ + n * of_head();
-      pack_keys(to, row, dim_row, columns(), dim_);
-      if (by_row) pack_values(to + of_copy(), row, dim_row, columns(), dim_);
+  // units: of a column. by_row: for gradients. Has memory to be placed and columns to be laid out.
+  Distances(const RelativeEmbeddings& from, int64_t longest, int64_t units, bool by_row = false)
+      : from_(from), longest_(longest), units_(units), copies_(by_row ? 2 : 1) {}
+  int64_t floats() const { return 2 * from_.heads * of_head(); }
+  int64_t scratch_floats() const { return columns() * round_up(from_.dim, NR); }
+  void place(float* memory) { laid_out_ = memory; }
+
+  // Side n / heads, head n % heads of embeddings in T.
+  template <Unit u, class T>
+  void lay_out(int64_t n, float* scratch) const {
+    const int64_t dim = from_.dim, dim_row = round_up(dim, NR), heads = from_.heads;
+    const Side side = Side(n / heads);
+    if (!has(side)) return;
+    const T* from = static_cast<const T*>(from_.of[side]) + n % heads * dim;
+    for (int64_t c = 0; c < columns(); ++c)
+      for (int64_t j = 0; j < dim; j += W)
+        store(scratch + c * dim_row + j,
+              load_upto(from + bucket(side, c) * heads * dim + j, dim - j));
+    float* to = laid_out_ + n * of_head();
+    const int64_t used = ceil_div(dim, kPer<u>);
+    for (int64_t c = 0; c < columns(); c += NR) {
+      float* panel = to + c * units_;
+      pack_panel<u, NR>(panel, scratch + c * dim_row, dim_row, 1, min(NR, columns() - c), dim);
+      std::memset(panel + used * NR, 0, (units_ - used) * NR * sizeof(float));
     }
+    if (copies_ == 2) pack_values(to + of_copy(), scratch, dim_row, columns(), dim);
   }
 
-  bool has(Side side) const { return laid_out_ && embeddings_[side]; }
+  bool has(Side side) const { return laid_out_ && from_.of[side]; }
   int64_t columns() const { return 2 * longest_ - 1; }
   int64_t bucket(Side side, int64_t column) const {
     const int64_t distance = longest_ - 1 - column;
-    return index_[side == kQueries ? distance : -distance];
+    return from_.index[side == kQueries ? distance : -distance];
   }
   // Where x's row i meets the others' row j.
   int64_t column(int64_t i, int64_t j) const { return longest_ - 1 - i + j; }
-  // b of x e^T: panels [column / NR][dim][NR].
+  // b of x e^T: panels [column / NR][units][NR].
   const float* by_column(Side side, int64_t head) const {
-    return laid_out_ + (side * heads_ + head) * of_head();
+    return laid_out_ + (side * from_.heads + head) * of_head();
   }
   // b of g e: panels [dim / NR][column][NR].
   const float* by_row(Side side, int64_t head) const { return by_column(side, head) + of_copy(); }
 
  private:
-  int64_t of_copy() const { return round_up(columns(), NR) * round_up(dim_, NR); }
+  int64_t of_copy() const { return round_up(columns(), NR) * round_up(from_.dim, NR); }
   int64_t of_head() const { return copies_ * of_copy(); }
 
-  const void* embeddings_[2] = {};
-  const int32_t* index_ = nullptr;
-  int64_t heads_ = 0, longest_ = 0, dim_ = 0, copies_ = 0;
+  RelativeEmbeddings from_ = {};
+  int64_t longest_ = 0, units_ = 0, copies_ = 0;
   float* laid_out_ = nullptr;
 };
 
 // What both sides add to the scores of one head of one sequence.
+template <Unit u = Unit::fp32>
 class RelativeScores {
  public:
   // Of memory, for blocks of so many queries of a sequence with n keys.
@@ -80,7 +85,7 @@ class RelativeScores {
     return kMaxTileRows * tile_row(n, reach) + NR * group_row(block) +
            round_up(block, W) * reach.width(block, n);
   }
-  // q and k: fp32 rows `row` apart.
+  // q and k: rows of `dim` units, `row` apart.
   RelativeScores(const Distances& distances, int64_t head, const float* q, const float* k,
                  int64_t row, int64_t block, int64_t n, int64_t dim, Reach reach, float* memory)
       : distances_(distances),
@@ -138,15 +143,14 @@ class RelativeScores {
                      float* out, int64_t out_row) const {
     const float* e = distances_.by_column(side, head_);
     for (int64_t c = first; c <= last; c += NR)
-      multiply<Unit::fp32>(x, row_, rows, e + c * dim_, int64_t(NR), dim_, out + c - first,
-                           out_row);
+      multiply<u>(x, row_, rows, e + c * dim_, int64_t(NR), dim_, out + c - first, out_row);
   }
   // group[key - j, column - first] for the block's queries; -> first
   int64_t multiply_group(int64_t j, int64_t keys, int64_t query, int64_t rows) const {
     const int64_t first = distances_.column(j + keys - 1, query) / NR * NR;
-    const int64_t tiles = tile_count<Unit::fp32>(keys);
+    const int64_t tiles = tile_count<u>(keys);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t k0 = tile_begin<Unit::fp32>(keys, t), k1 = tile_begin<Unit::fp32>(keys, t + 1);
+      const int64_t k0 = tile_begin<u>(keys, t), k1 = tile_begin<u>(keys, t + 1);
       const int64_t from = distances_.column(j + k1 - 1, query) / NR * NR;
       multiply_tile(kKeys, k_ + (j + k0) * row_, k1 - k0, from,
                     distances_.column(j + k0, query + rows - 1),

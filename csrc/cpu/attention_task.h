@@ -65,7 +65,15 @@ int64_t most(const AttentionArgs& g, const Size& size) {
 
 template <class T>
 Distances distances_of(const AttentionArgs& g, bool by_row) {
-  return {g, most(g, [](const Task& t) { return t.queries; }), by_row, static_cast<T*>(nullptr)};
+  const int64_t longest = most(g, [](const Task& t) { return t.queries; });
+  if (!g.rel_index || longest == 0) return {};
+  Distances found({{g.rel_key, g.rel_query}, g.rel_index, g.heads, g.dim}, longest, g.dim, by_row);
+  static thread_local Buffer buffer, rows;
+  found.place(buffer.get<float>(found.floats()));
+  const PerThread<float> scratch(rows, found.scratch_floats());
+#pragma omp parallel for
+  for (int64_t n = 0; n < 2 * g.heads; ++n) found.lay_out<Unit::fp32, T>(n, scratch.mine());
+  return found;
 }
 
 // x [n, dim] with a row stride as fp32 [n, dim_row], zeros in the padding.

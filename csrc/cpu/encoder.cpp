@@ -3,7 +3,9 @@
 // layers.
 #include "encoder_attention.h"
 #include "encoder_layers.h"
-#include "rows.h"
+#include "encoder_norm.h"
+#include "encoder_scratch.h"
+#include "rotary.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -14,17 +16,19 @@ struct Encoder {
   static constexpr Unit kHeads = is_fp32(kQkv) || kBf16Unit != Unit::bf16 ? Unit::fp32 : Unit::bf16;
   using A = Element<u>;
   using T = Element<kHeads>;
+  static constexpr bool kRounded = !std::is_same_v<T, float>;
+  using Block = Scratch<u, kQkv, T>;
   // So few rows are worked on together: weights cross memory once, each thread reads its part.
   static constexpr int64_t kTogether = 128;
 
   const EncoderArgs& g;
-  const LayerSpec& spec = g.spec;
+  const LayerSpec& spec = *g.specs;  // but for its window and rotary positions
   const Batch& batch = g.batch;
   // Row lengths in elements: whole panels, and whole units of a matrix tile; 64 more, for the rows
   // of a tile would share sets of the L1 cache where they lie multiples of 4 KB apart.
   const int64_t hidden_row = round_up(spec.hidden, 64) + 64;
   const int64_t inner_row = round_up(spec.inner, 64) + 64;
-  const int64_t qkv_row = round_up(3 * spec.hidden, 64) + 64;
+  const int64_t qkv_row = round_up(spec.hidden + 2 * spec.keys(), 64) + 64;
   const int threads = omp_get_max_threads();
   const int64_t block_columns = u == Unit::split ? min(inner_row, 512) : inner_row;
   float* hidden;   // [tokens, hidden_row], the residual stream
@@ -34,36 +38,6 @@ struct Encoder {
   Layers<u, kQkv> layers;
   // Each thread's: for a block of rows, and for split panels or for rows to pack.
   PerThread<float> block_memory, panel_memory;
-
-  // What one block of rows needs, for one thread or shared by all.
-  struct Scratch {
-    float* sum;         // [rows, hidden_row]
-    Operand<kQkv> qkv;  // the projection's
-    Operand<u> operand, inner;
-    T* wide;  // [rows, inner_row]: int8's inner activations before they are quantised
-
-    // With `inner_columns` of the inner activations at a time, a multiple of 64.
-    static int64_t floats(const Encoder& e, int64_t rows, int64_t inner_columns) {
-      const int64_t padded = rows + kMaxTileRows, most = kParts<u> + 2;
-      return rows * e.hidden_row + 6 * padded + padded * most * (e.hidden_row + inner_columns);
-    }
-    Scratch(const Encoder& e, float* memory, int64_t rows, int64_t inner_columns) : sum(memory) {
-      const int64_t padded = rows + kMaxTileRows;
-      operand.scale = sum + rows * e.hidden_row;
-      operand.low = operand.scale + padded;
-      inner.scale = operand.low + padded;
-      inner.low = inner.scale + padded;
-      qkv.scale = inner.low + padded;
-      qkv.low = qkv.scale + padded;
-      qkv.data = reinterpret_cast<Element<kQkv>*>(qkv.low + padded);
-      qkv.row = e.hidden_row;
-      operand.data = reinterpret_cast<A*>(qkv.data + qkv.elements(padded, e.hidden_row));
-      operand.row = e.hidden_row;
-      inner.data = operand.data + operand.elements(padded, e.hidden_row);
-      inner.row = inner_columns;
-      wide = reinterpret_cast<T*>(inner.data + inner.elements(padded, inner_columns));
-    }
-  };
 
   explicit Encoder(const EncoderArgs& args)
       : g(args), tokens(args.batch.tokens), layers(args, !kMatrix<u> && tokens <= kTogether) {}
@@ -80,94 +54,118 @@ struct Encoder {
     team.meet();
   }
 
-  void project_qkv(int64_t index, int64_t m0, int64_t rows, const Scratch& s,
+  void project_qkv(int64_t index, int64_t m0, int64_t rows, const Block& s,
                    const Team& team) const {
     T* to = qkv + m0 * qkv_row;
     const Matrix<kQkv> w = layers.qkv(index);
-    product(w, w.packed.whole(), s.qkv, rows, team,
-            [&](int64_t m, int64_t n, vf v) { store(to + m * qkv_row + n, v); });
-  }
-
-  // hidden = LN(sum), and the next product's operand of it, for int8 weights less the bias.
-  template <Unit p>
-  void normalise(const Parameter& norm, int64_t m0, int64_t rows, const Scratch& s,
-                 const Operand<p>& operand, const Team& team) const {
-    const float *weight = static_cast<const float*>(norm.weight),
-                *bias = static_cast<const float*>(norm.bias);
+    const int rotary = g.specs[index].rotary;
+    const bool aside = kRounded && rotary >= 0;
+    product(w, w.packed.whole(), s.qkv, rows, team, [&](int64_t m, int64_t n, vf v) {
+      const int64_t at = m * qkv_row + n;
+      if (aside)
+        store(s.turned + at, v);
+      else
+        store(to + at, v);
+    });
+    if (rotary < 0) return;
+    const int64_t dim = spec.dim(), width = spec.hidden + spec.keys();
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
-      float* from = s.sum + m * hidden_row;
-      float* to = hidden + (m0 + m) * hidden_row;
-      float mean, low, rstd;
-      row_statistics(from, spec.hidden, spec.eps, mean, low, rstd);
-      for (int64_t j = 0; j < spec.hidden; j += W) {
-        const int64_t left = spec.hidden - j;
-        const vf v = (load(from + j) - mean - low) * rstd * load_upto(weight + j, left);
-        if (is_int8(p)) store(from + j, v);
-        store(to + j, v + load_upto(bias + j, left));
-      }
-      put_row(operand, m, is_int8(p) ? from : to, spec.hidden);
+      T* row = to + m * qkv_row;
+      const float* from = s.turned + m * qkv_row;
+      if constexpr (!kRounded) from = row;
+      turn(from, batch.angles.data[rotary] + (m0 + m) * dim, width / dim, dim, 1, row);
+      for (int64_t j = width; kRounded && j < width + spec.keys(); j += W)
+        store(row + j, load(from + j));
     }
     team.meet();
   }
 
-  // Up and down, some of the inner activations after the other: sum becomes x + the result.
+  // The inner activations [c, c + s.inner.row), as the next product's operand.
   template <int activation>
-  void feed_forward(int64_t index, const float* x, int64_t rows, const Scratch& s,
-                    const Team& team) const {
+  void feed_up(int64_t index, int64_t c, int64_t rows, const Block& s, const Team& team) const {
     constexpr bool quantised = u == Unit::int8;
-    const Matrix<u> up = layers.up(index), down = layers.down(index);
+    const Matrix<u> up = layers.up(index);
+    const int64_t columns = min(s.inner.row, spec.inner - c), panel = spec.gated ? W : NR;
+    const Part part{c / panel, ceil_div(c + columns, panel), 0, spec.hidden};
+    const auto activated = [](vf v) {
+      if constexpr (activation == 1 && !is_fp32(u)) return gelu_coarse(v);
+      return activate<activation>(v);
+    };
+    const auto put = [&](int64_t m, int64_t n, vf v) {
+      if constexpr (quantised)
+        store(s.wide + m * inner_row + n, v);
+      else
+        s.inner.put(m, n - c, v);
+    };
+    if (spec.gated) {
+      vf held{};  // a register of up comes before that of the gate
+      product(up, part, s.operand, rows, team, [&](int64_t m, int64_t n, vf v) {
+        if (n / W % 2 == 0)
+          held = activated(v);
+        else
+          put(m, n / NR * W, held * v);
+      });
+    } else {
+      product(up, part, s.operand, rows, team,
+              [&](int64_t m, int64_t n, vf v) { put(m, n, activated(v)); });
+    }
+    const int64_t put_to = round_up(columns, panel);
+    if constexpr (quantised) {
+      for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
+        put_row(s.inner, m, s.wide + m * inner_row, spec.inner);
+      team.meet();
+    } else if (put_to % 64) {
+      for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
+        for (int64_t n = put_to; n < round_up(put_to, 64); n += W) s.inner.put(m, n, vf{});
+      team.meet();
+    }
+  }
+
+  // Up and down, some of the inner activations after the other: sum becomes x + the result.
+  void feed_forward(int64_t index, const float* x, float* sum, int64_t rows, const Block& s,
+                    const Team& team) const {
+    const Matrix<u> down = layers.down(index);
     for (int64_t c = 0; c < spec.inner; c += s.inner.row) {
-      const int64_t columns = min(s.inner.row, spec.inner - c), put_to = round_up(columns, NR);
-      product(up, {c / NR, ceil_div(c + columns, NR), 0, spec.hidden}, s.operand, rows, team,
-              [&](int64_t m, int64_t n, vf v) {
-                if constexpr (activation == 1 && !is_fp32(u))
-                  v = gelu_coarse(v);
-                else
-                  v = activate<activation>(v);
-                if constexpr (quantised)
-                  store(s.wide + m * inner_row + n, v);
-                else
-                  s.inner.put(m, n - c, v);
-              });
-      if constexpr (quantised) {
-        for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-          put_row(s.inner, m, s.wide + m * inner_row, spec.inner);
-        team.meet();
-      } else if (put_to % 64) {
-        for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
-          for (int64_t n = put_to; n < round_up(put_to, 64); n += W) s.inner.put(m, n, vf{});
-        team.meet();
-      }
-      const float* before = c ? s.sum : x;
+      by_activation(spec.activation, [&](auto activation) {
+        feed_up<decltype(activation)::value>(index, c, rows, s, team);
+      });
+      const float* before = c ? sum : x;
+      const int64_t columns = min(s.inner.row, spec.inner - c);
       product(down, {0, down.packed.panels, c, columns}, s.inner, rows, team,
               [&](int64_t m, int64_t n, vf v) {
                 const int64_t at = m * hidden_row + n;
-                store(s.sum + at, v + load(before + at));
+                store(sum + at, v + load(before + at));
               });
     }
   }
 
   // The operand of the first layer's projection, from x.
-  void begin(int64_t m0, int64_t rows, const Scratch& s, const Team& team) const {
+  void begin(int64_t m0, int64_t rows, const Block& s, const Team& team) const {
     const Vector given{batch.hidden, batch.dtype == kBf16};
+    float* states = hidden + m0 * hidden_row;
+    const bool centred = is_int8(kQkv) && !spec.pre_norm && g.center;
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
-      float* to = hidden + (m0 + m) * hidden_row;
+      float* to = states + m * hidden_row;
       const int64_t at = (m0 + m) * spec.hidden;
       for (int64_t j = 0; j < spec.hidden; j += W)
         store(to + j, given.at(at + j, at + spec.hidden));
-      float* centred = s.sum + m * hidden_row;
-      for (int64_t j = 0; is_int8(kQkv) && j < spec.hidden; j += W)
-        store(centred + j, load(to + j) - load_upto(g.center + j, spec.hidden - j));
-      put_row(s.qkv, m, is_int8(kQkv) ? centred : to, spec.hidden);
+      if (spec.pre_norm) continue;
+      float* less = s.sum + m * hidden_row;
+      for (int64_t j = 0; centred && j < spec.hidden; j += W)
+        store(less + j, load(to + j) - load_upto(g.center + j, spec.hidden - j));
+      put_row(s.qkv, m, centred ? less : to, spec.hidden);
     }
-    team.meet();
+    if (spec.pre_norm)  // each thread of its own rows
+      normalise(spec, layers.norm1(0), {states, nullptr, s.sum, hidden_row}, rows, s.qkv, team);
+    else
+      team.meet();
     project_qkv(0, m0, rows, s, team);
   }
 
   // What follows the attention of a layer, and the next one's projection.
-  void finish(int64_t index, int64_t m0, int64_t rows, const Scratch& s, const Team& team) const {
+  void finish(int64_t index, int64_t m0, int64_t rows, const Block& s, const Team& team) const {
     T* from = context + m0 * hidden_row;
-    const float* residual = hidden + m0 * hidden_row;
+    float* states = hidden + m0 * hidden_row;
     Operand<u> operand = s.operand;
     if constexpr (std::is_same_v<A, T> && !kMatrix<u>) {
       operand = {from, hidden_row, nullptr, nullptr};
@@ -176,27 +174,27 @@ struct Encoder {
         put_row(operand, m, from + m * hidden_row, spec.hidden);
       team.meet();
     }
+    float* sum = spec.pre_norm ? states : s.sum;
     const Matrix<u> out = layers.out(index);
     product(out, out.packed.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
       const int64_t at = m * hidden_row + n;
-      store(s.sum + at, v + load(residual + at));
+      store(sum + at, v + load(states + at));
     });
-    normalise(layers.norm1(index), m0, rows, s, s.operand, team);
-    switch (spec.activation) {
-      case 1:
-        feed_forward<1>(index, residual, rows, s, team);
-        break;
-      case 2:
-        feed_forward<2>(index, residual, rows, s, team);
-        break;
-      case 3:
-        feed_forward<3>(index, residual, rows, s, team);
+    const Normed post{sum, states, sum, hidden_row}, pre{states, nullptr, s.sum, hidden_row};
+    const bool last = index + 1 == g.layers;
+    if (spec.pre_norm) {
+      normalise(spec, layers.norm2(index), pre, rows, s.operand, team);
+      feed_forward(index, states, states, rows, s, team);
+      if (!last) normalise(spec, layers.norm1(index + 1), pre, rows, s.qkv, team);
+    } else {
+      normalise(spec, layers.norm1(index), post, rows, s.operand, team);
+      feed_forward(index, states, sum, rows, s, team);
+      normalise(spec, layers.norm2(index), post, rows, s.qkv, team);
     }
-    normalise(layers.norm2(index), m0, rows, s, s.qkv, team);
-    if (index + 1 < g.layers) return project_qkv(index + 1, m0, rows, s, team);
+    if (!last) return project_qkv(index + 1, m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
       for (int64_t j = 0; j < spec.hidden; j += W) {
-        const vf v = load(hidden + (m0 + m) * hidden_row + j);
+        const vf v = load(states + m * hidden_row + j);
         const int64_t at = (m0 + m) * spec.hidden + j;
         if (batch.out_dtype == kBf16)
           store_upto(static_cast<bf16*>(batch.out) + at, v, spec.hidden - j);
@@ -227,22 +225,27 @@ struct Encoder {
         u == Unit::split ? hidden_row * 10 + block_columns * 6 : block_columns * sizeof(T);
     return max(Isa::block_bytes(u) / bytes, 2 * kTileRows<u>);
   }
+  typename Block::Row row_sizes(int64_t inner_columns) const {
+    bool turns = false;
+    for (int64_t i = 0; i < g.layers; ++i) turns |= g.specs[i].rotary >= 0;
+    return {hidden_row, inner_columns, kRounded && turns ? qkv_row : 0};
+  }
   // work(first row, rows, scratch, team) for all rows: shared out in blocks, or, where they are
   // too few for that, each block by all threads together.
   template <class Work>
   void each_block(float* shared, const Team& team, const Work& work) const {
     if (tokens <= kTogether)
-      return work(0, tokens, Scratch(*this, shared, kTogether, inner_row), team);
+      return work(0, tokens, Block(shared, kTogether, row_sizes(inner_row)), team);
     const int64_t blocks = round_up(ceil_div(tokens, block_most()), team.size);
     const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<u>);
     team.crew->share(ceil_div(tokens, rows), [&](int64_t block) {
       const int64_t m0 = block * rows;
-      const Scratch own(*this, block_memory.mine(), rows, block_columns);
+      const Block own(block_memory.mine(), rows, row_sizes(block_columns));
       work(m0, min(rows, tokens - m0), own, Team{});
     });
   }
   void run() {
-    static thread_local Buffer buffer, shared, weights, blocks, heads, panels;
+    static thread_local Buffer buffer, shared, weights, blocks, heads, panels, laid_out, rows_of;
     layers.make_room(weights);
     const int64_t padded = tokens + kMaxTileRows,
                   kept = batch.rows ? batch.count + kMaxTileRows : 0;
@@ -251,15 +254,16 @@ struct Encoder {
     context = reinterpret_cast<T*>(hidden_kept + kept * hidden_row);
     T* context_kept = context + padded * hidden_row;
     qkv = context_kept + kept * hidden_row;
-    float* together = shared.get<float>(Scratch::floats(*this, kTogether, inner_row));
+    float* together = shared.get<float>(Block::floats(kTogether, row_sizes(inner_row)));
     const int64_t rows = round_up(min(block_most(), max(tokens, batch.results())), kTileRows<u>);
-    block_memory = {blocks, Scratch::floats(*this, rows, block_columns)};
+    block_memory = {blocks, Block::floats(rows, row_sizes(block_columns))};
     int64_t longest = 0;
     for (int64_t b = 0; b < batch.batch; ++b)
       longest = max(longest, batch.cu_seqlens[b + 1] - batch.cu_seqlens[b]);
-    const Heads<kHeads> attention{qkv,     qkv_row,    spec.hidden, spec.hidden / spec.heads,
-                                  context, hidden_row, batch.bias};
-    const PerThread<float> head_memory(heads, Head<kHeads>::floats(longest, attention.dim));
+    const PerThread<float> head_memory(heads,
+                                       Heads<kHeads>::floats(longest, spec.dim(), g.relative));
+    const auto distances = distances_of<kHeads>(g, longest, laid_out);
+    const PerThread<float> distance_rows(rows_of, g.relative ? distances[0].scratch_floats() : 0);
     const int64_t widest = max(spec.hidden, spec.inner);
     const int64_t split = 2 * max(split_panel<u>(widest), split_panel<kQkv>(widest));
     panel_memory = {panels, max(split, g.live ? Matrix<u>::scratch(widest) : 0)};
@@ -271,12 +275,18 @@ struct Encoder {
       const Team team = Team::all(crew);
       layers.pack_qkv(0, team, panel_memory.mine());
       team.meet();
-      each_block(together, team, [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
+      each_block(together, team, [&](int64_t m0, int64_t rows, const Block& s, const Team& team) {
         begin(m0, rows, s, team);
       });
       for (int64_t i = 0; i < g.layers; ++i) {
         layers.pack_rest(i, team, panel_memory.mine());
         layers.pack_qkv(i + 1, team, panel_memory.mine());
+        if (g.relative)
+          crew.share(2 * spec.heads, [&](int64_t n) {
+            distances[i].template lay_out<kHeads, float>(n, distance_rows.mine());
+          });
+        const Heads<kHeads> attention{g.specs[i], qkv,        qkv_row,     context,
+                                      hidden_row, batch.bias, distances[i]};
         crew.share(tasks * parts, [&](int64_t task) {
           const int64_t b = task / parts / spec.heads, start = batch.cu_seqlens[b];
           const int64_t queries = batch.cu_seqlens[b + 1] - start;
@@ -284,10 +294,9 @@ struct Encoder {
                            task / parts % spec.heads, task % parts, parts, head_memory.mine());
         });
         if (batch.rows && i + 1 == g.layers) keep(hidden_kept, context_kept, team);
-        each_block(together, team,
-                   [&](int64_t m0, int64_t rows, const Scratch& s, const Team& team) {
-                     finish(i, m0, rows, s, team);
-                   });
+        each_block(together, team, [&](int64_t m0, int64_t rows, const Block& s, const Team& team) {
+          finish(i, m0, rows, s, team);
+        });
       }
     }
   }
@@ -297,10 +306,7 @@ struct Encoder {
 
 void encoder(const EncoderArgs& g) {
   if (g.batch.tokens == 0) return;
-  const int activation = g.spec.activation;
-  if (activation < 1 || activation > 3)
-    throw std::invalid_argument("encoder: activation " + std::to_string(activation) +
-                                ", expected 1 to 3");
+  by_activation(g.specs->activation, [](auto) {});  // where it can still raise
   by_precision(g.precision, [&](auto unit) { Encoder<decltype(unit)::value>(g).run(); });
 }
 

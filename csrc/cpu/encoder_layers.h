@@ -40,19 +40,24 @@ class Layers {
   Layers(const EncoderArgs& args, bool together) : g(args), late_(args.live && together) {}
 
   Matrix<qkv_unit> qkv(int64_t i) const {
-    const Linear<qkv_unit> packed(place(i).qkv, 3 * hidden, hidden);
-    if (!g.live) return {packed, {}, false};
-    const LayerWeights& w = g.live[i];
-    return {packed, {{w.query, w.key, w.value}, 3, g.live_bf16}, late_};
+    const int64_t keys = g.specs->keys();
+    const LayerWeights& w = of(i);
+    return matrix<qkv_unit>(
+        place(i).qkv, {{w.query, w.key, w.value}, {hidden, keys, keys}, 3, false, g.live_bf16},
+        hidden);
   }
   Matrix<u> out(int64_t i) const {
-    return matrix(i, &PackedLayer::out, &LayerWeights::out, hidden, hidden);
+    return matrix<u>(place(i).out, {{of(i).out}, {hidden}, 1, false, g.live_bf16}, hidden);
   }
+  // With the gate, where there is one.
   Matrix<u> up(int64_t i) const {
-    return matrix(i, &PackedLayer::up, &LayerWeights::up, inner, hidden);
+    const bool gated = g.specs->gated;
+    return matrix<u>(place(i).up,
+                     {{of(i).up, of(i).gate}, {inner, inner}, 1 + gated, gated, g.live_bf16},
+                     hidden);
   }
   Matrix<u> down(int64_t i) const {
-    return matrix(i, &PackedLayer::down, &LayerWeights::down, hidden, inner);
+    return matrix<u>(place(i).down, {{of(i).down}, {hidden}, 1, false, g.live_bf16}, inner);
   }
   const Parameter& norm1(int64_t i) const { return g.live ? g.live[i].norm1 : g.packed[i].norm1; }
   const Parameter& norm2(int64_t i) const { return g.live ? g.live[i].norm2 : g.packed[i].norm2; }
@@ -81,15 +86,15 @@ class Layers {
 
  private:
   const PackedLayer& place(int64_t i) const { return g.live ? room_ : g.packed[i]; }
-  Matrix<u> matrix(int64_t i, const void* PackedLayer::* packed, Parameter LayerWeights::* live,
-                   int64_t n, int64_t k) const {
-    const Linear<u> at(place(i).*packed, n, k);
-    if (!g.live) return {at, {}, false};
-    return {at, {{g.live[i].*live}, 1, g.live_bf16}, late_};
+  LayerWeights of(int64_t i) const { return g.live ? g.live[i] : LayerWeights{}; }
+  // weights: but for their sizes, those of live ones.
+  template <Unit v>
+  Matrix<v> matrix(const void* packed, const LinearWeights& weights, int64_t k) const {
+    return {Linear<v>(packed, columns(weights), k), weights, late_};
   }
 
   const EncoderArgs& g;
-  const int64_t hidden = g.spec.hidden, inner = g.spec.inner;
+  const int64_t hidden = g.specs->hidden, inner = g.specs->inner;
   const bool late_;
   PackedLayer room_{};  // of a live layer
 };

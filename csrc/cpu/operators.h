@@ -19,7 +19,7 @@ void scatter_add(const float*, const int64_t*, float*, int64_t, int64_t, int64_t
 void cross_entropy_rows(const CrossEntropyArgs&);
 void gather_rows(const char*, const int64_t*, char*, int64_t, int64_t);
 void scatter_rows(const char*, const int64_t*, char*, int64_t, int64_t, int64_t);
-int64_t packed_bytes(int64_t, int64_t, Precision);
+int64_t packed_bytes(const PackArgs&);
 Precision qkv_precision(Precision);
 void pack_weights(const PackArgs&);
 void encoder(const EncoderArgs&);

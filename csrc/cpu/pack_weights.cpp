@@ -3,9 +3,10 @@
 
 namespace bertfast::BERTFAST_ISA {
 
-int64_t packed_bytes(int64_t n, int64_t k, Precision precision) {
-  return by_precision(
-      precision, [&](auto unit) { return Linear<decltype(unit)::value>(nullptr, n, k).bytes(); });
+int64_t packed_bytes(const PackArgs& g) {
+  return by_precision(g.precision, [&](auto unit) {
+    return Linear<decltype(unit)::value>(nullptr, columns(g.from), g.k).bytes();
+  });
 }
 
 Precision qkv_precision(Precision precision) {
@@ -15,9 +16,11 @@ Precision qkv_precision(Precision precision) {
 
 void pack_weights(const PackArgs& g) {
   by_precision(g.precision, [&](auto unit) {
-    const Linear<decltype(unit)::value> to(g.out, g.n, g.k);
+    const Linear<decltype(unit)::value> to(g.out, columns(g.from), g.k);
+    static thread_local Buffer buffer;
+    const PerThread<float> scratch(buffer, NR * g.k);
 #pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < to.panels; ++p) pack_linear(g.from, to, p, nullptr);  // of one part
+    for (int64_t p = 0; p < to.panels; ++p) pack_linear(g.from, to, p, scratch.mine());
   });
 }
 

@@ -57,19 +57,45 @@ void pack_rows(const Linear<u>& to, int64_t p, const T* rows, int64_t valid) {
   }
 }
 
+// Where a packed column comes from; a row past the part's last where it is padding.
+struct Source {
+  int part;
+  int64_t row;
+};
+inline Source source(const LinearWeights& from, int64_t n) {
+  if (from.gated) return {int(n / W % 2), n / (2 * W) * W + n % W};
+  int part = 0;
+  while (part + 1 < from.parts && n >= from.rows[part]) n -= from.rows[part++];
+  return {part, n};
+}
+inline int64_t columns(const LinearWeights& from) {
+  if (from.gated) return 2 * round_up(from.rows[0], W);
+  int64_t n = 0;
+  for (int i = 0; i < from.parts; ++i) n += from.rows[i];
+  return n;
+}
+
 template <Unit u, class T>
 void pack_from(const LinearWeights& from, const Linear<u>& to, int64_t p, float* scratch) {
-  const int64_t n0 = p * NR, valid = min(NR, to.n - n0), part_n = to.n / from.parts;
-  const auto row = [&](int64_t n) {
-    return static_cast<const T*>(from.part[n / part_n].weight) + n % part_n * to.k;
+  const int64_t n0 = p * NR, valid = min(NR, to.n - n0);
+  const auto row = [&](Source s) {
+    return static_cast<const T*>(from.part[s.part].weight) + s.row * to.k;
   };
-  if (n0 / part_n == (n0 + valid - 1) / part_n) return pack_rows(to, p, row(n0), valid);
+  const Source first = source(from, n0);
+  if (!from.gated && first.part == source(from, n0 + valid - 1).part)
+    return pack_rows(to, p, row(first), valid);
   T* rows = reinterpret_cast<T*>(scratch);
-  for (int64_t i = 0; i < valid; ++i) std::memcpy(rows + i * to.k, row(n0 + i), to.k * sizeof(T));
+  for (int64_t i = 0; i < valid; ++i) {
+    const Source s = source(from, n0 + i);
+    if (s.row < from.rows[s.part])
+      std::memcpy(rows + i * to.k, row(s), to.k * sizeof(T));
+    else
+      std::memset(rows + i * to.k, 0, to.k * sizeof(T));
+  }
   pack_rows(to, p, const_cast<const T*>(rows), valid);
 }
 
-// Panel p of the weights; scratch [NR, k] is for one in which parts meet.
+// Panel p of the weights; scratch [NR, k] is for one in which parts meet, or a gate's.
 template <Unit u>
 void pack_linear(const LinearWeights& from, const Linear<u>& to, int64_t p, float* scratch) {
   if (from.bf16)
@@ -77,10 +103,10 @@ void pack_linear(const LinearWeights& from, const Linear<u>& to, int64_t p, floa
   else
     pack_from<u, float>(from, to, p, scratch);
   auto* bias = const_cast<float*>(to.bias);
-  const int64_t part_n = to.n / from.parts;
   for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {
-    const void* given = n < to.n ? from.part[n / part_n].bias : nullptr;
-    bias[n] = given ? static_cast<const float*>(given)[n % part_n] : 0;
+    const Source s = source(from, n);
+    const auto* given = static_cast<const float*>(from.part[s.part].bias);
+    bias[n] = given && s.row < from.rows[s.part] ? given[s.row] : 0;
   }
 }
 

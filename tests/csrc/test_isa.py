@@ -51,6 +51,8 @@ ISAS = C.build_info()["isas_built"] if C else []
 # them without Triton's interpreter, which knows no instruction set, and without whole runs.
 HALVES = [
     [
+        "attention_relative",
+        "attention_window",
         "dropin",
         "dropin_guards",
         "dropin_training",
@@ -104,7 +106,7 @@ def check_models(isa, **environment):
 
 def check_operators(isa, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-k", "test_forward_backward and cpu"]
-    command += [file_of(stem) for stem in ("linear_act", "attention")]
+    command += [file_of(stem) for stem in ("linear_act", "attention", "attention_relative")]
     done = run(command, isa, **environment)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 

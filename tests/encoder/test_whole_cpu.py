@@ -8,6 +8,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from families import FAMILIES, inputs_for
+from families import build as stock
 from helpers import apart, close_to_truth, exact, refused
 from test_frozen import BOUND, COSINE, LENGTHS, SHAPES, batch, build
 from torch.nn.functional import cosine_similarity
@@ -297,12 +299,9 @@ def test_with_gradients_and_states_asked_for():
     assert calls == [1, 1, 1]
 
 
-@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "Electra", "MPNet"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_drop_in(family):
     """test_dropin.py compares the outputs."""
-    from families import build as stock
-    from families import inputs_for
-
     model = stock(family)
     bertfast.accelerate(model, strict=True)
     with torch.no_grad(), counted() as calls:

@@ -262,14 +262,15 @@ def test_repeats_are_bitwise_equal(backend):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("shape", [(40, 64), (3, 7)])
-def test_fp16(shape):
+def test_fp16(shape, rms):
     """On a GPU's kernels; PyTorch's own fp16 makes errors of 1e-3."""
     tensors = [t.half() for t in inputs(*shape)]
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).half()
-    truth = run(plain, [t.double() for t in tensors], grad)
+    truth = run(lambda *t: plain(*t, rms=rms), [t.double() for t in tensors], grad)
     with ops.backend("triton"):
-        got = run(ours(), there("triton", tensors), grad.to(DEVICES["triton"]))
+        got = run(ours(rms=rms), there("triton", tensors), grad.to(DEVICES["triton"]))
     assert all(
         a.dtype == torch.float16 and relative(a, t) < 2e-3 for a, t in zip(got, truth, strict=True)
     )

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
+from attention_truth import LENGTHS, inputs, plain
 from helpers import DEVICES, check, close_to_truth, keep, refused
 from helpers import offsets as cpu_offsets
-from test_attention import LENGTHS, inputs, plain
 
 from bertfast import ops
 

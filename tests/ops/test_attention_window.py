@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, keep, offsets, refused, run
-from test_attention import inputs, plain, starts
+from attention_truth import inputs, masks_of, plain, starts, stay_apart
+from helpers import DEVICES, FLOATS, backends, check, close_to_truth, offsets, refused, run
 
 from bertfast import ops
 
@@ -78,15 +78,8 @@ def test_windows_without_keys_are_zero(backend):
 def test_dropout(backend):
     """The mask is by key position, whatever the window: bit for bit."""
     lengths, heads, p = [9, 70], 2, 0.3
-    masks, start = [], 0
-    for n in lengths:
-        rows = [
-            torch.stack([keep(5, 7, (start + q) * heads + h, n, p) for q in range(n)])
-            for h in range(heads)
-        ]
-        masks.append(torch.stack(rows) / (1 - p))
-        start += n
-    seed = torch.tensor([5, 7], device=DEVICES[backend])
+    masks = masks_of(lengths, heads, p)
+    seed = torch.tensor([12345678901, 7], device=DEVICES[backend])
     check(
         backend,
         torch.float32,
@@ -98,25 +91,11 @@ def test_dropout(backend):
     )
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_are_apart(backend, value):
-    """A NaN or inf stays in its sequence, and company doesn't change a sequence by one bit."""
-    cu = starts([30, 50, 21], backend)
-    qkv = inputs(32, 3, [30, 50, 21]).to(cu.device)
-    bad = qkv.clone()
-    bad[30, 0, 1, 3] = value
-    bad[79, 1:, 1, 3] = value
-    bad.requires_grad_()
-    with ops.backend(backend):
-        good, out = (ops.attention(t, cu, 50, window=6) for t in (qkv, bad))
-        alone = ops.attention(qkv[30:80], starts([50], backend), 50, window=6)
-        out.sum().backward()
-    assert out[[30, 79], 1].isnan().any(-1).all()
-    for part in (slice(0, 30), slice(80, 101)):
-        assert torch.equal(out[part], good[part]) and torch.isfinite(bad.grad[part]).all()
-    if backend != "reference":  # whose products are torch's
-        assert torch.equal(alone, good[30:80])
+    stay_apart(backend, value, window=6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,6 +18,7 @@ from ..batch import Batch
 from ..spec import DROPOUTS, Layer
 from ..weights import BERT, FLAT, IS_MATRIX, LayerWeights, Parameters, fit
 from .operators import DISPATCHED
+from .whole_cpu import EVEN
 
 DEVICE = None
 _ATTENTION, _LINEAR = ("attention", "attention_backward"), ("linear_act", "linear_act_backward")
@@ -50,6 +51,8 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return "the sequences are no int32 offsets with a longest one that is known"
     if batch.bias is not None and not (here and plain(batch.bias)):
         return "it takes a bias on the scores on a CPU alone"
+    if batch.even is not None:
+        return EVEN
     for spec, weights, *_ in layers:
         w = weights.flat()[:BERT]
         if not spec.like_bert or any([p is None for p in w]):

@@ -12,7 +12,7 @@ from ..batch import Batch
 from ..spec import Layer
 
 _STEMS = ("attention", "linear_act", "qkv_linear", "add_layer_norm")
-_MORE = ("gated_act", "rotary")
+_MORE = ("gated_act", "rotary", "cross_attention")
 KERNELS = SimpleNamespace(**{name: partial(call, name) for name in (*_STEMS, *_MORE)})
 # with the backwards, as the dispatcher has them: it takes batched gradients too (torch.func)
 DISPATCHED = SimpleNamespace(

@@ -9,15 +9,17 @@ import torch
 from ...ops import registry
 from ...ops.attention import bias_arguments, dense_last
 from ...ops.extension import C, error
-from ...ops.library import CPU_DTYPES, GPU_DTYPES, is_bf16, lazy, plain, ptr, real
+from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, ptr, real
 from ...ops.linear_act import ACTIVATIONS
-from ..batch import Batch
+from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import BERT, IS_MATRIX, addresses, shapes
+from ..weights import FLAT, IS_MATRIX, addresses, fit
 
-_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
-_MATRICES = IS_MATRIX[:BERT]
+EVEN = "rows of padding see all places alike"
+_TABLES = {"c2p": "pos_key", "p2c": "pos_query"}
+_ANGLES = 3  # tables of a call, see csrc/layer.h
 
 
 def limit(layers: list[Layer], batch: Batch) -> str | None:
@@ -30,7 +32,9 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return f"backend {registry.forced()!r} is forced"
     if hidden.dtype != torch.float32 and layers[0].spec.head_dim % 2:
         return f"heads of {layers[0].spec.head_dim} are no pairs"
-    return inference_limit(batch) or layers_limit(layers) or _weights_limit(layers, hidden)
+    why = inference_limit(batch) or layers_limit(layers)
+    why = why or positions_limit([layer.spec for layer in layers], batch)
+    return why or _weights_limit(_apart(layers), hidden)
 
 
 def inference_limit(batch: Batch) -> str | None:
@@ -39,20 +43,47 @@ def inference_limit(batch: Batch) -> str | None:
         return "gradients are enabled"
     if batch.bias is not None and not plain(batch.bias):
         return "the bias on the scores is no plain tensor"
+    if batch.even is not None:
+        return EVEN
     return None
 
 
 def layers_limit(layers: list[Layer]) -> str | None:
     """And which layers."""
-    spec = layers[0].spec
-    if any(layer.spec != spec for layer in layers):
-        return "the layers differ in more than their weights"
     if any(any(layer.dropout) for layer in layers):
         return "it has no dropout"
-    if spec.width != spec.hidden:
+    return _specs_limit(tuple([layer.spec for layer in layers]))
+
+
+@functools.lru_cache
+def _specs_limit(specs: tuple[LayerSpec, ...]) -> str | None:
+    first = specs[0]
+    if any(spec._replace(window=first.window, rotary=first.rotary) != first for spec in specs):
+        return "the layers differ in more than their weights, windows and rotary positions"
+    if first.width != first.hidden:
         return "heads were pruned"
-    if not spec.like_bert:
-        return "it takes layers as BERT's"
+    return None
+
+
+def positions_limit(specs, batch: Batch) -> str | None:
+    """What of a call's positions doesn't fit its layers."""
+    dim, tokens, relative = specs[0].head_dim, len(batch.hidden), batch.relative
+    if specs[0].relative:
+        if relative is None:
+            return "the batch has no relative positions"
+        index = relative.index
+        if index.dtype != torch.int32 or index.dim() != 1 or not plain(index):
+            return f"the relative positions are {index.dtype}, expected plain int32"
+        if len(index) < 2 * batch.longest - 1 or len(index) % 2 == 0:
+            return f"there are {len(index)} relative positions for {batch.longest} tokens"
+    for i in {spec.rotary for spec in specs} - {None}:
+        if dim % 2:
+            return f"heads of {dim} have no halves to turn"
+        if not i < len(batch.angles) <= _ANGLES:
+            return f"the batch has {len(batch.angles)} tables of angles, and {_ANGLES} at most"
+        table, shape = batch.angles[i], (tokens, 2, dim // 2)
+        if table.shape != shape or table.dtype != torch.float32 or not plain(table):
+            return f"angles are {table.dtype} {list(table.shape)}, expected float32 {list(shape)}"
     return None
 
 
@@ -60,19 +91,36 @@ def flat_weights(layers: list[Layer]) -> list[torch.Tensor]:
     return [p for layer in layers for p in layer.weights.present()]
 
 
+@functools.lru_cache
+def _needed(spec: LayerSpec) -> list[int]:
+    """Of `LayerWeights.flat`: the weights that a layer can't do without."""
+    roles = {"query", "key", "value", "out", "up", "down", "norm2"}
+    roles |= {"gate"} if spec.gated else set()
+    roles |= set() if spec.pre_norm else {"norm1"}
+    roles |= {_TABLES[kind] for kind in spec.relative}
+    return [i for i, (role, part) in enumerate(FLAT) if part == "weight" and role in roles]
+
+
 def _weights_limit(layers, hidden):
-    flat = flat_weights(layers)
-    if len(flat) != BERT * len(layers):
-        return "a bias is missing"
-    dtypes = list(map(_dtype, flat))
-    matrices = {dtype for dtype, matrix in zip(dtypes, _MATRICES * len(layers)) if matrix}  # noqa: B905
+    spec, flat = layers[0].spec, flat_weights(layers)
+    flats = [layer.weights.flat() for layer in layers]
+    if any([of_layer[i] is None for of_layer in flats for i in _needed(spec)]):
+        return "a weight is missing"
+    dtypes = {*map(_dtype, flat)}
+    matrices = {p.dtype for p, matrix in zip(flat, _are_matrices(layers), strict=True) if matrix}
     if len(matrices) > 1 or not matrices <= {torch.float32, hidden.dtype}:
         return f"the matrices are in {sorted(map(str, matrices))} beside {hidden.dtype}"
-    if not {*dtypes} <= {*CPU_DTYPES} or {*map(_device, flat)} != {hidden.device} or lazy(*flat):
+    if not dtypes <= {*CPU_DTYPES} or {*map(_device, flat)} != {hidden.device} or lazy(*flat):
         return "a parameter is no float32 or bfloat16 in this CPU's memory"
-    if list(map(_shape, flat)) != shapes(layers[0].spec)[:BERT] * len(layers):
+    if not all([fit(spec, layer.weights) for layer in layers]):
         return "the weights' shapes don't fit together"
     return None
+
+
+def _are_matrices(layers) -> list[bool]:
+    """Of `flat_weights`."""
+    return [m for layer in layers for p, m in zip(layer.weights.flat(), IS_MATRIX, strict=True)
+            if p is not None]  # fmt: skip
 
 
 @functools.lru_cache
@@ -84,23 +132,74 @@ def c_spec(spec: LayerSpec):
         inner=spec.inner,
         activation=ACTIVATIONS.index(spec.activation),
         eps=spec.eps,
+        scale=spec.scale,
+        pre_norm=spec.pre_norm,
+        rms=spec.rms,
+        gated=spec.gated,
+        groups=spec.groups,
+        window=-1 if spec.window is None else spec.window,
+        rotary=-1 if spec.rotary is None else spec.rotary,
     )
+
+
+def _apart(layers: list[Layer]) -> list[Layer]:
+    """With each role's weights its own."""
+    return [
+        layer._replace(weights=layer.apart(), stacked=()) if layer.stacked else layer
+        for layer in layers
+    ]
 
 
 def run(layers: list[Layer], batch: Batch):
     """In bf16 the residual stream stays in fp32 between layers."""
-    spec, hidden = layers[0].spec, batch.hidden
+    layers = _apart(layers)
+    hidden, relative = batch.hidden, batch.relative
+    tables = []
+    if layers[0].spec.relative:
+        index, first, last = _reached(batch)
+        rows = relative.embeddings[first : last + 1].to(hidden.dtype)
+        batch = batch._replace(relative=Relative(rows, index - first))
+        tables = [relative_tables(layer, rows) for layer in layers]
     keep = [
         p if matrix or p.dtype is torch.float32 else p.float()
-        for p, matrix in zip(flat_weights(layers), _MATRICES * len(layers), strict=True)
+        for p, matrix in zip(flat_weights(layers), _are_matrices(layers), strict=True)
     ]
     keep = [p if p.is_contiguous() else p.contiguous() for p in keep]
     own = iter(keep)
     at = addresses([layer.weights.filled(own) for layer in layers])
     encoder = C.Encoder(
-        *(c_spec(spec), at.buffer_info()[0], len(layers), is_bf16(keep[0]), int(is_bf16(hidden)))
+        *([c_spec(layer.spec) for layer in layers], at.buffer_info()[0]),
+        *(is_bf16(keep[0]), int(is_bf16(hidden)), [list(map(ptr, two)) for two in tables]),
     )
     return forward(encoder, 0, len(layers), batch, hidden.dtype)
+
+
+def _reached(batch: Batch):
+    """The part of the relative positions' index that the call reaches, and its least and largest
+    bucket. Raises IndexError for buckets that aren't there."""
+    embeddings, index = batch.relative
+    middle, reach = len(index) // 2, max(batch.longest - 1, 0)
+    index = index[middle - reach : middle + reach + 1]
+    first, last = (int(n) for n in torch.aminmax(index))
+    if first < 0 or last >= len(embeddings):
+        raise IndexError(f"relative.index has {first} to {last} of {len(embeddings)} embeddings")
+    return index, first, last
+
+
+@torch.no_grad()
+def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
+    """[buckets, hidden] -> what a layer's queries meet, and its keys: fp32, [buckets, width]."""
+    spec, found = layer.spec, []
+    for kind, role in _TABLES.items():
+        weight, bias = (
+            p.float() if p is not None and embeddings.dtype == torch.float32 else p
+            for p in getattr(layer.weights, role)
+        )
+        table = None
+        if kind in spec.relative:
+            table = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
+        found.append(table)
+    return found
 
 
 def forward(encoder, first: int, last: int, batch: Batch, dtype):
@@ -115,11 +214,14 @@ def forward(encoder, first: int, last: int, batch: Batch, dtype):
     out = torch.empty((count, hidden.shape[1]), dtype=dtype, device="cpu")
     if count:
         bias = None if batch.bias is None else dense_last(batch.bias)
-        encoder.forward(first, last, c_batch(batch, hidden, out, starts, used, rows, bias))
+        angles = [real(table) for table in batch.angles]
+        index = None if batch.relative is None else real(batch.relative.index)
+        given = c_batch(batch, hidden, out, starts, used, rows, bias, angles, index)
+        encoder.forward(first, last, given)
     return out
 
 
-def c_batch(batch, hidden, out, starts, used, rows, bias):
+def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None):
     """Of C++, with whatever stands for the batch's tensors in memory."""
     return C.Batch(
         hidden=hidden.data_ptr(),
@@ -134,4 +236,6 @@ def c_batch(batch, hidden, out, starts, used, rows, bias):
         rows=ptr(rows),
         count=len(out),
         bias=bias_arguments(bias),
+        angles=[ptr(table) for table in angles],
+        rel_index=0 if index is None else index[len(index) // 2 :].data_ptr(),
     )

@@ -54,9 +54,11 @@ def call_limit(spec: LayerSpec, batch: Batch) -> str | None:
 
 def weights_limit(layers: list[Layer], dtype, device) -> str | None:
     """What of the layers: for weights that stay, asked once."""
-    why, flat = layers_limit(layers), flat_weights(layers)
+    why, flat, spec = layers_limit(layers), flat_weights(layers), layers[0].spec
     if why:
         return why
+    if not spec.like_bert or any(layer.spec != spec for layer in layers):
+        return "it takes layers as BERT's"
     if {p.dtype for p in flat} != {dtype} or {p.device for p in flat} != {device}:
         return f"the weights are not all in {dtype} on {device}"
     if [p.shape for p in flat] != shapes(layers[0].spec)[:BERT] * len(layers) or lazy(*flat):
