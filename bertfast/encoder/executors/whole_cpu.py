@@ -13,7 +13,7 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, p
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import FLAT, IS_MATRIX, addresses, fit
+from ..weights import IS_MATRIX, addresses, fit, needed
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
@@ -93,19 +93,10 @@ def flat_weights(layers: list[Layer]) -> list[torch.Tensor]:
     return [p for layer in layers for p in layer.weights.present()]
 
 
-@functools.lru_cache
-def _needed(spec: LayerSpec) -> list[int]:
-    """Of `LayerWeights.flat`: the weights that a layer can't do without."""
-    roles = {"query", "key", "value", "out", "up", "down", "norm2"}
-    roles |= {"gate"} if spec.gated else set()
-    roles |= set() if spec.pre_norm else {"norm1"}
-    return [i for i, (role, part) in enumerate(FLAT) if part == "weight" and role in roles]
-
-
 def _weights_limit(layers, hidden):
     spec, flat = layers[0].spec, flat_weights(layers)
     flats = [layer.weights.flat() for layer in layers]
-    if any([of_layer[i] is None for of_layer in flats for i in _needed(spec)]):
+    if any([of_layer[i] is None for of_layer in flats for i in needed(spec)]):
         return "a weight is missing"
     dtypes = {*map(_dtype, flat)}
     matrices = {p.dtype for p, matrix in zip(flat, _are_matrices(layers), strict=True) if matrix}
