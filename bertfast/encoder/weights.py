@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from ..ops.extension import C
-from ..ops.library import ptr
 
 
 class Parameters(NamedTuple):
@@ -90,4 +89,5 @@ def needed(spec) -> list[int]:
 
 def addresses(layers: list[LayerWeights]) -> array:
     """What C++ reads as LayerWeights[layers]."""
-    return array("q", [ptr(p) for weights in layers for p in weights.flat()])
+    flat = [p for weights in layers for p in weights.flat()]
+    return array("q", [0 if p is None else p.data_ptr() for p in flat])

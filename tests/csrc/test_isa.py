@@ -71,6 +71,7 @@ HALVES = [
         "dropout",
         "frozen",
         "whole_cpu",
+        "whole_kinds",
         "graphs",
     ]
     + ["dropin_frozen", "families", "node", "run"],

@@ -2,7 +2,9 @@
 comes to it and keeps none for the next call, so that none can be stale; packed.py keeps them."""
 
 import functools
+from itertools import compress
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 
@@ -13,9 +15,9 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, p
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import IS_MATRIX, addresses, fit, needed
+from ..weights import IS_MATRIX, addresses, needed, shapes
 
-_dtype, _device = attrgetter("dtype"), attrgetter("device")
+_shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
 EVEN = "rows of padding see all places alike"
 _ANGLES = 3  # tables of a call, see csrc/layer.h
@@ -93,26 +95,44 @@ def flat_weights(layers: list[Layer]) -> list[torch.Tensor]:
     return [p for layer in layers for p in layer.weights.present()]
 
 
+class _Plan(NamedTuple):
+    """Of `flat_weights`, all layers' in one list."""
+
+    missing: bool  # whether a layer lacks a weight that it can't do without
+    matrices: list[bool]
+    shapes: list[tuple[int, ...]]
+
+
+@functools.lru_cache
+def _plan(spec: LayerSpec, there: tuple[bool, ...]) -> _Plan:
+    """there: of `LayerWeights.flat` of each layer, which parameters it has."""
+    count = len(there) // len(IS_MATRIX)
+    return _Plan(
+        not all([there[i + j] for i in range(0, len(there), len(IS_MATRIX)) for j in needed(spec)]),
+        [*compress(IS_MATRIX * count, there)],
+        [*compress(shapes(spec) * count, there)],
+    )
+
+
+def _planned(layers: list[Layer]) -> tuple[list[torch.Tensor], _Plan]:
+    slots = [p for layer in layers for p in layer.weights.flat()]
+    plan = _plan(layers[0].spec, tuple([p is not None for p in slots]))
+    return [p for p in slots if p is not None], plan
+
+
 def _weights_limit(layers, hidden):
-    spec, flat = layers[0].spec, flat_weights(layers)
-    flats = [layer.weights.flat() for layer in layers]
-    if any([of_layer[i] is None for of_layer in flats for i in needed(spec)]):
+    flat, plan = _planned(layers)
+    if plan.missing:
         return "a weight is missing"
-    dtypes = {*map(_dtype, flat)}
-    matrices = {p.dtype for p, matrix in zip(flat, _are_matrices(layers), strict=True) if matrix}
+    dtypes = list(map(_dtype, flat))
+    matrices = {*compress(dtypes, plan.matrices)}
     if len(matrices) > 1 or not matrices <= {torch.float32, hidden.dtype}:
         return f"the matrices are in {sorted(map(str, matrices))} beside {hidden.dtype}"
-    if not dtypes <= {*CPU_DTYPES} or {*map(_device, flat)} != {hidden.device} or lazy(*flat):
+    if not {*dtypes} <= {*CPU_DTYPES} or {*map(_device, flat)} != {hidden.device} or lazy(*flat):
         return "a parameter is no float32 or bfloat16 in this CPU's memory"
-    if not all([fit(spec, layer.weights) for layer in layers]):
+    if list(map(_shape, flat)) != plan.shapes:
         return "the weights' shapes don't fit together"
     return None
-
-
-def _are_matrices(layers) -> list[bool]:
-    """Of `flat_weights`."""
-    return [m for layer in layers for p, m in zip(layer.weights.flat(), IS_MATRIX, strict=True)
-            if p is not None]  # fmt: skip
 
 
 @functools.lru_cache
@@ -152,9 +172,10 @@ def run(layers: list[Layer], batch: Batch):
         rows = relative.embeddings[first : last + 1].to(hidden.dtype)
         batch = batch._replace(relative=Relative(rows, index - first))
         tables = [relative_tables(layer, rows) for layer in layers]
+    flat, plan = _planned(layers)
     keep = [
         p if matrix or p.dtype is torch.float32 else p.float()
-        for p, matrix in zip(flat_weights(layers), _are_matrices(layers), strict=True)
+        for p, matrix in zip(flat, plan.matrices, strict=True)
     ]
     keep = [p if p.is_contiguous() else p.contiguous() for p in keep]
     own = iter(keep)
