@@ -73,6 +73,9 @@ def of_layer(seeds, first: int, last: int | None = None):
     return seeds[DROPOUTS * first : DROPOUTS * (first + 1 if last is None else last)]
 
 
+_POSITIONS = (("c2p", "pos_key", "key"), ("p2c", "pos_query", "query"))
+
+
 class Layer(NamedTuple):
     """A layer that kernels can run now."""
 
@@ -93,6 +96,16 @@ class Layer(NamedTuple):
             own = [[p and p[i] for p in parts] for i in range(len(roles))]
             weights = weights._replace(**dict(zip(roles, starmap(Parameters, own), strict=True)))
         return weights
+
+    def position_roles(self) -> list[str | None]:
+        """Whose matrices positions take that queries meet, and that keys meet: the key's and the
+        query's where they have none of their own; or None."""
+        return [
+            (shared if getattr(self.weights, own).weight is None else own)
+            if kind in self.spec.relative
+            else None
+            for kind, own, shared in _POSITIONS
+        ]
 
 
 class Unfit(NamedTuple):

@@ -13,12 +13,11 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, p
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import FLAT, IS_MATRIX, addresses, fit
+from ..weights import FLAT, IS_MATRIX, NONE, addresses, fit
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
 EVEN = "rows of padding see all places alike"
-_TABLES = {"c2p": "pos_key", "p2c": "pos_query"}
 _ANGLES = 3  # tables of a call, see csrc/layer.h
 
 
@@ -97,7 +96,6 @@ def _needed(spec: LayerSpec) -> list[int]:
     roles = {"query", "key", "value", "out", "up", "down", "norm2"}
     roles |= {"gate"} if spec.gated else set()
     roles |= set() if spec.pre_norm else {"norm1"}
-    roles |= {_TABLES[kind] for kind in spec.relative}
     return [i for i, (role, part) in enumerate(FLAT) if part == "weight" and role in roles]
 
 
@@ -189,15 +187,13 @@ def _reached(batch: Batch):
 @torch.no_grad()
 def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
     """[buckets, hidden] -> what a layer's queries meet, and its keys: fp32, [buckets, width]."""
-    spec, found = layer.spec, []
-    for kind, role in _TABLES.items():
+    found = []
+    for role in layer.position_roles():
         weight, bias = (
             p.float() if p is not None and embeddings.dtype == torch.float32 else p
-            for p in getattr(layer.weights, role)
+            for p in (NONE if role is None else getattr(layer.weights, role))
         )
-        table = None
-        if kind in spec.relative:
-            table = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
+        table = role and call("linear_act", embeddings, weight, bias, 0, False)[0].float()
         found.append(table)
     return found
 
