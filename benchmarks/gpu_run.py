@@ -27,6 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]  # before bertfast is built there is no harness
 GRACE = 25  # seconds that a part may take beyond those it is told
 OPERATORS = "add_layer_norm attention cross_attention dropout embedding_layer_norm linear_act"
+OPTIONS = "attention_window attention_relative"
 OPERATORS += " gated_act rotary linear_act_triton masked_cross_entropy pack node families"
 CUDA = "attention_cuda cuda_linear whole_cuda"
 PARITY = "graphs replay replay_training replay_memory seen step node"
@@ -69,11 +70,16 @@ def parts_of(out: Path) -> dict[str, Part]:
     return {
         "build": Part(170, install),
         "parity": Part(90, [*pytest, "-k", "not cpu", *tests(PARITY)]),
+        "options": Part(120, [*pytest, "-k", "triton", *tests(OPTIONS)]),
         "inference_base": script(110, "inference"),
         "finetune_base": script(165, "training"),
         "checks": script(60, "training", "--what", "checks"),
         "pretrain_large": script(100, "training", "--what", "pretrain", "--config", "large"),
         "inference_large": script(100, "inference", "--config", "large"),
+        "inference_modernbert": script(110, "inference", "--family", "ModernBERT-base"),
+        "inference_deberta": script(110, "inference", "--family", "DeBERTa-v3-base"),
+        "finetune_modernbert": script(165, "training", "--family", "ModernBERT-base"),
+        "finetune_deberta": script(165, "training", "--family", "DeBERTa-v3-base"),
         "tune_attention": script(165, "tune_attention"),
         "tune_norm": script(70, "tune_norm"),
         "tune_linear": script(90, "tune_linear"),

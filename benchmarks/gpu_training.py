@@ -1,9 +1,10 @@
 """Training steps of BERT on a GPU in bf16, over fp32 weights under autocast, dropout 0.1.
 
     python benchmarks/gpu_training.py --what finetune --config base --out FOLDER [--seconds 150]
+        [--family ModernBERT-base]
         finetune    an accelerated BertForSequenceClassification under the Trainer's step (forward,
                     the loss's finite check, backward, clipping, fused AdamW, schedule, zero_grad)
-                    beside stock with SDPA; then bertfast's own loop
+                    beside stock with SDPA (DeBERTa's is eager); then bertfast's own loop, of BERT
         compiled    the same step under torch.compile, beside the accelerated model's
         pretrain    bertfast's loop on packed sequences of 512 tokens, masked words
         checks      a short model: 250 equal repeats of a step; 200 steps' losses as launched
@@ -24,17 +25,20 @@ from pathlib import Path
 import torch
 from gpu_loop import finetune_loop, pretrain_loop
 from gpu_models import (
-    CONFIGS,
     SHAPES,
     Budget,
     Results,
+    add_model,
     batches_of,
     config_of,
+    file_of,
     launched,
     reason,
     recorded,
     replays,
     shapes_of,
+    stock_of,
+    title_of,
 )
 
 import bertfast
@@ -42,7 +46,7 @@ from bertfast.bench import train
 from bertfast.bench.measure import take_turns
 from bertfast.train.optimizer import parameter_groups
 
-STOCK, FAST, LAUNCHED = "transformers sdpa", "bertfast accelerate", "bertfast accelerate, launched"
+FAST, LAUNCHED = "bertfast accelerate", "bertfast accelerate, launched"
 SIGHTS = 4  # of a batch, until its step is replayed
 LOOP_SHAPES = ("32 x 512", "32 natural to 512", "128 x 128", "2 x 24")
 REPEATS, STEPS = 250, 200
@@ -135,7 +139,7 @@ def reference_of(config, device):
 
     torch.manual_seed(0)
     with torch.device(device):  # where weights are drawn in no time
-        return transformers.BertForSequenceClassification(config)
+        return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
 def labelled(config, shape, device):
@@ -187,13 +191,14 @@ def figures(name, seconds, tokens, flop) -> dict:
 
 def finetune(config, shapes, device, rounds, budget, results, what):
     reference = reference_of(config, device)
-    names = ("transformers compiled", FAST) if what == "compiled" else (FAST, LAUNCHED, STOCK)
+    stock = stock_of(config)
+    names = ("transformers compiled", FAST) if what == "compiled" else (FAST, LAUNCHED, stock)
     for shape_name, shape in shapes.items():
         task = f"{results.title} fine-tuning, {shape_name}, bf16" + ", compiled" * (
             what != "finetune"
         )
         if not budget.allows():
-            results.add(task, {"name": STOCK, "note": "left out: no time"})
+            results.add(task, {"name": stock, "note": "left out: no time"})
             continue
         with budget.step():
             gc.collect()  # models of the shape before, their graphs with them
@@ -203,7 +208,7 @@ def finetune(config, shapes, device, rounds, budget, results, what):
                 reference, names, labelled(config, shape, device), rounds, results.peak
             ):
                 results.add(task, row)
-        if what == "finetune" and shape_name in LOOP_SHAPES:
+        if what == "finetune" and config.model_type == "bert" and shape_name in LOOP_SHAPES:
             loops(task, finetune_loop, (config, shape, device), budget, results)
 
 
@@ -278,16 +283,19 @@ KINDS = {"finetune": finetune, "compiled": finetune, "pretrain": pretrain, "chec
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", choices=KINDS, default="finetune")
-    parser.add_argument("--config", choices=CONFIGS, default="base")
+    add_model(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=150, help="no step begins past these")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
-    budget, config = Budget(args.seconds), config_of(args.config)
-    results = Results(f"gpu_{args.what}_{args.config}", args.out, args.device)
-    results.title = f"BERT-{args.config}"
+    which = args.config, args.family
+    if args.family != "BERT" and args.what == "pretrain":
+        parser.error(f"--family {args.family}: bertfast's loop pre-trains BERT alone")
+    budget, config = Budget(args.seconds), config_of(*which)
+    results = Results(f"gpu_{args.what}_{file_of(*which)}", args.out, args.device)
+    results.title = title_of(*which)
     shapes = shapes_of(args.config, args.shapes)
     KINDS[args.what](config, shapes, args.device, args.rounds, budget, results, args.what)
     return int(results.failed())

@@ -22,6 +22,7 @@ DETAIL = (
 )  # in report.md, and too much for the README
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
+    "families": ("Other families", ()),
     "sweep": ("Length and padding", ("sweep",)),
     "rivals_memory": ("Memory", ("memory",)),
     "breakdown": ("One layer by operator", ("breakdown", "roofline")),
@@ -32,6 +33,10 @@ SECTIONS = {  # benchmark: its title in report.md, and its plots
     "gpu_inference_large": ("BERT-large, inference", ()),
     "gpu_finetune_base": ("BERT-base, fine-tuning", ()),
     "gpu_compiled_base": ("BERT-base, fine-tuning under torch.compile", ()),
+    "gpu_inference_modernbert": ("ModernBERT-base, inference", ()),
+    "gpu_finetune_modernbert": ("ModernBERT-base, fine-tuning", ()),
+    "gpu_inference_deberta": ("DeBERTa-v3-base, inference", ()),
+    "gpu_finetune_deberta": ("DeBERTa-v3-base, fine-tuning", ()),
     "gpu_finetune_large": ("BERT-large, fine-tuning", ()),
     "gpu_pretrain_large": ("BERT-large, pre-training", ()),
     "gpu_checks_base": ("Replays against launches", ()),

@@ -174,7 +174,8 @@ void bind_encoder(py::module_& m) {
               field("batch", &Batch::batch), field("tokens", &Batch::tokens),
               field("longest", &Batch::longest), optional("rows", &Batch::rows),
               optional("count", &Batch::count), optional("bias", &Batch::bias),
-              optional("angles", &Batch::angles), optional("rel_index", &Batch::rel_index));
+              optional("angles", &Batch::angles), optional("rel_index", &Batch::rel_index),
+              optional("even", &Batch::even));
   bind_struct(m, "PackedLayer", field("qkv", &PackedLayer::qkv), field("out", &PackedLayer::out),
               field("up", &PackedLayer::up), field("down", &PackedLayer::down),
               field("norm1", &PackedLayer::norm1), field("norm2", &PackedLayer::norm2));

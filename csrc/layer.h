@@ -64,6 +64,9 @@ struct Batch {
   Bias bias;
   Angles angles;
   const int32_t* rel_index;  // of the distance 0: the bucket of (query position - key position)
+  // null, or of each sequence, whose last row stands for padding that sees all places alike, the
+  // share of these that it stands for besides its own: see Even in bertfast/encoder/batch.py
+  const float* even;
 
   int64_t results() const { return rows ? count : tokens; }
 };

@@ -20,6 +20,21 @@ SCRIPTS = {
         [(r"found first: (\S+)", 0.3, 1), (r"pairs: (\S+)", 0.4, 1)],
     ),
     "dropin_cross_encoder": (["sentence_transformers"], 6, [(r"scores within (\S+);", 0, 2e-5)]),
+    "dropin_modernbert": (
+        ["sentence_transformers"],
+        6,
+        [(r"embeddings within (\S+);", 0, 2e-5), (r"parameters within (\S+)", 0, 1e-4)],
+    ),
+    "dropin_deberta_reranker": (["sentence_transformers"], 6, [(r"scores within (\S+);", 0, 2e-5)]),
+    "dropin_gliner": (
+        ["gliner"],  # `make` installs it without its range of transformers
+        6,
+        [
+            (r"scores within (\S+);", 0, 2e-5),
+            (r"both find: (\S+)", 0.95, 1),  # scores that tie may change places
+            (r"parameters within (\S+)", 0, 1e-4),
+        ],
+    ),
     "dropin_lora": (["peft"], 6, [(r"logits within (\S+)", 0, 2e-5), (r"(6) of 6 layers", 6, 6)]),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SETTLE, LONG = 0.25, 0.5  # seconds
 SLOWEST = 10  # times that fp32's product is quicker where torch is still a rival
+GATED = ("modernbert", "nomic_bert", "gte", "eurobert")  # three products in a feed-forward
 BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
 
 
@@ -192,11 +193,18 @@ def copy(device: str = "cpu"):
 
 
 def encoder_flop(config, lengths: list[int]) -> int:
-    """Operations of the encoder's products, a multiply-add being two, over real tokens only."""
+    """Operations of the encoder's products, a multiply-add being two, over real tokens only, and
+    inside a window; those of relative positions not counted."""
     hidden, tokens = config.hidden_size, sum(lengths)
-    linears = 2 * tokens * (4 * hidden**2 + 2 * hidden * config.intermediate_size)
-    attention = 2 * 2 * hidden * sum(n * n for n in lengths)
-    return config.num_hidden_layers * (linears + attention)
+    gate = getattr(config, "model_type", "") in GATED
+    linears = 2 * tokens * (4 * hidden**2 + (2 + gate) * hidden * config.intermediate_size)
+    flop = config.num_hidden_layers * linears
+    for kind in getattr(config, "layer_types", None) or [None] * config.num_hidden_layers:
+        reach = config.local_attention // 2 if kind == "sliding_attention" else tokens
+        near = [min(n - 1, reach) for n in lengths]
+        pairs = sum(n * (2 * r + 1) - r * (r + 1) for n, r in zip(lengths, near, strict=True))
+        flop += 2 * 2 * hidden * pairs
+    return flop
 
 
 def cpu_name() -> str:

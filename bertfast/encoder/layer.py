@@ -88,7 +88,7 @@ def _inner(k, layer: Layer, x, seed, save: bool):
 
 def _relative(k, layer: Layer, batch: Batch, seed):
     """What queries and keys meet of relative positions, `ops.attention`'s rel_key and rel_query,
-    and its rel_index."""
+    and its rel_index. Without matrices of their own they share the key's and the query's."""
     spec = layer.spec
     if not spec.relative:
         return None, None, None
@@ -96,11 +96,11 @@ def _relative(k, layer: Layer, batch: Batch, seed):
     if seed is not None:
         p = layer.dropout.relative
         embeddings = k.add_layer_norm(embeddings, None, *NONE, 0.0, None, p, seed, False)[0]
-    found = []
-    for role in layer.position_roles():
-        product = None if role is None else _product(k, layer, role, embeddings)
-        found.append(None if role is None else product.view(-1, spec.heads, spec.head_dim))
-    return *found, index
+    found = dict.fromkeys(("c2p", "p2c"))
+    for kind in spec.relative:
+        product = _product(k, layer, layer.role_of(kind), embeddings)
+        found[kind] = product.view(-1, spec.heads, spec.head_dim)
+    return *found.values(), index
 
 
 def _attention(k, layer: Layer, batch: Batch, qkv, seed, relative_seed):

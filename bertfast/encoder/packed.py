@@ -11,7 +11,7 @@ from ..ops.library import CPU_DTYPES, is_bf16, plain, ptr, unwatched
 from . import watch
 from .batch import Batch, Relative
 from .executors import whole_cuda
-from .executors.whole_cpu import EVEN, c_spec, forward, positions_limit, relative_tables
+from .executors.whole_cpu import c_spec, even_limit, forward, positions_limit, relative_tables
 from .noise import NOISE_LIMIT, Sample, complaints
 from .replay import Graphs
 from .run import Choice, forced
@@ -36,10 +36,6 @@ class Freezable:
     def read(self) -> list[Layer | Unfit]:
         """What kernels take in the layers' places, or why they can't."""
         raise NotImplementedError
-
-    def entry(self, hidden):
-        """What comes to its layers of what it is given."""
-        return hidden
 
     def path(self, name: str, *layer) -> str:
         """Of its layers, or of one, where `name` is the encoder's."""
@@ -183,8 +179,9 @@ class PackedCpu(Packed):
         return super().__str__() + (f", {len(self.kept)} in bf16" if self.kept else "")
 
     def _run(self, first, last, batch, graphs=None):
-        if batch.even is not None:
-            raise RuntimeError(f"a frozen encoder can't serve this call: {EVEN}")
+        why = even_limit(batch)
+        if why:
+            raise RuntimeError(f"a frozen encoder can't serve this call: {why}")
         why = positions_limit(self._specs[first:last], batch)
         if why is None and self._buckets:
             low, high = (int(n) for n in torch.aminmax(batch.relative.index))

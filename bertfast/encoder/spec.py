@@ -73,9 +73,6 @@ def of_layer(seeds, first: int, last: int | None = None):
     return seeds[DROPOUTS * first : DROPOUTS * (first + 1 if last is None else last)]
 
 
-_POSITIONS = (("c2p", "pos_key", "key"), ("p2c", "pos_query", "query"))
-
-
 class Layer(NamedTuple):
     """A layer that kernels can run now."""
 
@@ -87,6 +84,14 @@ class Layer(NamedTuple):
     # roles whose matrices lie on each other in one, which the first of them has
     stacked: tuple[tuple[str, ...], ...] = ()
 
+    def role_of(self, positions: str) -> str:
+        """Whose matrix projects relative positions: their own, or the key's or query's they share.
+
+        positions: one of `LayerSpec.relative`.
+        """
+        own, shared = {"c2p": ("pos_key", "key"), "p2c": ("pos_query", "query")}[positions]
+        return shared if getattr(self.weights, own).weight is None else own
+
     def apart(self) -> LayerWeights:
         """The weights, each role's own: views for now."""
         weights = self.weights
@@ -96,16 +101,6 @@ class Layer(NamedTuple):
             own = [[p and p[i] for p in parts] for i in range(len(roles))]
             weights = weights._replace(**dict(zip(roles, starmap(Parameters, own), strict=True)))
         return weights
-
-    def position_roles(self) -> list[str | None]:
-        """Whose matrices positions take that queries meet, and that keys meet: the key's and the
-        query's where they have none of their own; or None."""
-        return [
-            (shared if getattr(self.weights, own).weight is None else own)
-            if kind in self.spec.relative
-            else None
-            for kind, own, shared in _POSITIONS
-        ]
 
 
 class Unfit(NamedTuple):

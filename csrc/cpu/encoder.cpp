@@ -285,8 +285,8 @@ struct Encoder {
           crew.share(2 * spec.heads, [&](int64_t n) {
             distances[i].template lay_out<kHeads, float>(n, distance_rows.mine());
           });
-        const Heads<kHeads> attention{g.specs[i], qkv,        qkv_row,     context,
-                                      hidden_row, batch.bias, distances[i]};
+        const Heads<kHeads> attention{g.specs[i], qkv,        qkv_row,    context,
+                                      hidden_row, batch.bias, batch.even, distances[i]};
         crew.share(tasks * parts, [&](int64_t task) {
           const int64_t b = task / parts / spec.heads, start = batch.cu_seqlens[b];
           const int64_t queries = batch.cu_seqlens[b + 1] - start;

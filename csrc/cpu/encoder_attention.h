@@ -18,6 +18,7 @@ struct Heads {
   T* out;  // [tokens, out_row]
   int64_t out_row;
   Bias bias;
+  const float* even;           // see Batch
   const Distances& distances;  // laid out by units of Head
 
   static constexpr int64_t kBlockRows = 8 * kTileRows<u>;  // of queries that meet keys' distances
@@ -29,6 +30,18 @@ struct Heads {
   }
   static Reach reach(const LayerSpec& spec) {
     return spec.window < 0 ? Reach{} : Reach{spec.window, spec.window};
+  }
+
+  // The last row of a sequence's, where that sees all places alike: the mean of the values there.
+  void attend_evenly(int64_t start, int64_t rows, int64_t h, float share) const {
+    const int64_t dim = spec.dim(), last = start + rows - 1;
+    const T* v = qkv + spec.hidden + spec.keys() + h / spec.groups * dim;
+    for (int64_t j = 0; j < dim; j += W) {
+      vf sum = {};
+      for (int64_t i = start; i <= last; ++i) sum += load_upto(v + i * row + j, dim - j);
+      const vf mean = sum * ((1 - share) / rows) + load_upto(v + last * row + j, dim - j) * share;
+      store_upto(out + last * out_row + h * dim + j, mean, dim - j);
+    }
   }
 
   // One head of sequence b, whose first n tokens are keys; of several parts of its queries, one.
@@ -59,9 +72,9 @@ struct Heads {
           rows, row / kPer<u>, queries, part, parts, factor, [](auto...) {},
           out + start * out_row + h * dim, out_row);
     };
-    if (!relative) return attend(part, parts);
+    if (!relative) attend(part, parts);
     const int64_t tiles = tile_count<u>(queries), end = tiles * (part + 1) / parts;
-    for (int64_t t = tiles * part / parts, next = t; t < end; ++t) {
+    for (int64_t t = tiles * part / parts, next = t; relative && t < end; ++t) {
       const int64_t m0 = tile_begin<u>(queries, t);
       {
         [[maybe_unused]] const MatrixScope<u> scope{};
@@ -73,6 +86,7 @@ struct Heads {
       }
       attend(t, tiles);
     }
+    if (even && part + 1 == parts && queries > 0) attend_evenly(start, queries, h, even[b]);
   }
 };
 

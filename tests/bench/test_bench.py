@@ -54,6 +54,16 @@ def test_flop_of_base():
     assert measure.encoder_flop(config, [128]) == linears + 12 * 4 * 768 * 128**2
 
 
+def test_flop_of_gates_and_windows():
+    import transformers
+
+    config = transformers.ModernBertConfig()
+    linears = 22 * 2 * 200 * (4 * 768**2 + 3 * 768 * 1152)
+    near = sum(abs(i - j) <= 64 for i in range(200) for j in range(200))
+    pairs = 8 * 200**2 + 14 * near
+    assert measure.encoder_flop(config, [200]) == linears + 4 * 768 * pairs
+
+
 def test_encoder(folder, capsys, tmp_path):
     arguments = f"encoder --model {folder} --batch 3 --seq 20 --pad-ratio 0 0.5 --dtype fp32 bf16"
     arguments += " --impl bertfast dropin frozen sdpa eager"

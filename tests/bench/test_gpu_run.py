@@ -22,6 +22,7 @@ import gpu_training
 
 TINY = ("--config", "tiny", "--device", "cpu", "--rounds", 1)
 SHAPES = ("2 x 24", "3 natural to 24")
+STOCK = "transformers sdpa"
 
 
 def script(monkeypatch, module, *arguments):
@@ -53,12 +54,29 @@ def run(monkeypatch, module, name, tmp_path, *options):
 def test_inference(tmp_path, monkeypatch):
     result, cells = run(monkeypatch, gpu_inference, "gpu_inference_tiny", tmp_path)
     assert list(cells) == [f"BERT-tiny inference, {shape}, bf16" for shape in SHAPES]
-    names = {gpu_inference.FAST, gpu_inference.STOCK, "bertfast accelerate, launched"}
+    names = {gpu_inference.FAST, STOCK, "bertfast accelerate, launched"}
     names |= {"bertfast", "bertfast frozen"}
     first, last = cells.values()
     assert set(first) == names and set(last) == names | {gpu_inference.PADDED}
     assert all(0 < r["relative_error"] < 0.05 for r in (first | last).values())
-    assert [line["rival_name"] for line in result["summary"]] == [gpu_inference.STOCK] * 2
+    assert [line["rival_name"] for line in result["summary"]] == [STOCK] * 2
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("family", gpu_models.FAMILIES[1:])
+def test_other_families(family, tmp_path, monkeypatch):
+    file, options = family.split("-")[0].lower() + "_tiny", ("--family", family)
+    stock = gpu_models.stock_of(gpu_models.config_of("tiny", family))
+    assert stock == f"transformers {'eager' if 'DeBERTa' in family else 'sdpa'}"
+    _, cells = run(monkeypatch, gpu_inference, f"gpu_inference_{file}", tmp_path, *options)
+    assert list(cells) == [f"{family} inference, {shape}, bf16" for shape in SHAPES]
+    names = {gpu_inference.FAST, stock, "bertfast accelerate, launched"}
+    first, last = cells.values()
+    assert set(first) == names and set(last) == names | {gpu_inference.PADDED}
+    _, cells = run(monkeypatch, gpu_training, f"gpu_finetune_{file}", tmp_path, *options)
+    for rows in cells.values():
+        assert set(rows) == {gpu_training.FAST, gpu_training.LAUNCHED, stock}
+        assert all(r["cosine"] > 0.99 for r in rows.values())
 
 
 def test_wrong_outputs_have_no_speed(tmp_path, monkeypatch):
@@ -86,7 +104,7 @@ def test_compiled_inference(tmp_path, monkeypatch):
 def test_finetune(tmp_path, monkeypatch):
     result, cells = run(monkeypatch, gpu_training, "gpu_finetune_tiny", tmp_path)
     assert list(cells) == [f"BERT-tiny fine-tuning, {shape}, bf16" for shape in SHAPES]
-    names = {gpu_training.FAST, gpu_training.LAUNCHED, gpu_training.STOCK}
+    names = {gpu_training.FAST, gpu_training.LAUNCHED, STOCK}
     first, last = cells.values()
     assert set(first) == names | {"bertfast loop", "bertfast loop, launched"}
     assert set(last) == names
@@ -210,7 +228,7 @@ def test_commands_name_what_there_is(tmp_path):
         for word in part.command:
             if word.endswith(".py"):
                 assert (root / word).is_file(), word
-    for names in (gpu_run.OPERATORS, gpu_run.CUDA, gpu_run.PARITY):
+    for names in (gpu_run.OPERATORS, gpu_run.OPTIONS, gpu_run.CUDA, gpu_run.PARITY):
         assert all(gpu_run.tests(name) for name in names.split())
 
 

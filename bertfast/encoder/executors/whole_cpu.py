@@ -13,7 +13,7 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, p
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import FLAT, IS_MATRIX, NONE, addresses, fit
+from ..weights import FLAT, IS_MATRIX, addresses, fit
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
@@ -36,15 +36,18 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
     return why or _weights_limit(_apart(layers), hidden)
 
 
+def even_limit(batch: Batch) -> str | None:
+    """What keeps padding that is `Even` from whole encoders."""
+    return EVEN if batch.even is not None and batch.even.share is None else None
+
+
 def inference_limit(batch: Batch) -> str | None:
     """What keeps a call from any executor of whole encoders."""
     if torch.is_grad_enabled():
         return "gradients are enabled"
     if batch.bias is not None and not plain(batch.bias):
         return "the bias on the scores is no plain tensor"
-    if batch.even is not None:
-        return EVEN
-    return None
+    return even_limit(batch)
 
 
 def layers_limit(layers: list[Layer]) -> str | None:
@@ -187,15 +190,14 @@ def _reached(batch: Batch):
 @torch.no_grad()
 def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
     """[buckets, hidden] -> what a layer's queries meet, and its keys: fp32, [buckets, width]."""
-    found = []
-    for role in layer.position_roles():
+    found = dict.fromkeys(("c2p", "p2c"))
+    for kind in layer.spec.relative:
         weight, bias = (
             p.float() if p is not None and embeddings.dtype == torch.float32 else p
-            for p in (NONE if role is None else getattr(layer.weights, role))
+            for p in getattr(layer.weights, layer.role_of(kind))
         )
-        table = role and call("linear_act", embeddings, weight, bias, 0, False)[0].float()
-        found.append(table)
-    return found
+        found[kind] = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
+    return [*found.values()]
 
 
 def forward(encoder, first: int, last: int, batch: Batch, dtype):
@@ -212,12 +214,13 @@ def forward(encoder, first: int, last: int, batch: Batch, dtype):
         bias = None if batch.bias is None else dense_last(batch.bias)
         angles = [real(table) for table in batch.angles]
         index = None if batch.relative is None else real(batch.relative.index)
-        given = c_batch(batch, hidden, out, starts, used, rows, bias, angles, index)
+        even = None if batch.even is None else batch.even.share.float()
+        given = c_batch(batch, hidden, out, starts, used, rows, bias, angles, index, even)
         encoder.forward(first, last, given)
     return out
 
 
-def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None):
+def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None, even=None):
     """Of C++, with whatever stands for the batch's tensors in memory."""
     return C.Batch(
         hidden=hidden.data_ptr(),
@@ -234,4 +237,5 @@ def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None)
         bias=bias_arguments(bias),
         angles=[ptr(table) for table in angles],
         rel_index=0 if index is None else index[len(index) // 2 :].data_ptr(),
+        even=ptr(even),
     )

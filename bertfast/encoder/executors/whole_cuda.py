@@ -16,7 +16,7 @@ from ...ops.library import CUDA_DEVICE, cuda_limit, cuda_queue, lazy, ptr, real
 from ..batch import Batch
 from ..spec import Layer, LayerSpec
 from ..weights import BERT, addresses, shapes
-from .whole_cpu import c_batch, c_spec, flat_weights, inference_limit, layers_limit
+from .whole_cpu import EVEN, c_batch, c_spec, flat_weights, inference_limit, layers_limit
 
 DEVICE = CUDA_DEVICE
 
@@ -37,6 +37,8 @@ def call_limit(spec: LayerSpec, batch: Batch) -> str | None:
     why = cuda_limit(CUDA_DEVICE, None, ()) or inference_limit(batch)
     if why:
         return why
+    if batch.even is not None:
+        return EVEN
     if batch.captured:  # and these kernels run slower than cuBLAS's and Triton's
         return "a CUDA graph's launches cost nothing"
     if len(hidden) > FEW_TOKENS:
