@@ -12,13 +12,8 @@ import time
 
 import torch
 from sentence_transformers import CrossEncoder
-from stdlib_text import docstrings, minilm
-from transformers import (
-    AutoTokenizer,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    set_seed,
-)
+from stdlib_text import deberta_v3, docstrings, minilm
+from transformers import AutoTokenizer, DebertaV2ForSequenceClassification, set_seed
 
 import bertfast
 
@@ -26,22 +21,7 @@ QUERY = "move a file to another folder"
 
 
 def untrained() -> CrossEncoder:
-    config = DebertaV2Config(
-        vocab_size=30522,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        intermediate_size=1536,
-        initializer_range=0.05,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        type_vocab_size=0,
-        num_labels=1,
-    )
+    config = deberta_v3(initializer_range=0.05, num_labels=1)
     with tempfile.TemporaryDirectory() as folder:
         AutoTokenizer.from_pretrained(minilm()).save_pretrained(folder)
         DebertaV2ForSequenceClassification(config).save_pretrained(folder)

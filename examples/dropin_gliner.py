@@ -11,8 +11,8 @@ import re
 import tempfile
 import time
 
-from stdlib_text import docstrings, minilm
-from transformers import AutoTokenizer, DebertaV2Config, set_seed
+from stdlib_text import deberta_v3, docstrings, minilm
+from transformers import AutoTokenizer, set_seed
 
 import bertfast
 
@@ -26,25 +26,11 @@ KINDS = ["function", "type", "file"]
 
 
 def untrained():
-    """A GLiNER on a DeBERTa-v3 of six layers, and the tokenizer that is here."""
+    """A GLiNER on a DeBERTa-v3 with random weights, and the tokenizer that is here."""
     with tempfile.TemporaryDirectory() as folder:
         AutoTokenizer.from_pretrained(minilm()).save_pretrained(folder)
-        encoder = DebertaV2Config(
-            vocab_size=30522,
-            hidden_size=384,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            intermediate_size=1536,
-            relative_attention=True,
-            position_buckets=256,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-            pos_att_type=["p2c", "c2p"],
-            position_biased_input=False,
-            type_vocab_size=0,
-        )
         config = GLiNERConfig(
-            model_name=folder, hidden_size=256, max_width=4, encoder_config=encoder.to_dict()
+            model_name=folder, hidden_size=256, max_width=4, encoder_config=deberta_v3().to_dict()
         )
         return GLiNER.from_config(config, backbone_from_pretrained=False)
 
