@@ -27,6 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]  # before bertfast is built there is no harness
 GRACE = 25  # seconds that a part may take beyond those it is told
 OPERATORS = "add_layer_norm attention cross_attention dropout embedding_layer_norm linear_act"
+OPTIONS = "attention_window attention_relative"
 OPERATORS += " gated_act rotary linear_act_triton masked_cross_entropy pack node families"
 CUDA = "attention_cuda cuda_linear whole_cuda"
 PARITY = "graphs replay replay_training replay_memory seen step node"
@@ -69,6 +70,7 @@ def parts_of(out: Path) -> dict[str, Part]:
     return {
         "build": Part(170, install),
         "parity": Part(90, [*pytest, "-k", "not cpu", *tests(PARITY)]),
+        "options": Part(120, [*pytest, "-k", "triton", *tests(OPTIONS)]),
         "inference_base": script(110, "inference"),
         "finetune_base": script(165, "training"),
         "checks": script(60, "training", "--what", "checks"),

@@ -318,15 +318,15 @@ def _run(
         a |= dict(dbias_head=squares.stride(1), dbias_query=squares.stride(2))
     dkv_arguments = dict(dk=dkv[:, 0], dv=dkv[:, 1], DK_TOKEN=dkv.stride(0))
     arch = launch.arch(q.device)
-    relative, tile = "" if rel_index is None else " relative", None
-    if not relative:
+    kind, tile = "" if rel_index is None else " relative", None
+    if not kind:
         tile = choose("whole", arch, q, max(longest_q, longest_k), bias)
     if tile is not None:
         a |= dkv_arguments | dict(out=out.contiguous(), delta=None, blocks=1, WHOLE=True)
         launch(_keys, a["batch"] * heads, tile, a)
     else:
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-        tile = choose(f"queries{relative}", arch, q, longest_k, bias)
+        tile = choose(f"queries{kind}", arch, q, longest_k, bias)
         items, blocks = work(q.shape[0], starts_q, longest_q, tile.m)
         launch(
             _queries,
@@ -334,7 +334,7 @@ def _run(
             tile,
             a | dict(out=out.contiguous(), delta=delta, blocks=blocks),
         )
-        tile = choose(f"keys{relative}", arch, q, longest_q, bias)
+        tile = choose(f"keys{kind}", arch, q, longest_q, bias)
         items, blocks = work(k.shape[0], starts_k, longest_k, tile.n)
         a |= dkv_arguments | dict(out=None, delta=delta, blocks=blocks, WHOLE=False, dbias=None)
         launch(_keys, items * heads, tile, a)

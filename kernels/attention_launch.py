@@ -323,7 +323,7 @@ _MORE = (
 
 def variants(run):
     """Every `Spec` of run(launch, qkv, starts, longest, *options), once: by the table, and with
-    what each of dropout, a causal mask, a bias, unused keys, a window and relative positions adds."""
+    what is in `_MORE`."""
     empty = functools.partial(torch.empty, device="meta")
     starts = empty(33, dtype=torch.int32)
     seed, heads, seen = empty(2, dtype=torch.int64), 12, set()

@@ -60,8 +60,11 @@ def layers_of(model):
 # Parts of these are in fp32 whatever the model's dtype.
 PARTLY_FP32 = ("ModernBert", "EuroBert")
 MASKS = ("right", "left", "holes", "row", "none")
-# These have Bert's table of modules: what it is asked for every mask and dtype they are for few.
-TWINS = ("Roberta", "XLMRoberta", "Camembert", "Ernie", "RoCBert", "Data2VecText")
+# Whose table of modules these have, too: what that is asked for every value, they are for few.
+TWINS = dict.fromkeys(
+    ("Roberta", "XLMRoberta", "Camembert", "Ernie", "RoCBert", "Data2VecText"), "Bert"
+)
+TWINS |= {"RobertaPreLayerNorm": "XLMRobertaXL", "Gte": "NomicBert"}
 
 
 def few(family, values):

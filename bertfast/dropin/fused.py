@@ -101,7 +101,7 @@ class FusedEncoder(Freezable):
                     hidden_states, attention_mask, keys, watched, found
                 )
             if why is None:
-                hidden_states = self.entry(hidden_states)
+                hidden_states = self.family.entry(self, hidden_states)
                 return self._fused(
                     hidden_states, attention_mask, packing, padded, watched, found, kwargs
                 )
@@ -121,9 +121,6 @@ class FusedEncoder(Freezable):
     def read(self) -> list[Layer | Unfit]:
         why = self.family.limit(self)
         return [Unfit("", why) if why else layer.describe() for layer in self.layer]
-
-    def entry(self, hidden):
-        return self.family.entry(self, hidden)
 
     def _packing(self, hidden_states, attention_mask, keys, watched, found):
         """(None, the call's packing: of real tokens, or with padded rows where somebody may read
@@ -157,6 +154,8 @@ class FusedEncoder(Freezable):
 
     def _alike(self, watched, found) -> bool:
         """Whether rows that come alike, and see alike, leave so, and nobody takes gradients."""
+        if self.packed is not None:
+            return True
         if torch.is_grad_enabled() or self._by_modules(watched, found):
             return False
         return not any([any(layer.dropout) or layer.adapters for layer in found])

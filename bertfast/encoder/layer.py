@@ -98,9 +98,7 @@ def _relative(k, layer: Layer, batch: Batch, seed):
         embeddings = k.add_layer_norm(embeddings, None, *NONE, 0.0, None, p, seed, False)[0]
     found = dict.fromkeys(("c2p", "p2c"))
     for kind in spec.relative:
-        own, shared = {"c2p": ("pos_key", "key"), "p2c": ("pos_query", "query")}[kind]
-        role = shared if getattr(layer.weights, own).weight is None else own
-        product = _product(k, layer, role, embeddings)
+        product = _product(k, layer, layer.role_of(kind), embeddings)
         found[kind] = product.view(-1, spec.heads, spec.head_dim)
     return *found.values(), index
 

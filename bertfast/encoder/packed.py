@@ -37,10 +37,6 @@ class Freezable:
         """What kernels take in the layers' places, or why they can't."""
         raise NotImplementedError
 
-    def entry(self, hidden):
-        """What comes to its layers of what it is given."""
-        return hidden
-
     def path(self, name: str, *layer) -> str:
         """Of its layers, or of one, where `name` is the encoder's."""
         return ".".join(map(str, [*filter(None, (name, self.LAYERS)), *layer]))

@@ -84,6 +84,14 @@ class Layer(NamedTuple):
     # roles whose matrices lie on each other in one, which the first of them has
     stacked: tuple[tuple[str, ...], ...] = ()
 
+    def role_of(self, positions: str) -> str:
+        """Whose matrix projects relative positions: their own, or the key's or query's they share.
+
+        positions: one of `LayerSpec.relative`.
+        """
+        own, shared = {"c2p": ("pos_key", "key"), "p2c": ("pos_query", "query")}[positions]
+        return shared if getattr(self.weights, own).weight is None else own
+
     def apart(self) -> LayerWeights:
         """The weights, each role's own: views for now."""
         weights = self.weights

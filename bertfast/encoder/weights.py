@@ -78,6 +78,15 @@ def fit(spec, weights: LayerWeights) -> bool:
     return all([p is None or p.shape == shape for p, shape in both])
 
 
+@cache
+def needed(spec) -> list[int]:
+    """Of `LayerWeights.flat`: the weights that a layer can't do without."""
+    absent = {"pos_key", "pos_query"}  # which may be shared
+    absent |= set() if spec.gated else {"gate"}
+    absent |= {"norm1"} if spec.pre_norm else set()
+    return [i for i, (role, part) in enumerate(FLAT) if part == "weight" and role not in absent]
+
+
 def addresses(layers: list[LayerWeights]) -> array:
     """What C++ reads as LayerWeights[layers]."""
     flat = [p for weights in layers for p in weights.flat()]

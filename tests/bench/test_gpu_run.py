@@ -228,7 +228,7 @@ def test_commands_name_what_there_is(tmp_path):
         for word in part.command:
             if word.endswith(".py"):
                 assert (root / word).is_file(), word
-    for names in (gpu_run.OPERATORS, gpu_run.CUDA, gpu_run.PARITY):
+    for names in (gpu_run.OPERATORS, gpu_run.OPTIONS, gpu_run.CUDA, gpu_run.PARITY):
         assert all(gpu_run.tests(name) for name in names.split())
 
 

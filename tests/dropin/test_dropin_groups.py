@@ -118,4 +118,5 @@ def test_replayed_training():
     truth = gradients(copy.deepcopy(theirs).double(), given, mask)
     for _ in range(3):
         close_gradients(gradients(ours, given, mask), gradients(theirs, given, mask), truth)
-    assert report.graphs["encoder"][:3] == (1, 1, 1)
+    hits, captures, misses, _ = report.graphs["encoder"]
+    assert hits >= captures == 1 and hits + captures + misses == 3

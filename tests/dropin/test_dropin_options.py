@@ -111,7 +111,7 @@ def fits(family, name, value):
     if name == "classifier_pooling":
         return value in (("mean",) if family == "ModernBert" else ("mean", "bos"))
     # a twin's layers were asked as Bert's
-    return family not in TWINS or name not in options("Bert")
+    return TWINS.get(family) != "Bert" or name not in options("Bert")
 
 
 CASES = [

@@ -11,7 +11,7 @@ from helpers import DEVICES, FLOATS, backends, check, close_to_truth, offsets, r
 from bertfast import ops
 
 pytestmark = pytest.mark.usefixtures("guarded")
-BACKENDS = [name for name in backends("attention") if name not in ("cuda", "triton")]
+BACKENDS = [name for name in backends("attention") if name != "cuda"]
 LENGTHS = [130, 0, 1, 40, 77]
 
 

@@ -15,12 +15,11 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, p
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import FLAT, IS_MATRIX, addresses, shapes
+from ..weights import FLAT, IS_MATRIX, addresses, needed, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
 EVEN = "rows of padding see all places alike"
-_TABLES = {"c2p": "pos_key", "p2c": "pos_query"}
 _ANGLES = 3  # tables of a call, see csrc/layer.h
 
 
@@ -107,14 +106,10 @@ class _Plan(NamedTuple):
 @functools.lru_cache
 def _plan(spec: LayerSpec, there: tuple[bool, ...]) -> _Plan:
     """there: of `LayerWeights.flat` of each layer, which parameters it has."""
-    roles = {"query", "key", "value", "out", "up", "down", "norm2"}
-    roles |= {"gate"} if spec.gated else set()
-    roles |= set() if spec.pre_norm else {"norm1"}
-    roles |= {_TABLES[kind] for kind in spec.relative}
-    needed = [part == "weight" and role in roles for role, part in FLAT]
-    count = len(there) // len(FLAT)
+    size = len(FLAT)
+    count = len(there) // size
     return _Plan(
-        any(n and not t for n, t in zip(needed * count, there, strict=True)),
+        any(not there[size * n + i] for n in range(count) for i in needed(spec)),
         [*compress(IS_MATRIX * count, there)],
         [*compress(shapes(spec) * count, there)],
     )
@@ -208,17 +203,14 @@ def _reached(batch: Batch):
 @torch.no_grad()
 def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
     """[buckets, hidden] -> what a layer's queries meet, and its keys: fp32, [buckets, width]."""
-    spec, found = layer.spec, []
-    for kind, role in _TABLES.items():
+    found = dict.fromkeys(("c2p", "p2c"))
+    for kind in layer.spec.relative:
         weight, bias = (
             p.float() if p is not None and embeddings.dtype == torch.float32 else p
-            for p in getattr(layer.weights, role)
+            for p in getattr(layer.weights, layer.role_of(kind))
         )
-        table = None
-        if kind in spec.relative:
-            table = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
-        found.append(table)
-    return found
+        found[kind] = call("linear_act", embeddings, weight, bias, 0, False)[0].float()
+    return [*found.values()]
 
 
 def forward(encoder, first: int, last: int, batch: Batch, dtype):
