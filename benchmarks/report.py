@@ -22,7 +22,7 @@ DETAIL = (
 )  # in report.md, and too much for the README
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
-    "families": ("Other families", ()),
+    "model_families": ("Other families", ()),
     "sweep": ("Length and padding", ("sweep",)),
     "rivals_memory": ("Memory", ("memory",)),
     "breakdown": ("One layer by operator", ("breakdown", "roofline")),

@@ -21,7 +21,7 @@ PARTS = {
     "test_ops": OPERATORS,
     "encoder_inference": "--rounds 2",
     "dropin": "--rounds 2 --steps 4",
-    "families": "--rounds 2",
+    "model_families": "--rounds 2",
     "training_step": "--rounds 3 --curve 0 --workloads base-8x128 base-natural",
     "memory": "--models BERT-base",
     "sweep": "--rounds 2",

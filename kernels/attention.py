@@ -20,7 +20,6 @@ from .attention_launch import (
     choose,
     dense_last,
     launch,
-    options,
     variants,
     work,
 )
@@ -182,8 +181,10 @@ def cross_forward(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     window = bounded(window, longest_k)
-    a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k)
-    a |= options(window, rel_key, rel_query, rel_index)
+    a = arguments(
+        q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k, window,
+        rel_key, rel_query, rel_index,
+    )  # fmt: skip
     seen = longest_k if window is None else 2 * window + 1
     kernel = "forward" if rel_index is None else "forward relative"
     tile = choose(kernel, launch.arch(q.device), q, seen, bias)

@@ -17,7 +17,6 @@ from .attention_launch import (
     choose,
     dense_last,
     launch,
-    options,
     variants,
     work,
 )
@@ -302,9 +301,11 @@ def _run(
     q, kv = dense_last(q), dense_last(kv)
     k, v = kv.unbind(1)
     heads = q.shape[1]
-    a = arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k)
     window = bounded(window, longest_k)
-    a |= options(window, rel_key, rel_query, rel_index)
+    a = arguments(
+        q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k, window,
+        rel_key, rel_query, rel_index,
+    )  # fmt: skip
     drels = q.new_empty(0), q.new_empty(0)
     squares = None
     if need_dbias:  # a square per sequence and head, so that no two programs add to one place

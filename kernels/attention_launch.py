@@ -213,9 +213,14 @@ def dense_last(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k):
+def arguments(
+    q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias, seqused_k, window=None,
+    rel_key=None, rel_query=None, rel_index=None,
+):  # fmt: skip
     """What all of attention's kernels take. Strides are constants: a model has one set of them,
-    and the compiler sees how the rows are aligned."""
+    and the compiler sees how the rows are aligned. rel_index begins with the distance of 0."""
+    if rel_index is not None:
+        rel_index = rel_index.contiguous()[rel_index.shape[0] // 2 :]
     bias = None if bias is None else dense_last(bias)
     steps = (0, 0, 0) if bias is None else bias.stride()[:3]
     dim = q.shape[2]
@@ -228,6 +233,10 @@ def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias,
         seqused_k=None if seqused_k is None else seqused_k.contiguous(),
         bias=bias,
         seed=None if seed is None else seed.contiguous(),
+        window=window,
+        rel_key=None if rel_key is None else rel_key.contiguous(),
+        rel_query=None if rel_query is None else rel_query.contiguous(),
+        rel_index=rel_index,
         bias_batch=0 if bias is None or bias.shape[0] == 1 else steps[0],
         bias_head=0 if bias is None or bias.shape[1] == 1 else steps[1],
         bias_query=steps[2],
@@ -251,18 +260,6 @@ def arguments(q, k, v, starts_q, starts_k, scale, dropout_p, seed, causal, bias,
 def bounded(window, longest):
     """The window, None where every key of a sequence is within."""
     return None if window is None or window >= longest - 1 else window
-
-
-def options(window, rel_key, rel_query, rel_index):
-    """What `attention` has beside: the embeddings dense, the index from the distance of 0 on."""
-    if rel_index is not None:
-        rel_index = rel_index.contiguous()[rel_index.shape[0] // 2 :]
-    return dict(
-        window=window,
-        rel_key=None if rel_key is None else rel_key.contiguous(),
-        rel_query=None if rel_query is None else rel_query.contiguous(),
-        rel_index=rel_index,
-    )
 
 
 def precision():

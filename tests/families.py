@@ -1,6 +1,7 @@
 """Small models of every family that the drop-in knows, and inputs and comparisons for them."""
 
 import copy
+import importlib.util
 import inspect
 
 import torch
@@ -26,6 +27,11 @@ FAMILIES = {
     "XLMRobertaXL": "xlm_roberta_xl",
     "RobertaPreLayerNorm": "roberta_prelayernorm",
     "Albert": "albert",
+}
+FAMILIES = {  # transformers 5.17 has not all of them
+    name: folder
+    for name, folder in FAMILIES.items()
+    if importlib.util.find_spec(f"transformers.models.{folder}")
 }
 EAGER = ("MPNet", "DebertaV2", "MegatronBert")  # transformers has no SDPA for them
 # Masks that are left to stock: distances between places are not those between tokens.

@@ -203,8 +203,8 @@ class Family:
         more = self.spec(layer)
         if isinstance(more, str):
             return Unfit("", more)
-        hidden, inner = weights.out.weight.shape[0], weights.down.weight.shape[1]
-        heads = weights.query.weight.shape[0] // head_dim // plan.parts
+        hidden, inner = weights.out.weight.shape[0], weights.up.weight.shape[0] // plan.parts("up")
+        heads = weights.query.weight.shape[0] // head_dim // plan.parts("query")
         spec = LayerSpec(hidden, heads, head_dim, inner, kernel, *eps, **more)
         if not isclose(vars(attention).get("scaling", spec.scale), spec.scale):
             return Unfit(
@@ -266,6 +266,9 @@ class _Plan:
         self.dropouts = [None if path is None else place(path) for path in family.dropouts]
         self.roles = [r if isinstance(r, str) else r[0] for r in family.roles]
         self.stacked = tuple(r for r in family.roles if not isinstance(r, str))
-        self.parts = next((len(r) for r in self.stacked if "query" in r), 1)
         self.norms = [*map(self.roles.index, NORMS)]
         self.optional = {self.names.index(path) for path in family.optional}
+
+    def parts(self, role: str) -> int:
+        """How many roles' matrices lie on each other where this one's does."""
+        return next((len(r) for r in self.stacked if role in r), 1)

@@ -49,7 +49,11 @@ def test_heads_and_hidden_states(family):
     with torch.inference_mode():
         close_to_truth(ours(**given).logits, expected.logits, floor=5e-5)
     given |= {"output_hidden_states": True}
-    if family not in ("MPNet", "MegatronBert", "DebertaV2"):  # transformers' hooks on layers collect them
+    if family not in (
+        "MPNet",
+        "MegatronBert",
+        "DebertaV2",
+    ):  # transformers' hooks on layers collect them
         return refused(RuntimeError, "frozen.*hidden states", ours, **given)
     with torch.inference_mode():
         found = ours(**given)

@@ -15,7 +15,7 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, p
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import FLAT, IS_MATRIX, addresses, needed, shapes
+from ..weights import IS_MATRIX, addresses, needed, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 DEVICE = "cpu"
@@ -106,10 +106,9 @@ class _Plan(NamedTuple):
 @functools.lru_cache
 def _plan(spec: LayerSpec, there: tuple[bool, ...]) -> _Plan:
     """there: of `LayerWeights.flat` of each layer, which parameters it has."""
-    size = len(FLAT)
-    count = len(there) // size
+    count = len(there) // len(IS_MATRIX)
     return _Plan(
-        any(not there[size * n + i] for n in range(count) for i in needed(spec)),
+        not all([there[i + j] for i in range(0, len(there), len(IS_MATRIX)) for j in needed(spec)]),
         [*compress(IS_MATRIX * count, there)],
         [*compress(shapes(spec) * count, there)],
     )

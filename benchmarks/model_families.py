@@ -1,6 +1,6 @@
 """Families other than BERT, in base size, on a CPU: accelerated and frozen beside stock.
 
-    python benchmarks/families.py [--families ModernBERT-base ...] [--rounds 3] [--tiny]
+    python benchmarks/model_families.py [--families ModernBERT-base ...] [--rounds 3] [--tiny]
 
 Inference of the encoder, with padding="zeros" as heads and poolings that don't look at padding get
 it, and a step of training of its classifier (forward, backward, fused AdamW). The rival is the
@@ -164,7 +164,7 @@ def main(argv=None):
             cells.append({"task": task, **sizes, "rounds": args.rounds, "rows": rows})
             print("\n" + table(task, cells[-1]), flush=True)
             gc.collect()
-    save("families", {"cells": cells, "summary": summary(cells)}, args.out)
+    save("model_families", {"cells": cells, "summary": summary(cells)}, args.out)
 
 
 if __name__ == "__main__":

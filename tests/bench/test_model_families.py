@@ -1,4 +1,4 @@
-"""benchmarks/families.py on tiny models: every cell, outputs that differ, what can't be frozen."""
+"""benchmarks/model_families.py on tiny models: every cell, outputs that differ, what can't be frozen."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from untimed import untimed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import base_sizes
-import families
+import model_families as families
 
 TINY = base_sizes.TINY | {"vocab_size": 200}
 
@@ -29,7 +29,7 @@ def quick(tmp_path, monkeypatch):
 
 def run(tmp_path, *options):
     families.main(["--tiny", "--rounds", "1", "--out", str(tmp_path), *options])
-    return json.loads((tmp_path / "families.json").read_text())
+    return json.loads((tmp_path / "model_families.json").read_text())
 
 
 def rows_of(result, name):
