@@ -145,6 +145,13 @@ TILES = {
         (2, 64): {LONG: Tile(16, 64, 4, 2)},
         (2, 128): {LONG: Tile(32, 32, 8, 2)},
     },
+    # With a window a few of the above spill.
+    ("forward", "window"): {
+        (2, 32): {LONG: Tile(64, 64, 4)},
+        (4, 64): {LONG: Tile(32, 32, 8)},
+    },
+    ("queries", "window"): {(4, 32): {LONG: Tile(32, 32, 8)}},
+    ("keys", "window"): {(4, 32): {LONG: Tile(16, 32, 4)}},
 }  # fmt: skip
 # With relative positions, whose tiles are square; "distances" sums their gradients.
 _RELATIVE = {
@@ -188,11 +195,13 @@ TILES["forward relative", 90] = _RELATIVE["forward"] | _HOPPER
 BUCKETS = Tile(16, 64, 4)  # buckets and distances
 
 
-def choose(kernel, arch, q, longest, bias):
+def choose(kernel, arch, q, longest, bias, window=None):
     """The tile for sequences up to `longest`, None where the table has none."""
     key = q.element_size(), max(power_of_2(q.shape[2]), 32)
     # Of the rest, sm_86, 89 and 120 have an A100's registers and less shared memory.
     tiles = TILES[kernel, 90 if arch in (90, 100, 103) else 80][key]
+    if window is not None:
+        tiles = TILES.get((kernel, "window"), {}).get(key, tiles)
     if bias is not None:
         tiles = TILES.get((kernel, "bias"), {}).get(key, tiles)
     return next((tile for limit, tile in tiles.items() if longest <= limit), None)
