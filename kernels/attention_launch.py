@@ -157,7 +157,7 @@ TILES = {
 _RELATIVE = {
     "forward": {
         (2, 32): {32: Tile(32, 32, 4), LONG: Tile(64, 64, 8, 2)},
-        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 64): {LONG: Tile(32, 32, 8)},
         (2, 128): {LONG: Tile(32, 32, 8)},
         (4, 32): {LONG: Tile(32, 32, 8)},
         (4, 64): {LONG: Tile(16, 16, 8)},
@@ -165,7 +165,7 @@ _RELATIVE = {
     },
     "queries": {
         (2, 32): {LONG: Tile(32, 32, 4)},
-        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 64): {LONG: Tile(32, 32, 8)},
         (2, 128): {LONG: Tile(32, 32, 8)},
         (4, 32): {LONG: Tile(32, 32, 8)},
         (4, 64): {LONG: Tile(16, 16, 8)},
@@ -176,7 +176,7 @@ _RELATIVE = {
         (2, 64): {LONG: Tile(32, 32, 4)},
         (2, 128): {LONG: Tile(32, 32, 8, 2)},
         (4, 32): {LONG: Tile(32, 32, 8)},
-        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 64): {LONG: Tile(16, 16, 4, 2)},
         (4, 128): {LONG: Tile(16, 16, 8, 2)},
     },
     "distances": {
@@ -184,7 +184,7 @@ _RELATIVE = {
         (2, 64): {LONG: Tile(32, 32, 4)},
         (2, 128): {LONG: Tile(16, 16, 4)},
         (4, 32): {LONG: Tile(32, 32, 8)},
-        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 64): {LONG: Tile(16, 16, 8, 2)},
         (4, 128): {LONG: Tile(16, 16, 8)},
     },
 }  # fmt: skip
@@ -192,7 +192,7 @@ _HOPPER = {(2, 64): {32: Tile(32, 32, 4), LONG: Tile(64, 64, 8, 2)}}
 for _kernel, _tiles in _RELATIVE.items():
     TILES[f"{_kernel} relative", 80] = TILES[f"{_kernel} relative", 90] = _tiles
 TILES["forward relative", 90] = _RELATIVE["forward"] | _HOPPER
-BUCKETS = Tile(16, 64, 4)  # buckets and distances
+BUCKETS = Tile(16, 16, 4)  # buckets and distances
 
 
 def choose(kernel, arch, q, longest, bias, window=None):
