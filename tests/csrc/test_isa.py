@@ -51,6 +51,8 @@ ISAS = C.build_info()["isas_built"] if C else []
 # them without Triton's interpreter, which knows no instruction set, and without whole runs.
 HALVES = [
     [
+        "attention_relative",
+        "attention_window",
         "dropin",
         "dropin_guards",
         "dropin_training",
@@ -60,9 +62,8 @@ HALVES = [
         "optimizer",
         "train",
     ],
-    ["linear_act", "attention", "attention_window", "attention_relative", "cross_attention"]
-    + ["add_layer_norm", "embedding_layer_norm", "masked_cross_entropy", "pack", "dropout"]
-    + ["frozen", "whole_cpu", "graphs"]
+    ["linear_act", "attention", "cross_attention", "add_layer_norm", "embedding_layer_norm"]
+    + ["masked_cross_entropy", "pack", "dropout", "frozen", "whole_cpu", "graphs"]
     + ["dropin_frozen", "families", "node", "run"],
 ]
 NUMERIC = "not triton and (not test_pretrain and not test_train or packed or accumul or lamb_)"
