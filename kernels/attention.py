@@ -187,7 +187,7 @@ def cross_forward(
     )  # fmt: skip
     seen = longest_k if window is None else 2 * window + 1
     kernel = "forward" if rel_index is None else "forward relative"
-    tile = choose(kernel, launch.arch(q.device), q, seen, bias)
+    tile = choose(kernel, launch.arch(q.device), q, seen, bias, window)
     items, blocks = work(tokens, starts_q, longest_q, tile.m)
     a |= dict(out=out, lse=lse, blocks=blocks, ONE_PASS=longest_k <= tile.n)
     launch(_forward, items * heads, tile, a)

@@ -327,7 +327,7 @@ def _run(
         launch(_keys, a["batch"] * heads, tile, a)
     else:
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-        tile = choose(f"queries{kind}", arch, q, longest_k, bias)
+        tile = choose(f"queries{kind}", arch, q, longest_k, bias, window)
         items, blocks = work(q.shape[0], starts_q, longest_q, tile.m)
         launch(
             _queries,
@@ -335,7 +335,7 @@ def _run(
             tile,
             a | dict(out=out.contiguous(), delta=delta, blocks=blocks),
         )
-        tile = choose(f"keys{kind}", arch, q, longest_q, bias)
+        tile = choose(f"keys{kind}", arch, q, longest_q, bias, window)
         items, blocks = work(k.shape[0], starts_k, longest_k, tile.n)
         a |= dkv_arguments | dict(out=None, delta=delta, blocks=blocks, WHOLE=False, dbias=None)
         launch(_keys, items * heads, tile, a)

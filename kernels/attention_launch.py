@@ -145,12 +145,19 @@ TILES = {
         (2, 64): {LONG: Tile(16, 64, 4, 2)},
         (2, 128): {LONG: Tile(32, 32, 8, 2)},
     },
+    # With a window a few of the above spill.
+    ("forward", "window"): {
+        (2, 32): {LONG: Tile(64, 64, 4)},
+        (4, 64): {LONG: Tile(32, 32, 8)},
+    },
+    ("queries", "window"): {(4, 32): {LONG: Tile(32, 32, 8)}},
+    ("keys", "window"): {(4, 32): {LONG: Tile(16, 32, 4)}},
 }  # fmt: skip
 # With relative positions, whose tiles are square; "distances" sums their gradients.
 _RELATIVE = {
     "forward": {
         (2, 32): {32: Tile(32, 32, 4), LONG: Tile(64, 64, 8, 2)},
-        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 64): {LONG: Tile(32, 32, 8)},
         (2, 128): {LONG: Tile(32, 32, 8)},
         (4, 32): {LONG: Tile(32, 32, 8)},
         (4, 64): {LONG: Tile(16, 16, 8)},
@@ -158,7 +165,7 @@ _RELATIVE = {
     },
     "queries": {
         (2, 32): {LONG: Tile(32, 32, 4)},
-        (2, 64): {LONG: Tile(32, 32, 4)},
+        (2, 64): {LONG: Tile(32, 32, 8)},
         (2, 128): {LONG: Tile(32, 32, 8)},
         (4, 32): {LONG: Tile(32, 32, 8)},
         (4, 64): {LONG: Tile(16, 16, 8)},
@@ -169,7 +176,7 @@ _RELATIVE = {
         (2, 64): {LONG: Tile(32, 32, 4)},
         (2, 128): {LONG: Tile(32, 32, 8, 2)},
         (4, 32): {LONG: Tile(32, 32, 8)},
-        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 64): {LONG: Tile(16, 16, 4, 2)},
         (4, 128): {LONG: Tile(16, 16, 8, 2)},
     },
     "distances": {
@@ -177,7 +184,7 @@ _RELATIVE = {
         (2, 64): {LONG: Tile(32, 32, 4)},
         (2, 128): {LONG: Tile(16, 16, 4)},
         (4, 32): {LONG: Tile(32, 32, 8)},
-        (4, 64): {LONG: Tile(16, 16, 8)},
+        (4, 64): {LONG: Tile(16, 16, 8, 2)},
         (4, 128): {LONG: Tile(16, 16, 8)},
     },
 }  # fmt: skip
@@ -185,14 +192,16 @@ _HOPPER = {(2, 64): {32: Tile(32, 32, 4), LONG: Tile(64, 64, 8, 2)}}
 for _kernel, _tiles in _RELATIVE.items():
     TILES[f"{_kernel} relative", 80] = TILES[f"{_kernel} relative", 90] = _tiles
 TILES["forward relative", 90] = _RELATIVE["forward"] | _HOPPER
-BUCKETS = Tile(16, 64, 4)  # buckets and distances
+BUCKETS = Tile(16, 16, 4)  # buckets and distances
 
 
-def choose(kernel, arch, q, longest, bias):
+def choose(kernel, arch, q, longest, bias, window=None):
     """The tile for sequences up to `longest`, None where the table has none."""
     key = q.element_size(), max(power_of_2(q.shape[2]), 32)
     # Of the rest, sm_86, 89 and 120 have an A100's registers and less shared memory.
     tiles = TILES[kernel, 90 if arch in (90, 100, 103) else 80][key]
+    if window is not None:
+        tiles = TILES.get((kernel, "window"), {}).get(key, tiles)
     if bias is not None:
         tiles = TILES.get((kernel, "bias"), {}).get(key, tiles)
     return next((tile for limit, tile in tiles.items() if longest <= limit), None)
