@@ -1,6 +1,7 @@
 """Attention with disentangled relative positions."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -71,10 +72,17 @@ def test_sizes(backend, lengths, dim):
     compare(backend, torch.float32, tensors, lengths, index_of(max(lengths) + 3))
 
 
-@pytest.mark.parametrize("window", [None, 0, 9, 10**9])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+# The interpreter takes seconds a case.
+ALL = [
+    (backend, dtype, causal, window)
+    for backend in BACKENDS
+    for dtype in (FLOATS if backend != "triton" else [torch.float32])
+    for causal, window in product([False, True], [None, 0, 9, 10**9])
+    if backend != "triton" or (causal, window) in ((False, 9), (True, None))
+]
+
+
+@pytest.mark.parametrize("backend, dtype, causal, window", ALL)
 def test_all_options_together(backend, dtype, causal, window):
     bias = torch.randn(1, 2, 131, 131, generator=torch.Generator().manual_seed(5))
     key, query = embeddings(32)
