@@ -197,7 +197,7 @@ def cross_forward(
 def forward(qkv, starts, longest, *options, launch=launch):
     """The operator `attention`."""
     q, kv = qkv[:, 0], qkv[:, 1:]
-    return cross_forward(q, kv, starts, starts, longest, longest, *options, launch)
+    return cross_forward(q, kv, starts, starts, longest, longest, *options, launch=launch)
 
 
 def shipped():

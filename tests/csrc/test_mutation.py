@@ -67,7 +67,7 @@ MUTANTS = [
     ("gradient of the ungated", "gated_act", "d * gate * derivative", "d * derivative", "gated_act"),
     ("no dropout in a gate's gradient", "gated_act", "d = drop(d, bits, g.dropout);", ";", "gated_act"),
     ("turned back as forth", "rotary", "g.inverse ? -1.f : 1.f", "1.f", "rotary"),
-    ("values turned too", "rotary", "h < 2 * g.heads", "h < 3 * g.heads", "rotary"),
+    ("keys not turned", "rotary", "g.dim, 2 * g.heads,", "g.dim, g.heads,", "rotary"),
     ("residual dropped", "add_layer_norm", "if (residual) v +=", "if (false) v +=", "add_layer_norm"),
     ("type embedding dropped", "embedding_layer_norm", "if (type) v +=", "if (false) v +=", "embedding_layer_norm"),
     ("position one off", "embedding_layer_norm", "g.positions[t] * g.hidden", "(g.positions[t] ^ 1) * g.hidden", "embedding_layer_norm"),

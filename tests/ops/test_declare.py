@@ -8,6 +8,7 @@ from helpers import offsets, refused
 import bertfast
 from bertfast import ops
 from bertfast.encoder.batch import PackedSequences
+from bertfast.encoder.spec import DROPOUTS
 from bertfast.ops.declare import FLOATS, Declaration, Number, Tensor
 
 raw = torch.ops.bertfast
@@ -89,7 +90,7 @@ def bert():
 def test_encoder(precision):
     """Layers that run by one call: what they take, and parameters that are flagged."""
     model = bert() if precision is None else bertfast.freeze(bert(), precision)
-    starts, hidden, seeds = offsets([3, 4]), torch.randn(7, 8), [None] * 3
+    starts, hidden, seeds = offsets([3, 4]), torch.randn(7, 8), [None] * DROPOUTS
     packing = PackedSequences(starts, 4)
     run = lambda x, packing=packing, rows=None: model.encoder(x, packing, seeds, rows=rows)
     expected = run(hidden)
