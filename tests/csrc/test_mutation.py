@@ -86,7 +86,7 @@ MUTANTS = [
     ("AVX2: int8 sums saturate", "pack_weights.h", "if (kSums16<u>) top", "if (false) top", "isa"),
     ("AVX2: int8 sums of one unit alone bounded", "pack_weights.h", "sums[k / 2 % 2][w < 0]", "sums[k / 2 % 4][w < 0]", "isa"),
     ("AVX2: int8 projection of uncentred rows", "encoder", "centred ? less : to", "to", "frozen"),
-    ("int8 norm's bias taken twice", "encoder", "is_int8(p) ? v : whole", "whole", "frozen"),
+    ("int8 norm's bias taken twice", "encoder_norm.h", "is_int8(p) ? v : whole", "whole", "frozen"),
     ("bias of the encoder's scores ignored", "encoder_attention.h", "if (!bias.data) return scale;", "return scale;", "whole_cpu"),
     ("live queries for keys and values", "pack_weights.h", "from.part[s.part].weight", "from.part[0].weight", "whole_cpu"),
     ("live weights of the first layer for all", "encoder_layers.h", "g.live ? g.live[i] : LayerWeights{}", "g.live ? g.live[0] : LayerWeights{}", "whole_cpu"),
