@@ -97,14 +97,15 @@ def figures(job) -> dict:
     }
 
 
-def compile_all(package: str, workers: int) -> list[dict]:
+def compile_all(package: str, workers: int, share: str) -> list[dict]:
+    first, step = map(int, share.split("/"))
     jobs = [
         (module, i, architecture)
         for module in modules(package)
         for i, (_, spec) in enumerate(shipped(module))
         for architecture in ARCHITECTURES
         if architecture >= spec.arch
-    ]
+    ][first::step]
     # Spawned, not forked: torch has threads by now.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         rows = []
@@ -158,6 +159,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="figures to stdout, docs untouched")
     parser.add_argument("--variants", action="store_true", help="those of benchmarks/variants")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--share", default="0/1", help="I/N: every Nth variant, from the Ith on")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is 1: interpreted kernels can't be compiled; unset it")
@@ -166,7 +168,7 @@ def main():
         os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
         os.environ["TRITON_CACHE_DIR"] = cache_folder
         package = "variants" if options.variants else "bertfast.kernels"
-        rows = compile_all(package, options.workers)
+        rows = compile_all(package, options.workers, options.share)
     if options.json:
         json.dump(rows, sys.stdout)
     elif options.variants:

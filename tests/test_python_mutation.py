@@ -107,7 +107,7 @@ MUTANTS = [
     ("strides of the value's weights as the query's", "ops/linear_act", "for t in tensors):\n        return tuple", "for t in tensors[:2]):\n        return tuple", "linear_act", "different_strides"),
 ]  # fmt: skip
 # "i/n": every n-th from the i-th on.
-FIRST, STEP = map(int, os.environ.get("BERTFAST_MUTANTS", "0/1").split("/"))
+FIRST, STEP = map(int, os.environ.get("BERTFAST_SHARE", "0/1").split("/"))
 CHOSEN = MUTANTS[FIRST::STEP]
 
 # Tests of the package in a folder, whatever package is installed, each in a child of a process that

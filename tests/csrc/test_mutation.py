@@ -119,7 +119,7 @@ MUTANTS = [
     ("CUDA: transposed dropout mask", "cuda/attention.h", "return bits_[e] >> (4 * tile + which_) & 1;", "return bits_[e ^ 1] >> (4 * tile + which_) & 1;", "attention_cuda"),
 ]  # fmt: skip
 # "i/n": every n-th from the i-th on. All of them take a quarter of an hour and more.
-FIRST, STEP = map(int, os.environ.get("BERTFAST_MUTANTS", "0/1").split("/"))
+FIRST, STEP = map(int, os.environ.get("BERTFAST_SHARE", "0/1").split("/"))
 CHOSEN = MUTANTS[FIRST::STEP]
 
 

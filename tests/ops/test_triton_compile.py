@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+SHARE = os.environ.get("BERTFAST_SHARE", "0/1")  # of the variants, as of mutants
 ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"^\| `(\w+)` \| `(\w+)` \| sm_(\d+) \| .* \| (\S+) \|$", re.MULTILINE)
 
@@ -20,7 +21,7 @@ def figures():
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "triton_table.py", "--json"],
+        [sys.executable, ROOT / "benchmarks" / "triton_table.py", "--json", "--share", SHARE],
         env=env,
         capture_output=True,
         text=True,
@@ -44,7 +45,6 @@ def test_all_compile_without_spills(figures):
 def test_docs_list_the_kernels(figures):
     document = LINE.findall((ROOT / "docs" / "triton.md").read_text())
     listed = {(file, kernel, int(architecture)) for file, kernel, architecture, _ in document}
-    assert listed == {(r["file"], r["kernel"], r["architecture"]) for r in figures}, (
-        "run benchmarks/triton_table.py"
-    )
+    found = {(r["file"], r["kernel"], r["architecture"]) for r in figures}
+    assert found <= listed and (SHARE != "0/1" or found == listed), "run benchmarks/triton_table.py"
     assert all(spills == "0" for *_, spills in document)
