@@ -9,6 +9,7 @@ namespace {
 template <class T>
 void turn_all(const RotaryArgs& g) {
   const int64_t width = g.heads * g.dim;
+  if (width == 0) return;
 #pragma omp parallel for schedule(static) if (g.tokens * width > (1 << 13))
   for (int64_t t = 0; t < g.tokens; ++t) {
     const T* x = static_cast<const T*>(g.qkv) + t * 3 * width;
