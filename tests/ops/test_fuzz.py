@@ -15,6 +15,7 @@ from helpers import DEVICES
 import bertfast
 from bertfast import ops
 from bertfast.encoder.batch import STATES, PackedSequences
+from bertfast.encoder.spec import DROPOUTS
 from bertfast.model.bert import _PACKED
 from bertfast.ops.declare import Below, Declaration, Tensor
 from bertfast.ops.library import CPU_DTYPES, DECLARED
@@ -63,7 +64,7 @@ def encoder(precision):
         hidden, _, cu_seqlens, seqlen, used, rows = args
         with torch.no_grad():
             packing = PackedSequences(cu_seqlens, seqlen, used)
-            return MODELS[precision].encoder(hidden, packing, [None] * (3 * LAYERS), rows=rows)
+            return MODELS[precision].encoder(hidden, packing, [None] * (DROPOUTS * LAYERS), rows=rows)
 
     return call
 
