@@ -64,7 +64,9 @@ def encoder(precision):
         hidden, _, cu_seqlens, seqlen, used, rows = args
         with torch.no_grad():
             packing = PackedSequences(cu_seqlens, seqlen, used)
-            return MODELS[precision].encoder(hidden, packing, [None] * (DROPOUTS * LAYERS), rows=rows)
+            return MODELS[precision].encoder(
+                hidden, packing, [None] * (DROPOUTS * LAYERS), rows=rows
+            )
 
     return call
 
