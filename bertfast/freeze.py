@@ -119,8 +119,8 @@ def _layers(name: str, encoder) -> list[Layer]:
         path = encoder.path(name, i)
         if isinstance(layer, Unfit):
             _refuse(f"{path}.{layer.where}".rstrip("."), layer.why)
-        spec = found[0].spec._replace(window=layer.spec.window, rotary=layer.spec.rotary)
-        if layer.spec != spec or spec.width != spec.hidden:
+        spec = found[0].spec
+        if not spec.alike(layer.spec) or spec.width != spec.hidden:
             _refuse(path, f"it is {layer.spec}, expected {spec}, all heads")
         flat = layer.apart().flat()
         for p, shape, (role, _) in zip(flat, shapes(layer.spec), FLAT, strict=True):

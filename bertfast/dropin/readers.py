@@ -85,7 +85,7 @@ def states_read(base: type, read) -> bool:
         if isinstance(frame, nn.Module) or not runs(frame, base):
             return True
         try:
-            return read(_variables(frame))
+            return read(variables(frame))
         except (AttributeError, KeyError):  # not the model that is known here
             return True
     return True
@@ -109,7 +109,7 @@ def _reader(packing):
             return f"a hook on {type(frame).__name__}"
         code, module = frame.f_code, frame.f_globals.get("__name__", "")
         if _place(code) in _FORWARDS:
-            own, (kind, taker) = _variables(frame), _FORWARDS[_place(code)]
+            own, (kind, taker) = variables(frame), _FORWARDS[_place(code)]
             if kind == _FIRST:
                 return _column_0(own["self"], taker, packing)
             changed = _changed(own["self"], kind)
@@ -118,7 +118,7 @@ def _reader(packing):
             if kind == _TOKENS:
                 masked_loss = _leaves_padding_out(own.get("labels"), packing)
         elif module.startswith(_SENTENCES):
-            own = _variables(frame)
+            own = variables(frame)
             if pooled and code.co_name in _OWNERS:
                 value = own.get("output_value", _POOLED)
                 return None if value == _POOLED else f"output_value={value!r}"
@@ -130,7 +130,7 @@ def _reader(packing):
             elif not pooled and type(own.get("self")).__name__ not in _TRANSFORMERS:
                 return _name(frame)
         elif masked_loss and (module, code.co_name) == ("transformers.trainer", "compute_loss"):
-            returned = _variables(frame)["return_outputs"]
+            returned = variables(frame)["return_outputs"]
             return "compute_loss(return_outputs=True)" if returned else None
         else:
             return _name(frame)
@@ -149,13 +149,13 @@ def _callers():
         if module not in _PASSING:
             yield frame
         elif module == "torch.nn.modules.module":
-            called = _variables(frame).get("self")
+            called = variables(frame).get("self")
             if called is not None and hooked(called):
                 yield called
         frame = frame.f_back
 
 
-def _variables(frame) -> dict:
+def variables(frame) -> dict:
     """The frame's variables. Python before 3.13 keeps those that it shows alive on the frame."""
     shown = frame.f_locals
     found = dict(shown)

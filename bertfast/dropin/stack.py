@@ -41,7 +41,7 @@ class FusedStack(FusedEncoder):
         frame = sys._getframe(2)
         if not readers.runs(frame, self.family.named(self.family.encoder)):
             return False
-        return not isinstance(frame.f_locals["attention_mask"], dict)
+        return not isinstance(readers.variables(frame)["attention_mask"], dict)
 
     def _steps(self):
         self.read_kinds()

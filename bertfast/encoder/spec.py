@@ -43,6 +43,10 @@ class LayerSpec(NamedTuple):
             return default_scale(self.head_dim)
         return _rounded_scale(self.head_dim * (1 + len(self.relative)))
 
+    def alike(self, other: "LayerSpec") -> bool:
+        """Whether layers differ in windows and rotary positions at most."""
+        return self == other._replace(window=self.window, rotary=self.rotary)
+
     @property
     def like_bert(self) -> bool:
         """Whether it is all as in BERT but for its sizes and activation."""

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from attention_truth import LENGTHS, inputs, plain
-from helpers import DEVICES, check, close_to_truth, keep, refused
+from attention_truth import LENGTHS, inputs, masks_of, plain
+from helpers import DEVICES, check, close_to_truth, refused
 from helpers import offsets as cpu_offsets
 
 from bertfast import ops
@@ -124,15 +124,7 @@ def test_masked_rows_are_zero(dtype):
 def test_dropout(dtype, dim, causal):
     """The numbers' own mask, in forward and backward; scaled by 1 / (1 - p)."""
     lengths, heads, p = [9, 0, 140], 2, 0.3
-    masks, start = [], 0
-    for n in lengths:
-        rows = [
-            [keep(12345678901, 7, (start + q) * heads + h, n, p) for q in range(n)]
-            for h in range(heads)
-        ]
-        mask = [torch.stack(r) if r else torch.zeros(0, 0) for r in rows]
-        masks.append(torch.stack(mask) / (1 - p))
-        start += n
+    masks = masks_of(lengths, heads, p)
     seed = torch.tensor([12345678901, 7], device=DEVICE)
     options = {"dropout_p": p, "seed": seed, "causal": causal}
     check(

@@ -62,7 +62,7 @@ def layers_limit(layers: list[Layer]) -> str | None:
 @functools.lru_cache
 def _specs_limit(specs: tuple[LayerSpec, ...]) -> str | None:
     first = specs[0]
-    if any(spec._replace(window=first.window, rotary=first.rotary) != first for spec in specs):
+    if not all(map(first.alike, specs)):
         return "the layers differ in more than their weights, windows and rotary positions"
     if first.width != first.hidden:
         return "heads were pruned"
