@@ -161,6 +161,12 @@ def collate(rows):
     }
 
 
+@torch.no_grad()
+def loss_of_rows(model):
+    """Without dropout, whose noise hides in a step's loss what so few steps teach."""
+    return model.eval()(**collate(list(map(Rows().__getitem__, range(len(Rows())))))).loss.item()
+
+
 def trainer(model, folder, **options):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -185,11 +191,11 @@ def test_trainer_and_resume(tmp_path):
     report = bertfast.accelerate(ours)
     again = copy.deepcopy(ours)
     start = copy.deepcopy(ours.state_dict())
+    before = loss_of_rows(ours)
     run = trainer(ours, tmp_path / "ours", seed=3)
     run.train()
     assert run.state.global_step == 12 and not any(report.fallbacks.values())
-    losses = [e["loss"] for e in run.state.log_history if "loss" in e]
-    assert sum(losses[-4:]) < sum(losses[:4])
+    assert loss_of_rows(ours) < before
     resumed = trainer(again, tmp_path / "ours", seed=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-5"))
     for name, p in ours.state_dict().items():
