@@ -7,11 +7,11 @@ from .batching import UNKNOWN, batches, collate, encode, unknown_share, unknown_
 from .cells import normal
 from .clean import clean_text
 from .errors import DataError
-from .examples import Examples, load_classification
+from .examples import Examples, load_classification, read_texts
 from .labels import LabelSet
 from .report import Report, dataset_report
 from .splitting import split
-from .tables import read_table
+from .tables import read_chunks, read_table
 
 __all__ = [
     "UNKNOWN",
@@ -26,7 +26,9 @@ __all__ = [
     "encode",
     "load_classification",
     "normal",
+    "read_chunks",
     "read_table",
+    "read_texts",
     "split",
     "unknown_share",
     "unknown_text",
