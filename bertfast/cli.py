@@ -150,7 +150,9 @@ def _evaluate_arguments(parser):
 def _predict_arguments(parser):
     _inference_arguments(parser)
     parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
-    parser.add_argument("--output", default="-", help="JSON lines here (default: - for stdout)")
+    text = "JSON lines here, by way of FILE.partial (default: - for stdout, as they come)"
+    parser.add_argument("--output", default="-", metavar="FILE", help=text)
+    parser.add_argument("--batch-size", type=int, default=64, help="texts in a batch (default: 64)")
 
 
 def _given(args, settings) -> dict:
@@ -231,8 +233,9 @@ def _predict(args):
     from .train import outputs, predict_table
 
     outputs.check_result(args.output, args.input, args.model)
-    rows = predict_table(args.model, args.input, **_inference_settings(args))
-    outputs.write_result(args.output, "".join(json_text(row) + "\n" for row in rows))
+    settings = _inference_settings(args) | {"batch_size": args.batch_size}
+    rows = predict_table(args.model, args.input, **settings, say=_say)
+    outputs.write_lines(args.output, map(json_text, rows))
 
 
 def _quantize(args):

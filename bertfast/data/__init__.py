@@ -9,16 +9,19 @@ from .clean import clean_text
 from .errors import DataError
 from .examples import Examples, load_classification, read_texts
 from .labels import LabelSet
+from .pool import ahead
 from .report import Report, dataset_report
 from .splitting import split
-from .tables import read_chunks, read_table
+from .tables import ROWS, read_chunks, read_table
 
 __all__ = [
+    "ROWS",
     "UNKNOWN",
     "DataError",
     "Examples",
     "LabelSet",
     "Report",
+    "ahead",
     "batches",
     "clean_text",
     "collate",

@@ -1,6 +1,7 @@
 """Fine-tuned classifiers and regressors at work: logits, `evaluate`, `predict`."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from .. import data
 from ..freeze import freeze
 from ..model import BertForSequenceClassification, checkpoint
 from ..model.tokenizer import load_tokenizer
+from ..progress import Progress
 from . import metrics
 from .config import ConfigError
 from .inputs import as_trained, check, encoded_rows, remembered, warn_unknown
@@ -95,16 +97,18 @@ class Trained(NamedTuple):
     labels: data.LabelSet
     folder: Path
 
-    def encoded(self, examples, labels, max_length):
-        """`encoded_rows`, after checks of what they need."""
-        pairs = examples.pairs is not None
-        max_length = check(self.tokenizer, self.model, self.folder, max_length, pairs)
+    def check(self, max_length, pairs: bool) -> int:
+        return check(self.tokenizer, self.model, self.folder, max_length, pairs)
+
+    def encoded(self, examples, labels, max_length, warn=True):
+        """`encoded_rows`; `warn` of unknown tokens."""
         rows = encoded_rows(self.tokenizer, examples, labels, max_length)
-        warn_unknown(self.tokenizer, rows, pairs)
+        if warn:
+            warn_unknown(self.tokenizer, rows, examples.pairs is not None)
         return rows
 
-    def logits(self, examples, rows):
-        found = compute_logits(self.model, rows, self.tokenizer.pad_token_id)
+    def logits(self, examples, rows, batch_size=EVAL_BATCH):
+        found = compute_logits(self.model, rows, self.tokenizer.pad_token_id, batch_size)
         bad = np.flatnonzero(~np.isfinite(found).all(1))
         if len(bad):
             raise checkpoint.CheckpointError(
@@ -165,6 +169,7 @@ def evaluate(
     examples = data.load_classification(path, **columns, task=given.labels.task)
     if not len(examples):
         raise data.DataError(f"{path} has no rows")
+    max_length = given.check(max_length, examples.pairs is not None)
     rows = given.encoded(examples, given.labels, max_length)
     return scored(given.logits(examples, rows), rows, given.labels)
 
@@ -189,7 +194,9 @@ def predict(
         kinds = ("pairs", "single texts")
         say(f"warning: given {kinds[pairs is None]}, the model was trained on {kinds[bool(pairs)]}")
     clean = lambda side: None if side is None else [data.clean_text(t) for t in side]
-    return _predicted(given, data.Examples(clean(texts), clean(pairs)), max_length)
+    max_length = given.check(max_length, pairs is not None)
+    examples = data.Examples(clean(texts), clean(pairs))
+    return _predicted(given, examples, given.encoded(examples, None, max_length))
 
 
 def predict_table(
@@ -202,20 +209,38 @@ def predict_table(
     allow_pickle: bool = False,
     device: str | None = None,
     precision: str | None = None,
-) -> list[dict]:
-    """`predict` for the rows of a table, "-" for JSON lines on standard input; columns and length
-    as in `evaluate`."""
+    batch_size: int = EVAL_BATCH,
+    say=None,
+) -> Iterator[dict]:
+    """`predict` for the rows of a table of any size, "-" for JSON lines on standard input, in their
+    order, while it is read; columns and length as in `evaluate`. `say` is called with a line of
+    progress, now and then. The model is loaded and checked by the call; what is wrong with the
+    table raises when its rows are asked for."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected 1 or more")
     given = trained(model, allow_pickle, device, precision)
     columns = {"text_column": text_column, "text_pair_column": text_pair_column}
     columns = as_trained(given.folder, **columns, max_length=max_length)
-    max_length = columns.pop("max_length")
-    examples = data.load_classification(path, **columns, label_column=None)
-    return _predicted(given, examples, max_length)
+    pairs = columns["text_pair_column"] is not None
+    max_length = given.check(columns.pop("max_length"), pairs)
+
+    def encoded():
+        limits = {"rows": max(data.ROWS, batch_size)}
+        for examples in data.read_texts(path, **columns, **limits):
+            yield examples, given.encoded(examples, None, max_length, warn=examples.rows[0] == 1)
+
+    def rows():
+        progress = Progress(say)
+        for examples, ids in data.ahead(encoded()):
+            yield from _predicted(given, examples, ids, batch_size)
+            progress.step(len(examples), examples.share)
+
+    return rows()
 
 
-def _predicted(given: Trained, examples, max_length) -> list[dict]:
+def _predicted(given: Trained, examples, rows, batch_size=EVAL_BATCH) -> list[dict]:
     labels = given.labels
-    logits = given.logits(examples, given.encoded(examples, None, max_length))
+    logits = given.logits(examples, rows, batch_size)
     if labels.task == "regression":
         return [{"value": float(v)} for v in logits[:, 0]]
     chosen = labels.decode(metrics.predicted(logits, labels.task))
