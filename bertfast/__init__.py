@@ -15,7 +15,7 @@ _MODELS = (
     "cuda_graphs",
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")
-__all__ = ["backend", "build_info", "executor", "freeze", *_DROPIN, *_MODELS]
+__all__ = ["backend", "build_info", "embed", "executor", "freeze", *_DROPIN, *_MODELS]
 
 
 def __getattr__(name):
@@ -27,6 +27,10 @@ def __getattr__(name):
         from . import dropin
 
         return getattr(dropin, name)
+    if name == "embed":
+        from .embedding import embed
+
+        return embed
     raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
 
 

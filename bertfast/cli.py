@@ -9,6 +9,13 @@ import json
 import os
 import sys
 
+_RESUME = "--resume auto goes on from the last checkpoint"
+_TABLE = ".jsonl, .csv, .tsv or .parquet, with .gz or not; - for JSON lines on stdin"
+_RESTART = (
+    "What is done is kept in OUTPUT.partial until OUTPUT is whole: after a kill the same command "
+    "goes on from there, without loss or repetition."
+)
+
 
 def _parser():
     parser = argparse.ArgumentParser(prog="bertfast", description=__doc__.split("\n")[0])
@@ -19,6 +26,10 @@ def _parser():
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
+    text = (
+        "vectors of the texts of a table of any size, as sentence-transformers' encode gives them"
+    )
+    _embed_arguments(commands.add_parser("embed", help=text, description=f"{text}. {_RESTART}"))
     text = "accuracy and speed of the precisions of inference on a CPU, on a text of your own"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
     text = "times beside rivals, each after its outputs were checked"
@@ -139,6 +150,44 @@ def _quantize_arguments(parser):
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
 
 
+def _embed_arguments(parser):
+    from .data.vectors import DTYPES
+
+    text = "folder or hub name: of sentence-transformers, or of transformers (mean pooling)"
+    parser.add_argument("--model", required=True, help=text)
+    parser.add_argument("--input", required=True, metavar="FILE", help=_TABLE)
+    text = "FILE.npy, or FILE.parquet with the vectors in the column embedding"
+    parser.add_argument("--output", required=True, metavar="FILE", help=text)
+    text = "column of the texts (default: text)"
+    parser.add_argument("--text-column", default="text", metavar="COLUMN", help=text)
+    text = "column of texts or whole numbers that a .parquet output keeps"
+    parser.add_argument("--id-column", metavar="COLUMN", help=text)
+    for task in ("query", "document"):
+        text = f"the texts are of this kind: its prompt, as encode_{task} has it"
+        parser.add_argument(f"--{task}", dest="task", action="store_const", const=task, help=text)
+    parser.add_argument("--prompt", metavar="TEXT", help="stands before each text")
+    text = "the model's prompt of this name (default: the model's default, if any)"
+    parser.add_argument("--prompt-name", metavar="NAME", help=text)
+    text = "pack the weights for inference; int8 and bf16 round (default: as they are stored)"
+    every = ("fp32", "bf16", "int8", "auto")
+    parser.add_argument("--precision", choices=every, help=text)
+    text = (
+        "of the vectors (default: fp32); int8 and uint8 by each dimension's range over all texts, "
+        "which goes into FILE.ranges.npy, for queries; binary and ubinary hold 8 dimensions a byte"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help=text)
+    text = "keep the first N dimensions (default: the model's own)"
+    parser.add_argument("--truncate-dim", type=int, metavar="N", help=text)
+    text = "scale vectors to length 1, where the model doesn't do so itself"
+    parser.add_argument("--normalize", action="store_true", help=text)
+    text = "tokens in a batch, padding not counted (default: 4096, on a GPU 65536)"
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help=text)
+    text = "default: a GPU where there is one and no --precision"
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=text)
+    text = "drop what an earlier run did; replace an output that is there"
+    parser.add_argument("--restart", action="store_true", help=text)
+
+
 def _evaluate_arguments(parser):
     _inference_arguments(parser)
     parser.add_argument("--data", required=True, help="labelled data")
@@ -149,7 +198,7 @@ def _evaluate_arguments(parser):
 
 def _predict_arguments(parser):
     _inference_arguments(parser)
-    parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
+    parser.add_argument("--input", required=True, metavar="FILE", help=_TABLE)
     text = "JSON lines here, by way of FILE.partial (default: - for stdout, as they come)"
     parser.add_argument("--output", default="-", metavar="FILE", help=text)
     parser.add_argument("--batch-size", type=int, default=64, help="texts in a batch (default: 64)")
@@ -238,6 +287,14 @@ def _predict(args):
     outputs.write_lines(args.output, map(json_text, rows))
 
 
+def _embed(args):
+    from .embedding import embed
+
+    skipped = ("command", "debug")
+    found = embed(**{k: v for k, v in vars(args).items() if k not in skipped}, say=_say)
+    print(json.dumps(found, indent=2))
+
+
 def _quantize(args):
     from . import quantize
     from .files import json_text
@@ -285,7 +342,13 @@ def main(argv=None) -> int:
     from .train.ranks import require_one_process
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
-    commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize, "bench": _bench}
+    commands |= {
+        "embed": _embed,
+        "prepare": _prepare,
+        "pretrain": _pretrain,
+        "quantize": _quantize,
+        "bench": _bench,
+    }
     try:
         if args.command not in ("info", "pretrain"):
             require_one_process(args.command)
@@ -294,8 +357,11 @@ def main(argv=None) -> int:
         print(f"bertfast: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        how = {"embed": "the same command goes on where it stopped"}
+        how |= dict.fromkeys(("finetune", "pretrain"), _RESUME)
         print(
-            "bertfast: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr
+            "; ".join(["bertfast: interrupted", *filter(None, [how.get(args.command)])]),
+            file=sys.stderr,
         )
         return 130
     except ImportError as e:

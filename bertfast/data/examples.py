@@ -18,7 +18,7 @@ class Examples:
     labels: a name (single_label), a list of names (multi_label) or a float (regression) a row;
     None where the data has none. Names of labels that were vectors of flags are their places, "0"
     to "n - 1", and `width` is n. path, rows, lines: the file, and of each example its row and the
-    line where it begins, counted from 1, for errors; of that file the `share` read so far.
+    line where it begins, counted from 1, for errors; and the `share` of the file that is read.
     """
 
     texts: list[str]
@@ -52,6 +52,11 @@ class Examples:
     def place(self, i: int) -> str:
         """Where an example stands, for an error."""
         return _place(self.path, self.rows[i], self.lines and self.lines[i])
+
+    @property
+    def total(self) -> float | None:
+        """About how many rows the file has."""
+        return self.rows[-1] / self.share if self.share else None
 
     def keys(self) -> list[tuple[str, ...]]:
         """What counts as the same text: equal up to case, whitespace and Unicode form."""

@@ -18,7 +18,7 @@ ROWS, CHARACTERS = 1024, 1 << 22  # of a chunk
 class Table(dict):
     """Columns by name, lists of equal length; and the line where each row begins, counted from 1
     (None where the file has no lines). `first`: the number of its first row in the file, from 1;
-    `share`: of the file that was read so far, None where that can't be known."""
+    `share`: of the file that is read so far, None where that can't be known."""
 
     lines: list[int] | None = None
     first: int = 1

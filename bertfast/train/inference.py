@@ -233,7 +233,7 @@ def predict_table(
         progress = Progress(say)
         for examples, ids in data.ahead(encoded()):
             yield from _predicted(given, examples, ids, batch_size)
-            progress.step(len(examples), examples.share)
+            progress.step(len(examples), examples.total)
 
     return rows()
 

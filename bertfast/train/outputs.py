@@ -5,7 +5,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import check_file, check_folder, json_text, os_errors, write_text
+from ..files import check_file, check_folder, json_text, os_errors, put, write_text
 from .config import ConfigError
 
 RUN_CONFIG = "run_config.yaml"
@@ -92,7 +92,7 @@ def write_lines(path, lines) -> None:
             say(f"the {count:,} rows that were done are in {partial}")
         raise
     if partial != path:
-        os.replace(partial, path)
+        put(partial, path)
 
 
 def save(model, tokenizer, out: Path) -> None:
