@@ -27,8 +27,9 @@ PRECISIONS = ("fp32", "bf16", "int8", "auto")
 TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # and their prompts
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 SYNC = 1.0  # seconds between two times that what is done is made sure of
-_POSITIONS = 1 << 21  # of a chunk's padded token ids
+_TOKENS = 1 << 20  # of a chunk, at most
 _LONGEST = 8192  # tokens of a text, where the model says no limit
+_LISTS = {"text": {"padding": False}, "common": {"return_tensors": None}}
 _UNUSED = {".md", ".onnx", ".h5", ".msgpack", ".ot", ".png"}  # of a model's folder
 
 
@@ -38,7 +39,7 @@ class Chunk(NamedTuple):
     examples: data.Examples
     ids: list | None
     texts: str  # checksum of all texts and ids up to here
-    features: dict
+    batches: list
 
 
 def embed(
@@ -175,28 +176,42 @@ class Encoder:
         self.batch_tokens, self.normalize = settings["batch_tokens"], settings["normalize"]
         self.dim = settings["truncate_dim"] or self.model.truncate_dim
         longest = min(self.model.max_seq_length or _LONGEST, _LONGEST)
-        self.chunk = max(64, min(self.batch_tokens // 4, _POSITIONS // longest))  # texts
+        self.chunk = max(64, min(self.batch_tokens // 4, _TOKENS // longest))  # texts
 
-    def features(self, texts: list[str]) -> dict:
-        """What the model takes, padded to the longest text."""
-        found = self.model.preprocess(texts, prompt=self.prompt, **self.task)
-        mask = found.get("attention_mask")
-        if mask is None or mask.ndim != 2 or len(mask) != len(texts):
+    def batches(self, texts: list[str]) -> list[tuple[list[int], dict]]:
+        """Batches of texts of like length: their places in `texts`, and what the model takes."""
+        found = self.model.preprocess(
+            texts, prompt=self.prompt, processing_kwargs=_LISTS, **self.task
+        )
+        if not isinstance(found.get("input_ids"), list):
             raise checkpoint.CheckpointError(
-                f"the model begins with a {type(self.model[0]).__name__} that gives no attention "
-                "mask [texts, tokens]: embed takes models that begin with a Transformer"
+                f"the model begins with a {type(self.model[0]).__name__} that gives no token ids: "
+                "embed takes models that begin with a Transformer"
             )
-        return found
+        fields = {k: v for k, v in found.items() if isinstance(v, list)}
+        rest = {k: v for k, v in found.items() if k not in fields}
+        lengths = [len(ids) for ids in found["input_ids"]]
+        return [
+            (rows, {k: self._padded(k, [v[i] for i in rows]) for k, v in fields.items()} | rest)
+            for rows in data.batches(lengths, 1, tokens=self.batch_tokens)
+        ]
+
+    def _padded(self, name, rows) -> torch.Tensor:
+        """int64 [texts, longest], as the tokenizer pads."""
+        tokenizer, lengths = self.model.tokenizer, [len(row) for row in rows]
+        value = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        out = np.full((len(rows), max(1, *lengths)), value.get(name, 0), np.int64)
+        for row, values, n in zip(out, rows, lengths, strict=True):
+            row[slice(n) if tokenizer.padding_side == "right" else slice(len(row) - n, None)] = (
+                values
+            )
+        return torch.from_numpy(out)
 
     @torch.inference_mode()
-    def vectors(self, features: dict, step) -> np.ndarray:
-        """fp32 [texts, dim]; `step` is called with the texts of each batch that is done."""
-        mask, found = features["attention_mask"], None
-        for batch in data.batches(mask.sum(1), 1, tokens=self.batch_tokens):
-            used = mask[batch].any(0).nonzero()
-            columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
-            cut = lambda v: v[batch, columns] if torch.is_tensor(v) and v.shape == mask.shape else v
-            part = {name: cut(value) for name, value in features.items()}
+    def vectors(self, batches, step) -> np.ndarray:
+        """fp32 [texts, dim]; `step` is called with how many texts of a batch are done."""
+        found = None
+        for rows, part in batches:
             part = {
                 k: v.to(self.model.device) if torch.is_tensor(v) else v for k, v in part.items()
             }
@@ -204,9 +219,9 @@ class Encoder:
             if self.normalize:
                 out = torch.nn.functional.normalize(out, dim=1)
             if found is None:
-                found = np.empty((len(mask), out.shape[1]), np.float32)
-            found[batch] = out.cpu().numpy()
-            step(len(batch))
+                found = np.empty((sum(len(rows) for rows, _ in batches), out.shape[1]), np.float32)
+            found[rows] = out.cpu().numpy()
+            step(len(rows))
         return found
 
 
@@ -247,7 +262,7 @@ def _chunks(encoder, rows: Vectors, path, text_column, id_column) -> Iterator[Ch
             examples = data.Examples(
                 texts, rows=cells.rows, lines=cells.lines, path=cells.name, share=table.share
             )
-            yield Chunk(examples, ids, digest.hexdigest(), encoder.features(texts))
+            yield Chunk(examples, ids, digest.hexdigest(), encoder.batches(texts))
         elif last == done and digest.hexdigest() != expected:
             raise changed
     if last < done:
@@ -267,8 +282,8 @@ def _run(encoder, rows: Vectors, path, settings, progress) -> None:
     columns = settings["text_column"], settings["id_column"]
     synced = time.monotonic()
     try:
-        for examples, ids, texts, features in data.ahead(_chunks(encoder, rows, path, *columns)):
-            found = encoder.vectors(features, lambda n: progress.step(n, examples.total))
+        for examples, ids, texts, batches in data.ahead(_chunks(encoder, rows, path, *columns)):
+            found = encoder.vectors(batches, lambda n: progress.step(n, examples.total))
             _finite(found, examples, settings["dtype"])
             rows.add(found, ids, texts)
             if time.monotonic() - synced >= SYNC:

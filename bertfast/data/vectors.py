@@ -112,13 +112,11 @@ class Vectors:
     def finish(self) -> None:
         """Write the output, whole or not at all."""
         self.close()
-        shape = self.done, self.mark["width"]
-        rows = np.memmap(self.folder / "rows", self.stored, "r", _HEADER, shape)
         ranges = None
         if self.dtype in _RANGED:
-            ranges = _ranges(rows, self.dtype)
+            ranges = self._ranges()
             write_whole(ranges_file(self.output), lambda path: _save(path, ranges))
-        blocks = lambda: (_quantized(b, self.dtype, ranges) for b in _blocks(rows))
+        blocks = lambda: (_quantized(b, self.dtype, ranges) for b in self._blocks())
         if self.output.suffix == ".parquet":
             write_whole(self.output, lambda path: self._parquet(path, blocks()))
         elif ranges is not None:
@@ -128,6 +126,22 @@ class Vectors:
                 f.write(self._header())
                 os.fsync(f.fileno())
             put(self.folder / "rows", self.output)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """The rows as they are stored, a bounded number at a time."""
+        width = self.mark["width"]
+        size = max(1, _BLOCK // (width * self.stored.itemsize))
+        with open(self.folder / "rows", "rb") as f:
+            f.seek(_HEADER)
+            for start in range(0, self.done, size):
+                count = min(size, self.done - start)
+                yield np.fromfile(f, self.stored, count * width).reshape(count, width)
+
+    def _ranges(self) -> np.ndarray:
+        if self.done < 2:
+            raise DataError(f"{self.dtype} needs the ranges of 2 texts or more: use another dtype")
+        least, largest = zip(*((b.min(0), b.max(0)) for b in self._blocks()), strict=True)
+        return np.stack([np.min(least, 0), np.max(largest, 0)])
 
     def _header(self) -> bytes:
         head = {"descr": np.lib.format.dtype_to_descr(np.dtype(DTYPES[self.dtype]))}
@@ -166,19 +180,6 @@ class Vectors:
 def _save(path, array) -> None:
     with open(path, "wb") as f:
         np.save(f, array)
-
-
-def _blocks(rows) -> Iterator[np.ndarray]:
-    size = max(1, _BLOCK // (rows.shape[1] * rows.itemsize))
-    return (np.asarray(rows[start : start + size]) for start in range(0, len(rows), size))
-
-
-def _ranges(rows, dtype) -> np.ndarray:
-    if len(rows) < 2:
-        raise DataError(f"{dtype} needs the ranges of 2 texts or more, given 1: use fp32 or binary")
-    ends = [(block.min(0), block.max(0)) for block in _blocks(rows)]
-    least, largest = zip(*ends, strict=True)
-    return np.stack([np.min(least, 0), np.max(largest, 0)])
 
 
 def _quantized(rows, dtype, ranges=None) -> np.ndarray:
