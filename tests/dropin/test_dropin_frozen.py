@@ -139,3 +139,36 @@ def test_sentences(saved, cls):
     assert bertfast.freeze(model) is model
     assert apart(answer(), expected) < 1e-4
     assert "frozen, 2 layers" in str(bertfast.accelerate(model))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_of_every_family(saved, family, precision):
+    """By sentence-transformers: the frozen model's states pooled, and near fp32's."""
+    st = pytest.importorskip("sentence_transformers")
+    from sentences import TEXTS
+
+    model = st.SentenceTransformer(saved(family, initializer_range=0.02), device="cpu")
+    expected = model.encode(TEXTS, convert_to_tensor=True)
+    bertfast.freeze(model, precision)
+    found = model.encode(TEXTS, convert_to_tensor=True, batch_size=len(TEXTS))
+    cosine = torch.cosine_similarity(found, expected)
+    assert cosine.mean() >= {"bf16": 0.9999, "int8": 0.998}[precision], cosine
+    order = sorted(range(len(TEXTS)), key=lambda i: -len(TEXTS[i]))  # as encode's batches
+    features = model.preprocess([TEXTS[i] for i in order])
+    with torch.inference_mode():
+        states = model[0].model(**{k: t for k, t in features.items() if torch.is_tensor(t)})[0]
+    pooled = model[1](features | {"token_embeddings": states})["sentence_embedding"]
+    assert torch.equal(found[order], pooled)
+
+
+@pytest.mark.parametrize("precision", BOUND)
+def test_native_layers_are_packed_alike(precision):
+    """To the bit: the same weights, and the same states from the same embeddings."""
+    theirs, ours, _ = frozen("Bert", precision)
+    native = bertfast.BertModel(theirs.config)
+    native.load_state_dict(theirs.state_dict())
+    packed = bertfast.freeze(native, precision).encoder.packed
+    for a, b in zip(packed.layers, ours.encoder.packed.layers, strict=True):
+        assert a.tensors.keys() == b.tensors.keys()
+        assert all(torch.equal(t, b.tensors[name]) for name, t in a.tensors.items())
