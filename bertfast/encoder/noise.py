@@ -1,6 +1,7 @@
 """What int8 does to a layer, tried without data when a model is frozen."""
 
 import math
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,11 @@ class Sample(NamedTuple):
         """What `owner`, the base model, gives its encoder for `inputs`, its arguments by name."""
         if inputs is None:
             inputs = {"input_ids": cls._at_random(owner, config, texts)}
+        taken = signature(owner.forward).parameters  # a tokenizer may make more than it takes
         encoder.packed = _Catcher(config)
         before, encoder.bertfast_padding = encoder.bertfast_padding, "zeros"
         try:
-            owner(**inputs)
+            owner(**{name: t for name, t in inputs.items() if name in taken})
         except _Caught as caught:
             (batch,) = caught.args
         finally:

@@ -74,6 +74,8 @@ def test_texts_need_a_tokenizer():
     model.tokenizer.model_max_length = 8
     refused(ValueError, "expected to be strings", bertfast.freeze, model, "auto", [3])
     assert bertfast.freeze(build("Bert"), "auto").encoder.packed.why  # tokens at random
+    given = inputs_for() | {"token_type_ids": torch.zeros(4, 17).long()}
+    assert bertfast.freeze(build("DistilBert"), "auto", given).transformer.packed.why
 
 
 @pytest.mark.parametrize("family", ["DebertaV2", "ModernBert", "Albert", "EuroBert"])
