@@ -23,6 +23,7 @@ DETAIL = (
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
     "model_families": ("Other families", ()),
+    "frozen": ("sentence-transformers' objects, frozen", ()),
     "sweep": ("Length and padding", ("sweep",)),
     "rivals_memory": ("Memory", ("memory",)),
     "breakdown": ("One layer by operator", ("breakdown", "roofline")),

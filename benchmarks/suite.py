@@ -22,6 +22,7 @@ PARTS = {
     "encoder_inference": "--rounds 2",
     "dropin": "--rounds 2 --steps 4",
     "model_families": "--rounds 2",
+    "frozen": "--rounds 2 --ranked 500",
     "training_step": "--rounds 3 --curve 0 --workloads base-8x128 base-natural",
     "memory": "--models BERT-base",
     "sweep": "--rounds 2",

@@ -10,11 +10,6 @@ import os
 import sys
 
 _RESUME = "--resume auto goes on from the last checkpoint"
-_TABLE = ".jsonl, .csv, .tsv or .parquet, with .gz or not; - for JSON lines on stdin"
-_RESTART = (
-    "What is done is kept in OUTPUT.partial until OUTPUT is whole: after a kill the same command "
-    "goes on from there, without loss or repetition."
-)
 
 
 def _parser():
@@ -26,11 +21,9 @@ def _parser():
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
-    text = (
-        "vectors of the texts of a table of any size, as sentence-transformers' encode gives them"
-    )
-    _embed_arguments(commands.add_parser("embed", help=text, description=f"{text}. {_RESTART}"))
-    text = "accuracy and speed of the precisions of inference on a CPU, on a text of your own"
+    text = "vectors of a table's texts, as sentence-transformers' encode gives them"
+    _embed_arguments(commands.add_parser("embed", help=text, description=text))
+    text = "precisions of inference on a CPU: their accuracy and speed on a text, a folder of one"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
     text = "times beside rivals, each after its outputs were checked"
     _bench_arguments(commands.add_parser("bench", help=text, description=text))
@@ -139,11 +132,16 @@ def _inference_arguments(parser):
 
 def _quantize_arguments(parser):
     _model_arguments(parser)
-    parser.add_argument("--check", required=True, metavar="FILE", help="a table of texts")
+    text = "compare the precisions on a table of texts"
+    parser.add_argument("--check", metavar="FILE", help=text)
+    text = "freeze to one precision and write that, for bertfast.load_frozen"
+    parser.add_argument("--out", metavar="FOLDER", help=text)
     text = "a classifier's labels (default: as evaluate's where the table has it; '' for none)"
     parser.add_argument("--label-column", help=text)
-    every = ("fp32", "bf16", "int8")
-    parser.add_argument("--precision", nargs="+", choices=every, default=every)
+    every = ("fp32", "bf16", "int8", "auto")
+    text = "those to compare (default: all), or that of --out (default: auto, the fastest that "
+    text += "keeps the states of --check's texts, or of a sample)"
+    parser.add_argument("--precision", nargs="+", choices=every, help=text)
     parser.add_argument("--batch-size", type=int, default=32, help="texts in a batch (default: 32)")
     text = "read N rows, evenly spread over the table (default: all)"
     parser.add_argument("--limit", type=int, metavar="N", help=text)
@@ -151,41 +149,9 @@ def _quantize_arguments(parser):
 
 
 def _embed_arguments(parser):
-    from .data.vectors import DTYPES
+    from .embedding_command import add_arguments
 
-    text = "folder or hub name: of sentence-transformers, or of transformers (mean pooling)"
-    parser.add_argument("--model", required=True, help=text)
-    parser.add_argument("--input", required=True, metavar="FILE", help=_TABLE)
-    text = "FILE.npy, or FILE.parquet with the vectors in the column embedding"
-    parser.add_argument("--output", required=True, metavar="FILE", help=text)
-    text = "column of the texts (default: text)"
-    parser.add_argument("--text-column", default="text", metavar="COLUMN", help=text)
-    text = "column of texts or whole numbers that a .parquet output keeps"
-    parser.add_argument("--id-column", metavar="COLUMN", help=text)
-    for task in ("query", "document"):
-        text = f"the texts are of this kind: its prompt, as encode_{task} has it"
-        parser.add_argument(f"--{task}", dest="task", action="store_const", const=task, help=text)
-    parser.add_argument("--prompt", metavar="TEXT", help="stands before each text")
-    text = "the model's prompt of this name (default: the model's default, if any)"
-    parser.add_argument("--prompt-name", metavar="NAME", help=text)
-    text = "pack the weights for inference; int8 and bf16 round (default: as they are stored)"
-    every = ("fp32", "bf16", "int8", "auto")
-    parser.add_argument("--precision", choices=every, help=text)
-    text = (
-        "of the vectors (default: fp32); int8 and uint8 by each dimension's range over all texts, "
-        "which goes into FILE.ranges.npy, for queries; binary and ubinary hold 8 dimensions a byte"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help=text)
-    text = "keep the first N dimensions (default: the model's own)"
-    parser.add_argument("--truncate-dim", type=int, metavar="N", help=text)
-    text = "scale vectors to length 1, where the model doesn't do so itself"
-    parser.add_argument("--normalize", action="store_true", help=text)
-    text = "tokens in a batch, padding not counted (default: 4096, on a GPU 65536)"
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help=text)
-    text = "default: a GPU where there is one and no --precision"
-    parser.add_argument("--device", choices=("cpu", "cuda"), help=text)
-    text = "drop what an earlier run did; replace an output that is there"
-    parser.add_argument("--restart", action="store_true", help=text)
+    add_arguments(parser)
 
 
 def _evaluate_arguments(parser):
@@ -198,7 +164,7 @@ def _evaluate_arguments(parser):
 
 def _predict_arguments(parser):
     _inference_arguments(parser)
-    parser.add_argument("--input", required=True, metavar="FILE", help=_TABLE)
+    parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
     text = "JSON lines here, by way of FILE.partial (default: - for stdout, as they come)"
     parser.add_argument("--output", default="-", metavar="FILE", help=text)
     parser.add_argument("--batch-size", type=int, default=64, help="texts in a batch (default: 64)")
@@ -288,24 +254,31 @@ def _predict(args):
 
 
 def _embed(args):
-    from .embedding import embed
+    from .embedding_command import run
 
-    skipped = ("command", "debug")
-    found = embed(**{k: v for k, v in vars(args).items() if k not in skipped}, say=_say)
-    print(json.dumps(found, indent=2))
+    run(args, _say)
 
 
 def _quantize(args):
     from . import quantize
     from .files import json_text
     from .train import outputs
+    from .train.config import ConfigError
 
+    if not args.check and not args.out:
+        raise ConfigError("give --check FILE, to compare precisions, or --out FOLDER, to write one")
+    settings, chosen = _inference_settings(args), args.precision
+    del settings["precision"]
+    if args.out:
+        _quantize_to(args.out, chosen or ["auto"], args)
+        return
+    if chosen and "auto" in chosen:
+        raise ConfigError("--precision auto is for --out; --check compares the others")
     outputs.check_result(args.json, args.check, args.model)
-    settings = _inference_settings(args)
     result = quantize.report(
         args.model,
         args.check,
-        precisions=settings.pop("precision"),
+        precisions=chosen or quantize.PRECISIONS,
         **settings,
         batch_size=args.batch_size,
         limit=args.limit,
@@ -314,6 +287,20 @@ def _quantize(args):
     print(quantize.table(result))
     if args.json:
         outputs.write_result(args.json, json_text(result, indent=2) + "\n")
+
+
+def _quantize_to(out, precisions, args):
+    from . import data, quantize
+    from .train.config import ConfigError
+
+    if len(precisions) > 1:
+        raise ConfigError(f"--out takes one precision, not {', '.join(precisions)}")
+    texts = None
+    if args.check:
+        column = args.text_column or "text"
+        texts = [t for t in data.read_table(args.check, [column])[column] if t]
+    layers = quantize.save(args.model, out, *precisions, texts, args.allow_pickle)
+    _say(f"{out}: {layers}")
 
 
 def _say(text):

@@ -16,10 +16,12 @@ from .data.errors import ConfigError, DataError
 from .data.examples import Cells
 from .data.vectors import COLUMN, DTYPES, SUFFIXES, Vectors, ranges_file, vectors
 from .dropin import accelerate
+from .encoder.packed import Freezable
 from .files import read_json, sha256
 from .freeze import freeze
 from .model import checkpoint
 from .progress import Progress
+from .saved import MANIFEST, load_frozen
 from .train.outputs import check_result
 
 KIND = "SentenceTransformer"
@@ -109,7 +111,9 @@ def embed(
     folder = checkpoint.resolve(model)
     settings |= {"model": _checksum(folder), "bertfast": __version__}
     with vectors(path, settings, restart) as rows:
-        encoder = Encoder(folder, settings)
+        # "auto" goes by times: what it chose for the first rows is taken for the others.
+        encoder = Encoder(folder, settings | {"precision": rows.mark["frozen"] or precision})
+        rows.mark["frozen"] = encoder.frozen
         progress = Progress(say, rows.done)
         _run(encoder, rows, input, settings, progress)
         rows.finish()
@@ -159,6 +163,15 @@ def load(folder: Path, precision: str | None, device: str):
     kind = read_json(about).get("model_type", KIND) if about.is_file() else KIND
     if kind != KIND:
         raise checkpoint.CheckpointError(f"{folder} is a {kind}, expected a {KIND}")
+    if any(folder.rglob(MANIFEST)):
+        if precision is not None:
+            raise ConfigError(f"precision is {precision!r}, but {folder} is frozen: leave it out")
+        model = load_frozen(folder)
+        if isinstance(model, SentenceTransformer):
+            return model
+        raise checkpoint.CheckpointError(
+            f"{folder} is a frozen {type(model).__name__}, without a tokenizer: expected a {KIND}"
+        )
     model = SentenceTransformer(str(folder), device=device)
     accelerate(model)
     return model if precision is None else freeze(model, precision)
@@ -168,7 +181,15 @@ class Encoder:
     """A SentenceTransformer's `encode` in two halves, which can run at the same time."""
 
     def __init__(self, folder: Path, settings: dict):
-        self.model = load(folder, settings["precision"], settings["device"])
+        precision = settings["precision"]
+        self.model = load(folder, precision, settings["device"])
+        frozen = {
+            layer.precision
+            for m in self.model.modules()
+            if precision and isinstance(m, Freezable)
+            for layer in m.packed.layers
+        }
+        self.frozen = next((p for p in ("int8", "bf16", "fp32") if p in frozen), None)
         self.task = {} if settings["task"] is None else {"task": settings["task"]}
         self.prompt = _prompt(
             self.model, **{k: settings[k] for k in ("prompt", "prompt_name", "task")}

@@ -36,14 +36,15 @@ class Vectors:
         where that needs all rows' ranges;
     ids.jsonl: their ids, one a line;
     state.json: how many rows of these are surely on disk, `texts`, a checksum of the texts and ids
-        that they are of, and the settings they were made with.
+        that they are of, the precision they were made in where that was to be chosen, and the
+        settings they were made with.
     """
 
     def __init__(self, folder: Path, output: Path, settings: dict):
         self.folder, self.output, self.settings = folder, output, settings
         self.dtype = settings["dtype"]
         self.stored = np.dtype(np.float32 if self.dtype in _RANGED else DTYPES[self.dtype])
-        self.mark = {"done": 0, "width": 0, "ids_size": 0, "texts": None}
+        self.mark = {"done": 0, "width": 0, "ids_size": 0, "texts": None, "frozen": None}
         self.rows = self.ids = None
 
     @property
@@ -89,7 +90,7 @@ class Vectors:
         self.rows.write(rows.astype(self.stored, copy=False).tobytes())
         lines = b"".join(json.dumps(one).encode() + b"\n" for one in ids or ())
         self.ids.write(lines)
-        self.mark = {  # in one step, for an interrupted run still calls `sync`
+        self.mark = self.mark | {  # in one step, for an interrupted run still calls `sync`
             "done": self.done + len(rows),
             "width": rows.shape[1],
             "ids_size": self.mark["ids_size"] + len(lines),
