@@ -99,7 +99,7 @@ def test_padding_is_left_out(folder):
     """By embed, and by encode on a frozen model."""
     settings = {"precision": "int8", "device": "cpu", "task": None, "batch_tokens": 4096}
     settings |= {"prompt": None, "prompt_name": None, "normalize": False, "truncate_dim": None}
-    encoder = embedding.Encoder(folder / "model", settings)
+    encoder = embedding.TextEncoder(folder / "model", settings)
     report = bertfast.accelerate(encoder.model)
     encoder.vectors(encoder.batches(TEXTS), lambda n: None)
     assert [*report.padding.values()] == ["skipped: nobody reads them"]
@@ -219,9 +219,9 @@ def test_a_run_goes_on(folder, tmp_path, monkeypatch):
     options = {"batch_tokens": 256, "id_column": "id", "dtype": "int8"}
     embed(folder, tmp_path / "a.parquet", "long.jsonl", **options)
     given = []
-    batches = embedding.Encoder.batches
+    batches = embedding.TextEncoder.batches
     monkeypatch.setattr(
-        embedding.Encoder, "batches", lambda self, t: given.extend(t) or batches(self, t)
+        embedding.TextEncoder, "batches", lambda self, t: given.extend(t) or batches(self, t)
     )
     output = tmp_path / "b.parquet"
     rest = {k: v for k, v in options.items() if k != "batch_tokens"}
@@ -302,9 +302,9 @@ def test_a_chunk_ahead_is_all_that_is_read(folder, tmp_path, monkeypatch):
     writer = threading.Thread(target=feed)
     writer.start()
     seen, done = [], []
-    batches, finite = embedding.Encoder.batches, embedding._finite
+    batches, finite = embedding.TextEncoder.batches, embedding._finite
     monkeypatch.setattr(
-        embedding.Encoder,
+        embedding.TextEncoder,
         "batches",
         lambda self, t: seen.append(len(t)) or batches(self, t),
     )

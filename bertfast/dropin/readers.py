@@ -41,7 +41,7 @@ _POOLINGS = ("Pooling", "SpladePooling")
 _AFTER_POOLING = ("Normalize", "Dense", "Dropout", "LayerNorm")
 # Functions of sentence-transformers that keep what its model returns to themselves.
 _OWNERS = ("_inference", "encode", "compute_loss")
-_OURS = ("bertfast.embedding", "vectors")  # bertfast.embed takes the embeddings alone
+_OURS = ("bertfast.text_encoder", "vectors")  # bertfast.embed takes the embeddings alone
 _ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.CrossEntropyLoss, nn.ModuleList}
 _ROW_BY_ROW |= {nn.Tanh}
 _EMBEDDINGS = ("embeddings", "embed_tokens")  # of a base model, before its encoder
