@@ -18,13 +18,13 @@ from .data.vectors import COLUMN, DTYPES, SUFFIXES, Vectors, ranges_file, vector
 from .files import sha256
 from .model import checkpoint
 from .progress import Progress
-from .text_encoder import TASKS, TextEncoder
+from .text_encoder import TASKS, TextEncoder, is_frozen
 from .train.outputs import check_result
 
 PRECISIONS = ("fp32", "bf16", "int8", "auto")
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 SYNC = 1.0  # seconds between two times that what is done is made sure of
-_UNUSED = {".md", ".onnx", ".h5", ".msgpack", ".ot", ".png"}  # of a model's folder
+_MODEL = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of its files
 
 
 class Chunk(NamedTuple):
@@ -90,18 +90,18 @@ def embed(
     model.CheckpointError, OSError.
     """
     path = Path(output)
-    if device is None:
-        device = "cuda" if precision is None and torch.cuda.is_available() else "cpu"
-    batch_tokens = BATCH_TOKENS[device] if batch_tokens is None else batch_tokens
     settings = {"text_column": text_column, "id_column": id_column, "prompt": prompt}
     settings |= {"prompt_name": prompt_name, "task": task, "precision": precision, "dtype": dtype}
-    settings |= {"truncate_dim": truncate_dim, "normalize": normalize, "device": device}
-    settings |= {"batch_tokens": batch_tokens}
+    settings |= {"truncate_dim": truncate_dim, "normalize": normalize, "batch_tokens": batch_tokens}
     _check(path, settings)
     for file in (path, ranges_file(path)):
         check_result(file, input, model)
     folder = checkpoint.resolve(model)
-    settings |= {"model": _checksum(folder), "bertfast": __version__}
+    if device is None:
+        packed = precision is not None or is_frozen(folder)
+        device = "cuda" if not packed and torch.cuda.is_available() else "cpu"
+    settings |= {"model": _checksum(folder), "bertfast": __version__, "device": device}
+    settings["batch_tokens"] = batch_tokens or BATCH_TOKENS[device]
     with vectors(path, settings, restart) as rows:
         # "auto" goes by times: what it chose for the first rows is taken for the others.
         encoder = TextEncoder(folder, settings | {"precision": rows.mark["frozen"] or precision})
@@ -138,9 +138,9 @@ def _check(path: Path, settings: dict) -> None:
 def _checksum(folder: Path) -> str:
     """Of all in a model's folder that could change its embeddings."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in _MODEL and p.is_file()):
         name = file.relative_to(folder).as_posix()
-        if file.suffix not in _UNUSED and not name.startswith((".", "onnx/", "openvino/")):
+        if not name.startswith((".", "onnx/", "openvino/")) and ".partial/" not in name:
             digest.update(f"{name} {sha256(file)}\n".encode())
     return digest.hexdigest()[:16]
 

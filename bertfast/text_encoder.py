@@ -21,6 +21,11 @@ _LONGEST = 8192  # tokens of a text, where the model says no limit
 _LISTS = {"text": {"padding": False}, "common": {"return_tensors": None}}
 
 
+def is_frozen(folder: Path) -> bool:
+    """Whether `save_frozen` wrote it."""
+    return any(folder.rglob(MANIFEST))
+
+
 def load(folder: Path, precision: str | None, device: str):
     """A SentenceTransformer on our kernels."""
     try:
@@ -31,7 +36,7 @@ def load(folder: Path, precision: str | None, device: str):
     kind = read_json(about).get("model_type", KIND) if about.is_file() else KIND
     if kind != KIND:
         raise checkpoint.CheckpointError(f"{folder} is a {kind}, expected a {KIND}")
-    if any(folder.rglob(MANIFEST)):
+    if is_frozen(folder):
         if precision is not None:
             raise ConfigError(f"precision is {precision!r}, but {folder} is frozen: leave it out")
         model = load_frozen(folder)

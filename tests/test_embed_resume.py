@@ -100,6 +100,15 @@ def test_what_differs_is_refused(folder, tmp_path, monkeypatch):
     )
 
 
+def test_an_output_in_the_models_folder(folder, tmp_path, monkeypatch):
+    """What is written there is no change of the model."""
+    output = folder / "model" / "v.npy"
+    stopped(folder, output, monkeypatch)
+    embed(folder, output, "long.jsonl", batch_tokens=256)
+    embed(folder, tmp_path / "v.npy", "long.jsonl", batch_tokens=256)
+    assert output.read_bytes() == (tmp_path / "v.npy").read_bytes()
+
+
 def test_killed_between_the_output_and_the_end(folder, tmp_path, monkeypatch):
     output = tmp_path / "v.npy"
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
