@@ -40,10 +40,11 @@ def load(model: str, precision: str):
 
 
 class ApiError(Exception):
-    """What becomes OpenAI's error: status, message, parameter, code."""
+    """What becomes OpenAI's error; param is the field that is at fault."""
 
-    def __init__(self, status, message, param=None, code=None):
+    def __init__(self, status: int, message: str, param: str | None = None):
         kind = "invalid_request_error" if status < 500 else "server_error"
+        code = "model_not_found" if param == "model" else None
         error = {"message": message, "type": kind, "param": param, "code": code}
         self.response = JSONResponse({"error": error}, status)
 
@@ -138,29 +139,28 @@ def create_app(model, name: str, args) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan)
 
-    @app.post("/v1/embeddings")
-    async def embeddings(request: EmbeddingsRequest):
-        texts = [request.input] if isinstance(request.input, str) else request.input
-        if request.model != name:
-            raise ApiError(
-                404, f"no model {request.model!r} here, only {name!r}", "model", "model_not_found"
-            )
+    async def counted(texts) -> list[int]:
+        """Tokens of each, or what is wrong with the input."""
         if not 0 < len(texts) <= args.most_inputs:
             raise ApiError(400, f"{len(texts)} inputs, expected 1 to {args.most_inputs}", "input")
         if not isinstance(texts[0], str):
             raise ApiError(400, "input is token ids, of another tokenizer: send text", "input")
         if not all(texts):
             raise ApiError(400, f"input {texts.index('')} is an empty text", "input")
-        if (request.dimensions or 0) > size:
-            raise ApiError(
-                400, f"dimensions is {request.dimensions}, expected 1 to {size}", "dimensions"
-            )
         tokens = await batcher.count(texts)
-        if max(tokens) > longest:
-            i = int(np.argmax(tokens))
-            raise ApiError(
-                400, f"input {i} has {tokens[i]} tokens, the model takes {longest}", "input"
-            )
+        for i, n in enumerate(tokens):
+            if n > longest:
+                raise ApiError(400, f"input {i} has {n} tokens, the model takes {longest}", "input")
+        return tokens
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: EmbeddingsRequest):
+        texts = [request.input] if isinstance(request.input, str) else request.input
+        if request.model != name:
+            raise ApiError(404, f"no model {request.model!r} here, only {name!r}", "model")
+        if (request.dimensions or 0) > size:
+            raise ApiError(400, f"{request.dimensions} of {size} dimensions", "dimensions")
+        tokens = await counted(texts)
         data = []
         for i, vector in enumerate(await batcher.embed(texts, tokens)):
             vector = shortened(vector, request.dimensions)
@@ -179,8 +179,8 @@ def create_app(model, name: str, args) -> FastAPI:
 
     @app.get("/health")
     async def health():
-        counts = {"texts": batcher.texts, "batches": batcher.batches}
-        return {"status": "ok", "waiting": len(batcher.waiting)} | counts
+        waiting, texts, batches = len(batcher.waiting), batcher.texts, batcher.batches
+        return {"status": "ok", "waiting": waiting, "texts": texts, "batches": batches}
 
     @app.exception_handler(ApiError)
     async def refused(_, error):

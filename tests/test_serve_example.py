@@ -118,7 +118,7 @@ def test_answers_are_encodes(service, model, texts):
         ({"input": {"a": 1}}, 400, "input", "input"),
         ({}, 400, "input", "Field required"),
         ({"input": "a", "model": "ada"}, 404, "model", "no model 'ada'"),
-        ({"input": "a", "dimensions": 385}, 400, "dimensions", "expected 1 to 384"),
+        ({"input": "a", "dimensions": 385}, 400, "dimensions", "385 of 384 dimensions"),
         ({"input": "a", "dimensions": 0}, 400, "dimensions", "greater than"),
         ({"input": "a", "encoding_format": "hex"}, 400, "encoding_format", "float"),
     ],
@@ -156,10 +156,11 @@ async def load(url, texts, clients):
 
 def test_concurrent_requests_share_batches(service, model, texts):
     health = lambda: httpx.get(f"{service}/health").json()
-    alone, _ = asyncio.run(load(service, texts, 1))
+    alone = min(asyncio.run(load(service, texts, 1))[0] for _ in range(2))
     before = health()
     together, answers = asyncio.run(load(service, texts, 24))
     after = health()
+    together = min(together, asyncio.run(load(service, texts, 24))[0])
     assert close(np.concatenate([vectors(a) for a in answers]), model.encode(texts))
     assert after["texts"] - before["texts"] == len(texts)
     batches = after["batches"] - before["batches"]
