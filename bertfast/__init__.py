@@ -15,7 +15,8 @@ _MODELS = (
     "cuda_graphs",
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")
-__all__ = ["backend", "build_info", "executor", "freeze", *_DROPIN, *_MODELS]
+_SAVED = ("load_frozen", "save_frozen")
+__all__ = ["backend", "build_info", "executor", "freeze", *_DROPIN, *_MODELS, *_SAVED]
 
 
 def __getattr__(name):
@@ -27,6 +28,10 @@ def __getattr__(name):
         from . import dropin
 
         return getattr(dropin, name)
+    if name in _SAVED:
+        from . import saved
+
+        return getattr(saved, name)
     raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
 
 

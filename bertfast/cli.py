@@ -19,7 +19,7 @@ def _parser():
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
-    text = "accuracy and speed of the precisions of inference on a CPU, on a text of your own"
+    text = "precisions of inference on a CPU: their accuracy and speed on a text, a folder of one"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
     text = "times beside rivals, each after its outputs were checked"
     _bench_arguments(commands.add_parser("bench", help=text, description=text))
@@ -128,11 +128,16 @@ def _inference_arguments(parser):
 
 def _quantize_arguments(parser):
     _model_arguments(parser)
-    parser.add_argument("--check", required=True, metavar="FILE", help="a table of texts")
+    text = "compare the precisions on a table of texts"
+    parser.add_argument("--check", metavar="FILE", help=text)
+    text = "freeze to one precision and write that, for bertfast.load_frozen"
+    parser.add_argument("--out", metavar="FOLDER", help=text)
     text = "a classifier's labels (default: as evaluate's where the table has it; '' for none)"
     parser.add_argument("--label-column", help=text)
-    every = ("fp32", "bf16", "int8")
-    parser.add_argument("--precision", nargs="+", choices=every, default=every)
+    every = ("fp32", "bf16", "int8", "auto")
+    text = "those to compare (default: all), or that of --out (default: auto, the fastest that "
+    text += "keeps the states of --check's texts, or of a sample)"
+    parser.add_argument("--precision", nargs="+", choices=every, help=text)
     parser.add_argument("--batch-size", type=int, default=32, help="texts in a batch (default: 32)")
     text = "read N rows, evenly spread over the table (default: all)"
     parser.add_argument("--limit", type=int, metavar="N", help=text)
@@ -239,13 +244,22 @@ def _quantize(args):
     from . import quantize
     from .files import json_text
     from .train import outputs
+    from .train.config import ConfigError
 
+    if not args.check and not args.out:
+        raise ConfigError("give --check FILE, to compare precisions, or --out FOLDER, to write one")
+    settings, chosen = _inference_settings(args), args.precision
+    del settings["precision"]
+    if args.out:
+        _quantize_to(args.out, chosen or ["auto"], args)
+        return
+    if chosen and "auto" in chosen:
+        raise ConfigError("--precision auto is for --out; --check compares the others")
     outputs.check_result(args.json, args.check, args.model)
-    settings = _inference_settings(args)
     result = quantize.report(
         args.model,
         args.check,
-        precisions=settings.pop("precision"),
+        precisions=chosen or quantize.PRECISIONS,
         **settings,
         batch_size=args.batch_size,
         limit=args.limit,
@@ -254,6 +268,20 @@ def _quantize(args):
     print(quantize.table(result))
     if args.json:
         outputs.write_result(args.json, json_text(result, indent=2) + "\n")
+
+
+def _quantize_to(out, precisions, args):
+    from . import data, quantize
+    from .train.config import ConfigError
+
+    if len(precisions) > 1:
+        raise ConfigError(f"--out takes one precision, not {', '.join(precisions)}")
+    texts = None
+    if args.check:
+        column = args.text_column or "text"
+        texts = [t for t in data.read_table(args.check, [column])[column] if t]
+    layers = quantize.save(args.model, out, *precisions, texts, args.allow_pickle)
+    _say(f"{out}: {layers}")
 
 
 def _say(text):

@@ -1,101 +1,197 @@
 """Inference at the best speed: an encoder's weights laid out once."""
 
+import logging
+import sys
 import warnings
+from typing import NamedTuple
 
 import torch
 
 from . import heap
-from .encoder import Layer, Unfit, adapters, watch
+from .encoder import Layer, Unfit, adapters, choice, watch
 from .encoder.noise import Sample
-from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable, PackedCpu, PackedCuda
+from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable
+from .encoder.packed_cpu import PackedCpu
+from .encoder.packed_cuda import PackedCuda
 from .encoder.weights import FLAT, shapes
 from .ops import registry
 from .ops.extension import C, error
 from .ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit
 
+_TEXTS, _TOKENS = 64, 512  # of a sample: how many, and how long at most
 
-def freeze(model, precision: str = "fp32"):
+
+def freeze(model, precision: str = "fp32", texts=None):
     """Make a model an inference model, in place, and return it.
 
     Args:
-        model: a bertfast BERT model with any head, or one that `accelerate` has taken on.
+        model: a bertfast BERT model with any head, or whatever `accelerate` takes, which it need
+            not have taken yet: a model of transformers, a SentenceTransformer, a CrossEncoder, a
+            SparseEncoder, a pipeline.
         precision: of the encoder's weights and products. On a CPU "fp32", "bf16" or "int8", see
             `PackedCpu`, where layers that int8 suits ill stay in bf16, with a warning that names
             them; on a GPU (or where `bertfast.backend("cuda")` is forced) "bf16" or "fp16". Below
             fp32 the embedding tables of a bertfast model become bf16 (fp16) as well, unless a
-            language model's head shares them.
+            language model's head shares them. "auto": the fastest of them here that keeps the
+            states of `texts`, see encoder/choice.py; logged, and in `accelerate`'s report.
+        texts: for "auto" and int8's noise: strings, for the model's tokenizer, or what a tokenizer
+            returned, tensors by name. None: a sample of English, or tokens at random for a model
+            without a tokenizer.
 
-    The encoder's layers are gone: it can't be trained, saved, copied or moved any more.
+    The encoder's layers are gone: it can't be trained or moved any more, and is saved by
+    `save_frozen`. Copies share the packed weights.
 
-    Raises: TypeError for what is no module, ValueError for an unknown precision or a model that
-    can't be frozen (one whose encoder holds adapters, hooks or parametrizations), RuntimeError
-    without the compiled extension.
+    Raises: TypeError for what neither is nor has a module, ValueError for an unknown precision or a
+    model that can't be frozen (one whose encoder holds adapters, hooks or parametrizations), which
+    is left as it was, RuntimeError without the compiled extension.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"freeze got a {watch.class_name(model)}, expected a torch.nn.Module: of what holds a "
-            "model, as a pipeline does, give that"
-        )
-    where = {p.device.type for p in model.parameters()}
+    from .dropin import accelerate, restore
+    from .dropin.holders import modules
+
+    roots = modules(model)
+    where = {p.device.type for root in roots.values() for p in root.parameters()}
     cuda = where == {"cuda"} or registry.forced() == "cuda"
     known = CUDA_PRECISIONS if cuda else PRECISIONS
-    if precision not in known:
+    if precision not in (*known, "auto"):
         raise ValueError(
             f"precision is {precision!r}, expected one of {', '.join(known)} on a "
-            f"{'GPU' if cuda else 'CPU'}"
+            f"{'GPU' if cuda else 'CPU'}, or auto"
         )
     why = cuda_limit(CUDA_DEVICE, None, ()) if cuda else error if C is None else None
     if why:
         raise RuntimeError(f"freeze needs the C++ kernels: {why}")
-    encoders = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, Freezable) and m.packed is None
-    }
-    if not encoders:
-        raise ValueError(
-            f"freeze found no encoder that isn't frozen yet in a {type(model).__name__}: give a "
-            "model of bertfast, or one that bertfast.accelerate has taken on"
-        )
-    found = {name: _layers(name, encoder) for name, encoder in encoders.items()}
-    _check_device(model, where, cuda)
-    head_dim = max(layers[0].spec.head_dim for layers in found.values())
-    if not cuda and precision != "fp32" and head_dim % 2:
-        raise ValueError(
-            f"heads of {head_dim} can't be packed in {precision}, which takes pairs; use fp32"
-        )
-    model.eval()
-    for name, encoder in encoders.items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        _pack(encoder, owner, found.pop(name), precision, cuda)
-        embeddings = getattr(owner, "embeddings", None)
-        own = hasattr(embeddings, "tables") and not hasattr(model, "get_output_embeddings")
-        if precision != "fp32" and own:
-            embeddings.to(CUDA_PRECISIONS.get(precision, torch.bfloat16))
+    inputs = None if texts is None and precision != "auto" else _inputs(model, roots, texts)
+    taken = any(isinstance(m, Freezable) for root in roots.values() for m in root.modules())
+    if not taken:
+        accelerate(model)
+    try:
+        found = _found(roots)
+        _check_device(roots, where, cuda)
+        head_dim = max(one.layers[0].spec.head_dim for one in found)
+        if not cuda and precision in ("bf16", "int8") and head_dim % 2:
+            raise ValueError(
+                f"heads of {head_dim} can't be packed in {precision}, which takes pairs; use fp32"
+            )
+    except ValueError:
+        if not taken:
+            restore(model)
+        raise
+    for root in roots.values():
+        root.requires_grad_(False).eval()
+    encoders = [one.encoder for one in found]
+    while found:
+        _pack(found.pop(), precision, cuda, inputs)
     heap.release_freed()
-    model.requires_grad_(False).eval()
+    if "sentence_transformers" in sys.modules:
+        _savable(roots)
     # Last, for a warning may be made an error.
-    for encoder in encoders.values():
+    for encoder in encoders:
+        if encoder.packed.why:
+            logging.getLogger("bertfast").info(encoder.packed.why)
         for text in encoder.packed.complaints():
             warnings.warn(text, stacklevel=2)
+    if precision == "bf16" and not cuda and not C.build_info()["bf16_products"]:
+        warnings.warn(
+            f"this processor ({C.build_info()['cpu_isa']}) has no products of bf16: frozen in bf16 "
+            "a model is slower than in fp32 and saves memory alone; int8 is faster, or auto",
+            stacklevel=2,
+        )
     return model
 
 
-def _pack(encoder, owner, layers: list[Layer], precision, cuda) -> None:
+class _Found(NamedTuple):
+    root: torch.nn.Module
+    owner: torch.nn.Module  # of the encoder
+    encoder: Freezable
+    layers: list[Layer]
+
+
+def _found(roots) -> list[_Found]:
+    """Raises ValueError where there is none to freeze, or one can't be."""
+    found = {}
+    for path, root in roots.items():
+        for name, m in root.named_modules():
+            if isinstance(m, Freezable) and m.packed is None and m not in found:
+                owner = root.get_submodule(name.rpartition(".")[0])
+                layers = _layers(".".join(filter(None, (path, name))), m)
+                found[m] = _Found(root, owner, m, layers)
+    if not found:
+        names = ", ".join(type(root).__name__ for root in roots.values())
+        raise ValueError(
+            f"freeze found no encoder that isn't frozen yet in a {names}: give a model of "
+            "bertfast, or one that bertfast.accelerate takes"
+        )
+    return [*found.values()]
+
+
+def _inputs(model, roots, texts) -> dict | None:
+    """What a tokenizer makes of texts; None for tokens at random."""
+    if texts is not None and hasattr(texts, "keys"):
+        return dict(texts)
+    holders = (model, *(m for root in roots.values() for m in root.modules()))
+    tokenizer = next(filter(callable, (getattr(m, "tokenizer", None) for m in holders)), None)
+    if tokenizer is None:
+        if texts is None:
+            return None
+        raise ValueError(
+            "freeze was given texts for a model without a tokenizer: give what its tokenizer "
+            'returns, tokenizer(texts, padding=True, truncation=True, return_tensors="pt")'
+        )
+    texts = [texts] if isinstance(texts, str) else [*(texts or choice.TEXTS)]
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise ValueError("texts are expected to be strings, one or more, or a tokenizer's tensors")
+    texts = texts[:: -(-len(texts) // _TEXTS)]
+    longest = min(tokenizer.model_max_length, _TOKENS)
+    given = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+    return dict(tokenizer(texts, **given))
+
+
+def _pack(found: _Found, precision, cuda, inputs) -> None:
+    root, owner, encoder, layers = found
     config, dtype = encoder.settings(), layers[0].weights.query.weight.dtype
     center = _center(owner, layers[0].spec.hidden)
-    int8, relative = precision == "int8", layers[0].spec.relative
-    sample = Sample.of(owner, encoder, config) if int8 or relative else None
+    auto, relative = precision == "auto", layers[0].spec.relative
+    sample = None
+    if precision == "int8" or relative or auto:
+        sample = Sample.of(owner, encoder, config, inputs)
     embeddings = sample.batch.relative.embeddings if relative else None
-    del encoder.get_submodule(encoder.LAYERS)[:]  # so that `layers` alone has the weights
-    encoder.bertfast_seen = None
-    if encoder.bertfast_graphs is not None:
-        encoder.bertfast_graphs.release()
-    given = layers, precision, dtype, config
-    if cuda:
-        encoder.packed = PackedCuda(*given)
-    else:
-        encoder.packed = PackedCpu(*given, center, sample if int8 else None, embeddings)
+
+    def packed(layers, precision):
+        given = layers, precision, dtype, config
+        if cuda:
+            return PackedCuda(*given)
+        noticed = sample if precision == "int8" else None
+        return PackedCpu.pack(*given, center, noticed, embeddings)
+
+    why = None
+    if auto and cuda:
+        precision, why = "bf16", "auto: bf16 on a GPU"
+    elif auto:
+        narrow = PRECISIONS if layers[0].spec.head_dim % 2 == 0 else ("fp32",)
+        all_of_them = {name: packed([*layers], name) for name in narrow}
+        precision, why = choice.choose(all_of_them, sample.batch)
+        encoder.empty()
+        encoder.packed = all_of_them[precision]
+    if encoder.packed is None:
+        encoder.empty()  # so that `layers` alone has the weights
+        encoder.packed = packed(layers, precision)
+    encoder.packed.why = why
+    embeddings = getattr(owner, "embeddings", None)
+    own = hasattr(embeddings, "tables") and not hasattr(root, "get_output_embeddings")
+    if precision != "fp32" and own:
+        embeddings.to(CUDA_PRECISIONS.get(precision, torch.bfloat16))
+
+
+def _savable(roots) -> None:
+    """Of sentence-transformers' modules: `save_frozen` goes through their own `save`."""
+    try:
+        from .dropin.sentences import FrozenTransformer
+    except ImportError:  # another version than those that have its module
+        return
+    for root in roots.values():
+        for m in root.modules():
+            if type(m) is FrozenTransformer.__base__:
+                m.__class__ = FrozenTransformer
 
 
 def _center(owner, size):
@@ -139,14 +235,14 @@ def _refuse(path, why):
         )
 
 
-def _check_device(model, where, cuda):
+def _check_device(roots, where, cuda):
     device = CUDA_DEVICE if cuda else "cpu"
     if where != {device}:
         raise ValueError(
             f"the model is on {', '.join(sorted(where))}, expected all of it on {device}: move it "
             "before bertfast.freeze"
         )
-    dtypes = {p.dtype for p in model.parameters()}
+    dtypes = {p.dtype for root in roots.values() for p in root.parameters()}
     if not cuda and not dtypes <= set(CPU_DTYPES):
         raise ValueError(
             f"the model is in {', '.join(sorted(map(str, dtypes)))}, expected torch.float32 or "

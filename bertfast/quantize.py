@@ -1,24 +1,85 @@
-"""What the precisions of `bertfast.freeze` cost in accuracy and bring in speed, on a text of one's
-own."""
+"""Models in the precisions of `bertfast.freeze`: what they cost in accuracy and bring in speed on a
+text of one's own, and a folder of one."""
 
 import copy
 import math
+import shutil
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from . import data
 from .bench.measure import aligned
-from .encoder.packed import PRECISIONS
-from .files import regular
+from .encoder.packed import PRECISIONS, Freezable
+from .files import check_folder, read_json, regular
 from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
+from .model.errors import unreadable
 from .model.tokenizer import load_tokenizer
+from .saved import save_frozen
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
 from .train.inference import label_set, mean_loss, other_task
+from .train.outputs import RUN_CONFIG
+
+
+def save(
+    model: str, out: str, precision: str = "auto", texts=None, allow_pickle: bool = False
+) -> str:
+    """Freezes a checkpoint and writes it to a folder, see `bertfast.save_frozen`.
+
+    Args:
+        model: folder or hub name, of sentence-transformers, transformers or bertfast; the tokenizer
+            comes along.
+        out: the folder; one that has the same model packed for another instruction set keeps it.
+        precision: "fp32", "bf16", "int8" or "auto".
+        texts: strings, for "auto" and int8's noise, see `freeze`.
+
+    Returns: what the layers are now, "12 layers, int8".
+
+    Raises: model.CheckpointError, OSError and what `freeze` and `save_frozen` raise.
+    """
+    check_folder(Path(out))
+    folder = checkpoint.resolve(model)
+    if Path(out).resolve() == folder.resolve():
+        raise ConfigError(f"out is {out}, the folder of the model: give another")
+    network, tokenizer = _opened(folder, allow_pickle)
+    if tokenizer is not None:
+        network.tokenizer = tokenizer  # for texts
+    freeze(network, precision, texts)
+    if tokenizer is not None:
+        del network.tokenizer
+        tokenizer.save_pretrained(out)
+    save_frozen(network, out)
+    if (folder / RUN_CONFIG).is_file():
+        shutil.copy(folder / RUN_CONFIG, out)
+    return ", ".join(str(m.packed) for m in network.modules() if isinstance(m, Freezable))
+
+
+def _opened(folder: Path, allow_pickle):
+    """(a model of sentence-transformers, None), or one of transformers and its tokenizer."""
+    about = folder / "config_sentence_transformers.json"
+    if (folder / "modules.json").is_file():
+        import sentence_transformers
+
+        name = read_json(about).get("model_type") if about.is_file() else None
+        cls = getattr(sentence_transformers, name or "SentenceTransformer", None)
+        if cls is None:
+            raise checkpoint.CheckpointError(f"{about} has the model_type {name!r}, unknown here")
+        return cls(str(folder), device="cpu", local_files_only=True), None
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = (config.architectures or ["AutoModel"])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise checkpoint.CheckpointError(f"{folder} is a {name}, which transformers doesn't have")
+    kept = {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
+    with unreadable(f"{folder} can't be loaded"):
+        return cls.from_pretrained(folder, **kept), load_tokenizer(folder)
 
 
 def report(

@@ -97,6 +97,7 @@ void bind_rows(py::module_& m) {
 py::dict build_info() {
   py::dict info;
   info["cpu_isa"] = kernels().isa;
+  info["bf16_products"] = kernels().bf16;
   info["isas_built"] = built_isas();
 #ifdef BERTFAST_WITH_CUDA
   cuda::add_build_info(info);

@@ -184,6 +184,7 @@ struct CrossEntropyArgs {
 
 struct Kernels {
   const char* isa;
+  bool bf16;  // whether it multiplies bf16, or floats that bf16 is widened to
   void (*gemm)(const GemmArgs&);
   void (*activation_backward)(const ActivationBackwardArgs&);
   void (*attention)(const AttentionArgs&);

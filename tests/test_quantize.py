@@ -209,3 +209,46 @@ def test_precision_is_a_cpu_s(folder):
         predict(str(folder / "out"), ["red"], device="cuda", precision="int8")
     with pytest.raises(ValueError, match="'int4'"):
         predict(str(folder / "out"), ["red"], precision="int4")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "sentences"])
+def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
+    """By the command: what `load_frozen` gives is what freezing here gives, tokenizer and all."""
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    out, told = str(tmp_path / "small"), ["--precision", "int8"]
+    if kind == "sentences":
+        st = pytest.importorskip("sentence_transformers")
+        st.SentenceTransformer(saved(), device="cpu").save_pretrained(str(tmp_path / "model"))
+        model = str(tmp_path / "model")
+    else:
+        model, told = str(folder / "out"), ["--check", str(folder / "valid.jsonl")]  # auto
+    assert main(["quantize", "--model", model, "--out", out, *told]) == 0
+    loaded = bertfast.load_frozen(out)
+    if kind == "sentences":
+        expected = bertfast.freeze(st.SentenceTransformer(model, device="cpu"), "int8")
+        texts = ["a cat", "the dog ran far away"]
+        assert (loaded.encode(texts) == expected.encode(texts)).all()
+        return
+    precision = loaded.bert.encoder.packed.precision
+    expected = bertfast.freeze(BertForSequenceClassification.from_pretrained(model), precision)
+    given = AutoTokenizer.from_pretrained(out)(
+        ["red cat", "blue"], padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        assert torch.equal(loaded(**given).logits, expected(**given).logits)
+
+
+@pytest.mark.parametrize(
+    "options, code",
+    [
+        ([], 2),
+        (["--out", "there", "--precision", "int8", "bf16"], 2),
+        (["--check", "valid.jsonl", "--precision", "auto"], 2),
+        (["--out", "valid.jsonl/below"], 1),
+        (["--out", "model"], 2),
+    ],
+)
+def test_wrong_usage_of_out(folder, monkeypatch, options, code):
+    monkeypatch.chdir(folder)
+    assert main(["quantize", "--model", "model", *options]) == code

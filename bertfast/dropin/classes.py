@@ -51,6 +51,8 @@ class Swapped:
     copy is accelerated, and so is what `multiprocessing` sends to another process."""
 
     def __reduce_ex__(self, protocol):
+        if getattr(self, "packed", None) is not None:  # stock modules couldn't do with it
+            raise TypeError("a frozen model can't be pickled: write it by bertfast.save_frozen")
         made, (cls, *rest), state = object.__reduce_ex__(self, 0)  # 2's takes no other class
         if "stock" in vars(cls):  # else another class has been laid over it since
             own = getattr(cls, "SETTINGS", ())

@@ -76,8 +76,6 @@ class FusedEncoder(Freezable):
     SETTINGS += ("bertfast_graphs", "bertfast_seen")
     family: Family
     bertfast_backend = "auto"
-    bertfast_padding = "auto"  # see `accelerate`
-
     bertfast_last = Last()
 
     @outside_graphs

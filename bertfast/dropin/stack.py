@@ -58,6 +58,10 @@ class FusedStack(FusedEncoder):
         if self.packed is None:  # or they are gone
             self.bertfast_kinds = tuple(dict.fromkeys(map(self.family.kind, super().__iter__())))
 
+    def empty(self):
+        self.read_kinds()
+        super().empty()
+
     def read(self):
         self.read_kinds()
         return super().read()

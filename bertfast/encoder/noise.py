@@ -31,28 +31,34 @@ def _noise(states, expected) -> float:
 
 
 class Sample(NamedTuple):
-    """Tokens at random, to try int8 on: outliers of weights show with any."""
+    """Texts to try a precision on, or tokens at random: outliers of weights show with any."""
 
     batch: Batch  # what comes to the first layer
     hidden: torch.Tensor  # [tokens, hidden], behind the layers that it has come through
 
     @classmethod
     @torch.no_grad()
-    def of(cls, owner, encoder, config, texts=4):
-        """What `owner`, the base model, gives its encoder."""
-        seqlen = min(32, config.max_position_embeddings)
-        vocabulary = owner.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(
-            *(0, vocabulary, (texts, seqlen)), generator=torch.Generator().manual_seed(0)
-        )
+    def of(cls, owner, encoder, config, inputs=None, texts=4):
+        """What `owner`, the base model, gives its encoder for `inputs`, its arguments by name."""
+        if inputs is None:
+            inputs = {"input_ids": cls._at_random(owner, config, texts)}
         encoder.packed = _Catcher(config)
+        before, encoder.bertfast_padding = encoder.bertfast_padding, "zeros"
         try:
-            owner(input_ids=ids)
+            owner(**inputs)
         except _Caught as caught:
             (batch,) = caught.args
         finally:
-            encoder.packed = None
+            encoder.packed, encoder.bertfast_padding = None, before
         return cls(batch, batch.hidden)
+
+    @staticmethod
+    def _at_random(owner, config, texts):
+        seqlen = min(32, config.max_position_embeddings)
+        vocabulary = owner.get_input_embeddings().weight.shape[0]
+        return torch.randint(
+            *(0, vocabulary, (texts, seqlen)), generator=torch.Generator().manual_seed(0)
+        )
 
     @torch.no_grad()
     def through(self, layer, packed):

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import PackedSequences, Packing, check_mask, lowered
-from ..encoder.packed import PackedCpu
+from ..encoder.packed_cpu import PackedCpu
 from ..encoder.spec import DROPOUTS
 from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor

@@ -1,5 +1,6 @@
 // This instruction set's kernels.
 #include "operators.h"
+#include "vec.h"
 
 #define BERTFAST_STRING_(x) #x
 #define BERTFAST_STRING(x) BERTFAST_STRING_(x)
@@ -9,6 +10,7 @@ namespace bertfast::BERTFAST_ISA {
 extern const Kernels table;
 const Kernels table = {
     BERTFAST_STRING(BERTFAST_ISA),
+    unit_of(Precision::bf16) == Unit::bf16,
     gemm,
     activation_backward,
     attention,

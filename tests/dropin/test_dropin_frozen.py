@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, UNFUSED, build, few, inputs_for, real
 from helpers import apart, close_to_truth, exact, refused
 
@@ -68,21 +69,73 @@ def test_what_it_can_not_do(tmp_path):
     refused(RuntimeError, "frozen.*attention maps", ours, **given, output_attentions=True)
     refused(RuntimeError, "for inference", ours.train(), **given)
     ours.eval()
-    refused(TypeError, "copied or pickled", copy.deepcopy, ours)
-    refused(TypeError, "copied or pickled", pickle.dumps, ours)
-    refused(ValueError, "saved, its layers", ours.save_pretrained, tmp_path)
+    refused(TypeError, "save_frozen", pickle.dumps, ours)
+    refused(ValueError, "save_frozen", ours.save_pretrained, tmp_path)
     refused(ValueError, "is frozen", bertfast.restore, ours)
     refused(ValueError, "isn't frozen", bertfast.freeze, ours)
-    refused(ValueError, "isn't frozen", bertfast.freeze, build("Bert"))
+    refused(ValueError, "isn't frozen", bertfast.freeze, torch.nn.Linear(2, 2))
     assert "frozen, 2 layers, fp32" in str(report)
 
 
-def test_sentences(saved):
-    """By sentence-transformers, whose encode moves the model first."""
+def test_what_can_not_be_frozen_stays_as_it_was():
+    """No half: neither accelerated, nor in eval mode."""
+    model = build("Bert", hidden_size=33).train()
+    refused(ValueError, "heads of 11", bertfast.freeze, model, "int8")
+    model.encoder.layer[1].register_forward_hook(lambda *_: None)
+    refused(ValueError, "encoder.layer.1 can't be frozen", bertfast.freeze, model)
+    assert not bertfast.is_accelerated(model) and model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_slow_bf16_is_told(monkeypatch):
+    """Where the processor only widens it."""
+    from bertfast.ops.extension import C
+
+    about = C.build_info() | {"bf16_products": False}
+    monkeypatch.setattr(C, "build_info", lambda: about)
+    with pytest.warns(UserWarning, match="slower than in fp32 and saves memory"):
+        bertfast.freeze(build("Bert"), "bf16")
+
+
+def test_copies_share_what_is_packed():
+    _, ours, _ = frozen("Bert", "int8")
+    given = inputs_for()
+    with torch.inference_mode():
+        expected = ours(**given).last_hidden_state
+        other = copy.deepcopy(ours)
+        ours.config.output_hidden_states = True  # its own, which it can't serve
+        assert torch.equal(other(**given).last_hidden_state, expected)
+    a, b = (m.encoder.packed.layers[0].tensors["qkv"] for m in (ours, other))
+    assert a.data_ptr() == b.data_ptr()
+
+
+def test_pipeline(saved):
+    """What holds a model: it is given, and comes back."""
+    folder = saved(head="ForSequenceClassification")
+    texts = ["a cat", "the dog ran far away"]
+    pipe = transformers.pipeline("text-classification", folder, device="cpu")
+    expected = [row["score"] for row in pipe(texts)]
+    assert bertfast.freeze(pipe) is pipe
+    assert pipe.model.bert.encoder.packed.precision == "fp32"
+    assert [row["score"] for row in pipe(texts)] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("cls", ["SentenceTransformer", "CrossEncoder", "SparseEncoder"])
+def test_sentences(saved, cls):
+    """Untouched models of sentence-transformers, whose encode moves the model first."""
     st = pytest.importorskip("sentence_transformers")
+    head = {"CrossEncoder": "ForSequenceClassification", "SparseEncoder": "ForMaskedLM"}.get(cls)
+    model = getattr(st, cls)(saved(head=head or "Model"), device="cpu")
     texts = ["a cat", "the dog ran far away", "sea"]
-    model = st.SentenceTransformer(saved(), device="cpu")
-    expected = model.encode(texts, convert_to_tensor=True)
-    bertfast.accelerate(model, strict=True)
-    bertfast.freeze(model)
-    assert apart(model.encode(texts, convert_to_tensor=True), expected) < 1e-4
+    asked = {"convert_to_tensor": True}
+
+    def answer():
+        if cls == "CrossEncoder":
+            return model.predict([("sun", text) for text in texts], **asked)
+        found = model.encode(texts, **asked)
+        return found.to_dense() if found.is_sparse else found
+
+    expected = answer()
+    assert bertfast.freeze(model) is model
+    assert apart(answer(), expected) < 1e-4
+    assert "frozen, 2 layers" in str(bertfast.accelerate(model))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bertfast.encoder import Batch, LayerSpec, LayerWeights
 from bertfast.encoder.batch import Relative
 from bertfast.encoder.executors import whole_cpu
-from bertfast.encoder.packed import PackedCpu
+from bertfast.encoder.packed_cpu import PackedCpu
 from bertfast.encoder.spec import Layer
 from bertfast.encoder.weights import FLAT, NONE, shapes
 
@@ -179,7 +179,7 @@ def positions(layers, lengths):
 def packed(layers, precision):
     center = None if layers[0].spec.pre_norm else torch.linspace(-0.1, 0.1, layers[0].spec.hidden)
     relative = EMBEDDINGS[:, : layers[0].spec.hidden]
-    return PackedCpu(list(layers), precision, torch.float32, None, center, None, relative)
+    return PackedCpu.pack(list(layers), precision, torch.float32, None, center, None, relative)
 
 
 HOW = ["live fp32", "live bf16", "fp32", "bf16", "int8"]

@@ -1,0 +1,271 @@
+"""Frozen models in a folder, whose files are mapped: processes share their pages.
+
+A folder has the configuration, `frozen.safetensors` with all weights but the encoders', and for
+each instruction set that packed the model `packed.<it>.safetensors` with those, besides the
+manifest with checksums of all. A model of sentence-transformers has that for each of its
+Transformers where it keeps these, and its own files.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .encoder.packed import Freezable
+from .encoder.packed_cpu import ALIGNMENT, PackedCpu, layout
+from .files import read_json, sha256, write_text, write_whole
+from .ops.extension import C, error
+
+MANIFEST, REST = "bertfast_frozen.json", "frozen.safetensors"
+_FORMAT = 1
+_SENTENCES = "config_sentence_transformers.json"
+
+
+def save_frozen(model, folder) -> Path:
+    """Write a frozen model to a folder, for `load_frozen`; the folder.
+
+    Where the folder has the same model as another instruction set packed it (another processor, or
+    `BERTFAST_CPU_ISA`), that stays beside it: one folder serves all kinds.
+
+    Args:
+        model: what `freeze` was given and has frozen for a CPU: a model of transformers or
+            bertfast with any head, or one of sentence-transformers. Its tokenizer is saved with
+            the latter alone.
+
+    Raises: TypeError for another, ValueError for one that isn't frozen or is of a class that
+    neither of these three has, FileExistsError where the folder has weights of another kind.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"save_frozen got a {type(model).__name__}, expected a frozen model: of a pipeline "
+            "give its .model"
+        )
+    folder = Path(folder)
+    if any(isinstance(m, Freezable) and m.packed is None for m in model.modules()) or not any(
+        isinstance(m, Freezable) for m in model.modules()
+    ):
+        raise ValueError(
+            f"the {type(model).__name__} isn't frozen: bertfast.freeze it, or save it by its own "
+            "save_pretrained"
+        )
+    theirs = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
+    theirs = [n for n in theirs if n != REST and not n.startswith("packed.")]
+    if theirs:
+        raise FileExistsError(f"{folder} has the weights {', '.join(theirs)}: give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if type(model).__module__.startswith("sentence_transformers."):
+        model.save_pretrained(str(folder), create_model_card=False)
+    else:
+        write(model, folder)
+    return folder
+
+
+def load_frozen(folder):
+    """What `save_frozen` has written, of the same class, on the CPU and in eval mode.
+
+    The files are mapped, not read: they may not be changed while a process has the model.
+
+    Raises: FileNotFoundError, ValueError where a file is damaged or missing, was packed for other
+    processors alone, or is of another version.
+    """
+    folder = Path(folder)
+    if not (folder / _SENTENCES).is_file():
+        return read(folder)
+    from .dropin.sentences import load
+
+    return load(folder, read_json(folder / _SENTENCES).get("model_type"))
+
+
+def write(model, folder: Path) -> None:
+    """`save_frozen` of a model of transformers or bertfast; the manifest comes last, so that what a
+    crash leaves is refused."""
+    encoders = {n: m for n, m in model.named_modules() if isinstance(m, Freezable)}
+    if not all(isinstance(m.packed, PackedCpu) for m in encoders.values()):
+        raise ValueError("the model is frozen for a GPU; save_frozen takes those for a CPU")
+    reference, config = _reference(model), model.config
+    twin = _empty(_class(reference, folder), config, encoders)
+    absent = _same_but_absent(model, twin)
+    found, tied, seen = {}, {}, {}
+    for name, t in _tensors(model):
+        if id(t) in seen:
+            tied[name] = seen[id(t)]
+        else:
+            seen[id(t)], found[name] = name, t.detach().contiguous()
+    config.save_pretrained(str(folder))
+    write_whole(folder / REST, lambda path: save_file(found, path))
+    rest, name = sha256(folder / REST), f"packed.{C.build_info()['cpu_isa']}.safetensors"
+    about, tensors, precisions = {}, {}, set()
+    for i, (path, encoder) in enumerate(encoders.items()):
+        about[path], own = encoder.packed.parts()
+        about[path]["padding"] = encoder.bertfast_padding
+        precisions |= {layer.precision for layer in encoder.packed.layers}
+        tensors |= {f"{i}/{key}": _padded(t) for key, t in own.items()}
+    metadata = {"encoders": json.dumps(about)}
+    write_whole(folder / name, lambda path: _save_aligned(tensors, path, metadata))
+    manifest = {"format": _FORMAT, "class": reference, "tied": tied, "absent": absent, "rest": rest}
+    before = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    same = all(before.get(key) == value for key, value in manifest.items())
+    others = before["packed"] if same else {}
+    own = {"sha256": sha256(folder / name), "precisions": sorted(precisions)}
+    manifest["packed"] = others | {name: own | {"layout": layout(frozenset(precisions))}}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    for path in folder.glob("packed.*.safetensors"):
+        if path.name not in manifest["packed"]:
+            path.unlink()  # of another model
+
+
+def read(folder: Path, config=None):
+    """`load_frozen` of a model of transformers or bertfast; config: in place of the folder's."""
+    if C is None:
+        raise RuntimeError(f"load_frozen needs the C++ kernels: {error}")
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}: expected a folder that bertfast.save_frozen has written"
+        )
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise ValueError(f"{folder / MANIFEST} is of another version of bertfast: freeze it anew")
+    name = _fitting(folder, manifest["packed"])
+    for file, sum in ((REST, manifest["rest"]), (name, manifest["packed"][name]["sha256"])):
+        if sha256(folder / file) != sum:
+            raise ValueError(f"{folder / file} is damaged: its checksum is another; save it anew")
+    cls = _class(manifest["class"], folder)
+    config = config or cls.config_class.from_pretrained(str(folder))
+    with safe_open(folder / name, framework="pt") as f:
+        about = json.loads(f.metadata()["encoders"])
+        packed = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    with safe_open(folder / REST, framework="pt") as f:
+        rest = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    model = _empty(cls, config, about)
+    for path in manifest["absent"]:
+        setattr(*_owner(model, path), None)
+    for i, (path, parts) in enumerate(about.items()):
+        own = {k.partition("/")[2]: t for k, t in packed.items() if k.startswith(f"{i}/")}
+        encoder = model.get_submodule(path)
+        encoder.packed = PackedCpu.of_parts(parts, own, config)
+        encoder.bertfast_padding = parts["padding"]
+    kinds = {name: isinstance(t, torch.nn.Parameter) for name, t in _tensors(model)}
+    if {*kinds} != {*rest, *manifest["tied"]}:
+        names = ", ".join(sorted({*kinds} ^ {*rest, *manifest["tied"]}))
+        raise ValueError(f"{folder} and its class {manifest['class']} differ in {names}")
+    for name, parameter in kinds.items():
+        own = name not in manifest["tied"]
+        if own and parameter:
+            rest[name] = torch.nn.Parameter(rest[name], requires_grad=False)
+    for name, parameter in kinds.items():
+        module, leaf = _owner(model, name)
+        store = module._parameters if parameter else module._buffers
+        store[leaf] = rest[manifest["tied"].get(name, name)]
+    return model.eval()
+
+
+def _empty(cls, config, encoders):
+    """A model without weights, nor layers in its encoders, which are there for `packed`."""
+    with torch.device("meta"):
+        model = cls(config)
+    if not any(isinstance(m, Freezable) for m in model.modules()):
+        from .dropin import accelerate
+
+        accelerate(model)
+    for path in encoders:
+        encoder = dict(model.named_modules()).get(path)
+        if not isinstance(encoder, Freezable):
+            raise ValueError(f"a {cls.__name__} has no encoder at {path}")
+        encoder.empty()
+    return model
+
+
+def _tensors(model):
+    """(name, it) of all parameters and buffers."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _owner(model, name):
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _same_but_absent(model, twin) -> list[str]:
+    """The modules that the model lacks and its class makes. Raises ValueError for other
+    differences, which would be lost."""
+    made = {n: type(m).__name__ for n, m in twin.named_modules(remove_duplicate=False)}
+    there = {n: type(m).__name__ for n, m in model.named_modules(remove_duplicate=False)}
+    absent = [n for n in made if n not in there and n.rpartition(".")[0] in there]
+    for name in absent:
+        setattr(*_owner(twin, name), None)
+    made = {
+        n: kind for n, kind in made.items() if not any(f"{n}.".startswith(f"{a}.") for a in absent)
+    }
+    shapes = [{n: tuple(t.shape) for n, t in _tensors(m)} for m in (model, twin)]
+    for a, b in ((there, made), shapes):
+        for name in a.keys() | b.keys():
+            if a.get(name) != b.get(name):
+                raise ValueError(
+                    f"{name} of the {type(model).__name__} is {a.get(name)}, and its class makes "
+                    f"{b.get(name)} of its configuration: save_frozen can't save what was changed"
+                )
+    return absent
+
+
+def _padded(t) -> torch.Tensor:
+    """Its bytes, a multiple of `ALIGNMENT`."""
+    if t.dtype == torch.uint8:
+        return t
+    out = torch.zeros(-(-t.nbytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8)
+    out[: t.nbytes] = t.detach().contiguous().view(-1).view(torch.uint8)
+    return out
+
+
+def _save_aligned(tensors, path, metadata):
+    """Each at a multiple of `ALIGNMENT` in the file, behind a header that spaces fill up."""
+    save_file(tensors, path, metadata | {"": ""})
+    with open(path, "rb") as f:
+        header = 8 + int.from_bytes(f.read(8), "little")
+    save_file(tensors, path, metadata | {"": " " * (-header % ALIGNMENT)})
+
+
+def _fitting(folder, packed: dict) -> str:
+    """The file that this processor's kernels read."""
+    for name, one in packed.items():
+        if one["layout"] == layout(frozenset(one["precisions"])) and (folder / name).is_file():
+            return name
+    raise ValueError(
+        f"{folder} was packed for other processors ({', '.join(packed)}) than this one, which runs "
+        f"{C.build_info()['cpu_isa']}: freeze and save it here again, into the same folder, or set "
+        "BERTFAST_CPU_ISA to an instruction set of these that both have"
+    )
+
+
+def _reference(model) -> str:
+    cls = type(model)
+    reference = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+    if _public(reference) is not cls:
+        raise ValueError(
+            f"save_frozen can't save a {cls.__module__}.{cls.__qualname__}, expected a public "
+            "class of transformers or bertfast: give the model of such a class in it"
+        )
+    return reference
+
+
+def _public(reference: str):
+    import transformers
+
+    from . import model
+
+    library, _, name = reference.partition(".")
+    return getattr({"transformers": transformers, "bertfast": model}.get(library), name, None)
+
+
+def _class(reference, folder):
+    """Raises ValueError for what is no model's."""
+    from transformers import PreTrainedModel
+
+    from .model import BertPreTrainedModel
+
+    cls = _public(str(reference))
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel | BertPreTrainedModel):
+        return cls
+    raise ValueError(f"{folder / MANIFEST} has the class {reference!r}, expected a model's")
