@@ -1,13 +1,14 @@
-"""Embed Parquet on many machines: Ray Data's actors hold one frozen model each.
+"""Embed Parquet on many machines: Ray Data's actors map one frozen model each.
 
-    python examples/ray_embed.py --model MODEL --input texts/ --output vectors/ --workers 2
+    bertfast quantize --model MODEL --precision int8 --out small
+    python examples/ray_embed.py --model small --input texts/ --output vectors/ --workers 2
     python examples/ray_embed.py ... --address auto   # a cluster that runs; else this machine
 
 The output has the input's columns and `embedding`. Every row is written once, also where workers
 die: Ray Data restarts an actor and gives it its batches again, and a file's name follows from its
 write task, so that a task that runs again replaces what its first attempt left. The rows lie in
-OUTPUT.partial until they have been counted; a run that was killed as a whole starts anew. Input,
-output and MODEL must be what every machine sees under the same name.
+OUTPUT.partial until they have been counted; a run that was killed as a whole starts anew. Model,
+input and output must be what every machine sees under the same name.
 """
 
 import argparse
@@ -22,29 +23,21 @@ import ray
 
 
 class Embedder:
-    """One actor: a frozen model and the threads that it may use."""
+    """One actor: a frozen model, whose pages it shares with the machine's others, and threads."""
 
-    def __init__(self, model: str, precision: str, threads: int, column: str):
+    def __init__(self, model: str, threads: int, column: str):
         import torch
 
+        import bertfast
+
         torch.set_num_threads(threads)
-        self.model, self.column = load(model, precision), column
+        self.model, self.column = bertfast.load_frozen(model), column
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """The rows with `embedding` float32 [dim]."""
         vectors = self.model.encode(rows[self.column].to_pylist(), show_progress_bar=False)
         column = pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), vectors.shape[1])
         return rows.append_column("embedding", column)
-
-
-def load(model: str, precision: str):
-    from sentence_transformers import SentenceTransformer
-
-    import bertfast
-
-    found = SentenceTransformer(model, device="cpu")
-    bertfast.accelerate(found)
-    return bertfast.freeze(found, precision)
 
 
 def embed(args) -> int:
@@ -56,7 +49,7 @@ def embed(args) -> int:
     rows = ray.data.read_parquet(args.input).repartition(target_num_rows_per_block=args.batch)
     rows = rows.map_batches(
         Embedder,
-        fn_constructor_args=(args.model, args.precision, args.threads, args.column),
+        fn_constructor_args=(args.model, args.threads, args.column),
         batch_size=args.batch,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=args.workers),
@@ -78,8 +71,7 @@ def embed(args) -> int:
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a SentenceTransformer's folder or name")
-    parser.add_argument("--precision", default="int8", choices=("fp32", "bf16", "int8"))
+    parser.add_argument("--model", required=True, help="a frozen SentenceTransformer's folder")
     parser.add_argument("--input", required=True, help="a Parquet file or a folder of them")
     parser.add_argument("--output", required=True, type=Path, help="a folder to be")
     parser.add_argument("--column", default="text")
@@ -90,7 +82,8 @@ def arguments(argv=None):
     parser.add_argument("--address", help="of a Ray cluster; without it one is started here")
     parser.add_argument("--store", type=int, default=256, help="MiB of shared memory, without it")
     args = parser.parse_args(argv)
-    args.input, args.output = os.path.abspath(args.input), args.output.absolute()
+    args.model, args.input = os.path.abspath(args.model), os.path.abspath(args.input)
+    args.output = args.output.absolute()
     return args
 
 

