@@ -9,6 +9,7 @@ import pytest
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, reads /proc")
 SETUP = """
 import os, signal, sys, threading, torch, transformers, bertfast
+import bertfast.dropin, transformers.models.bert.modeling_bert  # once, not in every fork
 config = transformers.BertConfig(
     vocab_size=90, hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384
 )
@@ -83,6 +84,7 @@ for make in models:
     assert " ".join(found) == " ".join(names)
 
 
+@pytest.mark.seconds
 def test_a_process_forked_amid_calls_answers():
     """Which other threads are in at that moment: as a server does that replaces a worker."""
     program = """
@@ -92,11 +94,11 @@ for make in models:
     def work():
         while not stop:
             call(model)
-    workers = [threading.Thread(target=work) for _ in range(3)]
+    workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
         worker.start()
     good = 0
-    for _ in range(8):
+    for _ in range(4):
         child = os.fork()
         if child == 0:
             signal.alarm(30)
@@ -107,4 +109,4 @@ for make in models:
         worker.join()
     print(good)
 """
-    assert run(program, "2") == ["8"] * 5
+    assert run(program, "2") == ["4"] * 5

@@ -136,6 +136,7 @@ def test_multi_process_pool(way, saved, tmp_path):
 
 
 @linux
+@pytest.mark.seconds
 @pytest.mark.parametrize("calls", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(calls, saved, tmp_path):
     """Texts of every length, one a call, after those of a tenth of the calls."""
