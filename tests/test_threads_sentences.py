@@ -123,16 +123,20 @@ for way in WAYS:
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["accelerated", "int8", "loaded"])
-def test_multi_process_pool(way, saved, tmp_path):
-    model = make(way, saved("Bert", initializer_range=0.1), tmp_path)
-    expected = encode(model)
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
-    try:
+def test_multi_process_pool(saved, tmp_path):
+    program = """
+if __name__ == "__main__":  # not in the pool's processes
+    for way in ("accelerated", "loaded"):
+        model = make(way, folder, f"{kept}/{way}")
+        expected = torch.cat([encode(model, TEXTS[i : i + 7]) for i in range(0, 21, 7)])
+        pool = model.start_multi_process_pool(["cpu", "cpu"])
         found = encode(model, pool=pool, chunk_size=7)
-    finally:
         model.stop_multi_process_pool(pool)
-    assert torch.equal(found, expected) and torch.equal(encode(model), expected)
+        after = encode(model, TEXTS[:7])
+        print(way, torch.equal(found, expected), torch.equal(after, expected[:7]))
+"""
+    found = run(program, saved("Bert", initializer_range=0.1), str(tmp_path))
+    assert found == [f"{way} True True" for way in ("accelerated", "loaded")]
 
 
 @linux
