@@ -42,8 +42,6 @@ class Embedder:
 
 def embed(args) -> int:
     """Writes args.output; returns how many rows. Raises RuntimeError where some are missing."""
-    if args.output.exists():
-        raise SystemExit(f"{args.output} exists: remove it, or give another --output")
     source, partial = pa.dataset.dataset(args.input), f"{args.output}.partial"
     # Blocks of a batch each, or a small file would be one actor's alone.
     rows = ray.data.read_parquet(args.input).repartition(target_num_rows_per_block=args.batch)
@@ -89,6 +87,8 @@ def arguments(argv=None):
 
 def main():
     args = arguments()
+    if args.output.exists():
+        raise SystemExit(f"{args.output} exists: remove it, or give another --output")
     if args.address:
         ray.init(args.address)
     else:
