@@ -45,10 +45,7 @@ def freeze(model, precision: str = "fp32", texts=None):
     model that can't be frozen (one whose encoder holds adapters, hooks or parametrizations), which
     is left as it was, RuntimeError without the compiled extension.
     """
-    from .dropin import accelerate, restore
-    from .dropin.holders import modules
-
-    roots = modules(model)
+    roots = _roots(model)
     where = {p.device.type for root in roots.values() for p in root.parameters()}
     cuda = where == {"cuda"} or registry.forced() == "cuda"
     known = CUDA_PRECISIONS if cuda else PRECISIONS
@@ -63,6 +60,8 @@ def freeze(model, precision: str = "fp32", texts=None):
     inputs = None if texts is None and precision != "auto" else _inputs(model, roots, texts)
     taken = any(isinstance(m, Freezable) for root in roots.values() for m in root.modules())
     if not taken:
+        from .dropin import accelerate, restore
+
         accelerate(model)
     try:
         found = _found(roots)
@@ -97,6 +96,14 @@ def freeze(model, precision: str = "fp32", texts=None):
             stacklevel=2,
         )
     return model
+
+
+def _roots(model) -> dict[str, torch.nn.Module]:
+    if isinstance(model, torch.nn.Module):
+        return {"": model}
+    from .dropin.holders import modules  # which brings transformers' models: 200 MB
+
+    return modules(model)
 
 
 class _Found(NamedTuple):
