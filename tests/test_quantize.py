@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from helpers import refused
 
 import bertfast
 from bertfast import quantize
 from bertfast.cli import main
-from bertfast.train import evaluate, finetune, predict
+from bertfast.model import CheckpointError
+from bertfast.train import evaluate, finetune, predict, predict_table
 from bertfast.train.config import ConfigError, FinetuneConfig
 
 PRECISIONS = ["fp32", "bf16", "int8"]
@@ -237,6 +239,26 @@ def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
     )
     with torch.inference_mode():
         assert torch.equal(loaded(**given).logits, expected(**given).logits)
+
+
+def test_predict_and_evaluate_take_a_frozen_folder(folder, tmp_path):
+    """With the columns that it was trained on; what asks for another precision is told."""
+    model, data = str(folder / "out"), str(folder / "valid.jsonl")
+    small = str(tmp_path / "small")
+    quantize.save(model, small, "fp32")
+    expected, found = evaluate(model, data), evaluate(small, data)
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    rows = zip(predict_table(small, data), predict_table(model, data), strict=True)
+    for a, b in rows:
+        assert a["label"] == b["label"]
+        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5)
+    for options in ({"precision": "int8"}, {"device": "cuda"}):
+        refused(ConfigError, "is frozen", evaluate, small, data, **options)
+    quantize.save(str(folder / "model"), str(tmp_path / "encoder"), "fp32")
+    refused(
+        CheckpointError, "frozen Bert.*no fine-tuned", evaluate, str(tmp_path / "encoder"), data
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from ..freeze import freeze
 from ..model import BertForSequenceClassification, checkpoint
 from ..model.tokenizer import load_tokenizer
 from ..progress import Progress
+from ..saved import MANIFEST, load_frozen
 from . import metrics
 from .config import ConfigError
 from .inputs import as_trained, check, encoded_rows, remembered, warn_unknown
@@ -29,12 +31,12 @@ EVAL_BATCH = 64
 
 def compute_logits(model, rows, pad: int, batch_size: int = EVAL_BATCH) -> np.ndarray:
     """fp32 [n, outputs] of encoded rows, in their order; computed in order of length."""
-    out = None
+    out, taken = None, signature(model.forward).parameters
     with torch.no_grad():
         for batch in data.batches([len(r["input_ids"]) for r in rows], batch_size):
             tensors = data.collate([rows[i] for i in batch], pad)
             tensors.pop("labels", None)
-            tensors = {name: t.to(model.device) for name, t in tensors.items()}
+            tensors = {name: t.to(model.device) for name, t in tensors.items() if name in taken}
             logits = model(**tensors).logits.float().cpu().numpy()
             if out is None:
                 out = np.empty((len(rows), logits.shape[1]), np.float32)
@@ -124,6 +126,9 @@ def trained(model_folder, allow_pickle, device, precision=None) -> Trained:
             raise ConfigError(f"precision {precision} is for a CPU, device is 'cuda'; drop one")
         device = "cpu"
     folder = checkpoint.resolve(model_folder)
+    if (folder / MANIFEST).is_file():
+        model = _frozen(folder, device, precision)
+        return Trained(model, load_tokenizer(folder), label_set(model), folder)
     checkpoint.verify(folder, allow_pickle)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a classifier that had to be made up predicts nothing
@@ -140,6 +145,20 @@ def trained(model_folder, allow_pickle, device, precision=None) -> Trained:
         freeze(model, precision)
     model = model.to(choose_device(device))
     return Trained(model, load_tokenizer(folder), label_set(model), folder)
+
+
+def _frozen(folder, device, precision):
+    """What `save_frozen` wrote."""
+    if precision is not None:
+        raise ConfigError(f"precision is {precision!r}, but {folder} is frozen: leave it out")
+    if device == "cuda":
+        raise ConfigError(f"device is 'cuda', but {folder} is frozen for a CPU: leave it out")
+    model = load_frozen(folder)
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise checkpoint.CheckpointError(
+            f"{folder} is a frozen {type(model).__name__}, no fine-tuned classifier"
+        )
+    return model
 
 
 def evaluate(
