@@ -1,15 +1,13 @@
 """What the tests of attention share: inputs, and the truth by plain formulas."""
 
-import itertools
 import math
 
 import torch
-from helpers import DEVICES, close_to_truth, keep, offsets
+from helpers import DEVICES, INTERPRETED, close_to_truth, keep, offsets
 
 from bertfast import ops
 
 LENGTHS = [0, 1, 13, 40, 0, 77, 130]
-INTERPRETED = "triton" if DEVICES["triton"] == "cpu" else None  # it takes milliseconds a tile
 
 
 def few_tiles(backend, lengths, dtype=torch.float32):
@@ -17,16 +15,6 @@ def few_tiles(backend, lengths, dtype=torch.float32):
     if backend != INTERPRETED or dtype != torch.float32:
         return lengths
     return [n for n in lengths if n <= 77] or [77]
-
-
-def cases(backends, *axes):
-    """(backend, *values), all combinations; for the interpreter every other, as on a chessboard."""
-    return [
-        (backend, *(value for _, value in case))
-        for backend in backends
-        for case in itertools.product(*map(enumerate, axes))
-        if backend != INTERPRETED or sum(i for i, _ in case) % 2 == 0
-    ]
 
 
 def plain(qkv, lengths, scale=None, causal=False, bias=None, masks=None, used=None, window=None,

@@ -2,21 +2,13 @@ import math
 
 import pytest
 import torch
-from attention_truth import (
-    INTERPRETED,
-    LENGTHS,
-    cases,
-    few_tiles,
-    inputs,
-    masks_of,
-    plain,
-    starts,
-    stay_apart,
-)
+from attention_truth import LENGTHS, few_tiles, inputs, masks_of, plain, starts, stay_apart
 from helpers import (
     DEVICES,
     FLOATS,
+    INTERPRETED,
     backends,
+    cases,
     check,
     close_to_truth,
     offsets,

@@ -5,17 +5,18 @@ from itertools import product
 
 import pytest
 import torch
-from attention_truth import (
+from attention_truth import few_tiles, inputs, masks_of, plain, starts, stay_apart
+from helpers import (
+    DEVICES,
+    FLOATS,
     INTERPRETED,
+    backends,
     cases,
-    few_tiles,
-    inputs,
-    masks_of,
-    plain,
-    starts,
-    stay_apart,
+    check,
+    close_to_truth,
+    offsets,
+    refused,
 )
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, offsets, refused
 from transformers import DebertaV2Config
 from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DisentangledSelfAttention,

@@ -5,17 +5,19 @@ import time
 
 import pytest
 import torch
-from attention_truth import (
+from attention_truth import few_tiles, inputs, masks_of, plain, starts, stay_apart
+from helpers import (
+    DEVICES,
+    FLOATS,
     INTERPRETED,
+    backends,
     cases,
-    few_tiles,
-    inputs,
-    masks_of,
-    plain,
-    starts,
-    stay_apart,
+    check,
+    close_to_truth,
+    offsets,
+    refused,
+    run,
 )
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, offsets, refused, run
 
 from bertfast import ops
 

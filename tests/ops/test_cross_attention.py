@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from attention_truth import cases
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, keep, offsets, refused
+from helpers import DEVICES, FLOATS, backends, cases, check, close_to_truth, keep, offsets, refused
 
 from bertfast import ops
 
