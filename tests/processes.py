@@ -1,5 +1,6 @@
 """`pytest --processes 2`: each takes the next file that no other has; the first one reports all."""
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -14,18 +15,31 @@ class Files:
     """Runs the tests of files that this process is the first to come to."""
 
     def __init__(self, folder, config):
-        self.folder, self.config, self.mine = Path(folder), config, {}
+        self.folder, self.config = Path(folder), config
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item):
-        file = item.location[0]
-        if file not in self.mine:
+    def taken(self, items):
+        for file, tests in itertools.groupby(items, lambda item: item.location[0]):
             try:
                 (self.folder / file.replace(os.sep, ":")).mkdir()
-                self.mine[file] = True
             except FileExistsError:
-                self.mine[file] = False
-        return None if self.mine[file] else True
+                continue
+            yield from tests
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        if session.testsfailed:  # in collection: pytest's own loop says so
+            return None
+        items = self.taken(session.items)
+        item = next(items, None)
+        while item:
+            following = next(items, None)  # what it needs stays
+            self.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+            item = following
+        return True
 
 
 class Other(Files):
@@ -63,9 +77,10 @@ class First(Files):
         if report.when == "teardown":  # a test's last
             self.reported.add(report.nodeid)
 
-    @pytest.hookimpl(wrapper=True)
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
-        result = yield
+        if not super().pytest_runtestloop(session):
+            return None
         for process, output in self.others:
             code = process.wait()
             self.replay(self.folder / f"{process.pid}")
@@ -73,7 +88,7 @@ class First(Files):
                 self.fail(f"it ended with {code}:\n{Path(output).read_text()[-3000:]}")
         if left := [i.nodeid for i in session.items if i.nodeid not in self.reported]:
             self.fail(f"{len(left)} tests were not run, the first of them {left[0]}")
-        return result
+        return True
 
     def fail(self, why):
         place = "another process", 0, "tests"

@@ -46,13 +46,16 @@ def test_last():
 
 @pytest.fixture
 def run(tmp_path):
-    def run(first, second):
-        """pytest's exit code and output on two files of tests."""
+    def run(**options):
+        """pytest's exit code and output on four files, of which two at a time meet; `options`: what
+        is other in a file."""
         (tmp_path / "conftest.py").write_text(CONFTEST.format(folder=str(Path(__file__).parent)))
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
-        for mine, other, options in (("a", "b", first), ("b", "a", second)):
-            text = TESTS.format(mine=mine, other=other, **dict(wrong=-1, last="pass") | options)
-            (tmp_path / f"test_{mine}.py").write_text(text)
+        for mine, other in ("ab", "ba", "cd", "dc"):
+            own = dict(wrong=-1, last="pass") | options.get(mine, {})
+            folder = tmp_path / ("one" if mine in "ab" else "two")
+            folder.mkdir(exist_ok=True)
+            (folder / f"test_{mine}.py").write_text(TESTS.format(mine=mine, other=other, **own))
         command = [str(Path(sys.executable).parent / "pytest"), "--processes", "2", "-rfs"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout
@@ -60,20 +63,20 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("wrong", [(-1, -1), (-1, 2)])
+@pytest.mark.parametrize("wrong", [{}, {"one/test_b": 2, "two/test_c": 1}])
 def test_all_is_reported_once(run, wrong):
-    code, said = run(*({"wrong": n} for n in wrong))
-    failed = [f"test_{'ab'[i]}.py::test_some[{n}]" for i, n in enumerate(wrong) if n >= 0]
-    assert code == (1 if failed else 0), said
-    counts = f"{len(failed)} failed, " * bool(failed) + f"{10 - len(failed)} passed, 2 skipped in"
+    code, said = run(**{name[-1]: {"wrong": n} for name, n in wrong.items()})
+    assert code == (1 if wrong else 0), said
+    counts = f"{len(wrong)} failed, " * bool(wrong) + f"{20 - len(wrong)} passed, 4 skipped in"
     assert counts in said.splitlines()[-1]
-    assert re.findall(r"^FAILED (\S+)", said, re.MULTILINE) == failed
-    assert said.count("a reason") == 2 and ("as expected" in said) == bool(failed)
+    failed = re.findall(r"^FAILED (\S+)", said, re.MULTILINE)
+    assert sorted(failed) == [f"{name}.py::test_some[{n}]" for name, n in wrong.items()]
+    assert said.count("a reason") == 4 and ("as expected" in said) == bool(wrong)
 
 
 @pytest.mark.parametrize("last", ["os._exit(0)", "os.kill(os.getpid(), 9)"])
 def test_the_end_of_a_process_is_a_failure(run, last):
-    last = f"'--beside' not in ' '.join(sys.argv) or {last}"
-    code, said = run({"last": last}, {"last": last})
+    last = {"last": f"'--beside' not in ' '.join(sys.argv) or {last}"}
+    code, said = run(c=last, d=last)
     assert code == 1 and "1 tests were not run" in said and "another process" in said, said
-    assert re.search("[12] failed, 9 passed, 2 skipped in", said.splitlines()[-1])
+    assert re.search("[12] failed, 19 passed, 4 skipped in", said.splitlines()[-1])
