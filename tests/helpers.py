@@ -1,6 +1,7 @@
 """What tests share: backends, and comparisons with the fp64 truth by bounds that scale."""
 
 import copy
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU}
 if hasattr(C, "cuda_gather_rows"):
     DEVICES["cuda"] = CUDA_DEVICE  # the CPU in a build with BERTFAST_CUDA_HOST
+INTERPRETED = "triton" if GPU == "cpu" else None  # it takes milliseconds a tile
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +50,16 @@ def build_extension(folder, *options, source=ROOT) -> Path:
 def backends(operator):
     """Those that have the operator, a parameter of its tests."""
     return [name for name in DEVICES if name in ops.registry._table[operator]]
+
+
+def cases(backends, *axes):
+    """(backend, *values), all combinations; for the interpreter every other, as on a chessboard."""
+    return [
+        (backend, *(value for _, value in case))
+        for backend in backends
+        for case in itertools.product(*map(enumerate, axes))
+        if backend != INTERPRETED or sum(i for i, _ in case) % 2 == 0
+    ]
 
 
 FLOATS = [torch.float32, torch.bfloat16]

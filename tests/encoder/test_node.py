@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICES, offsets, relative
+from helpers import DEVICES, cases, offsets, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertfast import ops
@@ -45,20 +45,21 @@ def results(executor, layer, batch):
 
 @pytest.mark.seconds
 @pytest.mark.parametrize(
-    "rows, used", [(None, None), ((0, 6, 21, 22), None), (None, (2, 0, 17, 0))]
+    "backend, dtypes, dropout, of_rows",
+    cases(
+        BACKENDS,
+        [
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+        ],
+        [0.0, 0.2],
+        [(None, None), ((0, 6, 21, 22), None), (None, (2, 0, 17, 0))],
+    ),
 )
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-    ],
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_same_as_the_operators(backend, dtypes, dropout, rows, used):
+def test_same_as_the_operators(backend, dtypes, dropout, of_rows):
     """The same bits, but where weights are cast: once for all, so that another product may serve."""
+    rows, used = of_rows
     layer, batch = case(backend, *dtypes, dropout)
     device = batch.hidden.device
     if rows is not None:

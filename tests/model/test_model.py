@@ -56,7 +56,7 @@ def test_minilm():
     ours = bertfast.BertModel.from_pretrained(MINILM)
     assert theirs.state_dict().keys() == ours.state_dict().keys()
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
-    texts = [" ".join(torch.nn.Linear.__doc__.split()[:n]) for n in (60, 3, 25, 11, 90, 1, 40)]
+    texts = [" ".join(torch.nn.Linear.__doc__.split()[:n]) for n in (90, 3, 25, 1)]
     compare(theirs, ours, dict(tokenizer(texts, padding=True, return_tensors="pt")))
 
 

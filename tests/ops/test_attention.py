@@ -2,11 +2,13 @@ import math
 
 import pytest
 import torch
-from attention_truth import LENGTHS, inputs, masks_of, plain, starts, stay_apart
+from attention_truth import LENGTHS, few_tiles, inputs, masks_of, plain, starts, stay_apart
 from helpers import (
     DEVICES,
     FLOATS,
+    INTERPRETED,
     backends,
+    cases,
     check,
     close_to_truth,
     offsets,
@@ -29,13 +31,13 @@ BACKENDS = [name for name in backends("attention") if name != "cuda"]
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_backward(backend, dtype, dim):
-    cu = starts(LENGTHS, backend)
+    lengths = few_tiles(backend, LENGTHS, dtype)
     check(
         backend,
         dtype,
-        lambda qkv: ops.attention(qkv, cu, 130),
-        lambda qkv: plain(qkv, LENGTHS),
-        [inputs(dim, 2)],
+        lambda qkv: ops.attention(qkv, starts(lengths, backend), max(lengths)),
+        lambda qkv: plain(qkv, lengths),
+        [inputs(dim, 2, lengths)],
     )
 
 
@@ -43,6 +45,7 @@ def test_forward_backward(backend, dtype, dim):
 @pytest.mark.parametrize("lengths", [[300], [1], [97, 15, 14, 28, 29], [2] * 40])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lengths_and_scale(backend, lengths):
+    lengths = few_tiles(backend, lengths)
     check(
         backend,
         torch.float32,
@@ -53,25 +56,27 @@ def test_lengths_and_scale(backend, lengths):
 
 
 @pytest.mark.seconds("triton")
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (1, 3), (7, 1)])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_causal_and_bias(backend, dtype, shape):
-    bias = torch.randn(*shape, 130, 130, generator=torch.Generator().manual_seed(5))
+@pytest.mark.parametrize(
+    "backend, dtype, batch, heads", cases(BACKENDS, FLOATS, [False, True], [False, True])
+)
+def test_causal_and_bias(backend, dtype, batch, heads):
+    """A bias of all sequences or each, of all heads or each."""
+    lengths = few_tiles(backend, LENGTHS, dtype)
+    shape, longest = (len(lengths) if batch else 1, 3 if heads else 1), max(lengths)
+    bias = torch.randn(*shape, longest, longest, generator=torch.Generator().manual_seed(5))
+    cu = starts(lengths, backend)
     check(
         backend,
         dtype,
-        lambda qkv, b: ops.attention(qkv, starts(LENGTHS, backend), 130, causal=True, bias=b),
-        lambda qkv, b: plain(qkv, LENGTHS, causal=True, bias=b),
-        [inputs(32), bias.bfloat16().float()],
+        lambda qkv, b: ops.attention(qkv, cu, longest, causal=True, bias=b),
+        lambda qkv, b: plain(qkv, lengths, causal=True, bias=b),
+        [inputs(32, 3, lengths), bias.bfloat16().float()],
         fp32=2e-5,  # a shared bias sums thousands of terms of both signs
     )
 
 
 @pytest.mark.seconds("triton")
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, dtype, with_bias", cases(BACKENDS, FLOATS, [False, True]))
 def test_unused_keys(backend, dtype, with_bias):
     """seqused_k: tokens past it are queries alone, whatever their keys and values hold."""
     lengths, used = [130, 0, 20, 7, 5, 64], [77, 0, 20, 1, 0, 63]
@@ -135,12 +140,13 @@ def test_dropout(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits(backend):
     """Scores of +-1e4 and more stay finite and right."""
-    qkv = inputs(32) * torch.tensor([100.0, 100.0, 1.0])[:, None, None]
+    lengths = few_tiles(backend, LENGTHS)
+    qkv = inputs(32, 3, lengths) * torch.tensor([100.0, 100.0, 1.0])[:, None, None]
     check(
         backend,
         torch.float32,
-        lambda qkv: ops.attention(qkv, starts(LENGTHS, backend), 130, scale=1.0),
-        lambda qkv: plain(qkv, LENGTHS, scale=1.0),
+        lambda qkv: ops.attention(qkv, starts(lengths, backend), max(lengths), scale=1.0),
+        lambda qkv: plain(qkv, lengths, scale=1.0),
         [qkv],
         # A score of 1e5 has an ulp of 1e-2; numpy's sums, in Triton's interpreter, are coarser.
         fp32=3e-2 if backend == "triton" else 1e-3,
@@ -241,14 +247,15 @@ def test_tiles_that_hold_a_sequence(backend, dtype, longest):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_bit_for_bit(backend, dtype):
     """Equal probabilities and one-hot values: the output shows forward's mask, dV backward's."""
-    lengths, heads, p = [100, 128], 2, 0.3
-    one_hot = torch.cat([torch.eye(128)[:n] for n in lengths])[:, None].expand(-1, heads, -1)
+    lengths, heads, p = [70] if backend == INTERPRETED else [100, 128], 2, 0.3
+    longest = max(lengths)
+    one_hot = torch.cat([torch.eye(longest)[:n] for n in lengths])[:, None].expand(-1, heads, -1)
     seed = torch.tensor([2**60 + 3, 5])
     qkv = torch.stack([torch.zeros_like(one_hot)] * 2 + [one_hot], 1)
     qkv = qkv.to(DEVICES[backend], dtype).requires_grad_()
     with ops.backend(backend):
         out = ops.attention(
-            *(qkv, starts(lengths, backend), 128), dropout_p=p, seed=seed.to(qkv.device)
+            *(qkv, starts(lengths, backend), longest), dropout_p=p, seed=seed.to(qkv.device)
         )
         out.backward(one_hot.to(qkv))
     start = 0
@@ -277,6 +284,8 @@ def test_more_sequences_than_the_search_holds(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_repeat(backend, lengths):
     """The same bits every time: no sum depends on which thread comes first."""
+    if backend == INTERPRETED:  # it has no threads
+        lengths = [20, 40] if len(lengths) == 3 else [5]
     bias = torch.randn(1, 2, max(lengths), max(lengths)).to(DEVICES[backend])
     qkv, cu = inputs(32, 2, lengths).to(bias.device, torch.bfloat16), starts(lengths, backend)
     grads = []

@@ -5,8 +5,18 @@ from itertools import product
 
 import pytest
 import torch
-from attention_truth import inputs, masks_of, plain, starts, stay_apart
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, offsets, refused
+from attention_truth import few_tiles, inputs, masks_of, plain, starts, stay_apart
+from helpers import (
+    DEVICES,
+    FLOATS,
+    INTERPRETED,
+    backends,
+    cases,
+    check,
+    close_to_truth,
+    offsets,
+    refused,
+)
 from transformers import DebertaV2Config
 from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DisentangledSelfAttention,
@@ -54,23 +64,24 @@ def compare(backend, dtype, tensors, lengths, index, fp32=1e-5, used=None, masks
 
 
 @pytest.mark.seconds("triton")
-@pytest.mark.parametrize("which", ["both", "key", "query"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, dtype, which", cases(BACKENDS, FLOATS, ["key", "both", "query"]))
 def test_forward_backward(backend, dtype, which):
     key, query = embeddings(32)
     key, query = None if which == "query" else key, None if which == "key" else query
-    tensors = dict(qkv=inputs(32, 2, LENGTHS), rel_key=key, rel_query=query)
-    compare(backend, dtype, tensors, LENGTHS, index_of(131), scale=0.2)
+    lengths = few_tiles(backend, LENGTHS)
+    tensors = dict(qkv=inputs(32, 2, lengths), rel_key=key, rel_query=query)
+    compare(backend, dtype, tensors, lengths, index_of(131), scale=0.2)
 
 
 @pytest.mark.seconds("triton")
-@pytest.mark.parametrize("dim", [8, 20, 64, 128])
-@pytest.mark.parametrize("lengths", [[300], [33, 31, 14, 15, 16, 17], [2] * 40])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sizes(backend, lengths, dim):
-    if DEVICES[backend] == "cpu" and backend == "triton":  # the interpreter takes ms for each tile
-        lengths = lengths if lengths[0] < 300 else [70]
+@pytest.mark.parametrize(
+    "backend, dim, lengths",
+    cases(BACKENDS, [8, 20, 64, 128], [[300], [33, 31, 14, 15, 16, 17], [2] * 40]),
+)
+def test_sizes(backend, dim, lengths):
+    lengths = few_tiles(backend, lengths)
+    if backend == INTERPRETED:
+        lengths = lengths[:8]
     key, query = embeddings(dim)
     tensors = dict(qkv=inputs(dim, 2, lengths), rel_key=key, rel_query=query)
     compare(backend, torch.float32, tensors, lengths, index_of(max(lengths) + 3))
@@ -89,13 +100,15 @@ ALL = [
 @pytest.mark.seconds("triton")
 @pytest.mark.parametrize("backend, dtype, causal, window", ALL)
 def test_all_options_together(backend, dtype, causal, window):
+    lengths = few_tiles(backend, LENGTHS)
     bias = torch.randn(1, 2, 131, 131, generator=torch.Generator().manual_seed(5))
     key, query = embeddings(32)
-    tensors = dict(qkv=inputs(32, 2, LENGTHS), rel_key=key, rel_query=query)
+    tensors = dict(qkv=inputs(32, 2, lengths), rel_key=key, rel_query=query)
     tensors["bias"] = bias.bfloat16().float()
-    used, index = [31, 0, 1, 90, 77], index_of(140)
+    used = [dict(zip(LENGTHS, [31, 0, 1, 90, 70], strict=True))[n] for n in lengths]
+    index = index_of(140)
     compare(
-        *(backend, dtype, tensors, LENGTHS, index),
+        *(backend, dtype, tensors, lengths, index),
         **dict(fp32=2e-5, used=used, window=window, causal=causal),
     )
 
@@ -180,7 +193,7 @@ def test_views(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_of_two_gradients(backend):
     """Of the embeddings alone, of one of them, of none."""
-    lengths, where = [20, 90], DEVICES[backend]
+    lengths, where = [20, 40 if backend == INTERPRETED else 90], DEVICES[backend]
     fixed = [t.to(where) for t in (inputs(32, 2, lengths), *embeddings(32))]
 
     def grads(needed):
@@ -203,9 +216,11 @@ def test_one_of_two_gradients(backend):
 def test_gradients_repeat(backend):
     """The same bits every time: no sum depends on which thread comes first."""
     lengths, where = [20, 90, 3, 41, 70, 8], DEVICES[backend]
+    if backend == INTERPRETED:  # it has no threads
+        lengths = lengths[:1] + lengths[3:4]
     fixed = [t.to(where) for t in (inputs(32, 2, lengths), *embeddings(32))]
     grads = []
-    for _ in range(3):
+    for _ in range(2 if backend == INTERPRETED else 3):
         leaves = [t.clone().requires_grad_() for t in fixed]
         names = dict(rel_key=leaves[1], rel_query=leaves[2], rel_index=index_of(90).to(where))
         with ops.backend(backend):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICES, FLOATS, backends, check, close_to_truth, keep, offsets, refused
+from helpers import DEVICES, FLOATS, backends, cases, check, close_to_truth, keep, offsets, refused
 
 from bertfast import ops
 
@@ -53,12 +53,16 @@ def test_forward_backward(backend, dtype, dim):
 
 @pytest.mark.seconds("triton")
 @pytest.mark.parametrize(
-    "dtype, dim", [(torch.float16, d) for d in (32, 64, 128)] + [(torch.float32, 128)]
+    "backend, causal, precision",
+    cases(
+        [b for b in BACKENDS if b != "cpu"],
+        [False, True],
+        [(torch.float16, d) for d in (32, 64, 128)] + [(torch.float32, 128)],
+    ),
 )
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"])
-def test_lengths_apart(backend, causal, dtype, dim):
+def test_lengths_apart(backend, causal, precision):
     """Either side beyond what stays in shared memory; under the causal mask keys without queries."""
+    dtype, dim = precision
     lengths = [150, 20, 3, 340, 9], [340, 9, 150, 150, 20]
     tensors, starts = inputs(backend, dim, 1, lengths)
     check(
@@ -78,10 +82,9 @@ def test_long_keys(backend):
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (6, 1)])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend, dtype, causal, shape", cases(BACKENDS, FLOATS, [False, True], [(1, 2), (6, 1)])
+)
 def test_bias_and_causal(backend, dtype, causal, shape):
     tensors, starts = inputs(backend)
     g = torch.Generator().manual_seed(5)

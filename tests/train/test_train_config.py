@@ -80,7 +80,7 @@ def test_what_is_written_is_read(tmp_path, config):
     ("dedup: 2", "dedup is '2', expected bool"),
     ("? [a]\n: 1", "a key is no name"),
     ("", "holds nothing"),
-    ("[[" * 2_000, "can't be read as YAML"),
+    ("[[" * 500, "can't be read as YAML"),
 ])  # fmt: skip
 def test_bad_yaml(tmp_path, capsys, text, message):
     refused(ConfigError, message, read, tmp_path, text)
