@@ -18,7 +18,7 @@ demo: build ## fine-tune MiniLM on docstrings and compare with transformers
 	$(BIN)/python examples/docstrings.py --out build/demo
 
 test: build ## the quick tests
-	$(BIN)/pytest --processes 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # K: the quick tests of the files that have it in their names.
 FAST = $(if $(K),$(or $(wildcard tests/test_*$(K)*.py tests/*/test_*$(K)*.py),$(error no test file has '$(K)' in its name)),--fast)

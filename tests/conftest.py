@@ -19,14 +19,6 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser):
     parser.addoption("--fast", action="store_true", help="of every test few cases: CONTRIBUTING.md")
     parser.addoption("--tape", action="store_true", help="encoders replay, on a CPU by tape.py")
-    parser.addoption("--processes", type=int, default=1, help="share the files: processes.py")
-    parser.addoption("--beside", metavar="FOLDER", help="what --processes gives the others")
-
-
-def pytest_configure(config):
-    from processes import join
-
-    join(config)
 
 
 @pytest.hookimpl(trylast=True)  # of what -m leaves
