@@ -6,6 +6,7 @@ manifest with checksums of all. A model of sentence-transformers has that for ea
 Transformers where it keeps these, and its own files.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .encoder.packed import Freezable
+from .encoder.packed import PRECISIONS, Freezable
 from .encoder.packed_cpu import ALIGNMENT, PackedCpu, layout
+from .encoder.parts import damaged
 from .files import read_json, sha256, write_text, write_whole
 from .ops.extension import C, error
 
-MANIFEST, REST = "bertfast_frozen.json", "frozen.safetensors"
+MANIFEST, CONFIG, REST = "bertfast_frozen.json", "config.json", "frozen.safetensors"
 _FORMAT = 1
 _SENTENCES = "config_sentence_transformers.json"
 
@@ -96,24 +98,36 @@ def write(model, folder: Path) -> None:
     config.save_pretrained(str(folder))
     write_whole(folder / REST, lambda path: save_file(found, path))
     rest, name = sha256(folder / REST), f"packed.{C.build_info()['cpu_isa']}.safetensors"
-    about, tensors, precisions = {}, {}, set()
+    about, tensors, precisions, layers = {}, {}, set(), []
     for i, (path, encoder) in enumerate(encoders.items()):
         about[path], own = encoder.packed.parts()
         about[path]["padding"] = encoder.bertfast_padding
         precisions |= {layer.precision for layer in encoder.packed.layers}
+        layers.append([path, [[layer.spec, layer.source] for layer in encoder.packed.layers]])
         tensors |= {f"{i}/{key}": _padded(t) for key, t in own.items()}
     metadata = {"encoders": json.dumps(about)}
     write_whole(folder / name, lambda path: _save_aligned(tensors, path, metadata))
-    manifest = {"format": _FORMAT, "class": reference, "tied": tied, "absent": absent, "rest": rest}
-    before = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    same = all(before.get(key) == value for key, value in manifest.items())
-    others = before["packed"] if same else {}
+    manifest = {"format": _FORMAT, "class": reference, "tied": tied, "absent": absent}
+    manifest |= {"rest": rest, "layers": hashlib.sha256(json.dumps(layers).encode()).hexdigest()}
+    others = _others(folder, manifest)
+    manifest["config"] = sha256(folder / CONFIG)
     own = {"sha256": sha256(folder / name), "precisions": sorted(precisions)}
     manifest["packed"] = others | {name: own | {"layout": layout(frozenset(precisions))}}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for path in folder.glob("packed.*.safetensors"):
         if path.name not in manifest["packed"]:
             path.unlink()  # of another model
+
+
+def _others(folder: Path, manifest: dict) -> dict:
+    """What other instruction sets packed of the same model; nothing where that can't be read."""
+    try:
+        with damaged(folder):
+            before = read_json(folder / MANIFEST)
+            same = all(before[key] == value for key, value in manifest.items())
+            return dict(before["packed"]) if same else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def read(folder: Path, config=None):
@@ -127,11 +141,19 @@ def read(folder: Path, config=None):
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"{folder / MANIFEST} is of another version of bertfast: freeze it anew")
+    with damaged(folder):
+        return _read(folder, manifest, config)
+
+
+def _read(folder: Path, manifest: dict, config):
+    from .dropin.accelerate import PADDING
+
     name = _fitting(folder, manifest["packed"])
-    for file, sum in ((REST, manifest["rest"]), (name, manifest["packed"][name]["sha256"])):
+    sums = {CONFIG: manifest["config"], REST: manifest["rest"]}
+    for file, sum in (sums | {name: manifest["packed"][name]["sha256"]}).items():
         if sha256(folder / file) != sum:
             raise ValueError(f"{folder / file} is damaged: its checksum is another; save it anew")
-    cls = _class(manifest["class"], folder)
+    cls, tied = _class(manifest["class"], folder), manifest["tied"]
     config = config or cls.config_class.from_pretrained(str(folder))
     with safe_open(folder / name, framework="pt") as f:
         about = json.loads(f.metadata()["encoders"])
@@ -140,24 +162,32 @@ def read(folder: Path, config=None):
         rest = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     model = _empty(cls, config, about)
     for path in manifest["absent"]:
+        model.get_submodule(path)
         setattr(*_owner(model, path), None)
     for i, (path, parts) in enumerate(about.items()):
         own = {k.partition("/")[2]: t for k, t in packed.items() if k.startswith(f"{i}/")}
         encoder = model.get_submodule(path)
         encoder.packed = PackedCpu.of_parts(parts, own, config)
+        if parts["padding"] not in PADDING:
+            raise ValueError(f"{folder / name} has the padding {parts['padding']!r}")
         encoder.bertfast_padding = parts["padding"]
-    kinds = {name: isinstance(t, torch.nn.Parameter) for name, t in _tensors(model)}
-    if {*kinds} != {*rest, *manifest["tied"]}:
-        names = ", ".join(sorted({*kinds} ^ {*rest, *manifest["tied"]}))
+    empty = dict(_tensors(model))
+    if {*empty} != {*rest, *tied}:
+        names = ", ".join(sorted({*empty} ^ {*rest, *tied}))
         raise ValueError(f"{folder} and its class {manifest['class']} differ in {names}")
-    for name, parameter in kinds.items():
-        own = name not in manifest["tied"]
-        if own and parameter:
-            rest[name] = torch.nn.Parameter(rest[name], requires_grad=False)
-    for name, parameter in kinds.items():
+    for name, t in empty.items():
+        found, own = rest[tied.get(name, name)], name not in tied
+        if found.shape != t.shape or found.is_floating_point() != t.is_floating_point():
+            raise ValueError(
+                f"{folder} has {name} as {found.dtype} {[*found.shape]}, and its configuration "
+                f"makes {[*t.shape]}"
+            )
+        if own and isinstance(t, torch.nn.Parameter):
+            rest[name] = torch.nn.Parameter(found, requires_grad=False)
+    for name, t in empty.items():
         module, leaf = _owner(model, name)
-        store = module._parameters if parameter else module._buffers
-        store[leaf] = rest[manifest["tied"].get(name, name)]
+        store = module._parameters if isinstance(t, torch.nn.Parameter) else module._buffers
+        store[leaf] = rest[tied.get(name, name)]
     return model.eval()
 
 
@@ -230,7 +260,10 @@ def _save_aligned(tensors, path, metadata):
 def _fitting(folder, packed: dict) -> str:
     """The file that this processor's kernels read."""
     for name, one in packed.items():
-        if one["layout"] == layout(frozenset(one["precisions"])) and (folder / name).is_file():
+        precisions = frozenset(one["precisions"])
+        if not precisions <= {*PRECISIONS}:
+            raise ValueError(f"{folder / MANIFEST} has the precisions {sorted(precisions)}")
+        if one["layout"] == layout(precisions) and (folder / name).is_file():
             return name
     raise ValueError(
         f"{folder} was packed for other processors ({', '.join(packed)}) than this one, which runs "
