@@ -85,7 +85,7 @@ def write(model, folder: Path) -> None:
     crash leaves is refused."""
     encoders = {n: m for n, m in model.named_modules() if isinstance(m, Freezable)}
     if not all(isinstance(m.packed, PackedCpu) for m in encoders.values()):
-        raise ValueError("the model is frozen for a GPU; save_frozen takes those for a CPU")
+        raise ValueError("the model isn't frozen for a CPU, as save_frozen takes it")
     reference, config = _reference(model), model.config
     twin = _empty(_class(reference, folder), config, encoders)
     absent = _same_but_absent(model, twin)

@@ -112,3 +112,21 @@ class Packed:
 
     def __str__(self):
         return f"{self.count} layers, {self.precision}" + (f" ({self.why})" if self.why else "")
+
+
+class Lost:
+    """In the place of layers that `freeze` had taken out to pack when it was stopped."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __str__(self):
+        return "stopped before its layers were packed: load the model anew"
+
+    def run(self, *_):
+        raise RuntimeError(
+            "bertfast.freeze was stopped while it packed these layers, which are gone: load the "
+            "model anew"
+        )
+
+    texts = run
