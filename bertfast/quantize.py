@@ -19,7 +19,7 @@ from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
 from .model.errors import unreadable
 from .model.tokenizer import load_tokenizer
-from .saved import save_frozen
+from .saved import check_out, save_frozen
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
 from .train.inference import label_set, mean_loss, other_task
@@ -49,6 +49,7 @@ def save(
     network, tokenizer = _opened(folder, allow_pickle)
     if tokenizer is not None:
         network.tokenizer = tokenizer  # for texts
+    check_out(Path(out), sentences=tokenizer is None)
     freeze(network, precision, texts)
     if tokenizer is not None:
         del network.tokenizer

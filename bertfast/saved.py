@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .encoder.packed import PRECISIONS, Freezable
-from .encoder.packed_cpu import ALIGNMENT, PackedCpu, layout
-from .encoder.parts import damaged
-from .files import read_json, sha256, write_text, write_whole
+from .encoder.packed_cpu import PackedCpu, layout
+from .encoder.parts import damaged, padded, save_aligned
+from .files import locked, read_json, sha256, write_text, write_whole
 from .ops.extension import C, error
 
 MANIFEST, CONFIG, REST = "bertfast_frozen.json", "config.json", "frozen.safetensors"
 _FORMAT = 1
-_SENTENCES = "config_sentence_transformers.json"
+_SENTENCES, _MODULES = "config_sentence_transformers.json", "modules.json"
 
 
 def save_frozen(model, folder) -> Path:
@@ -37,7 +37,8 @@ def save_frozen(model, folder) -> Path:
             the latter alone.
 
     Raises: TypeError for another, ValueError for one that isn't frozen or is of a class that
-    neither of these three has, FileExistsError where the folder has weights of another kind.
+    neither of these three has, FileExistsError where the folder has weights of another kind,
+    BlockingIOError while another process saves there.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
@@ -52,16 +53,27 @@ def save_frozen(model, folder) -> Path:
             f"the {type(model).__name__} isn't frozen: bertfast.freeze it, or save it by its own "
             "save_pretrained"
         )
-    theirs = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
-    theirs = [n for n in theirs if n != REST and not n.startswith("packed.")]
-    if theirs:
-        raise FileExistsError(f"{folder} has the weights {', '.join(theirs)}: give another folder")
+    sentences = type(model).__module__.startswith("sentence_transformers.")
+    check_out(folder, sentences)
     folder.mkdir(parents=True, exist_ok=True)
-    if type(model).__module__.startswith("sentence_transformers."):
+    if sentences:
         model.save_pretrained(str(folder), create_model_card=False)
     else:
         write(model, folder)
     return folder
+
+
+def check_out(folder: Path, sentences: bool) -> None:
+    """FileExistsError where a folder has what a frozen model would spoil, or be spoiled by."""
+    theirs = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
+    theirs = [n for n in theirs if n != REST and not n.startswith("packed.")]
+    kind = _MODULES if sentences else _SENTENCES
+    if (folder / kind).is_file() and not (sentences and any(folder.rglob(MANIFEST))):
+        theirs.append(kind)
+    if theirs:
+        raise FileExistsError(
+            f"{folder} has another model's {', '.join(theirs)}: give another folder"
+        )
 
 
 def load_frozen(folder):
@@ -81,8 +93,13 @@ def load_frozen(folder):
 
 
 def write(model, folder: Path) -> None:
-    """`save_frozen` of a model of transformers or bertfast; the manifest comes last, so that what a
-    crash leaves is refused."""
+    """`save_frozen` of a model of transformers or bertfast."""
+    with locked(folder):
+        _write(model, folder)
+
+
+def _write(model, folder):
+    """The manifest comes last, so that what a crash leaves is refused."""
     encoders = {n: m for n, m in model.named_modules() if isinstance(m, Freezable)}
     if not all(isinstance(m.packed, PackedCpu) for m in encoders.values()):
         raise ValueError("the model isn't frozen for a CPU, as save_frozen takes it")
@@ -104,9 +121,9 @@ def write(model, folder: Path) -> None:
         about[path]["padding"] = encoder.bertfast_padding
         precisions |= {layer.precision for layer in encoder.packed.layers}
         layers.append([path, [[layer.spec, layer.source] for layer in encoder.packed.layers]])
-        tensors |= {f"{i}/{key}": _padded(t) for key, t in own.items()}
+        tensors |= {f"{i}/{key}": padded(t) for key, t in own.items()}
     metadata = {"encoders": json.dumps(about)}
-    write_whole(folder / name, lambda path: _save_aligned(tensors, path, metadata))
+    write_whole(folder / name, lambda path: save_aligned(tensors, path, metadata))
     manifest = {"format": _FORMAT, "class": reference, "tied": tied, "absent": absent}
     manifest |= {"rest": rest, "layers": hashlib.sha256(json.dumps(layers).encode()).hexdigest()}
     others = _others(folder, manifest)
@@ -238,23 +255,6 @@ def _same_but_absent(model, twin) -> list[str]:
                     f"{b.get(name)} of its configuration: save_frozen can't save what was changed"
                 )
     return absent
-
-
-def _padded(t) -> torch.Tensor:
-    """Its bytes, a multiple of `ALIGNMENT`."""
-    if t.dtype == torch.uint8:
-        return t
-    out = torch.zeros(-(-t.nbytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8)
-    out[: t.nbytes] = t.detach().contiguous().view(-1).view(torch.uint8)
-    return out
-
-
-def _save_aligned(tensors, path, metadata):
-    """Each at a multiple of `ALIGNMENT` in the file, behind a header that spaces fill up."""
-    save_file(tensors, path, metadata | {"": ""})
-    with open(path, "rb") as f:
-        header = 8 + int.from_bytes(f.read(8), "little")
-    save_file(tensors, path, metadata | {"": " " * (-header % ALIGNMENT)})
 
 
 def _fitting(folder, packed: dict) -> str:

@@ -239,6 +239,15 @@ def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
         assert torch.equal(loaded(**given).logits, expected(**given).logits)
 
 
+def test_out_of_another_model_is_left_alone(folder, saved, tmp_path):
+    """Its tokenizer, too."""
+    out = Path(shutil.copytree(saved(), tmp_path / "other"))
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    options = ["--precision", "fp32", "--out", str(out)]
+    assert main(["quantize", "--model", str(folder / "out"), *options]) != 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     "options, code",
     [

@@ -18,7 +18,7 @@ from helpers import refused
 
 import bertfast
 from bertfast.encoder.packed_cpu import ALIGNMENT
-from bertfast.files import sha256
+from bertfast.files import locked, sha256
 from bertfast.ops.extension import C
 from bertfast.saved import CONFIG, MANIFEST, REST
 
@@ -334,3 +334,27 @@ def test_refusals(tmp_path):
     refused(ValueError, "public class", bertfast.save_frozen, bertfast.freeze(own), tmp_path)
     build("Bert").save_pretrained(tmp_path)
     refused(FileExistsError, "another folder", bertfast.save_frozen, frozen(), tmp_path)
+
+
+def test_folders_of_another_kind(saved, tmp_path):
+    """Neither is spoiled: not a router's, whose weights lie deeper, nor one of sentences."""
+    st = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    part = [modules.Transformer(saved()), modules.Pooling(48), modules.Dense(48, 8)]
+    router = modules.Router.for_query_document(part, [*part])
+    model = st.SentenceTransformer(modules=[router], device="cpu")
+    model.save_pretrained(str(tmp_path / "a"))
+    bertfast.freeze(model)
+    refused(FileExistsError, "modules.json", bertfast.save_frozen, model, tmp_path / "a")
+    for _ in range(2):  # over its own
+        bertfast.save_frozen(model, tmp_path / "b")
+    refused(FileExistsError, "config_sent", bertfast.save_frozen, frozen(), tmp_path / "b")
+    loaded = bertfast.load_frozen(tmp_path / "b")
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_two_at_once(tmp_path):
+    """Of two processors, say: neither takes the other's file for another model's."""
+    with locked(tmp_path):
+        refused(BlockingIOError, "in use", bertfast.save_frozen, frozen(), tmp_path)
+    bertfast.save_frozen(frozen(), tmp_path)

@@ -13,12 +13,11 @@ from ..ops.library import CPU_DTYPES, is_bf16, plain, ptr, unwatched
 from .executors.whole_cpu import c_spec, even_limit, forward, positions_limit, relative_tables
 from .noise import NOISE_LIMIT, Sample, complaints
 from .packed import PRECISIONS, Packed
-from .parts import check, damaged, spec_of
+from .parts import ALIGNMENT, check, damaged, spec_of
 from .run import Choice
 from .spec import Layer, LayerSpec
 from .weights import NORMS
 
-ALIGNMENT = 64  # bytes, of all that kernels read
 _TABLES = ("c2p", "p2c")
 
 

@@ -1,13 +1,17 @@
-"""What a file says of packed layers, checked here, for kernels trust it."""
+"""Packed layers in a file, and what it says of them, checked here, for kernels trust it."""
 
 import math
 from contextlib import contextmanager
+
+import torch
+from safetensors.torch import save_file
 
 from ..ops.library import CPU_DTYPES
 from ..ops.linear_act import ACTIVATIONS
 from .packed import PRECISIONS
 from .spec import LayerSpec
 
+ALIGNMENT = 64  # bytes, of all that kernels read
 _MOST = 1 << 24  # of any size: the bytes of a matrix don't overflow
 _KINDS = ("c2p", "p2c")
 _DTYPES = [str(dtype).removeprefix("torch.") for dtype in CPU_DTYPES]
@@ -71,3 +75,20 @@ def _expect(fit, name, value):
         raise ValueError(
             f"packed layers with {name} {value!r}: the file is damaged or of another version"
         )
+
+
+def padded(t) -> torch.Tensor:
+    """Its bytes, a multiple of `ALIGNMENT`."""
+    if t.dtype == torch.uint8:
+        return t
+    out = torch.zeros(-(-t.nbytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8)
+    out[: t.nbytes] = t.detach().contiguous().view(-1).view(torch.uint8)
+    return out
+
+
+def save_aligned(tensors, path, metadata):
+    """Each at a multiple of `ALIGNMENT` in the file, behind a header that spaces fill up."""
+    save_file(tensors, path, metadata | {"": ""})
+    with open(path, "rb") as f:
+        header = 8 + int.from_bytes(f.read(8), "little")
+    save_file(tensors, path, metadata | {"": " " * (-header % ALIGNMENT)})
