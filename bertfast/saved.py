@@ -85,7 +85,7 @@ def load_frozen(folder):
     processors alone, or is of another version.
     """
     folder = Path(folder)
-    if not (folder / _SENTENCES).is_file():
+    if not any((folder / name).is_file() for name in (_SENTENCES, _MODULES)):
         return read(folder)
     from .dropin.sentences import load
 
@@ -172,6 +172,7 @@ def _read(folder: Path, manifest: dict, config):
             raise ValueError(f"{folder / file} is damaged: its checksum is another; save it anew")
     cls, tied = _class(manifest["class"], folder), manifest["tied"]
     config = config or cls.config_class.from_pretrained(str(folder))
+    config.name_or_path = str(folder)  # as from_pretrained does
     with safe_open(folder / name, framework="pt") as f:
         about = json.loads(f.metadata()["encoders"])
         packed = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118

@@ -126,6 +126,23 @@ def test_sentences(saved, tmp_path, cls):
     assert torch.equal(answer(bertfast.load_frozen(tmp_path / "c")), expected)
 
 
+def test_where_it_came_from(tmp_path):
+    """As from_pretrained says it: pipelines and logs show it."""
+    folder = tmp_path / "a folder \u00fc"
+    bertfast.save_frozen(frozen(), folder)
+    loaded = bertfast.load_frozen(str(folder))
+    assert loaded.name_or_path == loaded.config.name_or_path == str(folder)
+
+
+def test_half_a_folder_of_sentences(saved, tmp_path):
+    """It is no model of transformers."""
+    st = pytest.importorskip("sentence_transformers")
+    model = bertfast.freeze(st.SentenceTransformer(saved(), device="cpu"))
+    bertfast.save_frozen(model, tmp_path)
+    (tmp_path / "config_sentence_transformers.json").unlink()
+    refused(FileNotFoundError, "config_sentence", bertfast.load_frozen, tmp_path)
+
+
 def test_mapped(tmp_path):
     """No copy: packed weights lie in the file's pages, where kernels want them."""
     bertfast.save_frozen(frozen(), tmp_path)

@@ -41,7 +41,7 @@ def spec_of(fields: dict) -> LayerSpec:
     _expect(all(type(flag) is bool for flag in flags), "flags", flags)
     for name in ("rotary", "window"):
         n = getattr(spec, name)
-        _expect(n is None or _whole(n, 0), name, n)
+        _expect(n is None or _whole(n, 0, 1 << 31), name, n)
     kinds = [kind for kind in _KINDS if kind in spec.relative]
     _expect(len(kinds) == len(spec.relative), "relative", spec.relative)
     return spec
@@ -62,8 +62,8 @@ def check(about: dict, specs: list[LayerSpec]) -> None:
         _expect(about[name] is None or isinstance(about[name], kind), name, about[name])
 
 
-def _whole(n, least=0) -> bool:
-    return type(n) is int and least <= n <= _MOST
+def _whole(n, least=0, most=_MOST) -> bool:
+    return type(n) is int and least <= n <= most
 
 
 def _number(x) -> bool:
