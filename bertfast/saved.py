@@ -99,7 +99,8 @@ def write(model, folder: Path) -> None:
 
 
 def _write(model, folder):
-    """The manifest comes last, so that what a crash leaves is refused."""
+    """The largest come first, which a full disk has no room for, and the manifest last, so that what
+    a crash leaves is refused."""
     encoders = {n: m for n, m in model.named_modules() if isinstance(m, Freezable)}
     if not all(isinstance(m.packed, PackedCpu) for m in encoders.values()):
         raise ValueError("the model isn't frozen for a CPU, as save_frozen takes it")
@@ -112,7 +113,6 @@ def _write(model, folder):
             tied[name] = seen[id(t)]
         else:
             seen[id(t)], found[name] = name, t.detach().contiguous()
-    config.save_pretrained(str(folder))
     write_whole(folder / REST, lambda path: save_file(found, path))
     rest, name = sha256(folder / REST), f"packed.{C.build_info()['cpu_isa']}.safetensors"
     about, tensors, precisions, layers = {}, {}, set(), []
@@ -127,6 +127,7 @@ def _write(model, folder):
     manifest = {"format": _FORMAT, "class": reference, "tied": tied, "absent": absent}
     manifest |= {"rest": rest, "layers": hashlib.sha256(json.dumps(layers).encode()).hexdigest()}
     others = _others(folder, manifest)
+    config.save_pretrained(str(folder))
     manifest["config"] = sha256(folder / CONFIG)
     own = {"sha256": sha256(folder / name), "precisions": sorted(precisions)}
     manifest["packed"] = others | {name: own | {"layout": layout(frozenset(precisions))}}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import FAMILIES, PARTLY_FP32, build, inputs_for
 from helpers import refused
+from safetensors import SafetensorError
 
 import bertfast
 from bertfast.encoder.packed_cpu import ALIGNMENT
@@ -375,3 +376,18 @@ def test_two_at_once(tmp_path):
     with locked(tmp_path):
         refused(BlockingIOError, "in use", bertfast.save_frozen, frozen(), tmp_path)
     bertfast.save_frozen(frozen(), tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    bertfast.save_frozen(frozen(), tmp_path)
+    other = frozen(hidden_act="relu")
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bertfast.saved, "save_file", full)
+        refused(OSError, "can't be written.*No space", bertfast.save_frozen, other, tmp_path)
+    assert same(bertfast.load_frozen(tmp_path), frozen())
+    bertfast.save_frozen(other, tmp_path)
+    assert same(bertfast.load_frozen(tmp_path), other)
