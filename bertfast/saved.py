@@ -99,8 +99,8 @@ def write(model, folder: Path) -> None:
 
 
 def _write(model, folder):
-    """The largest come first, which a full disk has no room for, and the manifest last, so that what
-    a crash leaves is refused."""
+    """The largest come first, for which a full disk has no room, the manifest last, so that what a
+    crash leaves is refused."""
     encoders = {n: m for n, m in model.named_modules() if isinstance(m, Freezable)}
     if not all(isinstance(m.packed, PackedCpu) for m in encoders.values()):
         raise ValueError("the model isn't frozen for a CPU, as save_frozen takes it")

@@ -212,7 +212,7 @@ def test_precision_is_a_cpu_s(folder):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "sentences"])
-def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
+def test_a_folder_of_one_precision(folder, saved, tmp_path, kind, capsys):
     """By the command: what `load_frozen` gives is what freezing here gives, tokenizer and all."""
     from transformers import AutoTokenizer, BertForSequenceClassification
 
@@ -225,6 +225,9 @@ def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
         model, told = str(folder / "out"), ["--check", str(folder / "valid.jsonl")]  # auto
     assert main(["quantize", "--model", model, "--out", out, *told]) == 0
     loaded = bertfast.load_frozen(out)
+    capsys.readouterr()
+    assert main(["quantize", "--model", out, "--out", str(tmp_path / "again"), *told]) == 1
+    assert "is frozen: give the model" in capsys.readouterr().err
     if kind == "sentences":
         expected = bertfast.freeze(st.SentenceTransformer(model, device="cpu"), "int8")
         texts = ["a cat", "the dog ran far away"]
