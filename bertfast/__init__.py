@@ -16,7 +16,7 @@ _MODELS = (
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")
 _SAVED = ("load_frozen", "save_frozen")
-__all__ = ["backend", "build_info", "executor", "freeze", *_DROPIN, *_MODELS, *_SAVED]
+__all__ = ["backend", "build_info", "embed", "executor", "freeze", *_DROPIN, *_MODELS, *_SAVED]
 
 
 def __getattr__(name):
@@ -32,6 +32,10 @@ def __getattr__(name):
         from . import saved
 
         return getattr(saved, name)
+    if name == "embed":
+        from .embedding import embed
+
+        return embed
     raise AttributeError(f"module 'bertfast' has no attribute {name!r}")
 
 

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 
+_RESUME = "--resume auto goes on from the last checkpoint"
+
 
 def _parser():
     parser = argparse.ArgumentParser(prog="bertfast", description=__doc__.split("\n")[0])
@@ -19,6 +21,8 @@ def _parser():
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
+    text = "vectors of a table's texts, as sentence-transformers' encode gives them"
+    _embed_arguments(commands.add_parser("embed", help=text, description=text))
     text = "precisions of inference on a CPU: their accuracy and speed on a text, a folder of one"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
     text = "times beside rivals, each after its outputs were checked"
@@ -144,6 +148,12 @@ def _quantize_arguments(parser):
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
 
 
+def _embed_arguments(parser):
+    from .embedding_command import add_arguments
+
+    add_arguments(parser)
+
+
 def _evaluate_arguments(parser):
     _inference_arguments(parser)
     parser.add_argument("--data", required=True, help="labelled data")
@@ -155,7 +165,9 @@ def _evaluate_arguments(parser):
 def _predict_arguments(parser):
     _inference_arguments(parser)
     parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
-    parser.add_argument("--output", default="-", help="JSON lines here (default: - for stdout)")
+    text = "JSON lines here, by way of FILE.partial (default: - for stdout, as they come)"
+    parser.add_argument("--output", default="-", metavar="FILE", help=text)
+    parser.add_argument("--batch-size", type=int, default=64, help="texts in a batch (default: 64)")
 
 
 def _given(args, settings) -> dict:
@@ -236,8 +248,15 @@ def _predict(args):
     from .train import outputs, predict_table
 
     outputs.check_result(args.output, args.input, args.model)
-    rows = predict_table(args.model, args.input, **_inference_settings(args))
-    outputs.write_result(args.output, "".join(json_text(row) + "\n" for row in rows))
+    settings = _inference_settings(args) | {"batch_size": args.batch_size}
+    rows = predict_table(args.model, args.input, **settings, say=_say)
+    outputs.write_lines(args.output, map(json_text, rows))
+
+
+def _embed(args):
+    from .embedding_command import run
+
+    run(args, _say)
 
 
 def _quantize(args):
@@ -310,7 +329,13 @@ def main(argv=None) -> int:
     from .train.ranks import require_one_process
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
-    commands |= {"prepare": _prepare, "pretrain": _pretrain, "quantize": _quantize, "bench": _bench}
+    commands |= {
+        "embed": _embed,
+        "prepare": _prepare,
+        "pretrain": _pretrain,
+        "quantize": _quantize,
+        "bench": _bench,
+    }
     try:
         if args.command not in ("info", "pretrain"):
             require_one_process(args.command)
@@ -319,8 +344,11 @@ def main(argv=None) -> int:
         print(f"bertfast: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        how = {"embed": "the same command goes on where it stopped"}
+        how |= dict.fromkeys(("finetune", "pretrain"), _RESUME)
         print(
-            "bertfast: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr
+            "; ".join(["bertfast: interrupted", *filter(None, [how.get(args.command)])]),
+            file=sys.stderr,
         )
         return 130
     except ImportError as e:

@@ -27,23 +27,23 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def locked(folder: Path):
+def locked(folder: Path, option: str = "--out"):
     """`folder`, made where it isn't there, for this process alone; a killed process holds nothing.
 
-    Raises BlockingIOError where another run has it.
+    Raises BlockingIOError where another run has it; `option` gives another.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     _held.add(handle)
     try:
-        _lock(handle, folder)
+        _lock(handle, folder, option)
         yield
     finally:
         _held.discard(handle)
         os.close(handle)
 
 
-def _lock(handle, folder):
+def _lock(handle, folder, option):
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +51,7 @@ def _lock(handle, folder):
         owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
         raise BlockingIOError(
             f"{folder} is in use by another run (process {owner}): wait for it to end, stop it, or "
-            "give another --out"
+            f"give another {option}"
         ) from None
     except OSError:  # a file system without locks
         return
@@ -129,10 +129,15 @@ def write_whole(path: Path, write) -> None:
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(temporary, path)
+        put(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def put(temporary, path: Path) -> None:
+    """Rename a file that is on disk to `path`, for good."""
+    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

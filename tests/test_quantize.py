@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from helpers import refused
 
 import bertfast
 from bertfast import quantize
 from bertfast.cli import main
-from bertfast.train import evaluate, finetune, predict
+from bertfast.model import CheckpointError
+from bertfast.train import evaluate, finetune, predict, predict_table
 from bertfast.train.config import ConfigError, FinetuneConfig
 
 PRECISIONS = ["fp32", "bf16", "int8"]
@@ -249,6 +251,26 @@ def test_out_of_another_model_is_left_alone(folder, saved, tmp_path):
     options = ["--precision", "fp32", "--out", str(out)]
     assert main(["quantize", "--model", str(folder / "out"), *options]) != 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_predict_and_evaluate_take_a_frozen_folder(folder, tmp_path):
+    """With the columns that it was trained on; what asks for another precision is told."""
+    model, data = str(folder / "out"), str(folder / "valid.jsonl")
+    small = str(tmp_path / "small")
+    quantize.save(model, small, "fp32")
+    expected, found = evaluate(model, data), evaluate(small, data)
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    rows = zip(predict_table(small, data), predict_table(model, data), strict=True)
+    for a, b in rows:
+        assert a["label"] == b["label"]
+        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5)
+    for options in ({"precision": "int8"}, {"device": "cuda"}):
+        refused(ConfigError, "is frozen", evaluate, small, data, **options)
+    quantize.save(str(folder / "model"), str(tmp_path / "encoder"), "fp32")
+    refused(
+        CheckpointError, "frozen Bert.*no fine-tuned", evaluate, str(tmp_path / "encoder"), data
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, reads /proc")
 SETUP = """
 import os, signal, sys, threading, torch, transformers, bertfast
+import bertfast.dropin, transformers.models.bert.modeling_bert  # once, not in every fork
 config = transformers.BertConfig(
     vocab_size=90, hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384
 )
@@ -20,11 +21,12 @@ def accelerated():
     model = transformers.BertModel(config).eval()
     bertfast.accelerate(model)
     return model
+def accelerated_int8(): return bertfast.freeze(transformers.BertModel(config).eval(), "int8")
 def call(model):
     model.pooler = None  # nothing that asks torch before ours
     with torch.inference_mode():
         return model(input_ids=ids)[0]
-models = live, frozen, int8, accelerated
+models = live, frozen, int8, accelerated, accelerated_int8
 """
 
 
@@ -51,7 +53,7 @@ for make in models:
     worker.start()
     worker.join()
 """
-    assert run(program, threads) == ["0"] * 4
+    assert run(program, threads) == ["0"] * 5
 
 
 def test_a_forked_process_answers():
@@ -77,9 +79,34 @@ for make in models:
         print(make.__name__, used, os.waitpid(server, 0)[1])
 """
     found = run(program, "2")
-    names = [
-        f"{make} {used} 0"
-        for make in ("live", "frozen", "int8", "accelerated")
-        for used in (False, True)
-    ]
+    makes = "live", "frozen", "int8", "accelerated", "accelerated_int8"
+    names = [f"{make} {used} 0" for make in makes for used in (False, True)]
     assert " ".join(found) == " ".join(names)
+
+
+@pytest.mark.seconds
+def test_a_process_forked_amid_calls_answers():
+    """Which other threads are in at that moment: as a server does that replaces a worker."""
+    program = """
+for make in models:
+    model, stop = make(), False
+    expected = call(model)
+    def work():
+        while not stop:
+            call(model)
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    good = 0
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(not torch.equal(call(model), expected))
+        good += os.waitpid(child, 0)[1] == 0
+    stop = True
+    for worker in workers:
+        worker.join()
+    print(good)
+"""
+    assert run(program, "2") == ["4"] * 5

@@ -7,18 +7,21 @@ from .batching import UNKNOWN, batches, collate, encode, unknown_share, unknown_
 from .cells import normal
 from .clean import clean_text
 from .errors import DataError
-from .examples import Examples, load_classification
+from .examples import Examples, load_classification, read_texts
 from .labels import LabelSet
+from .pool import ahead
 from .report import Report, dataset_report
 from .splitting import split
-from .tables import read_table
+from .tables import ROWS, read_chunks, read_table
 
 __all__ = [
+    "ROWS",
     "UNKNOWN",
     "DataError",
     "Examples",
     "LabelSet",
     "Report",
+    "ahead",
     "batches",
     "clean_text",
     "collate",
@@ -26,7 +29,9 @@ __all__ = [
     "encode",
     "load_classification",
     "normal",
+    "read_chunks",
     "read_table",
+    "read_texts",
     "split",
     "unknown_share",
     "unknown_text",

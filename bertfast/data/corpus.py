@@ -15,8 +15,8 @@ import numpy as np
 
 from .clean import DROP, UNSPACED
 from .errors import DataError
+from .formats import open_stream
 from .sentences import split_sentences
-from .tables import open_stream
 
 # BERT's "Chinese characters" (CJK ideographs): each a word of its own.
 _CJK = re.compile(

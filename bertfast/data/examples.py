@@ -1,11 +1,12 @@
 """Labelled texts of a classification or regression task."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from . import cells
 from .clean import clean_text
 from .errors import DataError
-from .tables import read_table
+from .tables import read_chunks, read_table
 
 TASKS = ("single_label", "multi_label", "regression")
 
@@ -17,7 +18,7 @@ class Examples:
     labels: a name (single_label), a list of names (multi_label) or a float (regression) a row;
     None where the data has none. Names of labels that were vectors of flags are their places, "0"
     to "n - 1", and `width` is n. path, rows, lines: the file, and of each example its row and the
-    line where it begins, counted from 1, for errors.
+    line where it begins, counted from 1, for errors; and the `share` of the file that is read.
     """
 
     texts: list[str]
@@ -28,6 +29,7 @@ class Examples:
     lines: list[int] | None = None
     path: str = ""
     width: int | None = None
+    share: float | None = None
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -50,6 +52,11 @@ class Examples:
     def place(self, i: int) -> str:
         """Where an example stands, for an error."""
         return _place(self.path, self.rows[i], self.lines and self.lines[i])
+
+    @property
+    def total(self) -> float | None:
+        """About how many rows the file has."""
+        return self.rows[-1] / self.share if self.share else None
 
     def keys(self) -> list[tuple[str, ...]]:
         """What counts as the same text: equal up to case, whitespace and Unicode form."""
@@ -83,14 +90,8 @@ def load_classification(
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     columns = [c for c in (text_column, text_pair_column, label_column) if c is not None]
-    table = _Cells(path, columns)
-    needed = text_pair_column is None
-    texts, pairs = (
-        None if c is None else table.parse(c, lambda v: cells.text(v, clean, needed), needed)
-        for c in (text_column, text_pair_column)
-    )
-    if pairs is not None:
-        table.parse(text_column, _one_text, values=list(zip(texts, pairs, strict=True)))
+    table = Cells(path, read_table(path, columns))
+    texts, pairs = _texts(table, text_column, text_pair_column, clean)
     labels = width = None
     if label_column is not None and task == "multi_label":
         labels, width = _several(table, label_column)
@@ -105,19 +106,46 @@ def load_classification(
     return examples
 
 
-class _Cells:
-    """The columns of a file, parsed cell by cell."""
+def read_texts(
+    path, text_column: str = "text", text_pair_column: str | None = None, **limits
+) -> Iterator[Examples]:
+    """`load_classification` without labels, in the chunks of `read_chunks`, which has the `limits`.
+    An error tells of the rows of one chunk."""
+    columns = [c for c in (text_column, text_pair_column) if c is not None]
+    for chunk in read_chunks(path, columns, **limits):
+        table = Cells(path, chunk)
+        texts, pairs = _texts(table, text_column, text_pair_column, clean=True)
+        yield Examples(
+            texts, pairs, rows=table.rows, lines=table.lines, path=table.name, share=chunk.share
+        )
 
-    def __init__(self, path, columns):
+
+def _texts(table: "Cells", text_column, text_pair_column, clean):
+    needed = text_pair_column is None
+    texts, pairs = (
+        None if c is None else table.parse(c, lambda v: cells.text(v, clean, needed), needed)
+        for c in (text_column, text_pair_column)
+    )
+    if pairs is not None:
+        table.parse(text_column, _one_text, values=list(zip(texts, pairs, strict=True)))
+    return texts, pairs
+
+
+class Cells:
+    """The columns of a file's rows, or of some of them, parsed cell by cell."""
+
+    def __init__(self, path, table):
         self.name = "standard input" if str(path) == "-" else str(path)
-        self.table = read_table(path, columns)
-        self.lines = self.table.lines
+        self.table, self.lines = table, table.lines
+        size = max(map(len, table.values()), default=0)
+        self.rows = list(range(table.first, table.first + size))
 
     def parse(self, column, parse, needed=True, values=None) -> list:
         """Parse every cell, or these values; the error names the first bad row and how many there
         are."""
         parsed, bad, reason = [], [], None
-        for row, value in enumerate(self.table[column] if values is None else values, 1):
+        values = self.table[column] if values is None else values
+        for row, value in zip(self.rows, values, strict=True):
             try:
                 if value is None and needed:
                     raise ValueError("is missing; fill it or drop the row")
@@ -127,7 +155,7 @@ class _Cells:
                 reason = reason or e
         if bad:
             others = f" (and {len(bad) - 1} more such rows: {_some(bad[1:])})" if bad[1:] else ""
-            place = _place(self.name, bad[0], self.lines and self.lines[bad[0] - 1])
+            place = _place(self.name, bad[0], self.lines and self.lines[bad[0] - self.rows[0]])
             raise DataError(f"{place}: column {column!r} {reason}{others}") from reason
         return parsed
 
@@ -141,7 +169,7 @@ def _one_text(pair):
         raise ValueError("is empty, and so is the pair's other text; fill one or drop the row")
 
 
-def _several(table: _Cells, column) -> tuple[list[list[str]], int | None]:
+def _several(table: Cells, column) -> tuple[list[list[str]], int | None]:
     """Names a row; and the length of vectors of flags, where every row is one."""
     found = table.parse(column, cells.names)
     flags = lambda names: len(names) > 1 and {*names} <= cells.ON | cells.OFF

@@ -1,7 +1,8 @@
-"""Jobs in processes, a bounded number at a time."""
+"""Jobs in processes, a bounded number at a time; and one thread that works ahead."""
 
 import os
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 
 
 class Pool:
@@ -32,6 +33,16 @@ class Pool:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (f.result() for f in done)
         yield from (f.result() for f in pending)
+
+
+def ahead(items: Iterable) -> Iterator:
+    """The items, none of them None, each made by a thread while the one before is worked on."""
+    made = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, made, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, made, None)
+            yield item
 
 
 def _start_worker():

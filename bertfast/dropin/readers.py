@@ -36,11 +36,12 @@ _PASSING = {
 _SENTENCES, _POOLED = "sentence_transformers.", "sentence_embedding"
 # sentence-transformers' modules that weigh tokens by the mask, and those that see only what these
 # made of them.
-_TRANSFORMERS = ("Transformer", "MLMTransformer")
+_TRANSFORMERS = ("Transformer", "MLMTransformer", "FrozenTransformer")
 _POOLINGS = ("Pooling", "SpladePooling")
 _AFTER_POOLING = ("Normalize", "Dense", "Dropout", "LayerNorm")
 # Functions of sentence-transformers that keep what its model returns to themselves.
 _OWNERS = ("_inference", "encode", "compute_loss")
+_OURS = ("bertfast.text_encoder", "vectors")  # bertfast.embed takes the embeddings alone
 _ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.CrossEntropyLoss, nn.ModuleList}
 _ROW_BY_ROW |= {nn.Tanh}
 _EMBEDDINGS = ("embeddings", "embed_tokens")  # of a base model, before its encoder
@@ -129,6 +130,8 @@ def _reader(packing):
                 pooled = True
             elif not pooled and type(own.get("self")).__name__ not in _TRANSFORMERS:
                 return _name(frame)
+        elif pooled and (module, code.co_name) == _OURS:
+            return None
         elif masked_loss and (module, code.co_name) == ("transformers.trainer", "compute_loss"):
             returned = variables(frame)["return_outputs"]
             return "compute_loss(return_outputs=True)" if returned else None

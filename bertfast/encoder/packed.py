@@ -11,6 +11,7 @@ from .spec import Layer, LayerSpec, Unfit
 from .watch import Seen
 
 PRECISIONS = ("fp32", "bf16", "int8")
+PADDING = ("auto", "stock", "zeros")  # see `accelerate`
 CUDA_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -20,7 +21,7 @@ class Freezable:
 
     LAYERS = "layer"  # where they are
     packed = None  # a `Packed`: the encoder's layers are gone
-    bertfast_padding = "auto"  # see `accelerate`; bertfast's own models have zeros there
+    bertfast_padding = "auto"  # one of `PADDING`; bertfast's own models have zeros there
     bertfast_graphs: Graphs | None = None  # None: it is never replayed
     bertfast_seen: Seen | None = None  # what was read off the layers
 

@@ -1,6 +1,8 @@
 """Fine-tuned classifiers and regressors at work: logits, `evaluate`, `predict`."""
 
 import warnings
+from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from .. import data
 from ..freeze import freeze
 from ..model import BertForSequenceClassification, checkpoint
 from ..model.tokenizer import load_tokenizer
+from ..progress import Progress
+from ..saved import MANIFEST, load_frozen
 from . import metrics
 from .config import ConfigError
 from .inputs import as_trained, check, encoded_rows, remembered, warn_unknown
@@ -27,12 +31,12 @@ EVAL_BATCH = 64
 
 def compute_logits(model, rows, pad: int, batch_size: int = EVAL_BATCH) -> np.ndarray:
     """fp32 [n, outputs] of encoded rows, in their order; computed in order of length."""
-    out = None
+    out, taken = None, signature(model.forward).parameters
     with torch.no_grad():
         for batch in data.batches([len(r["input_ids"]) for r in rows], batch_size):
             tensors = data.collate([rows[i] for i in batch], pad)
             tensors.pop("labels", None)
-            tensors = {name: t.to(model.device) for name, t in tensors.items()}
+            tensors = {name: t.to(model.device) for name, t in tensors.items() if name in taken}
             logits = model(**tensors).logits.float().cpu().numpy()
             if out is None:
                 out = np.empty((len(rows), logits.shape[1]), np.float32)
@@ -95,16 +99,18 @@ class Trained(NamedTuple):
     labels: data.LabelSet
     folder: Path
 
-    def encoded(self, examples, labels, max_length):
-        """`encoded_rows`, after checks of what they need."""
-        pairs = examples.pairs is not None
-        max_length = check(self.tokenizer, self.model, self.folder, max_length, pairs)
+    def check(self, max_length, pairs: bool) -> int:
+        return check(self.tokenizer, self.model, self.folder, max_length, pairs)
+
+    def encoded(self, examples, labels, max_length, warn=True):
+        """`encoded_rows`; `warn` of unknown tokens."""
         rows = encoded_rows(self.tokenizer, examples, labels, max_length)
-        warn_unknown(self.tokenizer, rows, pairs)
+        if warn:
+            warn_unknown(self.tokenizer, rows, examples.pairs is not None)
         return rows
 
-    def logits(self, examples, rows):
-        found = compute_logits(self.model, rows, self.tokenizer.pad_token_id)
+    def logits(self, examples, rows, batch_size=EVAL_BATCH):
+        found = compute_logits(self.model, rows, self.tokenizer.pad_token_id, batch_size)
         bad = np.flatnonzero(~np.isfinite(found).all(1))
         if len(bad):
             raise checkpoint.CheckpointError(
@@ -120,6 +126,9 @@ def trained(model_folder, allow_pickle, device, precision=None) -> Trained:
             raise ConfigError(f"precision {precision} is for a CPU, device is 'cuda'; drop one")
         device = "cpu"
     folder = checkpoint.resolve(model_folder)
+    if (folder / MANIFEST).is_file():
+        model = _frozen(folder, device, precision)
+        return Trained(model, load_tokenizer(folder), label_set(model), folder)
     checkpoint.verify(folder, allow_pickle)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a classifier that had to be made up predicts nothing
@@ -136,6 +145,20 @@ def trained(model_folder, allow_pickle, device, precision=None) -> Trained:
         freeze(model, precision)
     model = model.to(choose_device(device))
     return Trained(model, load_tokenizer(folder), label_set(model), folder)
+
+
+def _frozen(folder, device, precision):
+    """What `save_frozen` wrote."""
+    if precision is not None:
+        raise ConfigError(f"precision is {precision!r}, but {folder} is frozen: leave it out")
+    if device == "cuda":
+        raise ConfigError(f"device is 'cuda', but {folder} is frozen for a CPU: leave it out")
+    model = load_frozen(folder)
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise checkpoint.CheckpointError(
+            f"{folder} is a frozen {type(model).__name__}, no fine-tuned classifier"
+        )
+    return model
 
 
 def evaluate(
@@ -165,6 +188,7 @@ def evaluate(
     examples = data.load_classification(path, **columns, task=given.labels.task)
     if not len(examples):
         raise data.DataError(f"{path} has no rows")
+    max_length = given.check(max_length, examples.pairs is not None)
     rows = given.encoded(examples, given.labels, max_length)
     return scored(given.logits(examples, rows), rows, given.labels)
 
@@ -189,7 +213,9 @@ def predict(
         kinds = ("pairs", "single texts")
         say(f"warning: given {kinds[pairs is None]}, the model was trained on {kinds[bool(pairs)]}")
     clean = lambda side: None if side is None else [data.clean_text(t) for t in side]
-    return _predicted(given, data.Examples(clean(texts), clean(pairs)), max_length)
+    max_length = given.check(max_length, pairs is not None)
+    examples = data.Examples(clean(texts), clean(pairs))
+    return _predicted(given, examples, given.encoded(examples, None, max_length))
 
 
 def predict_table(
@@ -202,20 +228,38 @@ def predict_table(
     allow_pickle: bool = False,
     device: str | None = None,
     precision: str | None = None,
-) -> list[dict]:
-    """`predict` for the rows of a table, "-" for JSON lines on standard input; columns and length
-    as in `evaluate`."""
+    batch_size: int = EVAL_BATCH,
+    say=None,
+) -> Iterator[dict]:
+    """`predict` for the rows of a table of any size, "-" for JSON lines on standard input, in their
+    order, while it is read; columns and length as in `evaluate`. `say` is called with a line of
+    progress, now and then. The model is loaded and checked by the call; what is wrong with the
+    table raises when its rows are asked for."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected 1 or more")
     given = trained(model, allow_pickle, device, precision)
     columns = {"text_column": text_column, "text_pair_column": text_pair_column}
     columns = as_trained(given.folder, **columns, max_length=max_length)
-    max_length = columns.pop("max_length")
-    examples = data.load_classification(path, **columns, label_column=None)
-    return _predicted(given, examples, max_length)
+    pairs = columns["text_pair_column"] is not None
+    max_length = given.check(columns.pop("max_length"), pairs)
+
+    def encoded():
+        limits = {"rows": max(data.ROWS, batch_size)}
+        for examples in data.read_texts(path, **columns, **limits):
+            yield examples, given.encoded(examples, None, max_length, warn=examples.rows[0] == 1)
+
+    def rows():
+        progress = Progress(say)
+        for examples, ids in data.ahead(encoded()):
+            yield from _predicted(given, examples, ids, batch_size)
+            progress.step(len(examples), examples.total)
+
+    return rows()
 
 
-def _predicted(given: Trained, examples, max_length) -> list[dict]:
+def _predicted(given: Trained, examples, rows, batch_size=EVAL_BATCH) -> list[dict]:
     labels = given.labels
-    logits = given.logits(examples, given.encoded(examples, None, max_length))
+    logits = given.logits(examples, rows, batch_size)
     if labels.task == "regression":
         return [{"value": float(v)} for v in logits[:, 0]]
     chosen = labels.decode(metrics.predicted(logits, labels.task))

@@ -1,10 +1,11 @@
 """What a run leaves in its folder: first the model, then what may fail with a warning."""
 
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import check_file, check_folder, json_text, os_errors, write_text
+from ..files import check_file, check_folder, json_text, os_errors, put, write_text
 from .config import ConfigError
 
 RUN_CONFIG = "run_config.yaml"
@@ -67,6 +68,31 @@ def write_result(path, text: str) -> None:
         sys.stdout.write(text)
         raise
     sys.stdout.write(text)
+
+
+def write_lines(path, lines) -> None:
+    """Lines as they are made, to stdout (None, "-") or into a file: those done are in PATH.partial,
+    which takes the place of `path` when all are, and is what an error or a kill leaves."""
+    if path in (None, "-"):
+        for line in lines:
+            print(line, flush=True)
+        return
+    path = Path(path).resolve()
+    partial = path if path.exists() and not path.is_file() else Path(f"{path}.partial")
+    count = 0
+    try:
+        with open(partial, "w", encoding="utf-8", buffering=1) as f:
+            for line in lines:
+                f.write(line + "\n")
+                count += 1
+            if partial != path:
+                os.fsync(f.fileno())
+    except BaseException:
+        if partial != path and count:
+            say(f"the {count:,} rows that were done are in {partial}")
+        raise
+    if partial != path:
+        put(partial, path)
 
 
 def save(model, tokenizer, out: Path) -> None:

@@ -4,12 +4,15 @@ import csv
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
+import tracemalloc
 
 import pytest
 
-from bertfast.data import DataError, read_table
+from bertfast.data import DataError, read_chunks, read_table
 
 
 def _write(tmp_path, name, content):
@@ -235,3 +238,98 @@ def test_import_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def _joined(chunks):
+    """Of `read_chunks`: the columns of all, each row's number and the line where it begins."""
+    columns, numbers, lines = {}, [], []
+    for chunk in chunks:
+        for name, cells in chunk.items():
+            columns.setdefault(name, []).extend(cells)
+        size = len(next(iter(chunk.values())))
+        numbers += range(chunk.first, chunk.first + size)
+        lines += chunk.lines or [None] * size
+    return columns, numbers, lines
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_chunks_are_the_table_in_parts(tmp_path, kind, suffix):
+    rows = [{"text": f"row\n{i}" if i % 7 else "", "id": str(i)} for i in range(50)]
+    path = tmp_path / f"t.{kind}{suffix}"
+    out = io.StringIO(newline="")
+    if kind == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=20)
+        content = sink.getvalue()
+    elif kind == "jsonl":
+        content = "\n\n".join(json.dumps(row) for row in rows).encode()
+    else:
+        writer = csv.writer(out, delimiter="\t" if kind == "tsv" else ",")
+        writer.writerows([["text", "id"], *([row["text"], row["id"]] for row in rows)])
+        content = out.getvalue().encode()
+    _write(tmp_path, path.name, content)
+    whole = read_table(path)
+    assert whole["id"] == [row["id"] for row in rows]
+    for size in (1, 7, 50, 1000):
+        chunks = list(read_chunks(path, rows=size))
+        assert [len(c["id"]) for c in chunks] == [
+            *[size] * (50 // size),
+            *[50 % size] * (50 % size > 0),
+        ]
+        columns, numbers, lines = _joined(chunks)
+        assert columns == whole and numbers == [*range(1, 51)]
+        assert lines == (whole.lines or [None] * 50)
+        shares = [c.share for c in chunks]
+        assert shares == sorted(shares) and shares[-1] == 1 and shares[0] > 0
+    assert [len(c["text"]) for c in read_chunks(path, ["text"], characters=13)][:2] == [4, 3]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_a_chunk_is_all_that_is_read(tmp_path, kind):
+    """Of a file of 10 MB; a fault is told after the chunks before it."""
+    path, text = tmp_path / f"t.{kind}", "x" * 1000
+    if kind == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+            for _ in range(10):
+                writer.write_table(pa.table({"text": [text] * 1000}))
+    else:
+        row = json.dumps({"text": text}) if kind == "jsonl" else text
+        end = '["no row"]\n' if kind == "jsonl" else f"a{',' if kind == 'csv' else chr(9)}b\n"
+        path.write_text("text\n" * (kind != "jsonl") + f"{row}\n" * 10_000 + end)
+    chunks = read_chunks(path, rows=100)
+    tracemalloc.start()
+    try:
+        count = next(chunks).first  # and whatever a format reads once
+        tracemalloc.reset_peak()
+        for chunk in chunks:
+            count = chunk.first + 99
+    except DataError:
+        assert kind != "parquet"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 10_000 and peak < 2e6
+
+
+def test_columns_must_be_in_the_first_chunk(tmp_path):
+    path = _write(tmp_path, "t.jsonl", '{"a": 1}\n{"a": 2}\n{"b": 3}\n')
+    with pytest.raises(DataError, match=r"no column 'b'; it has: 'a'"):
+        next(read_chunks(path, ["b"], rows=2))
+    assert _joined(read_chunks(path, ["a"], rows=2))[0] == {"a": [1, 2, None]}
+    assert read_table(path, ["b"]) == {"b": [None, None, 3]}
+
+
+def test_chunks_of_a_pipe(tmp_path):
+    """TSV is looked at before it is read: a pipe can't go back."""
+    os.mkfifo(tmp_path / "t.tsv")
+    write = threading.Thread(target=lambda: (tmp_path / "t.tsv").write_text('a\tb\n"x"\ty\n' * 2))
+    write.start()
+    chunks = list(read_chunks(tmp_path / "t.tsv", rows=2))
+    write.join()
+    assert _joined(chunks)[0] == {"a": ['"x"', "a", '"x"'], "b": ["y", "b", "y"]}

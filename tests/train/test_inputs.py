@@ -71,7 +71,7 @@ def test_as_trained(folder, capfd):
     assert "label_column is 'label', the model was trained with 'y'" in said
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     sides = [row["q"] for row in rows], [row["d"] for row in rows]
-    assert predict_table(model, table) == predict(model, *sides)
+    assert list(predict_table(model, table)) == predict(model, *sides)
     assert "warning" not in capfd.readouterr().err
     assert predict(model, *sides) != predict(model, *sides, max_length=32)
     predict(model, sides[0])
@@ -110,7 +110,7 @@ def test_command_line(folder, tmp_path, capfd):
 
 def test_a_column_that_is_needed(folder):
     model, table = str(folder / "model"), str(folder / "pairs.jsonl")
-    refused(DataError, "no column ''", predict_table, model, table, text_column="")
+    refused(DataError, "no column ''", lambda: list(predict_table(model, table, text_column="")))
     refused(ConfigError, "evaluate needs the column", evaluate, model, table, label_column="")
     assert FinetuneConfig(text_pair_column="").text_pair_column is None
 
@@ -197,7 +197,7 @@ def test_logits_that_are_not_finite(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "model", tmp_path / "m")
     model.save_pretrained(tmp_path / "m")
     tiny.write(tmp_path / "t.jsonl", [{"q": t, "d": "dog", "y": "red"} for t in ("run", "cat")])
-    for function in (evaluate, predict_table):
+    for function in (evaluate, lambda *given: list(predict_table(*given))):
         refused(CheckpointError, r"for 1 of 2 texts, the first in .*t.jsonl: row 2 \(line 2\)",
                 function, str(tmp_path / "m"), str(tmp_path / "t.jsonl"))  # fmt: skip
     refused(CheckpointError, "the first in row 1", predict, str(tmp_path / "m"), ["cat"], ["dog"])

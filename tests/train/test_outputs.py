@@ -14,9 +14,13 @@ import pytest
 import tiny
 import tiny_pretrain
 from helpers import refused
+from transformers import BertConfig
 
+import bertfast
 from bertfast import files
 from bertfast.cli import main
+from bertfast.data import DataError
+from bertfast.progress import Progress
 from bertfast.train import (
     ConfigError,
     FinetuneConfig,
@@ -26,6 +30,7 @@ from bertfast.train import (
     outputs,
     plots,
     predict,
+    predict_table,
     pretrain,
 )
 
@@ -243,8 +248,41 @@ def test_files_of_results_are_checked_first(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("bertfast.files.write_whole", lambda *_: (_ for _ in ()).throw(OSError(28)))
     assert main([*ev, str(tmp_path / "r.json")]) == 1
     assert json.loads(capfd.readouterr().out) == {"f1": 1}
-    assert main([*pr, str(tmp_path / "r.jsonl")]) == 1
-    assert json.loads(capfd.readouterr().out) == "f1"
+
+
+def test_predictions_are_written_as_they_are_made(tmp_path, monkeypatch, capfd):
+    """In order, a chunk of the table at a time; a fault leaves those before it, and the old file."""
+    folder = tiny.settings(tmp_path) and tmp_path
+    config = BertConfig.from_pretrained(folder / "model")
+    bertfast.BertForSequenceClassification(config).save_pretrained(folder / "model")
+    model, table, out = str(folder / "model"), tmp_path / "t.jsonl", tmp_path / "out.jsonl"
+    tiny.write(table, tiny.rows(30))
+    monkeypatch.setattr("bertfast.data.ROWS", 8)
+    monkeypatch.setattr(Progress, "EVERY", 0)
+    arguments = ["predict", "classify", "--model", model, "--input", str(table)]
+    arguments += ["--batch-size", "3", "--output"]
+    assert main([*arguments, str(out)]) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "texts/s" in line]
+    assert [line.split()[0] for line in said] == ["8", "16", "24", "30"] and "left" in said[1]
+    written = out.read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    expected = predict(model, [row["text"] for row in tiny.rows(30)])
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):  # other batches, other roundings
+        assert row["probabilities"] == pytest.approx(other["probabilities"], rel=1e-4)
+    assert main([*arguments, "-"]) == 0 and capfd.readouterr().out == written
+    tiny.write(table, [*tiny.rows(30)[:20], {"text": None}])
+    found = iter(predict_table(model, str(table), batch_size=3))
+    assert [next(found) for _ in range(16)] == rows[:16]
+    with pytest.raises(DataError, match=r"row 21 \(line 21\): column 'text' is missing"):
+        next(found)
+    assert main([*arguments, str(out)]) == 1
+    partial = tmp_path / "out.jsonl.partial"
+    assert f"the 16 rows that were done are in {partial}" in capfd.readouterr().err
+    assert partial.read_text().splitlines() == written.splitlines()[:16]
+    assert out.read_text() == written
+    assert main([*arguments[:-3], "--batch-size", "0"]) == 2
+    assert "batch_size is 0, expected 1 or more" in capfd.readouterr().err
 
 
 def test_no_result_takes_an_inputs_place(tmp_path, capfd):
