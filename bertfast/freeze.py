@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from . import heap
 from .encoder import Layer, Unfit, adapters, choice, watch
 from .encoder.noise import Sample
-from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable
+from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable, Lost
 from .encoder.packed_cpu import PackedCpu
 from .encoder.packed_cuda import PackedCuda
 from .encoder.weights import FLAT, shapes
@@ -42,8 +43,9 @@ def freeze(model, precision: str = "fp32", texts=None):
     `save_frozen`. Copies share the packed weights.
 
     Raises: TypeError for what neither is nor has a module, ValueError for an unknown precision or a
-    model that can't be frozen (one whose encoder holds adapters, hooks or parametrizations), which
-    is left as it was, RuntimeError without the compiled extension.
+    model that can't be frozen (one whose encoder holds adapters, hooks or parametrizations),
+    RuntimeError without the compiled extension, and what the model raises for `texts`. The model is
+    left as it was, but where packing itself is stopped, by Ctrl-C say: its calls then raise.
     """
     roots = _roots(model)
     where = {p.device.type for root in roots.values() for p in root.parameters()}
@@ -57,13 +59,11 @@ def freeze(model, precision: str = "fp32", texts=None):
     why = cuda_limit(CUDA_DEVICE, None, ()) if cuda else error if C is None else None
     if why:
         raise RuntimeError(f"freeze needs the C++ kernels: {why}")
-    inputs = None if texts is None and precision != "auto" else _inputs(model, roots, texts)
-    taken = any(isinstance(m, Freezable) for root in roots.values() for m in root.modules())
-    if not taken:
-        from .dropin import accelerate, restore
+    with _as_it_was(model, roots):
+        if not _freezable(roots):
+            from .dropin import accelerate
 
-        accelerate(model)
-    try:
+            accelerate(model)
         found = _found(roots)
         _check_device(roots, where, cuda)
         head_dim = max(one.layers[0].spec.head_dim for one in found)
@@ -71,15 +71,12 @@ def freeze(model, precision: str = "fp32", texts=None):
             raise ValueError(
                 f"heads of {head_dim} can't be packed in {precision}, which takes pairs; use fp32"
             )
-    except ValueError:
-        if not taken:
-            restore(model)
-        raise
-    for root in roots.values():
-        root.requires_grad_(False).eval()
+        for root in roots.values():
+            root.requires_grad_(False).eval()
+        samples = [_sample(one, model, precision, texts) for one in found]
     encoders = [one.encoder for one in found]
     while found:
-        _pack(found.pop(), precision, cuda, inputs)
+        _pack(found.pop(), precision, cuda, samples.pop())
     heap.release_freed()
     if "sentence_transformers" in sys.modules:
         _savable(roots)
@@ -106,9 +103,34 @@ def _roots(model) -> dict[str, torch.nn.Module]:
     return modules(model)
 
 
+@contextmanager
+def _as_it_was(model, roots):
+    """Where something stops `freeze` before it packs; it holds the layers, which packing frees."""
+    was = _freezable(roots)
+    modes = {m: m.training for root in roots.values() for m in root.modules()}
+    grads = {p: p.requires_grad for root in roots.values() for p in root.parameters()}
+    try:
+        yield
+    except BaseException:
+        if not was:
+            from .dropin import restore
+
+            restore(model)
+        for m, training in modes.items():
+            m.training = training
+        for p, asked in grads.items():
+            p.requires_grad_(asked)
+        raise
+
+
+def _freezable(roots) -> list[Freezable]:
+    return [m for root in roots.values() for m in root.modules() if isinstance(m, Freezable)]
+
+
 class _Found(NamedTuple):
     root: torch.nn.Module
     owner: torch.nn.Module  # of the encoder
+    around: list[torch.nn.Module]  # all that the encoder is in, the nearest first
     encoder: Freezable
     layers: list[Layer]
 
@@ -119,9 +141,11 @@ def _found(roots) -> list[_Found]:
     for path, root in roots.items():
         for name, m in root.named_modules():
             if isinstance(m, Freezable) and m.packed is None and m not in found:
-                owner = root.get_submodule(name.rpartition(".")[0])
+                around = [root]
+                for part in name.split(".")[:-1]:
+                    around.insert(0, getattr(around[0], part))
                 layers = _layers(".".join(filter(None, (path, name))), m)
-                found[m] = _Found(root, owner, m, layers)
+                found[m] = _Found(root, around[0], around, m, layers)
     if not found:
         names = ", ".join(type(root).__name__ for root in roots.values())
         raise ValueError(
@@ -131,11 +155,21 @@ def _found(roots) -> list[_Found]:
     return [*found.values()]
 
 
-def _inputs(model, roots, texts) -> dict | None:
-    """What a tokenizer makes of texts; None for tokens at random."""
-    if texts is not None and hasattr(texts, "keys"):
+def _sample(found: _Found, model, precision, texts) -> Sample | None:
+    """What the precision is tried on, where it is."""
+    relative = found.layers[0].spec.relative
+    if precision not in ("int8", "auto") and not relative:
+        return None
+    asked = texts is not None or precision == "auto"
+    inputs = _inputs(found, model, texts) if asked else None
+    return Sample.of(found.owner, found.encoder, found.encoder.settings(), inputs)
+
+
+def _inputs(found: _Found, model, texts) -> dict | None:
+    """What the encoder's own tokenizer makes of texts; None for tokens at random."""
+    if hasattr(texts, "keys"):
         return dict(texts)
-    holders = (model, *(m for root in roots.values() for m in root.modules()))
+    holders = (*found.around, model, *found.root.modules())
     tokenizer = next(filter(callable, (getattr(m, "tokenizer", None) for m in holders)), None)
     if tokenizer is None:
         if texts is None:
@@ -153,14 +187,11 @@ def _inputs(model, roots, texts) -> dict | None:
     return dict(tokenizer(texts, **given))
 
 
-def _pack(found: _Found, precision, cuda, inputs) -> None:
-    root, owner, encoder, layers = found
+def _pack(found: _Found, precision, cuda, sample) -> None:
+    root, owner, _, encoder, layers = found
     config, dtype = encoder.settings(), layers[0].weights.query.weight.dtype
     center = _center(owner, layers[0].spec.hidden)
     auto, relative = precision == "auto", layers[0].spec.relative
-    sample = None
-    if precision == "int8" or relative or auto:
-        sample = Sample.of(owner, encoder, config, inputs)
     embeddings = sample.batch.relative.embeddings if relative else None
 
     def packed(layers, precision):
@@ -177,9 +208,10 @@ def _pack(found: _Found, precision, cuda, inputs) -> None:
         narrow = PRECISIONS if layers[0].spec.head_dim % 2 == 0 else ("fp32",)
         all_of_them = {name: packed([*layers], name) for name in narrow}
         precision, why = choice.choose(all_of_them, sample.batch)
-        encoder.empty()
         encoder.packed = all_of_them[precision]
+        encoder.empty()
     if encoder.packed is None:
+        encoder.packed = Lost(config)  # for whoever is stopped here
         encoder.empty()  # so that `layers` alone has the weights
         encoder.packed = packed(layers, precision)
     encoder.packed.why = why

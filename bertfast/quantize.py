@@ -19,7 +19,7 @@ from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
 from .model.errors import unreadable
 from .model.tokenizer import load_tokenizer
-from .saved import save_frozen
+from .saved import MANIFEST, check_out, save_frozen
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
 from .train.inference import label_set, mean_loss, other_task
@@ -46,9 +46,12 @@ def save(
     folder = checkpoint.resolve(model)
     if Path(out).resolve() == folder.resolve():
         raise ConfigError(f"out is {out}, the folder of the model: give another")
+    if any(folder.rglob(MANIFEST)):
+        raise checkpoint.CheckpointError(f"{folder} is frozen: give the model that it was made of")
     network, tokenizer = _opened(folder, allow_pickle)
     if tokenizer is not None:
         network.tokenizer = tokenizer  # for texts
+    check_out(Path(out), sentences=tokenizer is None)
     freeze(network, precision, texts)
     if tokenizer is not None:
         del network.tokenizer

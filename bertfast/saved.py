@@ -6,6 +6,7 @@ manifest with checksums of all. A model of sentence-transformers has that for ea
 Transformers where it keeps these, and its own files.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .encoder.packed import Freezable
-from .encoder.packed_cpu import ALIGNMENT, PackedCpu, layout
-from .files import read_json, sha256, write_text, write_whole
+from .encoder.packed import PADDING, PRECISIONS, Freezable
+from .encoder.packed_cpu import PackedCpu, layout
+from .encoder.parts import damaged, padded, save_aligned
+from .files import locked, read_json, sha256, write_text, write_whole
 from .ops.extension import C, error
 
-MANIFEST, REST = "bertfast_frozen.json", "frozen.safetensors"
+MANIFEST, CONFIG, REST = "bertfast_frozen.json", "config.json", "frozen.safetensors"
 _FORMAT = 1
-_SENTENCES = "config_sentence_transformers.json"
+_SENTENCES, _MODULES = "config_sentence_transformers.json", "modules.json"
 
 
 def save_frozen(model, folder) -> Path:
@@ -35,7 +37,8 @@ def save_frozen(model, folder) -> Path:
             the latter alone.
 
     Raises: TypeError for another, ValueError for one that isn't frozen or is of a class that
-    neither of these three has, FileExistsError where the folder has weights of another kind.
+    neither of these three has, FileExistsError where the folder has weights of another kind,
+    BlockingIOError while another process saves there.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
@@ -50,16 +53,27 @@ def save_frozen(model, folder) -> Path:
             f"the {type(model).__name__} isn't frozen: bertfast.freeze it, or save it by its own "
             "save_pretrained"
         )
-    theirs = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
-    theirs = [n for n in theirs if n != REST and not n.startswith("packed.")]
-    if theirs:
-        raise FileExistsError(f"{folder} has the weights {', '.join(theirs)}: give another folder")
+    sentences = type(model).__module__.startswith("sentence_transformers.")
+    check_out(folder, sentences)
     folder.mkdir(parents=True, exist_ok=True)
-    if type(model).__module__.startswith("sentence_transformers."):
+    if sentences:
         model.save_pretrained(str(folder), create_model_card=False)
     else:
         write(model, folder)
     return folder
+
+
+def check_out(folder: Path, sentences: bool) -> None:
+    """FileExistsError where a folder has what a frozen model would spoil, or be spoiled by."""
+    theirs = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
+    theirs = [n for n in theirs if n != REST and not n.startswith("packed.")]
+    kind = _MODULES if sentences else _SENTENCES
+    if (folder / kind).is_file() and not (sentences and any(folder.rglob(MANIFEST))):
+        theirs.append(kind)
+    if theirs:
+        raise FileExistsError(
+            f"{folder} has another model's {', '.join(theirs)}: give another folder"
+        )
 
 
 def load_frozen(folder):
@@ -71,7 +85,7 @@ def load_frozen(folder):
     processors alone, or is of another version.
     """
     folder = Path(folder)
-    if not (folder / _SENTENCES).is_file():
+    if not any((folder / name).is_file() for name in (_SENTENCES, _MODULES)):
         return read(folder)
     from .dropin.sentences import load
 
@@ -79,11 +93,17 @@ def load_frozen(folder):
 
 
 def write(model, folder: Path) -> None:
-    """`save_frozen` of a model of transformers or bertfast; the manifest comes last, so that what a
+    """`save_frozen` of a model of transformers or bertfast."""
+    with locked(folder):
+        _write(model, folder)
+
+
+def _write(model, folder):
+    """The largest come first, for which a full disk has no room, the manifest last, so that what a
     crash leaves is refused."""
     encoders = {n: m for n, m in model.named_modules() if isinstance(m, Freezable)}
     if not all(isinstance(m.packed, PackedCpu) for m in encoders.values()):
-        raise ValueError("the model is frozen for a GPU; save_frozen takes those for a CPU")
+        raise ValueError("the model isn't frozen for a CPU, as save_frozen takes it")
     reference, config = _reference(model), model.config
     twin = _empty(_class(reference, folder), config, encoders)
     absent = _same_but_absent(model, twin)
@@ -93,27 +113,39 @@ def write(model, folder: Path) -> None:
             tied[name] = seen[id(t)]
         else:
             seen[id(t)], found[name] = name, t.detach().contiguous()
-    config.save_pretrained(str(folder))
     write_whole(folder / REST, lambda path: save_file(found, path))
     rest, name = sha256(folder / REST), f"packed.{C.build_info()['cpu_isa']}.safetensors"
-    about, tensors, precisions = {}, {}, set()
+    about, tensors, precisions, layers = {}, {}, set(), []
     for i, (path, encoder) in enumerate(encoders.items()):
         about[path], own = encoder.packed.parts()
         about[path]["padding"] = encoder.bertfast_padding
         precisions |= {layer.precision for layer in encoder.packed.layers}
-        tensors |= {f"{i}/{key}": _padded(t) for key, t in own.items()}
+        layers.append([path, [[layer.spec, layer.source] for layer in encoder.packed.layers]])
+        tensors |= {f"{i}/{key}": padded(t) for key, t in own.items()}
     metadata = {"encoders": json.dumps(about)}
-    write_whole(folder / name, lambda path: _save_aligned(tensors, path, metadata))
-    manifest = {"format": _FORMAT, "class": reference, "tied": tied, "absent": absent, "rest": rest}
-    before = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    same = all(before.get(key) == value for key, value in manifest.items())
-    others = before["packed"] if same else {}
+    write_whole(folder / name, lambda path: save_aligned(tensors, path, metadata))
+    manifest = {"format": _FORMAT, "class": reference, "tied": tied, "absent": absent}
+    manifest |= {"rest": rest, "layers": hashlib.sha256(json.dumps(layers).encode()).hexdigest()}
+    others = _others(folder, manifest)
+    config.save_pretrained(str(folder))
+    manifest["config"] = sha256(folder / CONFIG)
     own = {"sha256": sha256(folder / name), "precisions": sorted(precisions)}
     manifest["packed"] = others | {name: own | {"layout": layout(frozenset(precisions))}}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for path in folder.glob("packed.*.safetensors"):
         if path.name not in manifest["packed"]:
             path.unlink()  # of another model
+
+
+def _others(folder: Path, manifest: dict) -> dict:
+    """What other instruction sets packed of the same model; nothing where that can't be read."""
+    try:
+        with damaged(folder):
+            before = read_json(folder / MANIFEST)
+            same = all(before[key] == value for key, value in manifest.items())
+            return dict(before["packed"]) if same else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def read(folder: Path, config=None):
@@ -127,12 +159,19 @@ def read(folder: Path, config=None):
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"{folder / MANIFEST} is of another version of bertfast: freeze it anew")
+    with damaged(folder):
+        return _read(folder, manifest, config)
+
+
+def _read(folder: Path, manifest: dict, config):
     name = _fitting(folder, manifest["packed"])
-    for file, sum in ((REST, manifest["rest"]), (name, manifest["packed"][name]["sha256"])):
+    sums = {CONFIG: manifest["config"], REST: manifest["rest"]}
+    for file, sum in (sums | {name: manifest["packed"][name]["sha256"]}).items():
         if sha256(folder / file) != sum:
             raise ValueError(f"{folder / file} is damaged: its checksum is another; save it anew")
-    cls = _class(manifest["class"], folder)
+    cls, tied = _class(manifest["class"], folder), manifest["tied"]
     config = config or cls.config_class.from_pretrained(str(folder))
+    config.name_or_path = str(folder)  # as from_pretrained does
     with safe_open(folder / name, framework="pt") as f:
         about = json.loads(f.metadata()["encoders"])
         packed = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
@@ -140,24 +179,32 @@ def read(folder: Path, config=None):
         rest = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     model = _empty(cls, config, about)
     for path in manifest["absent"]:
+        model.get_submodule(path)
         setattr(*_owner(model, path), None)
     for i, (path, parts) in enumerate(about.items()):
         own = {k.partition("/")[2]: t for k, t in packed.items() if k.startswith(f"{i}/")}
         encoder = model.get_submodule(path)
         encoder.packed = PackedCpu.of_parts(parts, own, config)
+        if parts["padding"] not in PADDING:
+            raise ValueError(f"{folder / name} has the padding {parts['padding']!r}")
         encoder.bertfast_padding = parts["padding"]
-    kinds = {name: isinstance(t, torch.nn.Parameter) for name, t in _tensors(model)}
-    if {*kinds} != {*rest, *manifest["tied"]}:
-        names = ", ".join(sorted({*kinds} ^ {*rest, *manifest["tied"]}))
+    empty = dict(_tensors(model))
+    if {*empty} != {*rest, *tied}:
+        names = ", ".join(sorted({*empty} ^ {*rest, *tied}))
         raise ValueError(f"{folder} and its class {manifest['class']} differ in {names}")
-    for name, parameter in kinds.items():
-        own = name not in manifest["tied"]
-        if own and parameter:
-            rest[name] = torch.nn.Parameter(rest[name], requires_grad=False)
-    for name, parameter in kinds.items():
+    for name, t in empty.items():
+        found, own = rest[tied.get(name, name)], name not in tied
+        if found.shape != t.shape or found.is_floating_point() != t.is_floating_point():
+            raise ValueError(
+                f"{folder} has {name} as {found.dtype} {[*found.shape]}, and its configuration "
+                f"makes {[*t.shape]}"
+            )
+        if own and isinstance(t, torch.nn.Parameter):
+            rest[name] = torch.nn.Parameter(found, requires_grad=False)
+    for name, t in empty.items():
         module, leaf = _owner(model, name)
-        store = module._parameters if parameter else module._buffers
-        store[leaf] = rest[manifest["tied"].get(name, name)]
+        store = module._parameters if isinstance(t, torch.nn.Parameter) else module._buffers
+        store[leaf] = rest[tied.get(name, name)]
     return model.eval()
 
 
@@ -210,27 +257,13 @@ def _same_but_absent(model, twin) -> list[str]:
     return absent
 
 
-def _padded(t) -> torch.Tensor:
-    """Its bytes, a multiple of `ALIGNMENT`."""
-    if t.dtype == torch.uint8:
-        return t
-    out = torch.zeros(-(-t.nbytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8)
-    out[: t.nbytes] = t.detach().contiguous().view(-1).view(torch.uint8)
-    return out
-
-
-def _save_aligned(tensors, path, metadata):
-    """Each at a multiple of `ALIGNMENT` in the file, behind a header that spaces fill up."""
-    save_file(tensors, path, metadata | {"": ""})
-    with open(path, "rb") as f:
-        header = 8 + int.from_bytes(f.read(8), "little")
-    save_file(tensors, path, metadata | {"": " " * (-header % ALIGNMENT)})
-
-
 def _fitting(folder, packed: dict) -> str:
     """The file that this processor's kernels read."""
     for name, one in packed.items():
-        if one["layout"] == layout(frozenset(one["precisions"])) and (folder / name).is_file():
+        precisions = frozenset(one["precisions"])
+        if not precisions <= {*PRECISIONS}:
+            raise ValueError(f"{folder / MANIFEST} has the precisions {sorted(precisions)}")
+        if one["layout"] == layout(precisions) and (folder / name).is_file():
             return name
     raise ValueError(
         f"{folder} was packed for other processors ({', '.join(packed)}) than this one, which runs "

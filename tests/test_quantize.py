@@ -214,7 +214,7 @@ def test_precision_is_a_cpu_s(folder):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "sentences"])
-def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
+def test_a_folder_of_one_precision(folder, saved, tmp_path, kind, capsys):
     """By the command: what `load_frozen` gives is what freezing here gives, tokenizer and all."""
     from transformers import AutoTokenizer, BertForSequenceClassification
 
@@ -227,6 +227,9 @@ def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
         model, told = str(folder / "out"), ["--check", str(folder / "valid.jsonl")]  # auto
     assert main(["quantize", "--model", model, "--out", out, *told]) == 0
     loaded = bertfast.load_frozen(out)
+    capsys.readouterr()
+    assert main(["quantize", "--model", out, "--out", str(tmp_path / "again"), *told]) == 1
+    assert "is frozen: give the model" in capsys.readouterr().err
     if kind == "sentences":
         expected = bertfast.freeze(st.SentenceTransformer(model, device="cpu"), "int8")
         texts = ["a cat", "the dog ran far away"]
@@ -239,6 +242,15 @@ def test_a_folder_of_one_precision(folder, saved, tmp_path, kind):
     )
     with torch.inference_mode():
         assert torch.equal(loaded(**given).logits, expected(**given).logits)
+
+
+def test_out_of_another_model_is_left_alone(folder, saved, tmp_path):
+    """Its tokenizer, too."""
+    out = Path(shutil.copytree(saved(), tmp_path / "other"))
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    options = ["--precision", "fp32", "--out", str(out)]
+    assert main(["quantize", "--model", str(folder / "out"), *options]) != 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_predict_and_evaluate_take_a_frozen_folder(folder, tmp_path):

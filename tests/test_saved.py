@@ -1,8 +1,11 @@
 """`save_frozen` and `load_frozen`: the same bits from files that are mapped."""
 
+import copy
 import json
+import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -12,11 +15,13 @@ import pytest
 import torch
 from families import FAMILIES, PARTLY_FP32, build, inputs_for
 from helpers import refused
+from safetensors import SafetensorError
 
 import bertfast
 from bertfast.encoder.packed_cpu import ALIGNMENT
+from bertfast.files import locked, sha256
 from bertfast.ops.extension import C
-from bertfast.saved import MANIFEST, REST
+from bertfast.saved import CONFIG, MANIFEST, REST
 
 pytestmark = [
     pytest.mark.skipif(C is None, reason="no compiled extension"),
@@ -122,6 +127,23 @@ def test_sentences(saved, tmp_path, cls):
     assert torch.equal(answer(bertfast.load_frozen(tmp_path / "c")), expected)
 
 
+def test_where_it_came_from(tmp_path):
+    """As from_pretrained says it: pipelines and logs show it."""
+    folder = tmp_path / "a folder \u00fc"
+    bertfast.save_frozen(frozen(), folder)
+    loaded = bertfast.load_frozen(str(folder))
+    assert loaded.name_or_path == loaded.config.name_or_path == str(folder)
+
+
+def test_half_a_folder_of_sentences(saved, tmp_path):
+    """It is no model of transformers."""
+    st = pytest.importorskip("sentence_transformers")
+    model = bertfast.freeze(st.SentenceTransformer(saved(), device="cpu"))
+    bertfast.save_frozen(model, tmp_path)
+    (tmp_path / "config_sentence_transformers.json").unlink()
+    refused(FileNotFoundError, "config_sentence", bertfast.load_frozen, tmp_path)
+
+
 def test_mapped(tmp_path):
     """No copy: packed weights lie in the file's pages, where kernels want them."""
     bertfast.save_frozen(frozen(), tmp_path)
@@ -175,7 +197,10 @@ assert test_saved.same(bertfast.load_frozen(folder), test_saved.frozen())
     assert "packed for other processors" in done.stdout and f"runs {other}" in done.stdout
     assert len([*tmp_path.glob("packed.*")]) == 2
     assert same(bertfast.load_frozen(tmp_path), frozen())
-    bertfast.save_frozen(frozen("Bert", "int8", vocab_size=91), tmp_path)  # another model
+    changed = build("Bert", initializer_range=0.1)
+    with torch.no_grad():  # another model, by its layers alone, as LoRA leaves one
+        changed.encoder.layer[1].attention.self.query.weight[0, 0] += 1
+    bertfast.save_frozen(bertfast.freeze(changed, "int8"), tmp_path)
     assert len(json.loads((tmp_path / MANIFEST).read_text())["packed"]) == 1
     assert len([*tmp_path.glob("packed.*")]) == 1
 
@@ -199,7 +224,13 @@ def test_damage_is_found(tmp_path):
         ({"class": "transformers.Trainer"}, "expected a model's"),
         ({"class": "os.system"}, "expected a model's"),
         ({"class": "transformers.BertForMaskedLM"}, "differ in|no encoder at"),
+        ({"class": "transformers.PreTrainedModel"}, "is damaged"),
         ({"absent": ["pooler"]}, "differ in pooler"),
+        ({"absent": ["forward"]}, "is damaged"),
+        ({"absent": None}, "is damaged"),
+        ({"tied": {"embeddings.word_embeddings.weight": "nowhere"}}, "is damaged"),
+        ({"packed": 3}, "is damaged"),
+        ({"config": "0"}, "config.json is damaged"),
     ],
 )
 def test_manifests_that_are_wrong(tmp_path, change, match):
@@ -207,6 +238,23 @@ def test_manifests_that_are_wrong(tmp_path, change, match):
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps(manifest | change))
     refused(ValueError, match, bertfast.load_frozen, tmp_path)
+    bertfast.save_frozen(frozen(), tmp_path)  # as the errors say
+    assert same(bertfast.load_frozen(tmp_path), frozen())
+
+
+@pytest.mark.parametrize("part", ["config", "rest"])
+def test_parts_that_do_not_fit_together(tmp_path, part):
+    """A configuration of another model, of an earlier one say, and weights of another shape."""
+    bertfast.save_frozen(frozen(), tmp_path / "a")
+    bertfast.save_frozen(frozen(hidden_act="relu", vocab_size=91), tmp_path / "b")
+    if part == "config":
+        shutil.copy(tmp_path / "b" / CONFIG, tmp_path / "a")
+        return refused(ValueError, "config.json is damaged", bertfast.load_frozen, tmp_path / "a")
+    shutil.copy(tmp_path / "b" / REST, tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    manifest["rest"] = sha256(tmp_path / "a" / REST)
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(manifest))
+    refused(ValueError, "makes .90, 48", bertfast.load_frozen, tmp_path / "a")
 
 
 def test_sizes_are_checked():
@@ -222,8 +270,68 @@ def test_sizes_are_checked():
             tensors | {name: tensors[name][:-64]},
             None,
         )
+    refused(ValueError, "damaged", of_parts, about, tensors | {"-1.qkv": tensors["0.qkv"]}, None)
     del tensors["1.up"]
     refused(ValueError, "up has None bytes", of_parts, about, tensors, None)
+
+
+_HUGE = 1 << 62
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "hidden": [-48, 0, 24, "48", _HUGE],
+        "heads": [-3, 0, 1, 3.0],
+        "head_dim": [-16, 0, 8, 15],
+        "inner": [-80, 0, 16, True, _HUGE],
+        "activation": ["foo", 3, []],
+        "eps": ["x", -1.0, math.nan],
+        "groups": [0, -1, 2, 7],
+        "rotary": [-1, "a", _HUGE],
+        "window": [-1, "a", 1 << 63],
+        "relative": [["c2p"], ["x"], None, "c2p"],
+        "pre_norm": [1, None],
+        "gated": [True, 1],
+        "extra": [3],
+    }.items(),
+)
+def test_descriptions_are_checked(name, values):
+    """Or kernels would read past what is there, or divide by zero."""
+    about, tensors = frozen().encoder.packed.parts()
+    of_parts = type(frozen().encoder.packed).of_parts
+    for value in values:
+        wrong = copy.deepcopy(about)
+        for fields, *_ in wrong["layers"]:
+            fields[name] = value
+        refused(ValueError, "damaged", of_parts, wrong, tensors, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"order": order} for order in ([], [0], [0, 99], [-1, 0], [0.0, 1], "01", None)),
+        *({"precision": "fp99"}, {"dtype": "load"}, {"dtype": "float16"}, {"layers": []}),
+        *({"buckets": n} for n in (-1, 5, None)),
+        *({"noise": [0.1]}, {"noise": ["x", "y"]}, {"least_cosine": "x"}, {"why": 3}),
+        {"layers": [[{}, "int8", 0]]},
+    ],
+    ids=str,
+)
+def test_what_is_said_of_layers_is_checked(change):
+    packed = frozen().encoder.packed
+    about, tensors = packed.parts()
+    refused(ValueError, "damaged", packed.of_parts, about | change, tensors, None)
+    for name in change:
+        del about[name]
+        refused(ValueError, "damaged", packed.of_parts, about, tensors, None)
+
+
+def test_relative_positions_have_buckets():
+    packed = frozen("DebertaV2").encoder.packed
+    about, tensors = packed.parts()
+    for n in (0, -3, 10**9):
+        refused(ValueError, "damaged", packed.of_parts, about | {"buckets": n}, tensors, None)
 
 
 def test_refusals(tmp_path):
@@ -244,3 +352,42 @@ def test_refusals(tmp_path):
     refused(ValueError, "public class", bertfast.save_frozen, bertfast.freeze(own), tmp_path)
     build("Bert").save_pretrained(tmp_path)
     refused(FileExistsError, "another folder", bertfast.save_frozen, frozen(), tmp_path)
+
+
+def test_folders_of_another_kind(saved, tmp_path):
+    """Neither is spoiled: not a router's, whose weights lie deeper, nor one of sentences."""
+    st = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    part = [modules.Transformer(saved()), modules.Pooling(48), modules.Dense(48, 8)]
+    router = modules.Router.for_query_document(part, [*part])
+    model = st.SentenceTransformer(modules=[router], device="cpu")
+    model.save_pretrained(str(tmp_path / "a"))
+    bertfast.freeze(model)
+    refused(FileExistsError, "modules.json", bertfast.save_frozen, model, tmp_path / "a")
+    for _ in range(2):  # over its own
+        bertfast.save_frozen(model, tmp_path / "b")
+    refused(FileExistsError, "config_sent", bertfast.save_frozen, frozen(), tmp_path / "b")
+    loaded = bertfast.load_frozen(tmp_path / "b")
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_two_at_once(tmp_path):
+    """Of two processors, say: neither takes the other's file for another model's."""
+    with locked(tmp_path):
+        refused(BlockingIOError, "in use", bertfast.save_frozen, frozen(), tmp_path)
+    bertfast.save_frozen(frozen(), tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    bertfast.save_frozen(frozen(), tmp_path)
+    other = frozen(hidden_act="relu")
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bertfast.saved, "save_file", full)
+        refused(OSError, "can't be written.*No space", bertfast.save_frozen, other, tmp_path)
+    assert same(bertfast.load_frozen(tmp_path), frozen())
+    bertfast.save_frozen(other, tmp_path)
+    assert same(bertfast.load_frozen(tmp_path), other)

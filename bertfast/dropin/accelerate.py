@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import families, ops
 from ..encoder import Unfit
-from ..encoder.packed import Freezable
+from ..encoder.packed import PADDING, Freezable
 from ..encoder.replay import NO_GRAPHS, Counts, Graphs
 from ..encoder.watch import Seen, class_name, kernel_limit
 from ..ops import registry
@@ -129,9 +129,6 @@ def _unknown(models: dict[str, nn.Module]) -> str:
         "nothing changed. Other models of transformers can have their attention replaced: import "
         'bertfast.dropin and load them with attn_implementation="bertfast"'
     )
-
-
-PADDING = ("auto", "stock", "zeros")
 
 
 def accelerate(

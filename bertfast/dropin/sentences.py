@@ -38,4 +38,6 @@ def load(folder: Path, name: str | None) -> nn.Module:
         raise ImportError("load_frozen needs sentence-transformers 6.2 or newer for this folder")
     reference = f"{FrozenTransformer.__module__}.{FrozenTransformer.__qualname__}"
     known = {reference: FrozenTransformer}
-    return make(str(folder), known, device="cpu", local_files_only=True).eval()
+    return (
+        make(str(folder), known, device="cpu", local_files_only=True).eval().requires_grad_(False)
+    )

@@ -52,6 +52,8 @@ class Sample(NamedTuple):
             (batch,) = caught.args
         finally:
             encoder.packed, encoder.bertfast_padding = None, before
+        if not len(batch.hidden):
+            raise ValueError("texts have no tokens: give some that have")
         return cls(batch, batch.hidden)
 
     @staticmethod

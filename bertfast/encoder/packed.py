@@ -11,6 +11,7 @@ from .spec import Layer, LayerSpec, Unfit
 from .watch import Seen
 
 PRECISIONS = ("fp32", "bf16", "int8")
+PADDING = ("auto", "stock", "zeros")  # see `accelerate`
 CUDA_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -20,7 +21,7 @@ class Freezable:
 
     LAYERS = "layer"  # where they are
     packed = None  # a `Packed`: the encoder's layers are gone
-    bertfast_padding = "auto"  # see `accelerate`; bertfast's own models have zeros there
+    bertfast_padding = "auto"  # one of `PADDING`; bertfast's own models have zeros there
     bertfast_graphs: Graphs | None = None  # None: it is never replayed
     bertfast_seen: Seen | None = None  # what was read off the layers
 
@@ -112,3 +113,21 @@ class Packed:
 
     def __str__(self):
         return f"{self.count} layers, {self.precision}" + (f" ({self.why})" if self.why else "")
+
+
+class Lost:
+    """In the place of layers that `freeze` had taken out to pack when it was stopped."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __str__(self):
+        return "stopped before its layers were packed: load the model anew"
+
+    def run(self, *_):
+        raise RuntimeError(
+            "bertfast.freeze was stopped while it packed these layers, which are gone: load the "
+            "model anew"
+        )
+
+    texts = run

@@ -13,11 +13,11 @@ from ..ops.library import CPU_DTYPES, is_bf16, plain, ptr, unwatched
 from .executors.whole_cpu import c_spec, even_limit, forward, positions_limit, relative_tables
 from .noise import NOISE_LIMIT, Sample, complaints
 from .packed import PRECISIONS, Packed
+from .parts import ALIGNMENT, check, damaged, spec_of
 from .run import Choice
 from .spec import Layer, LayerSpec
 from .weights import NORMS
 
-ALIGNMENT = 64  # bytes, of all that kernels read
 _TABLES = ("c2p", "p2c")
 
 
@@ -27,6 +27,7 @@ class PackedLayer(NamedTuple):
 
     spec: LayerSpec
     precision: str
+    source: int  # the sum of the bits of what it was packed of: any other layer has another
     tensors: dict[str, torch.Tensor]
 
     @classmethod
@@ -53,11 +54,13 @@ class PackedLayer(NamedTuple):
             "center": center,
             **dict(zip(_TABLES, tables, strict=False)),
         }
-        return cls(spec, precision, {k: t for k, t in found.items() if t is not None})
+        return cls(spec, precision, _bits(w), {k: t for k, t in found.items() if t is not None})
 
     def check(self, i, buckets):
         """Raises ValueError where layer `i` lacks a tensor, or one has another size."""
         spec, code = self.spec, PRECISIONS.index(self.precision)
+        if code and spec.head_dim % 2:
+            raise ValueError(f"packed layer {i}: heads of {spec.head_dim} in {self.precision}")
         width, hidden, floats = spec.width, spec.hidden, torch.float32.itemsize
         linears = {
             "qkv": (C.qkv_precision(code), hidden, width, *[width // spec.groups] * 2),
@@ -79,7 +82,7 @@ class PackedLayer(NamedTuple):
         found = {name: t.nbytes for name, t in self.tensors.items()}
         for name in needed | set(found):
             at_least, there = sizes.get(name), found.get(name)
-            if at_least is None or there is None or there < at_least:
+            if at_least is None or there is None or not 0 <= there - at_least < ALIGNMENT:
                 raise ValueError(
                     f"packed layer {i}: {name} has {there} bytes, expected {at_least}: the file is "
                     "damaged or of another version"
@@ -119,6 +122,12 @@ def pack(linears, precision: str, center=None, gated=False) -> torch.Tensor:
     out = aligned(torch.empty(size, dtype=torch.uint8, device="cpu")).zero_()  # the same each time
     C.pack_weights(*given, out.data_ptr())
     return out
+
+
+def _bits(weights) -> int:
+    words = {2: torch.int16, 4: torch.int32}
+    given = (p.detach().view(words[p.itemsize]) for p in weights.present())
+    return sum((i + 1) * t.sum(dtype=torch.int64).item() for i, t in enumerate(given))
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
@@ -219,7 +228,7 @@ class PackedCpu(Packed):
             "noise": self.noise,
             "least_cosine": self.least_cosine,
             "why": self.why,
-            "layers": [[w.spec._asdict(), w.precision] for w in unique.values()],
+            "layers": [[w.spec._asdict(), w.precision, w.source] for w in unique.values()],
             "order": [number[id(layer)] for layer in self.layers],
         }
         named = ((i, *p) for i, w in enumerate(unique.values()) for p in w.tensors.items())
@@ -227,21 +236,21 @@ class PackedCpu(Packed):
 
     @classmethod
     def of_parts(cls, about: dict, tensors: dict[str, torch.Tensor], config):
-        """Raises ValueError for tensors of other sizes than kernels read."""
-        unique = []
-        for spec, precision in about["layers"]:
-            spec = LayerSpec(**spec | {"relative": tuple(spec["relative"])})
-            unique.append(PackedLayer(spec, precision, {}))
-        for path, t in tensors.items():
-            i, _, name = path.partition(".")
-            unique[int(i)].tensors[name] = aligned(t)
-        for i, layer in enumerate(unique):
-            layer.check(i, about["buckets"])
-        self = cls(
-            *([unique[i] for i in about["order"]], about["precision"]),
-            *(getattr(torch, about["dtype"]), config),
-            *(about[key] for key in ("buckets", "noise", "least_cosine")),
-        )
+        """Raises ValueError for what `parts` never gives: tensors of another size, say."""
+        with damaged("a file of packed layers"):
+            unique = [PackedLayer(spec_of(spec), *own, {}) for spec, *own in about["layers"]]
+            check(about, [layer.spec for layer in unique])
+            named = {f"{i}.": layer for i, layer in enumerate(unique)}
+            for path, t in tensors.items():
+                i, dot, name = path.partition(".")
+                named[i + dot].tensors[name] = aligned(t)
+            for i, layer in enumerate(unique):
+                layer.check(i, about["buckets"])
+            self = cls(
+                *([unique[i] for i in about["order"]], about["precision"]),
+                *(getattr(torch, about["dtype"]), config),
+                *(about[key] for key in ("buckets", "noise", "least_cosine")),
+            )
         self.why = about["why"]
         return self
 

@@ -87,6 +87,59 @@ def test_what_can_not_be_frozen_stays_as_it_was():
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "texts, error",
+    [
+        ({}, ValueError),
+        ({"input_ids": torch.full((2, 3), 1000)}, IndexError),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.zeros(2, 3)}, ValueError),
+    ],
+)
+def test_texts_that_it_can_not_take(texts, error):
+    """And they change nothing."""
+    model = build("Bert").train()
+    model.pooler.requires_grad_(False)
+    asked = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error):
+        bertfast.freeze(model, "auto", texts)
+    assert not bertfast.is_accelerated(model) and model.training and len(model.encoder.layer) == 2
+    assert [p.requires_grad for p in model.parameters()] == asked
+    bertfast.freeze(model, "auto", inputs_for())
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_stopped_while_it_packs(monkeypatch, native, tmp_path):
+    """No answer of an encoder without layers, by Ctrl-C in a notebook."""
+    from bertfast.encoder.packed_cpu import PackedLayer
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    model = build("Bert")
+    model = bertfast.BertModel(model.config).eval() if native else model
+    monkeypatch.setattr(PackedLayer, "of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bertfast.freeze(model)
+    given = inputs_for()
+    for options in ({}, {"output_hidden_states": True}):
+        with torch.inference_mode():
+            refused(RuntimeError, "stopped|hidden states", model, **given, **options)
+    assert "stopped" in str(bertfast.accelerate(model)) or native
+    refused(ValueError, "isn't frozen for a CPU", bertfast.save_frozen, model, tmp_path)
+
+
+def test_each_encoder_has_its_tokenizer(saved):
+    """Of a router's, whose vocabularies differ: ids of one are out of the other's range."""
+    st = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    parts = [[modules.Transformer(saved(vocab_size=n)), modules.Pooling(48)] for n in (90, 21)]
+    parts[0][0].tokenizer.add_tokens([f"w{i}" for i in range(30)])
+    router = modules.Router.for_query_document(*parts)
+    model = st.SentenceTransformer(modules=[router], device="cpu")
+    bertfast.freeze(model, "auto", ["w8 w9 cat", "w29"])
+    assert model.encode_query("w29 cat").shape == model.encode_document("cat").shape
+
+
 def test_slow_bf16_is_told(monkeypatch):
     """Where the processor only widens it."""
     from bertfast.ops.extension import C
