@@ -89,7 +89,7 @@ def freeze(model, precision: str = "fp32", texts=None):
     if precision == "bf16" and not cuda and not C.build_info()["bf16_products"]:
         warnings.warn(
             f"this processor ({C.build_info()['cpu_isa']}) has no products of bf16: frozen in bf16 "
-            "a model is slower than in fp32 and saves memory alone; int8 is faster, or auto",
+            "a model is no faster than in fp32 and saves memory alone; int8 is faster, or auto",
             stacklevel=2,
         )
     return model

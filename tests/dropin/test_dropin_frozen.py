@@ -146,7 +146,7 @@ def test_slow_bf16_is_told(monkeypatch):
 
     about = C.build_info() | {"bf16_products": False}
     monkeypatch.setattr(C, "build_info", lambda: about)
-    with pytest.warns(UserWarning, match="slower than in fp32 and saves memory"):
+    with pytest.warns(UserWarning, match="no faster than in fp32 and saves memory"):
         bertfast.freeze(build("Bert"), "bf16")
 
 
