@@ -24,15 +24,13 @@ def crc32c(data) -> int:
     head = count % width or min(count, width)
     row[width - head :] = data[:head]
     lanes = row.view("<u4")
-    low, high = _tables(k)
+    by_row = _tables(5 + k, 16)
     for row in np.frombuffer(data[head:], "<u4").reshape(-1, 1 << k):
-        halves = lanes.view("<u2")
-        lanes = np.take(low, halves[::2])
-        lanes ^= np.take(high, halves[1::2])
+        lanes = _move(by_row, lanes)
         lanes ^= row
     while k:
         k -= 1
-        lanes = _apply(_after(5 + k), lanes[: 1 << k]) ^ lanes[1 << k :]
+        lanes = _move(_tables(5 + k, 8), lanes[: 1 << k]) ^ lanes[1 << k :]
     value = int(_apply(_after(5), lanes)[0])
     # What a register starts with, all ones, moves on by all bytes.
     start = np.array([0xFFFFFFFF], np.uint32)
@@ -66,10 +64,19 @@ def _apply(images, values) -> np.ndarray:
 
 
 @cache
-def _tables(k: int):
-    """The map of a row of 2^k words, of the lower and of the upper 16 bits. uint32 [65536] each"""
-    images = _after(5 + k)
-    return tuple(_table(images[i : i + 16]) for i in (0, 16))
+def _tables(k: int, bits: int):
+    """The map of 2^k bits of zeros, of each 8 or 16 bits of a register. uint32 [2^bits] each"""
+    images = _after(k)
+    return [_table(images[i : i + bits]) for i in range(0, 32, bits)]
+
+
+def _move(tables, lanes):
+    """`_apply` by tables, for many. uint32 [n] -> [n]"""
+    parts = lanes.view("<u2" if len(tables) == 2 else np.uint8)
+    found = np.take(tables[0], parts[:: len(tables)])
+    for i, table in enumerate(tables[1:], 1):
+        found ^= np.take(table, parts[i :: len(tables)])
+    return found
 
 
 def _table(images):

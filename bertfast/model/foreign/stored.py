@@ -28,4 +28,6 @@ class Stored:
 
 def tensor(raw: np.ndarray, dtype: str, shape) -> torch.Tensor:
     """A copy, with memory of its own, of a file's bytes (uint8), as one of FLOATS."""
-    return torch.from_numpy(np.array(raw)).view(FLOATS[dtype]).reshape(shape)
+    made = torch.empty(math.prod(shape), dtype=FLOATS[dtype])
+    made.view(torch.uint8).numpy()[:] = raw
+    return made.reshape(shape)
