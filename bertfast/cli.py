@@ -25,7 +25,7 @@ def _parser():
     _embed_arguments(commands.add_parser("embed", help=text, description=text))
     text = "precisions of inference on a CPU: their accuracy and speed on a text, a folder of one"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
-    text = "a checkpoint of TensorFlow or Flax as one that transformers and bertfast load"
+    text = "a checkpoint of TensorFlow, Flax or Keras as one that transformers and bertfast load"
     _convert_arguments(commands.add_parser("convert", help=text))
     text = "times beside rivals, each after its outputs were checked"
     _bench_arguments(commands.add_parser("bench", help=text, description=text))

@@ -1,4 +1,4 @@
-"""Checkpoints of TensorFlow and Flax as folders that transformers and bertfast load."""
+"""Checkpoints of TensorFlow, Flax and Keras as folders that transformers and bertfast load."""
 
 import os
 import secrets
@@ -38,8 +38,8 @@ def convert(
     ignore=(),
     say=lambda text: None,
 ) -> dict:
-    """Write a checkpoint of TensorFlow (google-research's BERT) or Flax (transformers' classes) as
-    model.safetensors, config.json and a tokenizer, without either framework.
+    """Write a checkpoint of TensorFlow (google-research's BERT), or of transformers' former Flax
+    and Keras classes, as model.safetensors, config.json and a tokenizer, without these frameworks.
 
     Args:
         src: its folder, or its file there; of TensorFlow's also the prefix before .index.

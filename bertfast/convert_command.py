@@ -3,14 +3,18 @@
 import json
 
 _ABOUT = (
-    "A checkpoint of TensorFlow (google-research's BERT) or Flax (transformers' classes) as a "
-    "folder that transformers and bertfast load, with its tokenizer; neither framework is needed."
+    "A checkpoint of TensorFlow (google-research's BERT), or of transformers' former Flax and "
+    "Keras classes, as a folder that transformers and bertfast load, with its tokenizer. None of "
+    "these frameworks is needed; tf_model.h5 takes h5py."
 )
 
 
 def add_arguments(parser) -> None:
     parser.description = _ABOUT
-    text = "its folder, or in it bert_model.ckpt (what stands before .index) or flax_model.msgpack"
+    text = (
+        "its folder, or in it bert_model.ckpt (what stands before .index), flax_model.msgpack or "
+    )
+    text += "tf_model.h5"
     parser.add_argument("src", metavar="SRC", help=text)
     text = "folder to make; it appears whole or not at all"
     parser.add_argument("--out", required=True, metavar="DIR", help=text)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import shutil
+import sys
 
 import pytest
 import tiny
@@ -27,6 +29,9 @@ from bertfast.cli import main
 from bertfast.convert import convert
 from bertfast.data.errors import ConfigError
 from bertfast.model import CheckpointError
+from bertfast.model.foreign import flax as foreign_flax
+from bertfast.model.foreign import tensorflow as bundle
+from bertfast.model.foreign.stored import FLOATS
 from bertfast.model.tokenizer import load_tokenizer
 
 HEADS = ["Model", "ForMaskedLM", "ForPreTraining", "ForSequenceClassification"]
@@ -197,6 +202,44 @@ def test_roberta_of_flax(tmp_path):
     folder = flax_folder(tmp_path / "in", weights, model_type="roberta", pad_token_id=1)
     assert convert(folder, tmp_path / "out")["class"] == "RobertaForMaskedLM"
     same_model(reference, tmp_path / "out")
+
+
+def _keras_name(name):
+    """Of a variable that Flax calls so, as TFBertFor... keeps it below its first two scopes."""
+    path, _, leaf = name.rpartition("/")
+    if path.endswith("LayerNorm"):
+        leaf = {"scale": "gamma", "bias": "beta"}[leaf]
+    if leaf == "embedding":
+        leaf = "weight" if "word" in path else "embeddings"
+    path = path.replace("layer/", "layer_._").replace("cls/pred", "mlm___cls/pred")
+    return f"{path}/{leaf}:0".replace("cls/seq", "nsp___cls/seq")
+
+
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_keras(tmp_path, head):
+    h5py = pytest.importorskip("h5py")
+    reference = built(head)
+    weights = tensors(reference, flax=True)
+    folder = flax_folder(tmp_path / "in", {})
+    os.remove(folder / "flax_model.msgpack")
+    with h5py.File(folder / "tf_model.h5", "w") as f:
+        for name, value in weights.items():
+            own = _keras_name(name)
+            f[f"{own.split('/')[0]}/tf_bert/{own}"] = value.numpy()
+        shared = "bert/embeddings/word_embeddings/weight:0"
+        f[f"mlm___cls/tf_bert/{shared}"] = f[f"bert/tf_bert/{shared}"][()]
+    assert convert(folder, tmp_path / "out")["class"] == f"Bert{head}"
+    same_model(reference, tmp_path / "out")
+    with h5py.File(folder / "tf_model.h5", "r+") as f:
+        f[f"mlm___cls/tf_bert/{shared}"][3, 3] += 1
+    refused(CheckpointError, "are one variable, and differ", convert, folder, tmp_path / "o")
+
+
+def test_keras_without_h5py(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "tf_model.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    message = r"takes h5py to read: install it with pip install 'bertfast\[convert\]'"
+    refused(CheckpointError, message, convert, tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +422,7 @@ FAULTS = {  # what is done to a sound folder, the words of the error
     "bytes beyond": (_field(4, 1 << 40), "is truncated: bert/embeddings/word_embeddings is in its bytes 1,099"),
     "other bytes than its shape": (_field(2, text(2, b"\x08\xc8\x01") + text(2, b"\x08\x30") + text(2, b"\x08\x01")), r"word_embeddings is \[200, 48, 1\], expected \[200, 48\]; correct"),
     "V1": (_only("bert_model.ckpt", b"abc" + bytes.fromhex("57fb808b247547db")), "bert_model.ckpt is a TensorFlow checkpoint of format V1"),
-    "HDF5": (_only("tf_model.h5", b"\x89HDF\r\n\x1a\n..."), "tf_model.h5 is an HDF5 file, of Keras"),
+    "HDF5": (_only("tf_model.h5", b"\x89HDF\r\n\x1a\n..."), "tf_model.h5 is (an HDF5 file, of Keras|damaged)"),
     "pickle": (_only("pytorch_model.bin", b"PK\x03\x04..."), "pytorch_model.bin is a pickle"),
     "nothing": (_only("readme", b"x"), "holds readme: expected"),
     "vocabulary of more words": (lambda f: (f / "vocab.txt").write_text("\n".join(WORDS + [f"w{i}" for i in range(200)])), "vocab.txt has 208 words, and the model 200"),
@@ -434,6 +477,33 @@ def test_faults_of_flax(tmp_path, fault):
     break_it(folder)
     refused(CheckpointError, message, convert, folder, tmp_path / "out")
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("flax", [False, True])
+def test_any_damage_is_of_one_kind(tmp_path, flax):
+    """Bytes that changed: an error of a checkpoint, or tensors of sound shapes."""
+    weights = {"bert/x": torch.ones(3, 4), "bert/y/z": torch.ones(5)}
+    folder = (flax_folder if flax else google_folder)(tmp_path, weights)
+    path, read = folder / FLAX, foreign_flax.read
+    if not flax:
+        path, read = (
+            folder / "bert_model.ckpt.index",
+            lambda _: bundle.read(folder / "bert_model.ckpt"),
+        )
+    data, r, raised = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        changed = bytearray(data)
+        for _ in range(r.randint(1, 3)):
+            changed[r.randrange(len(data))] = r.randrange(256)
+        path.write_bytes(changed[: r.choice([None, r.randrange(len(data))])])
+        try:
+            for stored in read(path).values():
+                if stored.dtype in FLOATS:
+                    assert stored.read().shape == stored.shape
+        except CheckpointError:
+            raised += 1
+    assert raised > 150
 
 
 def test_out(tmp_path, sound):

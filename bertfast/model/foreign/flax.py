@@ -1,5 +1,6 @@
 """Flax's checkpoints: flax_model.msgpack, a tree of names with arrays as its leaves."""
 
+import math
 import mmap
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,7 @@ def _array(name, value):
     shape, dtype, raw = found
     dtype = dtype if isinstance(dtype, str) else bytes(dtype).decode()
     shape = _shape(name, shape)
-    if dtype in FLOATS and len(raw) != int(np.prod(shape, dtype=object)) * FLOATS[dtype].itemsize:
+    if dtype in FLOATS and len(raw) != math.prod(shape) * FLOATS[dtype].itemsize:
         raise ValueError(f"{name} has {len(raw):,} bytes for {dtype} {list(shape)}")
     return dtype, shape, raw
 
@@ -73,8 +74,8 @@ def _chunked(name, value) -> Stored:
     )
     arrays = [_array(name, piece) for piece in pieces]
     shape, dtypes = _shape(name, sizes), {dtype for dtype, _, _ in arrays}
-    count = sum(int(np.prod(size, dtype=object)) for _, size, _ in arrays)
-    if len(dtypes) != 1 or count != int(np.prod(shape, dtype=object)):
+    count = sum(math.prod(size) for _, size, _ in arrays)
+    if len(dtypes) != 1 or count != math.prod(shape):
         raise ValueError(f"{name} is {list(shape)}, its pieces have {count:,} numbers")
     dtype = dtypes.pop()
     return Stored(dtype, shape, partial(_read, [raw for _, _, raw in arrays], dtype, shape))

@@ -7,6 +7,7 @@ from ...data.errors import ConfigError
 
 _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
 _FLAX_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+_KERAS_LEAVES = _LEAVES | {"embeddings": "weight"}
 _GOOGLE_HEADS = {
     "cls/predictions/output_bias": "cls.predictions.bias",
     "cls/seq_relationship/output_weights": "cls.seq_relationship.weight",
@@ -34,8 +35,17 @@ def google(name: str) -> tuple[str, bool]:
 
 def flax(name: str) -> tuple[str, bool]:
     """The same of a tensor of transformers' Flax classes, whose modules are PyTorch's."""
+    return _same_modules(name, _FLAX_LEAVES)
+
+
+def keras(name: str) -> tuple[str, bool]:
+    """The same of a tensor of its TensorFlow 2 classes."""
+    return _same_modules(name, _KERAS_LEAVES)
+
+
+def _same_modules(name, leaves):
     path, _, leaf = name.rpartition("/")
-    return f"{path}/{_FLAX_LEAVES.get(leaf, leaf)}".replace("/", "."), leaf == "kernel"
+    return f"{path}/{leaves.get(leaf, leaf)}".replace("/", "."), leaf == "kernel"
 
 
 def split(names, patterns) -> tuple[list[str], dict[str, int]]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ...files import regular
 from ..errors import CheckpointError, unreadable
-from . import flax, names, tensorflow
+from . import flax, keras, names, tensorflow
 
-_KINDS = "bert_model.ckpt.index of TensorFlow or flax_model.msgpack of Flax"
-_HDF5 = b"\x89HDF\r\n\x1a\n"
+_KINDS = "bert_model.ckpt.index of TensorFlow, flax_model.msgpack of Flax or tf_model.h5 of Keras"
 _PICKLES = b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04"
 
 
@@ -46,7 +45,7 @@ def find(given) -> Source:
         if not path.exists():
             raise CheckpointError(f"{path} is not there: give a folder or file with {_KINDS}")
         _refuse(regular(path))
-        return _flax(path)
+        return _keras(path) if _start(path) == keras.MAGIC else _flax(path)
 
 
 def _tensorflow(prefix) -> Source:
@@ -58,12 +57,18 @@ def _flax(path) -> Source:
     return Source("Flax", path, flax.read, names.flax, ("config.json",), None)
 
 
+def _keras(path) -> Source:
+    return Source("Keras", path, keras.read, names.keras, ("config.json",), None)
+
+
 def _in_folder(folder) -> Source:
     found = [_tensorflow(p.with_suffix("")) for p in sorted(folder.glob(f"*{tensorflow.INDEX}"))]
     latest = len(found) > 1 and _latest(folder)
     found = [s for s in found if s.path.name == latest] or found
     if (folder / flax.FILE).exists():
         found.append(_flax(folder / flax.FILE))
+    if (folder / keras.FILE).exists():
+        found.append(_keras(folder / keras.FILE))
     if len(found) > 1:
         some = ", ".join(s.path.name for s in found[:5])
         raise CheckpointError(f"{folder} holds several checkpoints, {some}: give the path of one")
@@ -84,21 +89,19 @@ def _latest(folder) -> str | None:
     return Path(said[1]).name if said else None
 
 
+def _start(path) -> bytes:
+    with open(path, "rb") as f:
+        return f.read(len(keras.MAGIC))
+
+
 def _refuse(path) -> None:
     """CheckpointError for a file of a format that others read."""
-    with open(path, "rb") as f:
-        start = f.read(8)
     if tensorflow.is_table(path):
         raise CheckpointError(
             f"{path} is a TensorFlow checkpoint of format V1, one file without .index: save it as "
             "V2 with TensorFlow (tf.compat.v1.train.Saver's write_version)"
         )
-    if start == _HDF5:
-        raise CheckpointError(
-            f"{path} is an HDF5 file, of Keras: load it with transformers 4 (from_tf=True) and "
-            "save_pretrained it, or give the TensorFlow checkpoint"
-        )
-    if start.startswith(_PICKLES) or path.suffix == ".safetensors":
+    if _start(path).startswith(_PICKLES) or path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path} is a pickle, a zip or safetensors, as PyTorch's weights are: if they are, "
             "from_pretrained reads their folder as it is (a pickle with allow_pickle=True)"

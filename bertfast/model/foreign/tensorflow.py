@@ -1,5 +1,6 @@
 """TensorFlow's checkpoints ("bundles"): PREFIX.index, and PREFIX.data-00000-of-00001 or several."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def read(prefix: Path) -> dict[str, Stored]:
     if _OBJECTS in entries or any(".ATTRIBUTES/" in name for name in fields):
         raise CheckpointError(
             f"{index} is of TensorFlow 2's object graphs, where every program has its own names: "
-            "give the checkpoint of TensorFlow 1 (tf.compat.v1.train.Saver)"
+            "give the checkpoint of TensorFlow 1 (tf.compat.v1.train.Saver), or a tf_model.h5"
         )
     if header.get(2, [0])[-1]:
         raise CheckpointError(f"{index} was written big-endian: save it on a little-endian machine")
@@ -102,7 +103,7 @@ def _read(name, dtype, shape, shard, offset, size, crc):
     raw = shard[offset : offset + size]
     if masked(raw) != crc:
         raise CheckpointError(f"{path} is damaged: the checksum of {name} is another; {_AGAIN}")
-    wanted = int(np.prod(shape, dtype=np.int64)) * FLOATS[dtype].itemsize
+    wanted = math.prod(shape) * FLOATS[dtype].itemsize
     if size != wanted:
         raise CheckpointError(f"{path}: {name} has {size:,} bytes, expected {wanted:,}; {_AGAIN}")
     return tensor(raw, dtype, shape)
