@@ -392,7 +392,7 @@ INDEX, DATA = "bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00002"
 MORE = text(7, b"")
 FAULTS = {  # what is done to a sound folder, the words of the error
     "missing shard": (_without(DATA), f"lacks {DATA}: bert_model.ckpt.index has its tensors in 2 files"),
-    "missing index": (_without(INDEX), "holds .*: expected bert_model.ckpt.index of TensorFlow or flax_model"),
+    "missing index": (_without(INDEX), "holds .*: expected bert_model.ckpt.index of TensorFlow, flax_model"),
     "truncated data": (_edit(DATA, lambda d: d[:-9]), f"{DATA} is truncated: .* is in its bytes .*take it anew"),
     "empty data": (_edit(DATA, lambda d: b""), "is truncated: .* and it has 0"),
     "flipped bit": (_edit(DATA, lambda d: d[:999] + bytes([d[999] ^ 16]) + d[1000:]), f"{DATA} is damaged: the checksum of .* is another"),

@@ -1,5 +1,6 @@
 """Which of transformers' classes a checkpoint is: it follows from the tensors that are there."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -41,22 +42,33 @@ def candidates(config) -> list[Candidate]:
     """Every class of a configuration's family."""
     import transformers
 
+    family = FAMILIES[config.model_type]
+    # The layers are the same in each, and take the longest to make.
+    whole, short = _made(getattr(transformers, f"{family}Model"), config), copy.copy(config)
+    layers = {name: t for name, t in whole.items() if ".layer." in name}
+    short.num_hidden_layers = 0
     found = []
     for head in _HEADS:
-        cls = getattr(transformers, FAMILIES[config.model_type] + head, None)
+        cls = getattr(transformers, family + head, None)
         if cls is None:
             continue
         try:
-            with torch.device("meta"):
-                state = cls(config).state_dict()
+            state = _made(cls, short)
         except ValueError:  # DistilBERT's for questions, of other numbers of labels than two
             continue
         prefix = f"{cls.base_model_prefix}."
         before = prefix if head == "Model" else ""
         tied = cls._tied_weights_keys if config.tie_word_embeddings else None
         shapes = {before + name: tuple(t.shape) for name, t in state.items()}
+        shapes |= {prefix + name: tuple(t.shape) for name, t in layers.items()}
         found.append(Candidate(cls.__name__, prefix, shapes, frozenset(tied or ())))
     return found
+
+
+def _made(cls, config) -> dict[str, torch.Tensor]:
+    """The state of a model of a class, without memory."""
+    with torch.device("meta"):
+        return cls(config).state_dict()
 
 
 def prefixed(known, weights) -> dict:
