@@ -17,8 +17,8 @@ from .model.foreign.stored import FLOATS
 from .model.tensors import SAFETENSORS, opened
 
 _GELU = (
-    "hidden_act gelu is by erf, as in transformers and the first BERT; google-research's code of "
-    "2019 and later takes the tanh formula: for a model trained with that set it to gelu_new in "
+    "hidden_act gelu is by erf, as in transformers and the first BERT; google-research's code has "
+    "the tanh formula since February 2019: for a model trained with that set it to gelu_new in "
     "config.json"
 )
 _TEXTS = (

@@ -160,6 +160,19 @@ def test_which_class(tmp_path):
     )
 
 
+def test_half_a_head(tmp_path):
+    reference = built("Model")
+    weights = tensors(reference, flax=False) | {"output_weights": torch.ones(3, 48)}
+    folder = google_folder(tmp_path / "in", weights)
+    message = (
+        "has output_weights, of a head of which it lacks the rest: --ignore it, or .* BertModel"
+    )
+    refused(CheckpointError, message, convert, folder, tmp_path / "out")
+    result = convert(folder, tmp_path / "out", architecture="BertModel")
+    assert result["left_out"] == ["output_weights"]
+    same_model(reference, tmp_path / "out")
+
+
 def test_of_equal_classes_the_configuration_names_one(tmp_path):
     weights = tensors(built("ForSequenceClassification", 1), flax=True)
     folder = flax_folder(tmp_path / "in", weights, architectures=["BertForMultipleChoice"])

@@ -87,8 +87,8 @@ def choose(path, weights, known: list[Candidate], wanted, listed) -> Candidate:
         wanted: the class to take, or None.
         listed: the configuration's own architectures; of classes with the same tensors they choose.
 
-    Raises: ConfigError for `wanted`; CheckpointError where no class has its tensors there, or two
-    have other heads.
+    Raises: ConfigError for `wanted`; CheckpointError where no class has its tensors there, two have
+    other heads, or a head is there in part.
     """
     by_name, names = {c.name: c for c in known}, weights.keys()
     if wanted and wanted not in by_name:
@@ -107,6 +107,13 @@ def choose(path, weights, known: list[Candidate], wanted, listed) -> Candidate:
         raise CheckpointError(
             f"{path} has the heads of a {best[0].name} and of a {different[0]}: choose one by "
             f"--architecture {best[0].name}, or the other"
+        )
+    every = set().union(*(c.head(names) for c in known))
+    half = sorted(weights[n].own for n in every - best[0].head(names))
+    if half and not wanted:
+        raise CheckpointError(
+            f"{path} has {some(half)}, of a head of which it lacks the rest: --ignore it, or take "
+            f"what is whole by --architecture {best[0].name}"
         )
     return next((c for c in best if c.name in (listed or ())), best[0])
 
