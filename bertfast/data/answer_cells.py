@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import reprlib
 from ast import literal_eval
 from typing import NamedTuple
@@ -51,7 +52,9 @@ def listed(value) -> list[tuple]:
             value = [value]
         else:
             columns[2] = [None] * len(columns[0]) if columns[2] is None else columns[2]
-            sizes = [len(c) if isinstance(c, list) else 1 for c in columns]
+            if not all(isinstance(c, list) for c in columns):
+                raise ValueError(expected)
+            sizes = [len(c) for c in columns]
             if len({*sizes}) > 1:
                 raise ValueError(
                     f"has {sizes[0]} texts, {sizes[1]} places and {sizes[2]} contexts; expected "
@@ -123,8 +126,9 @@ def _misplaced(text, start, contexts, number) -> str:
     if any(contexts[i].encode()[start : start + len(raw)] == raw for i in among):
         why = "it is the offset in UTF-8 bytes"
     else:
-        found = [str(contexts[i].find(text)) for i in among if text in contexts[i]]
-        why = f"it stands at {', '.join(found)}" if found else "it stands nowhere in it"
+        found = [m.start() for i in among for m in re.finditer(re.escape(text), contexts[i])]
+        places = ", ".join(map(str, found[:3])) + ", ..." * bool(found[3:])
+        why = f"it stands at {places}" if found else "it stands nowhere in it"
     return (
         f"has {text!r} at character {start} of its context, where there is "
         f"{', '.join(map(repr, there))} ({why}): offsets are characters (Unicode code points) of "
