@@ -57,8 +57,7 @@ class Prediction:
 
 
 def decode(
-    start_logits: np.ndarray,
-    end_logits: np.ndarray,
+    logits: list[np.ndarray],
     windows: QuestionWindows,
     *,
     n_best: int = 20,
@@ -73,7 +72,7 @@ def decode(
     n_best, and always among them.
 
     Args:
-        start_logits, end_logits: [windows, seqlen], anything behind a window's own tokens.
+        logits: of each window [tokens, 2], of the answer's start and of its end.
 
     Raises: ValueError where a logit is not finite.
     """
@@ -84,18 +83,15 @@ def decode(
         part = range(first, min(first + _CHUNK, len(windows)))
         longest = max(len(windows.starts[i]) for i in part)
         chars = np.full((2, len(part), longest), NOWHERE, np.int64)
+        values = np.zeros((2, len(part), longest))
         for row, i in enumerate(part):
             own = len(windows.starts[i])
             chars[:, row, :own] = windows.starts[i], windows.ends[i]
-        logits = [
-            np.asarray(x[first : part.stop, :longest], np.float64)
-            for x in (start_logits, end_logits)
-        ]
-        inside = chars[0] != NOWHERE
-        if not all(np.isfinite(x[inside]).all() and np.isfinite(x[:, 0]).all() for x in logits):
+            values[:, row, :own] = logits[i].T
+        if not np.isfinite(values).all():
             raise ValueError("logits are not finite: no answer can be found by them")
-        np.minimum.at(nulls, windows.question[first : part.stop], logits[0][:, 0] + logits[1][:, 0])
-        rows, begin, end, scores = _best(*logits, inside, n_best, max_answer_length)
+        np.minimum.at(nulls, windows.question[first : part.stop], values[:, :, 0].sum(0))
+        rows, begin, end, scores = _best(*values, chars[0] != NOWHERE, n_best, max_answer_length)
         of = windows.question[first + rows], windows.context[first + rows]
         parts.append((*of, chars[0, rows, begin], chars[1, rows, end], scores))
     if not parts:

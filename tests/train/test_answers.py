@@ -35,11 +35,7 @@ def _windows(*sizes, question=None, context=None, stride=3):
 
 def _logits(windows, seed=0, scale=3.0):
     r = np.random.default_rng(seed)
-    shape = len(windows), max(map(len, windows.starts)) + 2  # padding, never to be read
-    out = r.standard_normal((2, *shape)).astype(np.float32) * scale
-    for i, starts in enumerate(windows.starts):
-        out[:, i, len(starts) :] = np.nan
-    return out
+    return [r.standard_normal((len(s), 2)).astype(np.float32) * scale for s in windows.starts]
 
 
 def _official(logits, windows, question, n_best, longest, null):
@@ -47,8 +43,7 @@ def _official(logits, windows, question, n_best, longest, null):
     n_best}, one span and one step at a time."""
     found, least = [], None
     for w in np.flatnonzero(windows.question == question):
-        own = len(windows.starts[w])
-        start, end = (x[w, :own].astype(np.float64) for x in logits)
+        start, end = logits[w].astype(np.float64).T
         score = start[0] + end[0]
         least = score if least is None else min(least, score)
         for i in np.argsort(start)[::-1][:n_best]:
@@ -90,7 +85,7 @@ def test_is_the_official_post_processing(case, longest, null, seed):
     """n_best is larger than a window, so that the official search is over all spans, too."""
     windows = CASES[case]
     logits = _logits(windows, seed)
-    found = answers.decode(*logits, windows, n_best=20, max_answer_length=longest, null=null)
+    found = answers.decode(logits, windows, n_best=20, max_answer_length=longest, null=null)
     assert len(found) == windows.question.max() + 1
     for question, prediction in enumerate(found):
         kept, diff = _official(logits, windows, question, 20, longest, null)
@@ -114,13 +109,13 @@ def test_n_best_are_the_best_of_all_spans():
     windows = _windows(40, 40, 30)
     for seed in range(10):
         logits = _logits(windows, seed)
-        found = answers.decode(*logits, windows, n_best=6, max_answer_length=4, null=False)[0]
+        found = answers.decode(logits, windows, n_best=6, max_answer_length=4, null=False)[0]
         every = {}
         for w in range(3):
             for i in range(4, len(windows.starts[w]) - 1):
                 for j in range(i, min(i + 4, len(windows.starts[w]) - 1)):
                     key = int(windows.starts[w][i]), int(windows.ends[w][j])
-                    score = float(logits[0, w, i]) + float(logits[1, w, j])
+                    score = float(logits[w][i, 0]) + float(logits[w][j, 1])
                     every[key] = max(score, every.get(key, -math.inf))
         best = sorted(every.values(), reverse=True)[:6]
         assert [s.score for s in found.spans] == best
@@ -131,53 +126,52 @@ def test_n_best_are_the_best_of_all_spans():
 def test_there_is_an_answer_where_the_official_search_finds_none():
     """The best starts are all behind the best ends."""
     windows = _windows(8)
-    start, end = np.zeros((2, 1, 13), np.float32)
-    start[0, 8:12], end[0, 4:8] = 5, 5
-    assert not any(f[1] for f in _official((start, end), windows, 0, 3, 2, True)[0])
-    found = answers.decode(start, end, windows, n_best=3, max_answer_length=2)[0]
+    logits = [np.zeros((13, 2), np.float32)]
+    logits[0][8:12, 0], logits[0][4:8, 1] = 5, 5
+    assert not any(f[1] for f in _official(logits, windows, 0, 3, 2, True)[0])
+    found = answers.decode(logits, windows, n_best=3, max_answer_length=2)[0]
     assert found.spans[0].score == 5 and len(found.spans) == 3
 
 
 def test_no_answer_is_one_of_the_n_best():
     windows = _windows(6)
-    logits = np.zeros((2, 1, 11), np.float32)
-    logits[:, 0, 4] = 3, 3
-    logits[:, 0, 0] = 1, 1
-    found = answers.decode(*logits, windows, n_best=2)[0]
+    logits = [np.zeros((11, 2), np.float32)]
+    logits[0][[4, 0]] = [[3, 3], [1, 1]]
+    found = answers.decode(logits, windows, n_best=2)[0]
     assert found.spans == [Span(6.0, 0, 4, 0), Span(3.0, 0, 8, 0)] or len(found.spans) == 2
-    logits[:, 0, 0] = 5, 5
-    found = answers.decode(*logits, windows, n_best=2)[0]
+    logits[0][0] = 5
+    found = answers.decode(logits, windows, n_best=2)[0]
     assert found.spans == [Span(6.0, 0, 4, 0)] and found.null == 10 and found.diff == 4
-    assert answers.decode(*logits, windows, n_best=1)[0].spans == [Span(6.0, 0, 4, 0)]
+    assert answers.decode(logits, windows, n_best=1)[0].spans == [Span(6.0, 0, 4, 0)]
 
 
 def test_contexts_without_tokens():
     empty, full = _windows(0), _windows(0, 5, question=[0, 1])
-    (found,) = answers.decode(np.zeros((1, 5)), np.zeros((1, 5)), empty)
+    zeros = [np.zeros((5, 2))]
+    (found,) = answers.decode(zeros, empty)
     assert found.spans == [] and found.answer() is None and found.diff == math.inf
-    assert answers.decode(np.zeros((1, 5)), np.zeros((1, 5)), empty, null=False)[0].answer() is None
-    first, second = answers.decode(*np.ones((2, 2, 10)), full, n_best=3)
+    assert answers.decode(zeros, empty, null=False)[0].answer() is None
+    first, second = answers.decode([np.ones((5, 2)), np.ones((10, 2))], full, n_best=3)
     assert first.spans == [] and len(second.spans) == 3
     assert Prediction([]).probabilities() == ([], None)
-    none = _windows()
-    assert answers.decode(np.zeros((0, 0)), np.zeros((0, 0)), none) == []
+    assert answers.decode([], _windows()) == []
 
 
 @pytest.mark.parametrize("place", [0, 5])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite(place, bad):
     logits = _logits(_windows(6))
-    logits[1, 0, place] = bad
+    logits[0][place, 1] = bad
     with pytest.raises(ValueError, match="not finite"):
-        answers.decode(*logits, _windows(6))
+        answers.decode(logits, _windows(6))
 
 
 def test_many_questions_decode_in_a_second():
     """1,000 questions of three windows of 384 tokens; the bound is wide, for a loaded machine."""
     windows = _windows(*[379] * 3000, question=np.repeat(np.arange(1000), 3), stride=128)
-    logits = np.random.default_rng(0).standard_normal((2, 3000, 384)).astype(np.float32)
+    logits = list(np.random.default_rng(0).standard_normal((3000, 384, 2)).astype(np.float32))
     begin = time.perf_counter()
-    found = answers.decode(*logits, windows)
+    found = answers.decode(logits, windows)
     took = time.perf_counter() - begin
     assert len(found) == 1000 and all(len(p.spans) in (19, 20) for p in found)
     assert took < 5, took
