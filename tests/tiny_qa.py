@@ -85,3 +85,36 @@ def text(words: int, seed: int) -> str:
     """Random words with single spaces between."""
     r = random.Random(seed)
     return " ".join(r.choice(WORDS) for _ in range(words))
+
+
+ASKED = {"who": ("Ada", "Bob", "Eve"), "where": ("Paris", "Rome", "Oslo")}
+FILL = ("is", "was", "the", "of", "in", "by", "at", "red", "blue", "stone", "river")
+
+
+def rows(n, seed=0, impossible=0.25, longest=12):
+    """Questions "who" and "where" over words of which one is a name and one a place, or lacks."""
+    r = random.Random(seed)
+    out = []
+    for i in range(n):
+        question = r.choice([*ASKED])
+        words = [r.choice(FILL) for _ in range(r.randint(4, longest))]
+        for asked, answers in ASKED.items():
+            if asked != question or r.random() >= impossible:
+                words.insert(r.randrange(len(words) + 1), r.choice(answers))
+        context = " ".join(words)
+        given = [w for w in words if w in ASKED[question]]
+        answers = [{"text": w, "answer_start": len(context.split(w)[0])} for w in given]
+        out.append(
+            {"id": f"q{seed}-{i}", "question": question, "context": context, "answers": answers}
+        )
+    return out
+
+
+def squad(rows) -> dict:
+    """The same as SQuAD's JSON."""
+    paragraphs = []
+    for row in rows:
+        qa = {"id": row["id"], "question": row["question"], "answers": row["answers"]}
+        qa["is_impossible"] = not row["answers"]
+        paragraphs.append({"context": row["context"], "qas": [qa]})
+    return {"version": "v2.0", "data": [{"title": "", "paragraphs": paragraphs}]}

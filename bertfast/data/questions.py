@@ -59,18 +59,42 @@ class Questions:
         """About how many rows the file has."""
         return self.rows[-1] / self.share if self.share else None
 
-    def keys(self) -> list[tuple[str, ...]]:
+    def same(self) -> list[tuple[str, ...]]:
         """What counts as the same question over the same contexts: equal up to case, whitespace and
         Unicode form."""
-        known = {}  # a context stands under several questions
+        asked = (clean_text(question).casefold() for question in self.questions)
+        return [(q, *known) for q, known in zip(asked, self.context_keys(), strict=True)]
+
+    def context_keys(self) -> list[list[str]]:
+        """What counts as the same context."""
+        known = {}  # one stands under several questions
 
         def key(text):
             if text not in known:
                 known[text] = clean_text(text).casefold()
             return known[text]
 
-        pairs = zip(self.questions, self.contexts, strict=True)
-        return [(key(question), *map(key, contexts)) for question, contexts in pairs]
+        return [[key(context) for context in contexts] for contexts in self.contexts]
+
+    def keys(self) -> list[str]:
+        """The same for all questions that share a context, for `split` to keep them together."""
+        above = {}
+
+        def root(key):
+            while above.setdefault(key, key) != key:
+                above[key] = above[above[key]]
+                key = above[key]
+            return key
+
+        given = self.context_keys()
+        for first, *others in given:
+            for other in others:
+                above[root(other)] = root(first)
+        return [root(first) for first, *_ in given]
+
+    def strata(self) -> list[int]:
+        """One for all: a context's questions are of several kinds."""
+        return [0] * len(self)
 
 
 def load_questions(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data.questions import Questions
 from ..data.spans import NOWHERE, QuestionWindows
 
 _CHUNK = 256  # windows whose spans are scored together
@@ -159,21 +160,37 @@ def _predictions(question, context, begin, end, scores, nulls, count, n_best):
     return found
 
 
+def texts(questions: Questions, spans: list[Span | None]) -> list[str]:
+    """What each question's span says; "" of None."""
+    pairs = zip(questions.contexts, spans, strict=True)
+    return ["" if s is None else contexts[s.context][s.start : s.end] for contexts, s in pairs]
+
+
+def mean_loss(logits: list[np.ndarray], targets: np.ndarray) -> float:
+    """The mean over windows of the cross entropies of start and end, themselves a mean of two."""
+    total = 0.0
+    for values, target in zip(logits, targets, strict=True):
+        values = values.astype(np.float64)
+        high = values.max(0)
+        total += (np.log(np.exp(values - high).sum(0)) + high - values[target, [0, 1]]).mean()
+    return total / max(len(targets), 1)
+
+
 def normalize(text: str) -> str:
     """What counts of an answer: lower case, no ASCII punctuation, no English articles, single
     spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def raw_scores(texts, answers, null: bool) -> tuple[np.ndarray, np.ndarray]:
+def raw_scores(predicted, answers, null: bool) -> tuple[np.ndarray, np.ndarray]:
     """Exact match and F1 of each predicted text ("" for no answer) with the best fitting of its
     question's answers (lists of texts, empty where there is none): float64 [n] each.
 
     null: as SQuAD 2's script does, otherwise as SQuAD 1.1's; they differ in texts of which
     `normalize` leaves nothing.
     """
-    exact, f1 = np.zeros((2, len(texts)))
-    for i, (text, gold) in enumerate(zip(texts, answers, strict=True)):
+    exact, f1 = np.zeros((2, len(predicted)))
+    for i, (text, gold) in enumerate(zip(predicted, answers, strict=True)):
         text, gold = normalize(text), [normalize(g) for g in gold]
         if null:
             gold = list(filter(None, gold)) or [""]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bertfast.data import split
 from bertfast.data.answer_cells import Answer
 from bertfast.data.errors import DataError
 from bertfast.data.questions import Questions, load_questions, read_questions
@@ -134,10 +135,29 @@ def test_several_contexts(tmp_path):
     found = load_questions(_write(tmp_path, rows))
     assert found.answers == [[Answer("Bob", 0, 1)], [Answer("Bob", 0, 1)], []]
     assert [len(c) for c in found.contexts] == [2, 2, 1]
-    assert found.keys()[0] == ("who", "ada lives in paris 🎉 and works in paris.", "bob sings.")
+    assert found.same()[0] == ("who", "ada lives in paris 🎉 and works in paris.", "bob sings.")
     part = found.select([2, 0])
     assert part.ids == ["3", "1"] and part.place(0).endswith("row 3 (line 3), id '3'")
     assert part.answers == [[], [Answer("Bob", 0, 1)]]
+
+
+def test_questions_of_one_context_stay_together():
+    contexts = [
+        ["A"],
+        ["B", "C"],
+        ["a "],
+        ["C", "D"],
+        ["E"],
+        ["d"],
+        *[[f"x{i}"] for i in range(20)],
+    ]
+    given = Questions([str(i) for i in range(26)], ["q"] * 26, contexts)
+    keys = given.keys()
+    assert keys[0] == keys[2] and keys[1] == keys[3] == keys[5] and len(set(keys)) == 23
+    parts = split(given, (0.6, 0.2, 0.2))
+    owners = [{str(k) for q in p.ids for k in [keys[int(q)]]} for p in parts]
+    assert not owners[0] & owners[1] and not owners[1] & owners[2] and not owners[0] & owners[2]
+    assert sum(map(len, parts)) == 26 and all(map(len, parts))
 
 
 ROW = {"id": "x", "question": "who", "context": BOB, "answers": [{"text": "Bob", "start": 0}]}
