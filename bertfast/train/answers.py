@@ -228,7 +228,7 @@ def best_threshold(diffs, scores, answerable) -> tuple[float, float]:
     0, of probabilities a number that nothing is below.
 
     Args:
-        diffs: [n], `Prediction.diff`.
+        diffs: [n], `Prediction.diff`, of one question or more.
         scores: [n], of each question's best span, whatever no answer scores (`raw_scores`).
         answerable: bool [n].
     """
@@ -237,6 +237,5 @@ def best_threshold(diffs, scores, answerable) -> tuple[float, float]:
     gains = np.where(answerable, scores, -1.0)[order]  # the best span is never an empty text
     totals = np.cumsum(np.append(np.sum(~answerable), gains))
     best = int(totals.argmax())
-    lowest = np.nextafter(diffs.min(initial=0.0), -np.inf)
-    threshold = diffs[order[best - 1]] if best else lowest
-    return float(threshold), float(totals[best]) / max(len(diffs), 1)
+    threshold = diffs[order[best - 1]] if best else np.nextafter(diffs[order[0]], -np.inf)
+    return float(threshold), float(totals[best]) / len(diffs)
