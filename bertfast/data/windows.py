@@ -1,4 +1,4 @@
-"""Token ids of texts of any length, in overlapping windows that know whence their tokens are."""
+"""Token ids of texts of any length, in overlapping windows that know where tokens come from."""
 
 from dataclasses import dataclass
 
