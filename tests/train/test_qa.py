@@ -94,6 +94,7 @@ def loop(model, tokenizer, question, contexts, *, max_length, stride, longest, n
     return contexts[number][a:b], a, b, number, score, least
 
 
+@pytest.mark.seconds("DistilBert", "DebertaV2")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_learns_and_transformers_answers_the_same(family, tmp_path, capsys):
     results = run(tmp_path, family=family, epochs=3, eval_steps=100)
@@ -118,6 +119,7 @@ def test_learns_and_transformers_answers_the_same(family, tmp_path, capsys):
     assert again["loss"] == pytest.approx(results["test"]["loss"], rel=1e-6)
 
 
+@pytest.mark.seconds
 def test_learns_to_answer_and_not_to(tmp_path):
     results = run(tmp_path, epochs=10, eval_steps=50)
     assert results["test"]["has_answer_f1"] > 0.8 and results["test"]["no_answer_f1"] > 0.6
@@ -146,6 +148,7 @@ def test_learns_to_answer_and_not_to(tmp_path):
     assert not any(a["answer"] for a in none) and none[0]["score"] == none[0]["null_score"]
 
 
+@pytest.mark.seconds
 def test_the_threshold_is_the_one_that_does_best(tmp_path):
     """Every threshold between the diffs of the validation questions, tried by `evaluate`."""
     results = run(tmp_path, epochs=3, eval_steps=100)
@@ -387,6 +390,49 @@ def test_a_model_of_anothers_making(tmp_path, capsys):
     assert found == qa.evaluate(str(folder), path, null_threshold=0, **options)
     assert qa.evaluate(str(folder), path, null_threshold="none", **options)["no_answer_f1"] == 0
     assert all(a["answer"] for a in predicted(folder, path, stride=8, max_length=40))
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_a_checkpoint_of_another_task(family, tmp_path, capsys):
+    """Its encoder stays, its classes go; a head for questions stays, unless told otherwise."""
+    given = settings(tmp_path, max_steps=1, lr=1e-9)
+    other = tiny_families.checkpoint(tmp_path / "other", family, "ForSequenceClassification", words=WORDS, num_labels=5)  # fmt: skip
+    finetune(qa.QAConfig(**given | {"model": str(other)}))
+    assert "head: new" in capsys.readouterr().err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "id2label" not in config or len(config["id2label"]) == 2
+    model, told = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out", output_loading_info=True)  # fmt: skip
+    assert not told["missing_keys"] and model.qa_outputs.out_features == 2
+    own = transformers.AutoModel.from_pretrained(other).state_dict()
+    for name, t in model.base_model.state_dict().items():
+        torch.testing.assert_close(t, own[name], atol=1e-6, rtol=0)
+    for which, kept in (("auto", True), ("fresh", False)):
+        more = {"model": given["out"], "head": which, "out": str(tmp_path / which), "seed": 1}
+        finetune(qa.QAConfig(**given | more))
+        again = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / which)
+        same = torch.allclose(again.qa_outputs.weight, model.qa_outputs.weight, atol=1e-6)
+        assert same == kept and ("head: kept from" in capsys.readouterr().err) == kept
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_precisions_and_frozen_folders(family, tmp_path):
+    """The same answers from packed weights, to what they round to."""
+    import bertfast
+
+    run(tmp_path, family=family, epochs=3, eval_steps=100)
+    out, path = tmp_path / "out", tmp_path / "test.jsonl"
+    plain = predicted(out, path)
+    for precision in ("fp32", "int8"):
+        for found, row in zip(predicted(out, path, precision=precision), plain, strict=True):
+            near = 1e-4 if precision == "fp32" else 0.5
+            assert found["null_score"] == pytest.approx(row["null_score"], abs=near)
+    model = bertfast.freeze(qa.networks.trained(out, qa.HEAD, False), "fp32")
+    bertfast.save_frozen(model, tmp_path / "frozen")
+    transformers.AutoTokenizer.from_pretrained(out).save_pretrained(tmp_path / "frozen")
+    options = {"max_length": 24, "stride": 4, "max_answer_length": 6, "null_threshold": "none"}
+    every = predicted(out, path, null_threshold="none")
+    for found, row in zip(predicted(tmp_path / "frozen", path, **options), every, strict=True):
+        assert found["answer"] == row["answer"] and found["score"] == pytest.approx(row["score"], abs=1e-4)  # fmt: skip
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -95,7 +95,8 @@ class QATask(FinetuneTask):
                 f"head is 'keep', but {folder} has no head for question answering: give --head "
                 "fresh, or leave it out"
             )
-        model.num_labels = model.config.num_labels = 2  # of another task's checkpoint not
+        model.num_labels = model.config.num_labels = 2  # another task's checkpoint has its own
+        model.config.problem_type = None
         self.say(f"head: {'new' if new else f'kept from {folder}'}")
         return model
 
@@ -119,6 +120,8 @@ class QATask(FinetuneTask):
     def encode(self, examples):
         name = next(n for n, part in self.parts.items() if part is examples)
         windows = self.windows[name]
+        if name == "train":
+            windows.starts = windows.ends = []  # half of the memory, for answers that nobody asks
         pairs = zip(windows.rows, windows.targets, strict=True)
         return [row | {"labels": target} for row, target in pairs]
 
