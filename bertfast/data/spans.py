@@ -51,7 +51,7 @@ def question_windows(
     texts, cut = _cut(tokenizer, questions.questions, max_query_length)
     owners = [(i, j) for i, given in enumerate(questions.contexts) for j in range(len(given))]
     found = QuestionWindows([], *np.zeros((2, 0), np.int64), [], [], None, cut)
-    of, targets = [], []
+    of, targets, specials = [], [], {*tokenizer.all_special_ids}
     for first in range(0, len(owners), _CHUNK):
         part = owners[first : first + _CHUNK]
         contexts = [questions.contexts[i][j] for i, j in part]
@@ -59,7 +59,7 @@ def question_windows(
         heads = [texts[i] for i, _ in part]
         options = {"max_length": max_length, "stride": stride}
         for window in windows(tokenizer, heads, contexts, **options):
-            if window.input_ids[0] not in tokenizer.all_special_ids:
+            if window.input_ids[0] not in specials:
                 raise ConfigError(
                     f"{type(tokenizer).__name__} begins a text without a special token, where this "
                     "task has its score of no answer: use another model"

@@ -217,6 +217,16 @@ def test_the_loss_with_fillers(tmp_path):
     assert logits.grad.isfinite().all()
 
 
+def test_replayed_steps_are_launched_ones(tmp_path, tape, monkeypatch):
+    losses = []
+    for graphs in ("0", "1"):
+        monkeypatch.setenv("BERTFAST_GRAPHS", graphs)
+        results = run(tmp_path, out=str(tmp_path / graphs), max_steps=8, max_answer_length=6)
+        losses.append([r["loss"] for r in records(tmp_path / graphs) if "loss" in r])
+    assert results["train"]["graphs"]["hits"] > 4 and results["train"]["graphs"]["launched"] == 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_a_step_is_stocks(tmp_path):
     """Without dropout, of windows of one length: the loss of each of four steps is the one that
     transformers' model, loss and AdamW come to."""
