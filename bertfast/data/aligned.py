@@ -21,12 +21,13 @@ class Aligned:
     word: int64 [n], each token's word in its row; -1 of specials and of what belongs to no word.
     first: bool [n], the token that begins its word. best: bool [n], tokens of words that take their
     prediction, and in training their target, from this window.
-    count: rows. shared: (row, word) -> the earlier word whose token covers it. silent: (row, word)
+    count: rows. lengths: of each in tokens, without specials. shared: (row, word) -> the earlier word whose token covers it. silent: (row, word)
     of words that the tokenizer makes nothing of.
     """
 
     windows: list[Window]
     count: int
+    lengths: list[int] = field(default_factory=list)
     word: list[np.ndarray] = field(default_factory=list)
     first: list[np.ndarray] = field(default_factory=list)
     best: list[np.ndarray] = field(default_factory=list)
@@ -53,20 +54,23 @@ class Aligned:
             out.append(target)
         return out
 
-    def merged(self, values: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def merged(
+        self, values: list[np.ndarray], every: bool = True
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each row's tokens that belong to words, every one once, from the window that is best for
         its word: (words int64 [tokens], rising; values [tokens, ...])
 
-        values: [n, ...] a window.
+        values: [n, ...] a window. every: all tokens, or each word's first.
         """
         out = []
         for mine in self.of_rows():
-            words = [self.word[i][self.best[i]] for i in mine]
-            found = [values[i][self.best[i]] for i in mine]
-            words, found = (np.concatenate(x) if x else np.empty(0) for x in (words, found))
-            # A word longer than a window is in several, in the order of the windows.
+            chosen = [self.best[i] if every else self.best[i] & self.first[i] for i in mine]
+            words = [self.word[i][c] for i, c in zip(mine, chosen, strict=True)]
+            found = [values[i][c] for i, c in zip(mine, chosen, strict=True)]
+            words, found = np.concatenate(words), np.concatenate(found)
+            # Windows overlap: a word may stand in one before words of the one before.
             order = np.argsort(words, kind="stable")
-            out.append((words[order].astype(np.int64), found[order]))
+            out.append((words[order], found[order]))
         return out
 
 
@@ -106,6 +110,7 @@ def _add(found: Aligned, row: int, mine: list[Window], spans, stride: int) -> No
     # The tokens of a window begin `stride` before the end of those of the one before.
     starts = np.cumsum([0, *(n - stride for n in sizes[:-1])])
     total = int(starts[-1]) + sizes[-1]
+    found.lengths.append(total)
     of_token = np.full(total, -1, np.int64)
     for start, place, word in zip(starts, inside, words, strict=True):
         of_token[start : start + len(place)] = word[place]

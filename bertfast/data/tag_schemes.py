@@ -1,6 +1,7 @@
-"""Schemes of tags: IOB1, IOB2, BIOES and BILOU are recognised and brought to IOB2."""
+"""Schemes of tags: IOB1, IOB2, BIOES and BILOU are recognised and brought to IOB2; its entities."""
 
 import re
+from typing import NamedTuple
 
 SCHEMES = ("iob1", "iob2", "bioes", "bilou", "plain")
 _PREFIXED = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
@@ -108,3 +109,25 @@ def to_iob2(tags: list[str]) -> list[str]:
         out.append("O" if letter == "O" else f"{'B' if begins else 'I'}-{kind}")
         before, closed = kind, letter == "O" or letter in _CLOSE
     return out
+
+
+class Entity(NamedTuple):
+    """Words `start` to `end` (not included) of a row, of the type `label`."""
+
+    start: int
+    end: int
+    label: str
+
+
+def entities_of(tags: list[str]) -> list[Entity]:
+    """The entities of one row's IOB2 tags. As in seqeval's default mode an I- that goes on with no
+    entity of its type begins one."""
+    found, start, kind = [], 0, None
+    for i, tag in enumerate([*tags, "O"]):
+        begins, label = tag[:2] == "B-", tag[2:] if tag != "O" else None
+        if kind is not None and (begins or label != kind):
+            found.append(Entity(start, i, kind))
+            kind = None
+        if label is not None and kind is None:
+            start, kind = i, label
+    return found

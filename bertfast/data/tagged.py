@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -69,6 +70,17 @@ class Tagged:
     def keys(self) -> list[str]:
         """What counts as the same row: equal up to case, whitespace and Unicode form."""
         return [clean_text(" ".join(words)).casefold() for words in self.words]
+
+    def kinds(self) -> list[set[str]]:
+        """The types of entities (or plain tags) that each row has."""
+        of = (lambda tag: tag) if self.plain else lambda tag: tag[2:]
+        return [{of(tag) for tag in tags if self.plain or tag != "O"} for tags in self.tags]
+
+    def strata(self) -> list[str]:
+        """A class for each row, for `split`: the rarest of its types."""
+        kinds = self.kinds()
+        counts = Counter(kind for row in kinds for kind in row)
+        return [min(row, key=lambda k: (counts[k], k), default="") for row in kinds]
 
 
 def load_tagged(path, scheme: str | None = None, **columns) -> Tagged:

@@ -1,33 +1,12 @@
-"""Entities out of tags, and what found ones are worth beside the true."""
+"""Entities of words' scores, and what found ones are worth beside the true."""
 
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 
+from ..data.tag_schemes import Entity, entities_of
+
 STRATEGIES = ("first", "average", "max")  # from sub-words to a word, as transformers' pipeline
-
-
-class Entity(NamedTuple):
-    """Words `start` to `end` (not included) of a row, of the type `label`."""
-
-    start: int
-    end: int
-    label: str
-
-
-def entities_of(tags: list[str]) -> list[Entity]:
-    """The entities of one row's IOB2 tags. As in seqeval's default mode an I- that goes on with no
-    entity of its type begins one."""
-    found, start, kind = [], 0, None
-    for i, tag in enumerate([*tags, "O"]):
-        begins, label = tag[:2] == "B-", tag[2:] if tag != "O" else None
-        if kind is not None and (begins or label != kind):
-            found.append(Entity(start, i, kind))
-            kind = None
-        if label is not None and kind is None:
-            start, kind = i, label
-    return found
 
 
 def _scores(correct: float, found: int, true: int) -> dict:
