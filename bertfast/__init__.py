@@ -11,7 +11,9 @@ _MODELS = (
     "BertModel",
     "BertForMaskedLM",
     "BertForPreTraining",
+    "BertForQuestionAnswering",
     "BertForSequenceClassification",
+    "BertForTokenClassification",
     "cuda_graphs",
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")

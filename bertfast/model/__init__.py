@@ -4,11 +4,14 @@ from .bert import BertModel, BertPreTrainedModel
 from .errors import CheckpointError
 from .graphs import cuda_graphs
 from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from .token_heads import BertForQuestionAnswering, BertForTokenClassification
 
 __all__ = [
     "BertForMaskedLM",
     "BertForPreTraining",
+    "BertForQuestionAnswering",
     "BertForSequenceClassification",
+    "BertForTokenClassification",
     "BertModel",
     "BertPreTrainedModel",
     "CheckpointError",
