@@ -21,8 +21,8 @@ class Aligned:
     word: int64 [n], each token's word in its row; -1 of specials and of what belongs to no word.
     first: bool [n], the token that begins its word. best: bool [n], tokens of words that take their
     prediction, and in training their target, from this window.
-    count: rows. lengths: of each in tokens, without specials. shared: (row, word) -> the earlier word whose token covers it. silent: (row, word)
-    of words that the tokenizer makes nothing of.
+    count: rows. lengths: of each in tokens, without specials. shared: (row, word) -> the earlier
+    word whose token covers it. silent: (row, word) of words that the tokenizer makes nothing of.
     """
 
     windows: list[Window]
@@ -135,8 +135,8 @@ def _add(found: Aligned, row: int, mine: list[Window], spans, stride: int) -> No
 
 
 def _words(window: Window, spans) -> np.ndarray:
-    """The first word that each token has characters of; -1 of none. A token that
-    is the space before a word is the word's first: so transformers has it of words that are given."""
+    """The first word that each token has characters of; -1 of none. A token that is the space
+    before a word is the word's first: so transformers has it of words that are given."""
     out = np.full(len(window.input_ids), -1, np.int64)
     if not len(spans):
         return out

@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from . import cells, conll
@@ -20,8 +20,9 @@ class Tagged:
     """Words with their tags, row by row.
 
     words: of each row. tags: one a word, IOB2, or plain where `plain`; None where the data has
-    none. texts: the rows as they were given, to the character; None where they were given as words,
-    whose text is all of them with spaces between. path, rows, lines: the file, and of each
+    none. texts: the rows as they were given, to the character, and the `forms` that `split_words`
+    kept whole; None where they were given as words, whose text is all of them with spaces between.
+    path, rows, lines: the file, and of each
     row its number and the line where it begins, counted from 1, for errors; and the `share` of the
     file that is read.
     """
@@ -30,6 +31,7 @@ class Tagged:
     tags: list[list[str]] | None = None
     texts: list[str] | None = None
     plain: bool = False
+    forms: frozenset[str] = frozenset()
     rows: list[int] = field(default_factory=list)
     lines: list[int] | None = None
     path: str = ""
@@ -60,7 +62,9 @@ class Tagged:
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """The characters of each word in `text(i)`."""
-        return split_words(self.texts[i]) if self.texts is not None else joined(self.words[i])
+        if self.texts is None:
+            return joined(self.words[i])
+        return split_words(self.texts[i], self.forms)
 
     @property
     def total(self) -> float | None:
@@ -83,7 +87,7 @@ class Tagged:
         return [min(row, key=lambda k: (counts[k], k), default="") for row in kinds]
 
 
-def load_tagged(path, scheme: str | None = None, **columns) -> Tagged:
+def load_tagged(path, scheme: str | None = None, forms: Iterable[str] = (), **columns) -> Tagged:
     """Read a file of tagged words, or of texts with their entities.
 
     CoNLL (.conll, .txt, .iob, .bio, gzip'd or not): a word a line, its tag in the last column, a
@@ -94,13 +98,14 @@ def load_tagged(path, scheme: str | None = None, **columns) -> Tagged:
     Args:
         scheme: of the tags, where they don't say (see `scheme_of`); sequences that break it are
             then taken as seqeval's default does.
+        forms: words that texts are not to be split within.
         columns: tokens_column, tags_column, text_column, entities_column: other names of these.
 
     Raises: DataError, with file, row, line, and word or span.
     """
     if scheme is not None and scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}; expected one of {', '.join(SCHEMES)}")
-    chunks = _chunks(path, math.inf, math.inf, tagged=True, **columns)
+    chunks = _chunks(path, math.inf, math.inf, True, forms, **columns)
     found = next(chunks, None)
     if found is None:
         raise DataError(f"{path}: has no rows")
@@ -110,11 +115,15 @@ def load_tagged(path, scheme: str | None = None, **columns) -> Tagged:
 
 
 def read_tagged(
-    path, rows: float = ROWS, characters: float = CHARACTERS, **columns
+    path,
+    rows: float = ROWS,
+    characters: float = CHARACTERS,
+    forms: Iterable[str] = (),
+    **columns,
 ) -> Iterator[Tagged]:
     """`load_tagged` without tags, in the chunks of `read_chunks`. Rows may be empty. An error tells
     of the rows of one chunk."""
-    yield from _chunks(path, rows, characters, tagged=False, **columns)
+    yield from _chunks(path, rows, characters, False, forms, **columns)
 
 
 def _unify(found: Tagged, scheme) -> None:
@@ -138,6 +147,7 @@ def _chunks(
     rows,
     characters,
     tagged,
+    forms,
     tokens_column: str | None = None,
     tags_column: str | None = None,
     text_column: str | None = None,
@@ -150,7 +160,8 @@ def _chunks(
             raise DataError(f"{path}: is CoNLL, which has no column {name!r}; leave its name out")
         for words, tags, lines, first, share in conll.read(path, tagged, rows, characters):
             numbers = list(range(first, first + len(words)))
-            yield Tagged(words, tags, None, False, numbers, lines, str(path), share)
+            at = {"rows": numbers, "lines": lines, "path": str(path), "share": share}
+            yield Tagged(words, tags, **at)
         return
     for chunk in read_chunks(path, None, rows, characters):
         table = Cells(path, chunk)
@@ -159,7 +170,7 @@ def _chunks(
             text = text_column or "text"
             entities = entities_column or _first(chunk, "entities", "spans") or "entities"
             _need(table, chunk, tagged, text, entities)
-            yield _of_texts(table, text, entities if tagged else None, chunk)
+            yield _of_texts(table, text, entities if tagged else None, frozenset(forms), chunk)
         else:
             _need(table, chunk, tagged, tokens, tags_column or "tags")
             yield _of_words(table, tokens, tags_column or "tags", tagged, chunk)
@@ -185,19 +196,23 @@ def _of_words(table: Cells, tokens, tags, tagged, chunk) -> Tagged:
     if tagged:
         found = table.parse(tags, lambda v: _strings(v, "tags", needed=tagged))
         table.parse(tags, _as_many, values=list(zip(words, found, strict=True)))
-    return Tagged(words, found, None, False, table.rows, table.lines, table.name, chunk.share)
+    return Tagged(words, found, **_at(table, chunk))
 
 
-def _of_texts(table: Cells, text, entities, chunk) -> Tagged:
+def _at(table: Cells, chunk: Table) -> dict:
+    return {"rows": table.rows, "lines": table.lines, "path": table.name, "share": chunk.share}
+
+
+def _of_texts(table: Cells, text, entities, forms, chunk) -> Tagged:
     needed = entities is not None
     texts = table.parse(text, lambda v: _text(v, needed))
-    spans = [split_words(t) for t in texts]
+    spans = [split_words(t, forms) for t in texts]
     words = [[t[a:b] for a, b in places] for t, places in zip(texts, spans, strict=True)]
     tags = None
     if needed:
         values = list(zip(texts, spans, table.table[entities], strict=True))
         tags = table.parse(entities, lambda v: tags_of(*v), values=values)
-    return Tagged(words, tags, texts, False, table.rows, table.lines, table.name, chunk.share)
+    return Tagged(words, tags, texts, forms=forms, **_at(table, chunk))
 
 
 def _text(value, needed) -> str:

@@ -27,7 +27,9 @@ class Part:
     unknown: float  # share of tokens that the tokenizer doesn't know, special tokens excluded
     silent: int  # words that the tokenizer makes nothing of
     duplicates: int  # rows whose words stood before in this part
-    conflicting: list[str]  # places of rows with the same words, of each first two, tagged otherwise
+    conflicting: list[
+        str
+    ]  # places of rows with the same words, of each first two, tagged otherwise
     kinds: dict[str, int]  # entities of each type; of plain tags the words
 
 
@@ -62,7 +64,9 @@ class Report:
         if self.silent:
             out.append(self.silent)
         if self.noise:
-            out.append("tagged in less than half of their occurrences in train, perhaps by mistake:")
+            out.append(
+                "tagged in less than half of their occurrences in train, perhaps by mistake:"
+            )
             out += [
                 f"  {n['text']!r} as {n['label']} {n['tagged']} of {n['occurrences']} times: "
                 f"{'; '.join(n['places'])}"

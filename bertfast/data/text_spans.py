@@ -2,21 +2,48 @@
 
 import json
 import reprlib
+from collections import Counter
+from collections.abc import Container, Iterable
 from contextlib import suppress
 
 import regex
 
 from .clean import UNSPACED
 
+_PARTS = 15  # that a form may have beside its first
+_OFTEN, _FORMS = 2, 5000  # a form's occurrences, forms
 _LETTER = rf"[[\p{{L}}\p{{N}}]--\p{{Han}}--{UNSPACED.pattern}]\p{{M}}*"
 _INNER = r"[\u00ad\u200c\u200d\u2060]*"  # between letters: soft hyphens and joiners
 _WORD = regex.compile(rf"{_LETTER}(?:{_INNER}{_LETTER})*|(?=\S)\X", regex.V1)
 
 
-def split_words(text: str) -> list[tuple[int, int]]:
+def split_words(text: str, forms: Container[str] = ()) -> list[tuple[int, int]]:
     """Where the words of a text stand: runs of letters and digits with their marks, and every other
-    sign, and letter of a script without spaces, for itself."""
-    return [m.span() for m in _WORD.finditer(text)]
+    sign, and letter of a script without spaces, for itself; those of `forms` ("C++") whole."""
+    spans = [m.span() for m in _WORD.finditer(text)]
+    return _whole(text, spans, forms) if forms else spans
+
+
+def _whole(text, spans, forms) -> list[tuple[int, int]]:
+    """The spans, with those put together whose text, without a space in it, is the longest form."""
+    out, at = [], 0
+    while at < len(spans):
+        start, end = spans[at]
+        best = last = at
+        while last + 1 < len(spans) and spans[last + 1][0] == end and last - at < _PARTS:
+            last, end = last + 1, spans[last + 1][1]
+            best = last if text[start:end] in forms else best
+        out.append((start, spans[best][1]))
+        at = best + 1
+    return out
+
+
+def signed_forms(rows: Iterable[list[str]]) -> list[str]:
+    """The commonest words of rows that `split_words` would take apart, sorted."""
+    counts = Counter(word for row in rows for word in row)
+    whole = lambda word: len(split_words(word)) > 1 and not any(map(str.isspace, word))
+    common = [w for w, n in counts.most_common() if n >= _OFTEN and whole(w)]
+    return sorted(common[:_FORMS])
 
 
 def joined(words: list[str]) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from ...data.aligned import Aligned, align, check_shared
 from ...data.tag_schemes import SCHEMES, parts
 from ...data.tagged import load_tagged
 from ...data.tagged_report import tagged_report
+from ...data.text_spans import signed_forms
 from .. import heads, inputs, networks, outputs
 from ..config import ConfigError, FinetuneConfig, setting
 from ..packed import IGNORED
@@ -190,6 +191,12 @@ class TokensTask(FinetuneTask):
         logits = self.logits(model, batch).float()
         more = {"weight": self.on_device, "ignore_index": IGNORED}
         return F.cross_entropy(logits, batch.labels, reduction="sum", **more)
+
+    def tune(self, found):
+        """Of words the forms that texts are not to be split within, so that they are read alike."""
+        train = self.parts["train"]
+        forms = signed_forms(train.words) if train.texts is None else []
+        return {"forms": forms} if forms else {}
 
     def figures(self, name, found, brief=False):
         how = self.tags, self.config.strategy, self.every

@@ -52,6 +52,7 @@ class Tagger(Trained):
         self.stride = stride_of(stride, self.max_length)
         self.strategy, self.spaced = how.pop("strategy"), how.pop("spaced")
         check_strategy(self.strategy)
+        self.forms = frozenset(self.decision.get("forms", ()))
         self.every = self.strategy != "first"
 
     def encode(self, examples: Tagged, labelled: bool = False, warn: bool = True) -> Encoded:
@@ -120,7 +121,7 @@ def evaluate(
         **{"text_column": text_column, "entities_column": entities_column},
         **{"strategy": strategy, "spaced": spaced, "max_length": max_length, "stride": stride},
     )
-    examples = load_tagged(path, scheme, **columns_of(path, given.columns))
+    examples = load_tagged(path, scheme, given.forms, **columns_of(path, given.columns))
     if examples.plain != given.tags.plain:
         kinds = ("entities", "plain tags")
         raise data.DataError(
@@ -155,8 +156,8 @@ def predict(
     if any(words) and not all(words):
         raise data.DataError("texts are strings and lists of words; give one kind")
     if all(words):
-        split = [[t[a:b] for a, b in split_words(t)] for t in texts]
-        examples = Tagged(split, None, list(texts))
+        split = [[t[a:b] for a, b in split_words(t, given.forms)] for t in texts]
+        examples = Tagged(split, None, list(texts), forms=given.forms)
     else:
         examples = Tagged([list(row) for row in texts])
     return list(given.predicted(examples, given.encode(examples)))
@@ -191,7 +192,7 @@ def predict_table(
     )
 
     def read():
-        for examples in read_tagged(path, **columns_of(path, given.columns)):
+        for examples in read_tagged(path, forms=given.forms, **columns_of(path, given.columns)):
             yield examples, given.encode(examples, warn=examples.rows[0] == 1)
 
     def rows():

@@ -18,7 +18,9 @@ def entity_f1(per_type: dict, path) -> None:
     y = np.arange(len(chosen))
     axes.barh(y, [s["f1"] for _, s in chosen], color="tab:blue", alpha=0.6, label="F1")
     for score, marker in (("precision", ">"), ("recall", "<")):
-        axes.plot([s[score] for _, s in chosen], y, marker, color="black", markersize=4, label=score)
+        axes.plot(
+            [s[score] for _, s in chosen], y, marker, color="black", markersize=4, label=score
+        )
     names = [f"{_label(name, i)} ({s['support']:,})" for i, (name, s) in enumerate(chosen)]
     axes.set_yticks(y, names, parse_math=False)
     axes.set(xlim=(0, 1.02), xlabel="of whole entities (in brackets: true ones)")

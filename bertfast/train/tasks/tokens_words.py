@@ -86,7 +86,12 @@ def _counts(aligned: Aligned, window: int, every: bool) -> np.ndarray:
 
 
 def words_tagged(
-    given: Encoded, found: list[np.ndarray], examples: Tagged, tags: Tags, strategy: str, every: bool
+    given: Encoded,
+    found: list[np.ndarray],
+    examples: Tagged,
+    tags: Tags,
+    strategy: str,
+    every: bool,
 ) -> list[tuple[list[str], np.ndarray]]:
     """(each word's tag, its score [words]) of each example, from logits [places, tags] of each row.
     Words without a token are O, with score 0; those whose token another word has go on with it."""
