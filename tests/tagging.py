@@ -1,17 +1,11 @@
 """Tiny models of several families that tag words, each with a tokenizer of its family's kind."""
 
+from collections import Counter
+from itertools import pairwise
+
 import families
-import tokenizers
 import transformers
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 TEXT = (
     "Ada Lovelace wrote to Charles Babbage in London, of the Analytical Engine (1843). "
@@ -34,36 +28,54 @@ SPECIALS = {
 }
 
 
+PIECES = ["lovelace", "debian", "the", "to", "tool", "lib", "in", "es", "on", "ain", "ar", "ha", "ra", "ch"]
+
+
+def merges(text, count):
+    """Pairs of a byte-level BPE; of equals the first in order, where its trainer takes any."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+    words, found = [list(word) for word, _ in split], []
+    while len(found) < count:
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        found.append(best)
+        for word in words:
+            for i in range(len(word) - 2, -1, -1):
+                if (*word[i : i + 2],) == best:
+                    word[i : i + 2] = ["".join(best)]
+    return found
+
+
 def tokenizer(kind, length=64, text=TEXT):
     """As BERT's, RoBERTa's, ModernBERT's (whose offsets hold the space before) and DeBERTa-v2's."""
     specials = list(SPECIALS[kind])
     name = lambda part: next(s for s in specials if s.lower().strip("[]<>") in part)
     pad, unknown, mask = name(("pad",)), name(("unk",)), name(("mask",))
     first, last = name(("cls", "s")), name(("sep", "/s"))
+    numbered = lambda pieces: {p: i for i, p in enumerate(dict.fromkeys([*specials, *pieces]))}
+    letters = sorted({*text.replace(" ", "")})
     if kind == "wordpiece":
-        made = Tokenizer(models.WordPiece(unk_token=unknown))
+        letters = sorted({*text.lower().replace(" ", "")})
+        pieces = [p + c for c in (*letters, *PIECES) for p in ("", "##")]
+        made = Tokenizer(models.WordPiece(numbered(pieces), unk_token=unknown))
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=120, special_tokens=specials, show_progress=False
-        )
     elif kind == "pieces":
-        made = Tokenizer(models.Unigram())
+        pieces = [*letters, "▁", *PIECES, *("▁" + p for p in ("A", "L", "C", "to", "tool", "the", "Lovelace"))]
+        scores = [(p, 0.0 if p in specials else -10.0 + len(p)) for p in numbered(pieces)]
+        made = Tokenizer(models.Unigram(scores, unk_id=specials.index(unknown)))
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         made.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=120, special_tokens=specials, unk_token=unknown, show_progress=False
-        )
     else:
-        made = Tokenizer(models.BPE())
+        learnt = merges(text, 70)
+        pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, learnt)]
+        made = Tokenizer(models.BPE(numbered(pieces), learnt))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=330, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-        )
-    made.train_from_iterator([text], trainer)
+    made.add_special_tokens(specials)
     ends = [(t, made.token_to_id(t)) for t in (last, first)]
     if kind == "byte":
         made.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
@@ -92,7 +104,10 @@ def model(family, labels=LABELS, **options):
     )
     families.torch.manual_seed(0)
     config._attn_implementation = "eager" if family in families.EAGER else "sdpa"
-    return getattr(transformers, f"{family}ForTokenClassification")(config).eval(), read
+    made = getattr(transformers, f"{family}ForTokenClassification")(config).eval()
+    if made.classifier.bias is not None:
+        made.classifier.bias.data[0] = -5.0  # so that there are entities
+    return made, read
 
 
 def checkpoint(folder, family, **options):
@@ -102,5 +117,3 @@ def checkpoint(folder, family, **options):
     read.save_pretrained(folder)
     return folder
 
-
-__all__ = ["KINDS", "LABELS", "TEXT", "checkpoint", "model", "tokenizer", "tokenizers"]

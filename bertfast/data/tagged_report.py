@@ -27,9 +27,7 @@ class Part:
     unknown: float  # share of tokens that the tokenizer doesn't know, special tokens excluded
     silent: int  # words that the tokenizer makes nothing of
     duplicates: int  # rows whose words stood before in this part
-    conflicting: list[
-        str
-    ]  # places of rows with the same words, of each first two, tagged otherwise
+    conflicting: list[str]  # places of rows that have an earlier one's words, with other tags
     kinds: dict[str, int]  # entities of each type; of plain tags the words
 
 

@@ -9,12 +9,14 @@ from ...data.aligned import align, warn_silent
 from ...data.conll import is_conll
 from ...data.tagged import Tagged, load_tagged, read_tagged
 from ...data.text_spans import split_words
+from ...model import checkpoint
 from ...model.token_heads import BertForTokenClassification
 from ...progress import Progress
 from .. import networks
 from ..config import ConfigError
 from ..entities import STRATEGIES, scored_entities
 from ..inputs import as_trained, check
+from ..outputs import DECISION
 from ..outputs import say as tell
 from ..trained import Trained
 from .tokens_words import Encoded, Tags, encoded, scored, words_tagged
@@ -31,6 +33,16 @@ def stride_of(stride: int | None, max_length: int) -> int:
 def columns_of(path, names: dict) -> dict:
     """Names of columns for a reader of `path`: CoNLL has none, whatever other files have."""
     return {} if is_conll(path) else {name: column for name, column in names.items() if column}
+
+
+def _forms(decision: dict) -> frozenset[str]:
+    """Words that texts are not to be split within, as `finetune` found them."""
+    found = decision.get("forms", [])
+    if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+        raise checkpoint.CheckpointError(
+            f"{DECISION} has the forms {found!r:.200}, expected a list of words"
+        )
+    return frozenset(found)
 
 
 def check_strategy(strategy: str) -> None:
@@ -52,7 +64,7 @@ class Tagger(Trained):
         self.stride = stride_of(stride, self.max_length)
         self.strategy, self.spaced = how.pop("strategy"), how.pop("spaced")
         check_strategy(self.strategy)
-        self.forms = frozenset(self.decision.get("forms", ()))
+        self.forms = _forms(self.decision)
         self.every = self.strategy != "first"
 
     def encode(self, examples: Tagged, labelled: bool = False, warn: bool = True) -> Encoded:
