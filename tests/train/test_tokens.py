@@ -295,6 +295,14 @@ def test_offsets_are_of_the_text_as_given(tmp_path):
     for entity in found[3]["entities"]:
         assert texts[3][entity["start"] : entity["end"]] == entity["text"] == entity["text"].strip()
         assert 0 < entity["score"] <= 1
+    alike = [
+        predict(config.out, [row], device="cpu")[0]
+        for row in ("Ada C++ Turin", ["Ada", "C++", "Turin"])
+    ]
+    keys = ("text", "start", "end", "label", "score")
+    assert [[e[k] for k in keys] for e in alike[0]["entities"]] == [
+        [e[k] for k in keys] for e in alike[1]["entities"]
+    ]
     path = jsonl(tmp_path / "t.jsonl", *({"text": t} for t in texts))
     assert list(predict_table(config.out, path, device="cpu")) == found
     rows = list(
