@@ -4,6 +4,7 @@ Imports numpy and torch only; pyarrow is loaded where a Parquet file is read.
 """
 
 from .batching import UNKNOWN, batches, collate, encode, unknown_share, unknown_text
+from .candidates import Candidates, load_candidates, read_candidates
 from .cells import normal
 from .clean import clean_text
 from .errors import DataError
@@ -17,6 +18,7 @@ from .tables import ROWS, read_chunks, read_table
 __all__ = [
     "ROWS",
     "UNKNOWN",
+    "Candidates",
     "DataError",
     "Examples",
     "LabelSet",
@@ -27,8 +29,10 @@ __all__ = [
     "collate",
     "dataset_report",
     "encode",
+    "load_candidates",
     "load_classification",
     "normal",
+    "read_candidates",
     "read_chunks",
     "read_table",
     "read_texts",
