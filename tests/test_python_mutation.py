@@ -105,6 +105,20 @@ MUTANTS = [
     ("gamma is no weight", "model/tensors", '"LayerNorm.gamma": "LayerNorm.weight"', '"LayerNorm.gamma": "LayerNorm.bias"', "checkpoint", "old_names"),
     ("initialised at twice the range", "model/bert", "std=self.config.initializer_range", "std=2 * self.config.initializer_range", "model", "initial"),
     ("strides of the value's weights as the query's", "ops/linear_act", "for t in tensors):\n        return tuple", "for t in tensors[:2]):\n        return tuple", "linear_act", "different_strides"),
+    ("seeds of the worst kept", "train/finetune", "sign = -1 if config.metric in LOWER_IS_BETTER else 1", "sign = -1", "seeds", "over_seeds"),
+    ("thresholds between equal ones", "train/metrics", "f1[:-1][p[:-1] == p[1:]] = -1", "pass", "seeds", "beside_a_search"),
+    ("a kept head is redrawn", "train/networks", "fresh = bool(lacking)", "fresh = True", "any_family", "heads_stay"),
+    ("a base model gives classes", "train/networks", "if other or lacking:", "if False:", "any_family", "no_classifier"),
+    ("padding read as tokens", "train/networks", "rows.index if batch.positions is None", "rows.index * 0 if batch.positions is None", "any_family", "padded_rows"),
+    ("gain without its discount", "train/ranking", "labels[order][:at] @ discounts", "labels[order][:at].sum()", "pairs", "beside_scikit"),
+    ("ranks from 0", "train/ranking", "1.0 / (hits[0] + 1)", "1.0 / max(1, hits[0])", "pairs", "beside_scikit"),
+    ("relevances as they are", "train/tasks/pairs", "pos_weight=weight", "pos_weight=None", "pairs", "weight_of_relevant"),
+    ("a query in two parts", "data/candidates", "(clean_text(text).casefold(),) for text in self.texts", "(text,) for text in map(str, range(len(self)))", "pairs", "one_part"),
+    ("labels by the fold they are of", "data/noise", "fit(x[seen], y[seen])", "fit(x, y)", "noise", "changed_labels"),
+    ("context on the richer side", "data/aligned", "np.where(held, np.minimum(left, right), -1)", "np.where(held, np.maximum(left, right), -1)", "aligned", "context"),
+    ("I- after O goes on", "data/tag_schemes", "begins = letter in _OPEN or closed or kind != before", "begins = letter in _OPEN or kind != before", "tagged", "plain_tags_and"),
+    ("partial counts whole", "train/entities", 'n["correct"] + 0.5 * n["partial"]', 'n["correct"] + n["partial"]', "entities", "hand or brute"),
+    ("weights of tags not in the mean", "train/tasks/tokens", "return float(self.class_weights[real].sum())", "return float(len(real))", "tokens", "loss_is"),
 ]  # fmt: skip
 # "i/n": every n-th from the i-th on.
 FIRST, STEP = map(int, os.environ.get("BERTFAST_SHARE", "0/1").split("/"))

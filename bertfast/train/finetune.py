@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import statistics
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,11 @@ def _one(config, dry_run=False):
     task.read()
     task.tokenizer = load_tokenizer(folder)
     torch.manual_seed(config.seed)
-    task.model = model = task.build(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        task.model = model = task.build(folder)
+    for w in caught:
+        say(str(w.message))
     task.check(folder)
     for line in networks.unfused(model):
         say(f"note: {line}")

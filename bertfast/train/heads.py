@@ -34,6 +34,7 @@ def load(
     *,
     flags: bool = False,
     allow_pickle: bool = False,
+    say=say,
 ):
     """A checkpoint's model with a head for the data's classes (or numbers).
 

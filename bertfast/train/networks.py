@@ -116,7 +116,10 @@ def _renewed(folder, head, outputs, allow_pickle):
 def _native(folder, head, fresh, outputs, allow_pickle):
     cls = head.native
     if fresh:
-        bert = BertModel.from_pretrained(folder, allow_pickle=allow_pickle)
+        with warnings.catch_warnings():
+            if head.per_token:  # which has no use for a pooler, whatever the folder lacks
+                warnings.simplefilter("ignore")
+            bert = BertModel.from_pretrained(folder, allow_pickle=allow_pickle)
         model = cls(bert.config).eval()
         if model.bert.pooler is None:
             bert.pooler = None

@@ -1,6 +1,5 @@
 """Classification (single- and multi-label, pairs) and regression."""
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,11 +82,8 @@ class ClassificationTask(FinetuneTask):
         config, train = self.config, self.parts["train"]
         labels = data.LabelSet.from_examples(train)
         options = {"flags": train.width is not None, "allow_pickle": config.allow_pickle}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model, labels = heads.load(folder, self.head, labels, config.head, **options)
-        for w in caught:
-            self.say(str(w.message))
+        options["say"] = self.say
+        model, labels = heads.load(folder, self.head, labels, config.head, **options)
         self.name(labels)
         return model
 

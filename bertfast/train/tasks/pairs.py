@@ -98,7 +98,8 @@ class PairsTask(FinetuneTask):
         labels = data.LabelSet((), "regression")
         allow = self.config.allow_pickle
         which = "fresh" if self.config.head == "fresh" else "auto"
-        model, _ = heads.load(folder, HEAD, labels, which, allow_pickle=allow)
+        options = {"allow_pickle": allow, "say": self.say}
+        model, _ = heads.load(folder, HEAD, labels, which, **options)
         more = getattr(model.config, "sentence_transformers", None) or {}
         activation = _ACTIVATIONS[self.config.goal]
         model.config.sentence_transformers = {**more, "activation_fn": activation}
