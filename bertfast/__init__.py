@@ -12,6 +12,7 @@ _MODELS = (
     "BertForMaskedLM",
     "BertForPreTraining",
     "BertForSequenceClassification",
+    "BertEncoderDecoder",
     "cuda_graphs",
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")

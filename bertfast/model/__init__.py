@@ -4,8 +4,10 @@ from .bert import BertModel, BertPreTrainedModel
 from .errors import CheckpointError
 from .graphs import cuda_graphs
 from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from .translation import BertEncoderDecoder
 
 __all__ = [
+    "BertEncoderDecoder",
     "BertForMaskedLM",
     "BertForPreTraining",
     "BertForSequenceClassification",
