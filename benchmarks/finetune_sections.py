@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from bertfast import BertForSequenceClassification
 from bertfast.bench.measure import median
 from bertfast.data import encode
-from bertfast.train import FinetuneConfig, finetune
+from bertfast.train import ClassifyConfig, finetune
 
 TOLERANCE = 1e-5  # of the largest logit, the model trained here loaded by transformers
 
@@ -68,7 +68,7 @@ def training_seconds(times: list[float], epochs: int) -> float:
 
 
 def train_bertfast(model, files, s: Settings, seed: int, out: Path):
-    config = FinetuneConfig(
+    config = ClassifyConfig(
         model=model,
         train=str(files["train"]),
         valid=str(files["val"]),

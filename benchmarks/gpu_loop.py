@@ -18,10 +18,10 @@ from bertfast.data import masking
 from bertfast.data.prepare import PrepareConfig, prepare
 from bertfast.data.sequences import Sequences
 from bertfast.data.shards import Shards
-from bertfast.train import FinetuneConfig, PretrainConfig
-from bertfast.train.classify import ClassificationTask
+from bertfast.train import ClassifyConfig, PretrainConfig
 from bertfast.train.loop import _Run
 from bertfast.train.pretrain import PretrainTask, _tokenizer
+from bertfast.train.tasks.classify import ClassificationTask
 
 SETTLE, TIMED = 30, 30  # steps: those in which all buckets are seen, and those that count
 WORDS = 300_000  # of the corpus
@@ -97,12 +97,13 @@ def finetune_loop(config, shape, device):
         model = bertfast.BertForSequenceClassification(config)
     tokenizer = SimpleNamespace(pad_token_id=0)
     with tempfile.TemporaryDirectory() as folder:
-        settings = FinetuneConfig(
+        settings = ClassifyConfig(
             out=folder, batch_size=shape[0], precision="bf16", device=device, epochs=1, lr=1e-5,
             eval_steps=10**9, resume="no",
         )  # fmt: skip
-        task = Finetuning(settings, None, tokenizer, rows, rows[:2], device, **steps)
-        task.sizes = config
+        task = Finetuning(settings, torch.device(device), print, **steps)
+        task.model, task.tokenizer, task.sizes = model, tokenizer, config
+        task.rows = {"train": rows, "valid": rows[:2]}
         return run(model, task, settings)
 
 

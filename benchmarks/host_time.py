@@ -18,7 +18,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
@@ -177,12 +176,13 @@ def stock_loop():
 
 def our_loop():
     """The same by train/step.py, which also makes a report of loss and norm."""
-    from bertfast.train import classify, config, optimizer, packed, ranks, step
+    from bertfast.train import config, optimizer, packed, ranks, step
+    from bertfast.train.tasks.classify import ClassificationTask
 
     _, model = classifiers()
-    task = SimpleNamespace(config=SimpleNamespace(task="single_label"), on_device=None)
-    task.summed_loss = partial(classify.ClassificationTask.summed_loss, task)
-    loss = partial(classify.ClassificationTask.loss, task, model)
+    task = ClassificationTask(config.RunConfig(), torch.device("cpu"), print)
+    task.config.task = "single_label"
+    loss = partial(task.loss, model)
     made = optimizer.make_optimizer(model, config.RunConfig(lr=_RATE))
     work = step.Step(loss, made, 1, 1.0, contextlib.nullcontext, ranks.Ranks(), print)
     rows = [{"input_ids": list(range(1, 1 + TOKENS)), "labels": 1}]

@@ -34,7 +34,7 @@ from bertfast.data.sequences import Sequences
 from bertfast.data.shards import Shards
 from bertfast.model import BertForMaskedLM
 from bertfast.model.presets import bert_config
-from bertfast.train import FinetuneConfig, PretrainConfig, finetune, pretrain
+from bertfast.train import ClassifyConfig, PretrainConfig, finetune, pretrain
 from bertfast.train.pretrain import PretrainTask, _model, _tokenizer
 
 SKIP = 5  # steps at a turn's start
@@ -196,7 +196,7 @@ def speed(args):
 
 def macro_f1(model: Path, files: dict, work: Path, seed: int) -> float:
     """On the test rows of the sections, after fine-tuning from the weights in `model`."""
-    config = FinetuneConfig(
+    config = ClassifyConfig(
         model=str(model), out=str(work), epochs=3, lr=5e-4, resume="no", seed=seed,
         train=files["train"], valid=files["val"], test=files["test"], metric="macro_f1",
     )  # fmt: skip

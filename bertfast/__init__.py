@@ -11,8 +11,10 @@ _MODELS = (
     "BertModel",
     "BertForMaskedLM",
     "BertForPreTraining",
+    "BertForQuestionAnswering",
     "BertForSequenceClassification",
     "BertEncoderDecoder",
+    "BertForTokenClassification",
     "cuda_graphs",
 )
 _DROPIN = ("accelerate", "accelerated", "is_accelerated", "restore")

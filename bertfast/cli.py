@@ -30,11 +30,18 @@ def _parser():
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
-        ("predict", "labels and probabilities for texts", _predict_arguments),
+        ("predict", "what a fine-tuned model says of texts", _predict_arguments),
     ):
-        tasks = commands.add_parser(name, help=text).add_subparsers(dest="kind", required=True)
-        add(tasks.add_parser("classify", help="classification and regression", description=text))
+        kinds = commands.add_parser(name, help=text).add_subparsers(dest="kind", required=True)
+        for kind, task in _tasks().items():
+            add(kinds.add_parser(kind, help=task.HELP, description=f"{text}: {task.HELP}"), task)
     return parser
+
+
+def _tasks() -> dict:
+    from .train import tasks
+
+    return {kind: tasks.module(kind) for kind in tasks.KINDS}
 
 
 def _bench_arguments(parser):
@@ -55,10 +62,8 @@ def _pretrain_arguments(parser):
     _run_arguments(parser, PretrainConfig, "--settings")  # --config is the model's
 
 
-def _finetune_arguments(parser):
-    from .train.config import FinetuneConfig
-
-    _run_arguments(parser, FinetuneConfig, "--config")
+def _finetune_arguments(parser, task):
+    _run_arguments(parser, task.Task.Config, "--config")
 
 
 def _run_arguments(parser, settings, yaml_option):
@@ -112,26 +117,21 @@ class _Weights(argparse.Action):
         setattr(namespace, self.dest, weights)
 
 
-def _model_arguments(parser):
+def _model_arguments(parser, task, labelled):
     parser.add_argument("--model", required=True, help="folder of the model")
-    text = "column of the text (default: the one trained with, or text)"
-    parser.add_argument("--text-column", metavar="COLUMN", help=text)
-    text = "column of a pair's second text (default: the one trained with, if any; '' for none)"
-    parser.add_argument("--text-pair-column", metavar="COLUMN", help=text)
-    text = "tokens a text is cut to (default: those trained with, or 512 or what the model takes)"
-    parser.add_argument("--max-length", type=int, metavar="N", help=text)
+    task.inference_arguments(parser, labelled)
     parser.add_argument("--allow-pickle", action="store_true", help="read pickled weights")
 
 
-def _inference_arguments(parser):
-    _model_arguments(parser)
+def _inference_arguments(parser, task, labelled):
+    _model_arguments(parser, task, labelled)
     parser.add_argument("--device", choices=("cpu", "cuda"))
     text = "pack the weights for inference on the CPU; int8 and bf16 round (see quantize)"
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=text)
 
 
 def _quantize_arguments(parser):
-    _model_arguments(parser)
+    _model_arguments(parser, _tasks()["classify"], labelled=False)
     text = "compare the precisions on a table of texts"
     parser.add_argument("--check", metavar="FILE", help=text)
     text = "freeze to one precision and write that, for bertfast.load_frozen"
@@ -154,20 +154,19 @@ def _embed_arguments(parser):
     add_arguments(parser)
 
 
-def _evaluate_arguments(parser):
-    _inference_arguments(parser)
+def _evaluate_arguments(parser, task):
+    _inference_arguments(parser, task, labelled=True)
     parser.add_argument("--data", required=True, help="labelled data")
-    text = "column of the label (default: the one trained with, or label)"
-    parser.add_argument("--label-column", metavar="COLUMN", help=text)
     parser.add_argument("--json", metavar="FILE", help="write the metrics here, not to stdout")
 
 
-def _predict_arguments(parser):
-    _inference_arguments(parser)
+def _predict_arguments(parser, task):
+    _inference_arguments(parser, task, labelled=False)
     parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
     text = "JSON lines here, by way of FILE.partial (default: - for stdout, as they come)"
     parser.add_argument("--output", default="-", metavar="FILE", help=text)
-    parser.add_argument("--batch-size", type=int, default=64, help="texts in a batch (default: 64)")
+    text = "tokens in a batch (default: 16384)"
+    parser.add_argument("--batch-tokens", type=int, default=16384, help=text)
 
 
 def _given(args, settings) -> dict:
@@ -213,9 +212,7 @@ def _pretrain(args):
 
 
 def _finetune(args):
-    from .train.config import FinetuneConfig
-
-    config = _run_config(args, FinetuneConfig)
+    config = _run_config(args, _tasks()[args.kind].Task.Config)
     if config is None:
         return
     config.require("model", "train", "out")
@@ -228,28 +225,30 @@ def _finetune(args):
         print(json_text({k: v for k, v in part.items() if not isinstance(v, dict)}))
 
 
+_NOT_SETTINGS = {"debug", "command", "kind", "model", "data", "json", "input", "output"}
+
+
 def _inference_settings(args) -> dict:
-    names = ("text_column", "text_pair_column", "label_column", "max_length", "allow_pickle")
-    names += ("device", "precision")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
 
 
 def _evaluate(args):
     from .files import json_text
-    from .train import evaluate, outputs
+    from .train import outputs
 
     outputs.check_result(args.json, args.data, args.model)
+    evaluate = _tasks()[args.kind].evaluate
     result = evaluate(args.model, args.data, **_inference_settings(args))
     outputs.write_result(args.json, json_text(result, indent=2) + "\n")
 
 
 def _predict(args):
     from .files import json_text
-    from .train import outputs, predict_table
+    from .train import outputs
 
     outputs.check_result(args.output, args.input, args.model)
-    settings = _inference_settings(args) | {"batch_size": args.batch_size}
-    rows = predict_table(args.model, args.input, **settings, say=_say)
+    settings = _inference_settings(args)
+    rows = _tasks()[args.kind].predict_table(args.model, args.input, **settings, say=_say)
     outputs.write_lines(args.output, map(json_text, rows))
 
 
@@ -267,8 +266,8 @@ def _quantize(args):
 
     if not args.check and not args.out:
         raise ConfigError("give --check FILE, to compare precisions, or --out FOLDER, to write one")
-    settings, chosen = _inference_settings(args), args.precision
-    del settings["precision"]
+    names = ("text_column", "text_pair_column", "label_column", "max_length", "allow_pickle")
+    settings, chosen = {name: getattr(args, name) for name in names}, args.precision
     if args.out:
         _quantize_to(args.out, chosen or ["auto"], args)
         return
@@ -337,7 +336,7 @@ def main(argv=None) -> int:
         "bench": _bench,
     }
     try:
-        if args.command not in ("info", "pretrain"):
+        if args.command not in ("info", "pretrain", "finetune"):
             require_one_process(args.command)
         commands[args.command](args)
     except ConfigError as e:

@@ -19,11 +19,12 @@ from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
 from .model.errors import unreadable
 from .model.tokenizer import load_tokenizer
-from .saved import MANIFEST, check_out, save_frozen
+from .saved import check_out, is_frozen, save_frozen
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
-from .train.inference import label_set, mean_loss, other_task
+from .train.heads import label_set
 from .train.outputs import RUN_CONFIG
+from .train.tasks.classify_inference import HEAD
 
 
 def save(
@@ -46,7 +47,7 @@ def save(
     folder = checkpoint.resolve(model)
     if Path(out).resolve() == folder.resolve():
         raise ConfigError(f"out is {out}, the folder of the model: give another")
-    if any(folder.rglob(MANIFEST)):
+    if is_frozen(folder):
         raise checkpoint.CheckpointError(f"{folder} is frozen: give the model that it was made of")
     network, tokenizer = _opened(folder, allow_pickle)
     if tokenizer is not None:
@@ -134,7 +135,7 @@ def report(
         warnings.simplefilter("ignore")  # of the head that a headless checkpoint lacks
         network = BertForSequenceClassification.from_pretrained(folder, allow_pickle=allow_pickle)
     checkpoint.check_finite(network, folder)
-    headless = network.new_weights or other_task(network.config)
+    headless = network.new_weights or HEAD.of_another(network.config)
     labels = None if headless else label_set(network)
     tokenizer = load_tokenizer(folder)
     columns = {"text_column": text_column, "text_pair_column": text_pair_column}
@@ -249,7 +250,7 @@ def _rows(found, rows, labels, batches) -> list[dict]:
             if labels is not None:
                 row |= _agreement(one["logits"], reference["logits"], labels.task)
         if targets is not None:
-            loss = mean_loss(one["logits"], targets, labels.task)
+            loss = metrics.mean_loss(one["logits"], targets, labels.task)
             scores = metrics.summary(one["logits"], targets, labels.task, loss)
             row |= {key: scores[key] for key in METRICS[labels.task][:2]}
         out.append(row)

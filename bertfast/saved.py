@@ -63,12 +63,17 @@ def save_frozen(model, folder) -> Path:
     return folder
 
 
+def is_frozen(folder: Path) -> bool:
+    """Whether `save_frozen` wrote it."""
+    return any(folder.rglob(MANIFEST))
+
+
 def check_out(folder: Path, sentences: bool) -> None:
     """FileExistsError where a folder has what a frozen model would spoil, or be spoiled by."""
     theirs = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")]
     theirs = [n for n in theirs if n != REST and not n.startswith("packed.")]
     kind = _MODULES if sentences else _SENTENCES
-    if (folder / kind).is_file() and not (sentences and any(folder.rglob(MANIFEST))):
+    if (folder / kind).is_file() and not (sentences and is_frozen(folder)):
         theirs.append(kind)
     if theirs:
         raise FileExistsError(
@@ -166,8 +171,8 @@ def read(folder: Path, config=None):
 def _read(folder: Path, manifest: dict, config):
     name = _fitting(folder, manifest["packed"])
     sums = {CONFIG: manifest["config"], REST: manifest["rest"]}
-    for file, sum in (sums | {name: manifest["packed"][name]["sha256"]}).items():
-        if sha256(folder / file) != sum:
+    for file, expected in (sums | {name: manifest["packed"][name]["sha256"]}).items():
+        if sha256(folder / file) != expected:
             raise ValueError(f"{folder / file} is damaged: its checksum is another; save it anew")
     cls, tied = _class(manifest["class"], folder), manifest["tied"]
     config = config or cls.config_class.from_pretrained(str(folder))

@@ -12,18 +12,13 @@ from .encoder.packed import Freezable
 from .files import read_json
 from .freeze import freeze
 from .model import checkpoint
-from .saved import MANIFEST, load_frozen
+from .saved import is_frozen, load_frozen
 
 KIND = "SentenceTransformer"
 TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # and their prompts
 _TOKENS = 1 << 20  # of a chunk, at most
 _LONGEST = 8192  # tokens of a text, where the model says no limit
 _LISTS = {"text": {"padding": False}, "common": {"return_tensors": None}}
-
-
-def is_frozen(folder: Path) -> bool:
-    """Whether `save_frozen` wrote it."""
-    return any(folder.rglob(MANIFEST))
 
 
 def load(folder: Path, precision: str | None, device: str):

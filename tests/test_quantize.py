@@ -14,8 +14,7 @@ import bertfast
 from bertfast import quantize
 from bertfast.cli import main
 from bertfast.model import CheckpointError
-from bertfast.train import evaluate, finetune, predict, predict_table
-from bertfast.train.config import ConfigError, FinetuneConfig
+from bertfast.train import ClassifyConfig, ConfigError, evaluate, finetune, predict, predict_table
 
 PRECISIONS = ["fp32", "bf16", "int8"]
 
@@ -24,7 +23,7 @@ PRECISIONS = ["fp32", "bf16", "int8"]
 def folder(tmp_path_factory):
     """A fine-tuned tiny model in out/, a headless one in model/, labelled valid.jsonl."""
     folder = tmp_path_factory.mktemp("quantize")
-    finetune(FinetuneConfig(**tiny.settings(folder, epochs=6)))
+    finetune(ClassifyConfig(**tiny.settings(folder, epochs=6)))
     return folder
 
 
@@ -96,7 +95,7 @@ def test_other_tasks(tmp_path, task):
         for i, row in enumerate(table):
             row["label"] = [row["label"]] * (i % 4 > 0) if task == "multi_label" else i % 5 / 5
         tiny.write(tmp_path / f"{name}.jsonl", table)
-    finetune(FinetuneConfig(**settings))
+    finetune(ClassifyConfig(**settings))
     model, data = settings["out"], settings["valid"]
     row = by_precision(quantize.report(model, data, precisions=["int8"]))["int8"]
     scores = evaluate(model, data, precision="int8")
@@ -188,12 +187,12 @@ def test_encoder_that_lacks_weights(folder, tmp_path):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_evaluate_and_predict(folder, precision, capsys, monkeypatch):
-    from bertfast.train import inference
+    from bertfast.train import trained
 
     model, data = str(folder / "out"), str(folder / "valid.jsonl")
     asked = []
-    real = inference.freeze
-    monkeypatch.setattr(inference, "freeze", lambda m, p: asked.append(p) or real(m, p))
+    real = trained.freeze
+    monkeypatch.setattr(trained, "freeze", lambda m, p: asked.append(p) or real(m, p))
     options = ["--precision", precision]
     plain = evaluate(model, data)
     assert not asked

@@ -56,7 +56,7 @@ def write(path: Path, table):
 
 
 def settings(folder: Path, **options) -> dict:
-    """FinetuneConfig's arguments for a short run in `folder`."""
+    """ClassifyConfig's arguments for a short run in `folder`."""
     if not (folder / "model").exists():
         checkpoint(folder / "model")
         write(folder / "train.jsonl", rows(60))

@@ -9,9 +9,10 @@ import transformers
 from helpers import GPU
 
 import bertfast
-from bertfast.train import FinetuneConfig
-from bertfast.train.classify import ClassificationTask, freeze
+from bertfast.train import ClassifyConfig
 from bertfast.train.loop import train
+from bertfast.train.networks import freeze
+from bertfast.train.tasks.classify import ClassificationTask
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 32, "initializer_range": 0.1}
@@ -32,11 +33,7 @@ def rows(n=40, kind="single_label", longest=30, seed=0):
 
 def classification(data=None, frozen=None, dropout=0.1, **options):
     """(model, task, config)"""
-    config = FinetuneConfig(**{"epochs": 2, "batch_size": 8, "lr": 1e-2, "device": GPU} | options)
-    labels = type("Labels", (), {"names": ("a", "b", "c")})
-    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
-    data = data or rows(kind=config.task)
-    task = ClassificationTask(config, labels, tokenizer, data, data[:8], GPU)
+    config = ClassifyConfig(**{"epochs": 2, "batch_size": 8, "lr": 1e-2, "device": GPU} | options)
     torch.manual_seed(0)
     outputs = 1 if config.task == "regression" else 3
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -44,7 +41,16 @@ def classification(data=None, frozen=None, dropout=0.1, **options):
     model = bertfast.BertForSequenceClassification(sizes)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
     freeze(model, frozen)
-    return model, task, config
+    return model, task_of(config, model, data or rows(kind=config.task)), config
+
+
+def task_of(config, model, data, device=GPU):
+    """On rows, of which the first are those to validate."""
+    task = ClassificationTask(config, device, print)
+    task.model, task.tokenizer = model, type("Tokenizer", (), {"pad_token_id": 0})
+    task.name(type("Labels", (), {"names": ("a", "b", "c")}))
+    task.rows = {"train": data, "valid": data[:8]}
+    return task
 
 
 def run(out, model, task, config, said=None):

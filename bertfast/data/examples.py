@@ -1,7 +1,10 @@
 """Labelled texts of a classification or regression task."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from . import cells
 from .clean import clean_text
@@ -62,6 +65,20 @@ class Examples:
         """What counts as the same text: equal up to case, whitespace and Unicode form."""
         sides = [self.texts] if self.pairs is None else [self.texts, self.pairs]
         return list(zip(*([clean_text(s).casefold() for s in side] for side in sides), strict=True))
+
+    def strata(self) -> list:
+        """A sortable class for each row, of which `split` puts a share into each part: multi-label
+        rows have their rarest label, regressions tenths of the range of ranks."""
+        labels = self.labels
+        if labels is None:
+            return [0] * len(self)
+        if self.task == "regression":
+            ranks = np.argsort(np.argsort(labels, kind="stable"), kind="stable")
+            return (ranks * 10 // max(len(labels), 1)).tolist()
+        if self.task == "multi_label":
+            counts = Counter(name for cell in labels for name in cell)
+            return [min(cell, key=lambda n: (counts[n], n), default="") for cell in labels]
+        return labels
 
 
 def _place(path, row, line) -> str:

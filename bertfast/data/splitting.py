@@ -5,22 +5,20 @@ import math
 import numpy as np
 
 from .errors import DataError
-from .examples import Examples
 
 # A class with fewer distinct texts cannot stand in all three parts: all of it goes to train.
 MIN_TEXTS_TO_SPLIT = 3
 
 
-def split(
-    examples: Examples, fractions=(0.8, 0.1, 0.1), seed: int = 0
-) -> tuple[Examples, Examples, Examples]:
+def split(examples, fractions=(0.8, 0.1, 0.1), seed: int = 0) -> tuple:
     """Train, validation and test parts, the same for the same seed, rows in their old order.
+
+    examples: `Examples`, or another that has its `keys`, `strata`, `select` and length.
 
     Each class is shared out within one text of its fraction, rounding carried from class to class
     so that the totals hold too (scikit-learn's stratified splits refuse classes of one, and test
     parts smaller than the number of classes). Equal texts go to one part; a class of fewer than
-    three distinct texts goes to train. Multi-label rows are stratified by their rarest label,
-    regressions by tenths of the range of ranks. A fraction of 0 gives an empty part.
+    three distinct texts goes to train. A fraction of 0 gives an empty part.
     """
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
         raise ValueError(f"fractions are {fractions!r}; expected three, 0 or more, of sum 1")
@@ -30,7 +28,7 @@ def split(
     for i, key in enumerate(examples.keys()):
         groups.setdefault(key, []).append(i)
     classes = {}
-    strata = _strata(examples)
+    strata = examples.strata()
     for group in groups.values():
         classes.setdefault(strata[group[0]], []).append(group)
 
@@ -56,20 +54,3 @@ def split(
                 f"empty at fractions {tuple(fractions)}; give more rows or a {name} file"
             )
     return tuple(examples.select(sorted(part)) for part in parts)
-
-
-def _strata(examples: Examples) -> list:
-    """A sortable class for each row."""
-    labels = examples.labels
-    if labels is None:
-        return [0] * len(examples)
-    if examples.task == "regression":
-        ranks = np.argsort(np.argsort(labels, kind="stable"), kind="stable")
-        return (ranks * 10 // max(len(labels), 1)).tolist()
-    if examples.task == "multi_label":
-        counts = {}
-        for cell in labels:
-            for name in cell:
-                counts[name] = counts.get(name, 0) + 1
-        return [min(cell, key=lambda n: (counts[n], n), default="") for cell in labels]
-    return labels

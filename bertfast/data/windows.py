@@ -1,4 +1,4 @@
-"""Token ids of texts of any length, in overlapping windows that know where their tokens come from."""
+"""Token ids of texts of any length, in overlapping windows that know where tokens come from."""
 
 from dataclasses import dataclass
 

@@ -42,6 +42,7 @@ _AFTER_POOLING = ("Normalize", "Dense", "Dropout", "LayerNorm")
 # Functions of sentence-transformers that keep what its model returns to themselves.
 _OWNERS = ("_inference", "encode", "compute_loss")
 _OURS = ("bertfast.text_encoder", "vectors")  # bertfast.embed takes the embeddings alone
+_REAL = ("bertfast.train.networks", "logits")  # takes the rows of real tokens alone
 _ROW_BY_ROW = {nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.CrossEntropyLoss, nn.ModuleList}
 _ROW_BY_ROW |= {nn.Tanh}
 _EMBEDDINGS = ("embeddings", "embed_tokens")  # of a base model, before its encoder
@@ -130,7 +131,7 @@ def _reader(packing):
                 pooled = True
             elif not pooled and type(own.get("self")).__name__ not in _TRANSFORMERS:
                 return _name(frame)
-        elif pooled and (module, code.co_name) == _OURS:
+        elif (pooled and (module, code.co_name) == _OURS) or (module, code.co_name) == _REAL:
             return None
         elif masked_loss and (module, code.co_name) == ("transformers.trainer", "compute_loss"):
             returned = variables(frame)["return_outputs"]

@@ -76,8 +76,13 @@ class BertPreTrainedModel(nn.Module):
     def gradient_checkpointing_disable(self):
         self.gradient_checkpointing_enable(False)
 
+    @property
+    def base_model(self):
+        """The encoder of a model with a head; of one without, itself."""
+        return getattr(self, self.base_model_prefix, self)
+
     def get_input_embeddings(self):
-        return getattr(self, self.base_model_prefix, self).embeddings.word_embeddings
+        return self.base_model.embeddings.word_embeddings
 
     @classmethod
     def from_pretrained(cls, name_or_folder, *, allow_pickle=False, dtype=None, **config):

@@ -117,19 +117,19 @@ class _Encoded(NamedTuple):
     attentions: tuple[torch.Tensor, ...] | None
 
 
-def _encoded(model, output_attentions, output_hidden_states, inputs, first_only=False):
-    """Arguments as of `BertModel.encode`, the inputs in a dict."""
+def encoded(model, output_attentions, output_hidden_states, given, first_only=False):
+    """Arguments as of `BertModel.encode`, the inputs of a head in a dict."""
     bert, config = model.bert, model.config
     wanted = {
         "output_attentions": _default(output_attentions, config, "output_attentions"),
         "output_hidden_states": _default(output_hidden_states, config, "output_hidden_states"),
     }
     if watch.global_hooks() or watch.untouched(bert, BertModel):
-        last, pooled, states, attentions = _called(bert, inputs | wanted)
-        packing = Packing(*last.shape[:2], inputs["attention_mask"], last.device)
+        last, pooled, states, attentions = _called(bert, given | wanted)
+        packing = Packing(*last.shape[:2], given["attention_mask"], last.device)
         hidden = last[:, 0] if first_only else packing.pack(last)
         return _Encoded(packing, hidden, pooled, states, attentions)
-    packing, hidden, states, attentions = bert.encode(**inputs, **wanted, first_only=first_only)
+    packing, hidden, states, attentions = bert.encode(**given, **wanted, first_only=first_only)
     pooled = None
     if bert.pooler is not None:
         pooled = bert.pooler(hidden if first_only else packing.first(hidden))
@@ -175,8 +175,8 @@ class BertForMaskedLM(_MaskedLMBase):
         output_hidden_states=None,
         return_dict=None,
     ):
-        arguments = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        found = _encoded(self, output_attentions, output_hidden_states, arguments)
+        arguments = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        found = encoded(self, output_attentions, output_hidden_states, arguments)
         scores = self.cls(found.hidden)
         output = MaskedLMOutput(
             loss=_masked_lm_loss(scores, labels, found.packing),
@@ -210,8 +210,8 @@ class BertForPreTraining(_MaskedLMBase):
         output_hidden_states=None,
         return_dict=None,
     ):
-        arguments = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        found = _encoded(self, output_attentions, output_hidden_states, arguments)
+        arguments = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        found = encoded(self, output_attentions, output_hidden_states, arguments)
         scores, relation = self.cls(found.hidden, found.pooled)
         loss = _masked_lm_loss(scores, labels, found.packing)
         if loss is not None and next_sentence_label is not None:
@@ -255,8 +255,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
         output_hidden_states=None,
         return_dict=None,
     ):
-        arguments = _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        found = _encoded(self, output_attentions, output_hidden_states, arguments, first_only=True)
+        arguments = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        found = encoded(self, output_attentions, output_hidden_states, arguments, first_only=True)
         logits = self.classifier(self.dropout(found.pooled))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels),
@@ -265,6 +265,15 @@ class BertForSequenceClassification(BertPreTrainedModel):
             attentions=found.attentions,
         )
         return finish(output, return_dict, self.config)
+
+    def packed_logits(
+        self, input_ids, cu_seqlens, max_seqlen: int, position_ids=None, token_type_ids=None
+    ):
+        """[sequences, num_labels] of packed sequences; see `BertModel.encode_packed`."""
+        first = cu_seqlens[:-1].long().clamp(max=len(input_ids) - 1)  # any token, of an empty one
+        packed = input_ids, cu_seqlens, max_seqlen, position_ids, token_type_ids
+        hidden = self.bert.encode_packed(*packed, first)
+        return self.classifier(self.dropout(self.bert.pooler(hidden)))
 
     def _loss(self, logits, labels):
         if self.config.problem_type is None:
@@ -282,7 +291,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
-def _inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
+def inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

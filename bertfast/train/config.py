@@ -5,11 +5,12 @@ import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from ..data.errors import ConfigError
 from ..data.masking import KINDS
 
-METRICS = {
+METRICS = {  # of classification, the first by default
     "single_label": ("macro_f1", "accuracy", "micro_f1", "loss"),
     "multi_label": ("micro_f1", "macro_f1", "accuracy", "loss"),
     "regression": ("mse", "mae", "pearson", "r2", "loss"),
@@ -18,6 +19,7 @@ LOWER_IS_BETTER = {"loss", "mse", "mae"}
 MAX_WEIGHT = 1e30  # of a class: float32 holds sums of it
 CHOICES = {
     "task": tuple(METRICS),
+    "head": ("auto", "fresh", "keep"),
     "schedule": ("linear", "cosine", "constant"),
     "precision": ("fp32", "bf16"),
     "optimizer": ("adamw", "lamb"),
@@ -26,7 +28,8 @@ CHOICES = {
 }
 
 
-def _setting(default, text):
+def setting(default, text):
+    """A field that is an option too."""
     kind = {"default_factory": default} if callable(default) else {"default": default}
     return field(**kind, metadata={"help": text})
 
@@ -35,26 +38,26 @@ def _setting(default, text):
 class RunConfig:
     """What the training loop itself needs to know."""
 
-    epochs: int = _setting(3, "passes over the training data")
-    max_steps: int | None = _setting(None, "stop after so many optimizer steps")
-    optimizer: str = _setting("adamw", "lamb is for batches of thousands of sequences")
-    lr: float = _setting(5e-5, "peak learning rate")
-    beta2: float = _setting(0.999, "decay of the squared gradient's mean; lower suits short runs")
-    warmup: float = _setting(0.1, "share of the steps in which the learning rate rises")
-    schedule: str = _setting("linear", "decay of the learning rate after the warm-up")
-    weight_decay: float = _setting(0.01, "decay of the weights, not on biases and LayerNorm")
-    clip: float = _setting(1.0, "gradient norm to clip to, 0 for none")
-    accumulation: int = _setting(1, "micro-batches in an optimizer step")
-    precision: str = _setting("fp32", "arithmetic; the weights stay in fp32")
-    seed: int = _setting(0, "seed of weights, dropout, order and split")
-    patience: int | None = _setting(None, "stop after so many evaluations without a better metric")
-    gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, slower")
-    eval_steps: int | None = _setting(None, "evaluate every N steps (default: every epoch)")
-    save_steps: int | None = _setting(None, "checkpoint every N steps too, not only on evaluation")
-    keep: int = _setting(2, "checkpoints to keep, besides that of the best evaluation")
-    resume: str = _setting("auto", "auto, no, or the folder of a checkpoint")
-    parallel: str = _setting("ddp", "under torchrun: ddp, or fsdp to share out the weights too")
-    device: str | None = _setting(None, "cpu or cuda (default: cuda where there is one)")
+    epochs: int = setting(3, "passes over the training data")
+    max_steps: int | None = setting(None, "stop after so many optimizer steps")
+    optimizer: str = setting("adamw", "lamb is for batches of thousands of sequences")
+    lr: float = setting(5e-5, "peak learning rate")
+    beta2: float = setting(0.999, "decay of the squared gradient's mean; lower suits short runs")
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises")
+    schedule: str = setting("linear", "decay of the learning rate after the warm-up")
+    weight_decay: float = setting(0.01, "decay of the weights, not on biases and LayerNorm")
+    clip: float = setting(1.0, "gradient norm to clip to, 0 for none")
+    accumulation: int = setting(1, "micro-batches in an optimizer step")
+    precision: str = setting("fp32", "arithmetic; the weights stay in fp32")
+    seed: int = setting(0, "seed of weights, dropout, order and split")
+    patience: int | None = setting(None, "stop after so many evaluations without a better metric")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
+    eval_steps: int | None = setting(None, "evaluate every N steps (default: every epoch)")
+    save_steps: int | None = setting(None, "checkpoint every N steps too, not only on evaluation")
+    keep: int = setting(2, "checkpoints to keep, besides that of the best evaluation")
+    resume: str = setting("auto", "auto, no, or the folder of a checkpoint")
+    parallel: str = setting("ddp", "under torchrun: ddp, or fsdp to share out the weights too")
+    device: str | None = setting(None, "cpu or cuda (default: cuda where there is one)")
     metric: str | None = None  # what picks the weights kept at the end; None: the last
 
     def __post_init__(self):
@@ -82,7 +85,8 @@ class RunConfig:
             raise ConfigError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
     def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        kind = getattr(self, "kind", None)
+        return ({"kind": kind} if kind else {}) | dataclasses.asdict(self)
 
     def require(self, *names):
         """ConfigError where one of these is not set, or what to resume is not there."""
@@ -95,35 +99,31 @@ class RunConfig:
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    """What `finetune` does; every field is also a command-line option and a YAML key."""
+    """What `finetune` does for any task; every field of a task's own kind of settings is also a
+    command-line option and a YAML key."""
 
-    model: str = _setting("", "folder or hub name of the pretrained checkpoint")
-    train: str = _setting("", "training data: .jsonl .csv .tsv .parquet, gzip'd or not")
-    out: str = _setting("", "folder for the model, metrics and checkpoints")
-    valid: str | None = _setting(None, "validation data (default: split off the training data)")
-    test: str | None = _setting(None, "test data (default: split off, where valid is too)")
-    task: str = _setting("single_label", "kind of labels")
-    text_column: str = _setting("text", "column of the text")
-    text_pair_column: str | None = _setting(None, "column of the second text of a pair")
-    label_column: str = _setting("label", "column of the label")
-    dedup: bool = _setting(False, "keep only the first of equal texts in each file")
-    batch_size: int = _setting(32, "examples in a micro-batch")
-    batch_tokens: int | None = _setting(None, "tokens in a micro-batch, in place of batch_size")
-    max_length: int = _setting(128, "tokens a text is cut to")
-    metric: str | None = _setting(None, "what picks the best evaluation (default: by task)")
-    class_weights: dict[str, float] = _setting(dict, "label=weight in the loss, others 1")
-    fresh_head: bool | None = _setting(
-        None,
-        "a new head, or the checkpoint's (default: that if its classes are the data's)",
+    kind: ClassVar[str] = ""  # the task's name
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)  # that may pick the best evaluation
+
+    model: str = setting("", "folder or hub name of the pretrained checkpoint")
+    train: str = setting("", "training data: .jsonl .csv .tsv .parquet, gzip'd or not")
+    out: str = setting("", "folder for the model, metrics and checkpoints")
+    valid: str | None = setting(None, "validation data (default: split off the training data)")
+    test: str | None = setting(None, "test data (default: split off, where valid is too)")
+    batch_size: int = setting(32, "examples in a micro-batch (of each process)")
+    batch_tokens: int | None = setting(None, "tokens in a micro-batch, in place of batch_size")
+    max_length: int = setting(128, "tokens a text is cut to")
+    metric: str | None = setting(None, "what picks the best evaluation (default: by task)")
+    head: str = setting(
+        "auto", "fresh: a new one; keep: the checkpoint's; auto: that where its outputs fit"
     )
-    freeze_layers: int | None = _setting(None, "freeze the embeddings and the first N layers")
-    allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
-    parallel: str | None = _setting(None, "for pretrain only: finetune trains in one process")
+    freeze_layers: int | None = setting(None, "freeze the embeddings and the first N layers")
+    seeds: int = setting(1, "runs, with seeds from `seed` on: figures are means, the best is kept")
+    allow_pickle: bool = setting(False, "read pickled weights (weights_only)")
 
     def __post_init__(self):
         super().__post_init__()
-        self._check("parallel", self.parallel is None, "none: finetune trains in one process")
-        for name in ("batch_size", "max_length"):
+        for name in ("batch_size", "max_length", "seeds"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
         for name in ("train", "valid", "test"):
             self._check(name, getattr(self, name) != "-", "a file, which a resumed run reads again")
@@ -131,21 +131,21 @@ class FinetuneConfig(RunConfig):
         self._check("batch_tokens", tokens is None or tokens >= 1, "1 or more")
         by_size = tokens is not None and self.batch_size != type(self).batch_size
         self._check("batch_tokens", not by_size, f"none beside batch_size {self.batch_size}")
-        self.text_pair_column = self.text_pair_column or None
-        metrics = METRICS[self.task]
-        self.metric = self.metric or metrics[0]
-        self._check(
-            "metric", self.metric in metrics, f"for {self.task} one of {', '.join(metrics)}"
-        )
-        self._check(
-            "class_weights",
-            self.task == "single_label" or not self.class_weights,
-            "none unless the task is single_label",
-        )
-        for label, weight in self.class_weights.items():
+        one = self.seeds == 1 or self.resume in ("auto", "no")
+        self._check("resume", one, "auto or no for several seeds, whose checkpoints are their own")
+        known = self.known_metrics()
+        self.metric = self.metric or known[0]
+        self._check("metric", self.metric in known, f"one of {', '.join(known)}")
+
+    def known_metrics(self) -> tuple[str, ...]:
+        return self.metrics
+
+    def check_weights(self, name) -> None:
+        """Of classes or tags, as the loss takes them."""
+        for label, weight in getattr(self, name).items():
             if not (isinstance(weight, int | float) and 0 <= weight <= MAX_WEIGHT):
                 raise ConfigError(
-                    f"class_weights: {label} is {weight!r}, expected a number, 0 to {MAX_WEIGHT:g}"
+                    f"{name}: {label} is {weight!r}, expected a number, 0 to {MAX_WEIGHT:g}"
                 )
 
 
@@ -153,25 +153,25 @@ class FinetuneConfig(RunConfig):
 class PretrainConfig(RunConfig):
     """What `pretrain` does; every field is also a command-line option and a YAML key."""
 
-    data: str = _setting("", "folder that `bertfast prepare` made")
-    config: str = _setting("base", "size: tiny, mini, small, base, large, or a config.json")
-    out: str = _setting("", "folder for the model, metrics and checkpoints")
-    model: str | None = _setting(None, "checkpoint to go on from; its size and weights")
-    allow_pickle: bool = _setting(False, "read pickled weights (weights_only)")
-    length: int = _setting(128, "longest sequence in tokens")
-    nsp: bool = _setting(True, "sentence pairs and next-sentence prediction; else MLM only")
-    masking: str = _setting("token", "what is masked as one")
-    mask_share: float = _setting(0.15, "share of the tokens to predict")
-    lexicon: str | None = _setting(None, "phrases, one a line, for --masking entity")
-    batch_tokens: int = _setting(32768, "tokens in an optimizer step, over all ranks")
-    epochs: int = _setting(1, "passes over the corpus, where max_steps is not given")
-    lr: float = _setting(1e-4, "peak learning rate")
-    warmup: float = _setting(0.05, "share of the steps in which the learning rate rises")
-    accumulation: int = _setting(1, "parts a rank's share of a step is cut into")
-    eval_steps: int | None = _setting(500, "evaluate every N steps, and at the end")
-    save_steps: int | None = _setting(500, "checkpoint every N steps")
-    log_steps: int = _setting(50, "print a line every N steps")
-    eval_tokens: int = _setting(200_000, "validation tokens an evaluation reads")
+    data: str = setting("", "folder that `bertfast prepare` made")
+    config: str = setting("base", "size: tiny, mini, small, base, large, or a config.json")
+    out: str = setting("", "folder for the model, metrics and checkpoints")
+    model: str | None = setting(None, "checkpoint to go on from; its size and weights")
+    allow_pickle: bool = setting(False, "read pickled weights (weights_only)")
+    length: int = setting(128, "longest sequence in tokens")
+    nsp: bool = setting(True, "sentence pairs and next-sentence prediction; else MLM only")
+    masking: str = setting("token", "what is masked as one")
+    mask_share: float = setting(0.15, "share of the tokens to predict")
+    lexicon: str | None = setting(None, "phrases, one a line, for --masking entity")
+    batch_tokens: int = setting(32768, "tokens in an optimizer step, over all ranks")
+    epochs: int = setting(1, "passes over the corpus, where max_steps is not given")
+    lr: float = setting(1e-4, "peak learning rate")
+    warmup: float = setting(0.05, "share of the steps in which the learning rate rises")
+    accumulation: int = setting(1, "parts a rank's share of a step is cut into")
+    eval_steps: int | None = setting(500, "evaluate every N steps, and at the end")
+    save_steps: int | None = setting(500, "checkpoint every N steps")
+    log_steps: int = setting(50, "print a line every N steps")
+    eval_tokens: int = setting(200_000, "validation tokens an evaluation reads")
 
     def __post_init__(self):
         super().__post_init__()
@@ -188,7 +188,7 @@ class PretrainConfig(RunConfig):
         )
 
 
-def read_yaml(path, settings=FinetuneConfig, only=None) -> dict:
+def read_yaml(path, settings, only=None) -> dict:
     """The settings in a YAML file, checked for names and kinds against a dataclass; `only` these
     names, whatever else is there.
 
@@ -208,6 +208,10 @@ def read_yaml(path, settings=FinetuneConfig, only=None) -> dict:
     fields = {f.name: f for f in dataclasses.fields(settings)}
     values = {}
     for name, node in _entries(path, root).items():
+        if name == "kind" and only is None:
+            if node.value != getattr(settings, "kind", None):
+                raise ConfigError(f"{path} is of `finetune {node.value}`: give that command")
+            continue
         if name not in fields and only is None:
             raise ConfigError(f"{path}: unknown setting {name!r}; known are {', '.join(fields)}")
         if only is None or name in only:

@@ -1,41 +1,46 @@
 """How a model reads text: the columns and the length it was trained with, and a tokenizer that
 fits it."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from .. import data
 from ..model import checkpoint
+from . import networks, tasks
 from .config import ConfigError, read_yaml
 from .outputs import RUN_CONFIG, say
 
-_DEFAULTS = {
-    "text_column": "text",
-    "text_pair_column": None,
-    "label_column": "label",
-    "max_length": None,
-}
+_LONGEST = 512  # tokens a text is cut to, where the model takes more or says nothing
 
 
-def remembered(folder: Path) -> dict:
-    """Columns and length that the run which left `folder` was trained with; {} of no run."""
+def _defaults(kind: str) -> dict:
+    """Of a task's settings. How long a text may be the model says."""
+    config = tasks.module(kind).Task.Config
+    return {f.name: f.default for f in fields(config)} | {"max_length": None}
+
+
+def remembered(folder: Path, kind: str = "classify", names=("text_pair_column",)) -> dict:
+    """The settings of these names that the run which left `folder` was trained with; {} of no
+    run."""
     path = folder / RUN_CONFIG
     try:
-        return read_yaml(path, only=_DEFAULTS) if path.is_file() else {}
+        config = tasks.module(kind).Task.Config
+        return read_yaml(path, config, only=names) if path.is_file() else {}
     except (ConfigError, ImportError) as e:
         say(f"warning: how the model was trained is not known: {e}")
         return {}
 
 
-def as_trained(folder: Path, **given) -> dict:
+def as_trained(folder: Path, kind: str = "classify", **given) -> dict:
     """What is `given`; for None what the run that left `folder` was trained with, or else the
-    default. "" stands for no column. Says which columns come from the run, where they are not the
-    default's, and where `given` differs from it."""
-    known = remembered(folder)
-    chosen = _DEFAULTS | known
+    default of that kind of task. "" stands for no column. Says which come from the run, where they
+    are not the default's, and where `given` differs from it."""
+    known, defaults = remembered(folder, kind, given), _defaults(kind)
+    chosen = defaults | known
     used = [
         f"{name} {known[name]!r}"
         for name, value in given.items()
-        if value is None and name != "max_length" and chosen[name] != _DEFAULTS[name]
+        if value is None and name != "max_length" and chosen[name] != defaults[name]
     ]
     if used:
         say(f"as in {folder / RUN_CONFIG}: {', '.join(used)}")
@@ -61,15 +66,15 @@ def check(tokenizer, model, folder, max_length: int | None, pairs: bool) -> int:
             f"(transformers: model.resize_token_embeddings({size}))"
         )
     types = max(data.encode(tokenizer, ["a"], ["a"])[0].get("token_type_ids", [0])) + 1
-    if pairs and types > config.type_vocab_size:
+    if pairs and networks.takes_types(model) and types > config.type_vocab_size:
         raise checkpoint.CheckpointError(
             f"{folder}: the tokenizer marks a pair by {types} token types, the model has "
             f"{config.type_vocab_size}: give single texts"
         )
-    limit = config.max_position_embeddings
+    limit = networks.longest(model)
     if max_length is None:
-        return min(512, limit)
-    if max_length > limit:
+        return min(_LONGEST, limit or _LONGEST)
+    if limit is not None and max_length > limit:
         raise ConfigError(f"max_length is {max_length}, the model takes up to {limit}")
     specials = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length <= specials:

@@ -13,8 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import heap
-from ..model.encoder import BertLayer
-from . import checkpoint
+from . import checkpoint, networks
 from .config import LOWER_IS_BETTER
 from .optimizer import learning_rate, make_optimizer
 from .ranks import Ranks, join, like
@@ -79,7 +78,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         device = self.accelerator.device
         self.low = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        layers = [m for m in model.modules() if isinstance(m, BertLayer)]
+        layers = networks.layers(model)
         self.module = self.ranks.wrap(_Loss(model.to(device), task), layers)
         self.optimizer = make_optimizer(model, config)
         self.objectives = max(1, len(task.names))

@@ -1,19 +1,33 @@
 """What a run leaves in its folder: first the model, then what may fail with a warning."""
 
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from ..files import check_file, check_folder, json_text, os_errors, put, write_text
+from ..files import (
+    check_file,
+    check_folder,
+    json_text,
+    os_errors,
+    put,
+    read_json,
+    write_text,
+    write_whole,
+)
 from .config import ConfigError
+from .networks import quiet
 
 RUN_CONFIG = "run_config.yaml"
+DECISION = "decision.json"  # what a task's outputs are decided by, beside the largest
 _READ = {RUN_CONFIG, "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"}
-_READ |= {"special_tokens_map.json", "added_tokens.json", "README.md"}
+_READ |= {DECISION, "special_tokens_map.json", "added_tokens.json", "README.md"}
 _WEIGHTS = {".safetensors", ".bin"}
-_MADE = {RUN_CONFIG, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-_MADE |= {"metrics.jsonl", "data_report.json", "eval_results.json", "training_curve.png"}
+_MADE = {RUN_CONFIG, DECISION, "config.json", "model.safetensors"}
+_MADE |= {"tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "data_report.json"}
+_MADE |= {"eval_results.json", "seeds.json", "training_curve.png"}
 _MADE |= {"confusion_matrix.csv", "confusion_matrix.png"}
 
 
@@ -98,14 +112,42 @@ def write_lines(path, lines) -> None:
 def save(model, tokenizer, out: Path) -> None:
     """The model and its tokenizer. Raises OSError, which says what is left of the run."""
     try:
-        with os_errors(out):
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+        with os_errors(out), TemporaryDirectory(dir=out, prefix=".model") as aside:
+            # transformers' own would leave half of a model where it is stopped.
+            with quiet():
+                model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            for path in sorted(Path(aside).iterdir()):
+                _sync(path)
+                put(path, out / path.name)
     except OSError as e:
         raise OSError(
             f"the trained model can't be saved in {out} ({e}); its weights are kept in "
             f"{out / 'checkpoints'}: the same command with --resume auto saves it without training"
         ) from e
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def bring(folder: Path, out: Path) -> None:
+    """A run's files, without its checkpoints, into another folder too."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            write_whole(out / path.name, lambda aside, path=path: shutil.copyfile(path, aside))
+
+
+def read_decision(folder: Path) -> dict:
+    """What `FinetuneTask.tune` found for the model in a folder; {} of none."""
+    path = folder / DECISION
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {found!r:.100}, expected names and values in braces")
+    return found
 
 
 @contextmanager

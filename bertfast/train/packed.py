@@ -12,6 +12,25 @@ from ..encoder.graph import Bucket, bucket, rounded
 IGNORED = -100  # a label that counts for nothing
 
 
+class Rows(NamedTuple):
+    """The sequences of a `Packed` side by side in rows, for models that take them so."""
+
+    input_ids: torch.Tensor  # int64 [sequences, longest], padded on the right, as the next two
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor
+    index: torch.Tensor  # int64 [tokens]: where each is in the flattened rows
+
+    @classmethod
+    def of(cls, ids, types, starts, pad: int) -> "Rows":
+        lengths = np.diff(starts)
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        tables = np.full(mask.shape, pad, np.int64), np.zeros(mask.shape, np.int64)
+        for table, values in zip(tables, (ids, types), strict=True):
+            table[mask] = values
+        arrays = tables[0], mask.astype(np.int64), tables[1], np.flatnonzero(mask)
+        return cls(*map(torch.from_numpy, arrays))
+
+
 class Packed(NamedTuple):
     """A micro-batch, as a task loads it (on the CPU) and as its loss takes it (on the device)."""
 
@@ -24,24 +43,34 @@ class Packed(NamedTuple):
     labels: torch.Tensor | None = None  # int64 [masked]: what they were, `IGNORED` of fillers
     targets: torch.Tensor | None = None  # [sequences, ...] of classes (int64) or numbers
     real: torch.Tensor | None = None  # int64 [sequences]: 0 of fillers; None where there are none
+    rows: Rows | None = None  # the same sequences padded, for a model of transformers
 
     @classmethod
-    def of_rows(cls, rows: list[dict]) -> "Packed":
-        """Of encoded rows: input_ids, labels and perhaps token_type_ids, see `data.encode`."""
+    def of_rows(cls, rows: list[dict], pad: int | None = None) -> "Packed":
+        """Of encoded rows: input_ids and perhaps token_type_ids, see `data.encode`; `labels`, a
+        number or a list of them; `places`, the tokens of the row that count, and their `tags`.
+        pad: the padding's id, for `Packed.rows`; None for none."""
         lengths = [len(row["input_ids"]) for row in rows]
         ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int64)
         types = [r.get("token_type_ids", [0] * n) for r, n in zip(rows, lengths, strict=True)]
         types = np.concatenate(types)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         places = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
-        targets = np.asarray([row["labels"] for row in rows])
-        whole = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
         arrays = (ids, places, types.astype(np.int64), starts.astype(np.int32))
-        return cls(
-            *map(torch.from_numpy, arrays),
-            max(lengths),
-            targets=torch.from_numpy(targets.astype(np.int64 if whole else np.float32)),
-        )
+        more = {}
+        if "labels" in rows[0]:
+            targets = np.asarray([row["labels"] for row in rows])
+            whole = np.issubdtype(targets.dtype, np.integer)
+            more["targets"] = targets.astype(np.int64 if whole else np.float32)
+        if "places" in rows[0]:
+            own = [np.asarray(r["places"]) + s for r, s in zip(rows, starts[:-1], strict=True)]
+            more["positions"] = np.concatenate(own).astype(np.int64)
+            tags = [r.get("tags", np.full(len(r["places"]), IGNORED)) for r in rows]
+            more["labels"] = np.concatenate(tags).astype(np.int64)
+        more = {name: torch.from_numpy(values) for name, values in more.items()}
+        if pad is not None:
+            more["rows"] = Rows.of(ids, types, starts, pad)
+        return cls(*map(torch.from_numpy, arrays), max(lengths), **more)
 
     @property
     def first(self) -> torch.Tensor:
@@ -49,11 +78,13 @@ class Packed(NamedTuple):
         return self.cu_seqlens[:-1].long().clamp(max=len(self.input_ids) - 1)
 
     def to(self, device) -> "Packed":
-        return Packed(
-            *(t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in self)
-        )
+        def moved(value):
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-    def padded(self, pin: bool) -> "Padded":
+        *own, rows = self
+        return Packed(*map(moved, own), rows and Rows(*map(moved, rows)))
+
+    def filled(self, pin: bool) -> "Filled":
         """In the smallest bucket, in pinned memory or not.
 
         Fillers of `positions` name the last token, which may be a real one: no gradient comes of
@@ -82,7 +113,7 @@ class Packed(NamedTuple):
             n = self.targets.numel()
             targets = targets.view(np.float64) if numbers else targets
             targets[:n], targets[n:] = self.targets.numpy().reshape(-1), 0 if numbers else IGNORED
-        return Padded(layout, here)
+        return Filled(layout, here)
 
 
 class Layout(NamedTuple):
@@ -119,7 +150,7 @@ class Layout(NamedTuple):
         )
 
 
-class Padded(NamedTuple):
+class Filled(NamedTuple):
     """A micro-batch with fillers."""
 
     layout: Layout

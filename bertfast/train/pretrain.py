@@ -20,12 +20,13 @@ from ..model.presets import bert_config
 from ..model.tokenizer import load_tokenizer
 from . import outputs, plots
 from .config import ConfigError, PretrainConfig
-from .inference import choose_device
 from .loop import train
+from .networks import gathered
 from .outputs import say
 from .packed import IGNORED, Packed
-from .ranks import Ranks, full
+from .ranks import Ranks
 from .task import Task
+from .tasks.base import choose_device
 
 # What may differ when a run is resumed; neither ranks nor accumulation change a step.
 _FREE = {"out", "resume", "keep", "save_steps", "log_steps", "allow_pickle", "device"}
@@ -45,8 +46,6 @@ class PretrainTask(Task):
         self.names = ("mlm_loss", "nsp_loss") if config.nsp else ("mlm_loss",)
         self.device = choose_device(config.device)
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         self.common = read_index(config.data)["statistics"]["most_frequent_token"]
         self.samples = []
 
@@ -312,7 +311,7 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
         outcome = train(model, task, config, out, fingerprint, tell)
         results = {"train": outcome, "valid": outcome.pop("last") or {}}
         results["valid"].pop("samples", None)
-        plain = _gathered(model, main)
+        plain = gathered(model, Ranks(config.parallel))
         if main:
             outputs.save(plain, tokenizer, out)
             with outputs.optional(out / "eval_results.json") as path:
@@ -328,15 +327,3 @@ def _start(config):
         return config.seed
     folder = checkpoint.resolve(config.model)
     return [sha256(p) for p in checkpoint.files(folder, config.allow_pickle)]
-
-
-def _gathered(model, main):
-    """On rank 0 a plain model with the weights of a perhaps sharded one; all ranks together."""
-    with torch.no_grad():
-        tensors = {name: full(p) for name, p in model.named_parameters()}
-    if not main:
-        return None
-    plain = type(model)(model.config)
-    plain.tie_weights()
-    plain.load_state_dict(tensors, strict=False)
-    return plain

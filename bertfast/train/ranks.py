@@ -19,7 +19,7 @@ def require_one_process(command: str) -> None:
     if world > 1:
         raise ConfigError(
             f"WORLD_SIZE is {world}, but {command} runs in one process: start it without torchrun "
-            "(pretrain is the one command that takes several)"
+            "(pretrain and finetune take several)"
         )
 
 
@@ -68,6 +68,14 @@ class Ranks:
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value) -> list:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        found = [None] * self.world
+        distributed.all_gather_object(found, value)
+        return found
 
     def share(self, group: list) -> list[tuple]:
         """(batch, 1.0) for each of this rank's; every rank gets equally many, filled up with

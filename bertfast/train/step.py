@@ -4,7 +4,7 @@ import torch
 
 from ..encoder import graph
 from .optimizer import flat_gradients
-from .packed import Packed, Padded
+from .packed import Filled, Packed
 from .ranks import full
 from .replay import Replay
 
@@ -59,9 +59,9 @@ class Step:
         """What `add` takes of a batch that a task has loaded; for another thread to make."""
         if not isinstance(batch, Packed):
             return batch
-        fits = len(batch.input_ids) <= graph.MAX_TOKENS
+        fits = len(batch.input_ids) <= graph.MAX_TOKENS and batch.rows is None
         if fits and self.replay and self.replay.recorder:
-            return batch.padded(self.pin)
+            return batch.filled(self.pin)
         return batch.to(self.device)
 
     def begin(self, weights: list[float], rate: float) -> None:
@@ -72,7 +72,7 @@ class Step:
     def add(self, ready, factor: float = 1.0, last: bool = True) -> None:
         """A micro-batch's losses and gradients. factor: 0.0 for one that counts for nothing, and
         only takes part. last: whether it is the step's."""
-        if isinstance(ready, Padded):
+        if isinstance(ready, Filled):
             layout, values = ready
             self.replay.run(layout, lambda buffer: self._micro(layout.batch(buffer)), values)
             return

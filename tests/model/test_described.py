@@ -265,12 +265,12 @@ def test_finetunes(tmp_path):
     """A model with a layer less goes through `bertfast finetune`, and what comes out has as many."""
     import tiny
 
-    from bertfast.train import FinetuneConfig, evaluate, finetune
+    from bertfast.train import ClassifyConfig, evaluate, finetune
 
     settings = tiny.settings(tmp_path, max_steps=1)
     model = bertfast.BertModel.from_pretrained(settings["model"])
     model.encoder.layer = model.encoder.layer[:1]
     model.save_pretrained(settings["model"])
-    results = finetune(FinetuneConfig(**settings))
+    results = finetune(ClassifyConfig(**settings))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 1
     assert evaluate(settings["out"], settings["valid"])["accuracy"] == results["valid"]["accuracy"]

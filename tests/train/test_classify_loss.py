@@ -14,7 +14,7 @@ def test_class_weights_in_the_loss():
     batch = task.load(range(16)).to(GPU)
     model = model.to(GPU)
     mean = task.loss(model, batch) / task.weight(task.load(range(16)))
-    padded = collate([task.train[i] for i in range(16)], 0)
+    padded = collate([task.rows["train"][i] for i in range(16)], 0)
     labels = padded.pop("labels")
     logits = exact(model.cpu(), padded).logits
     weights = torch.tensor([5.0, 1.0, 0.5], dtype=torch.float64)
@@ -26,7 +26,7 @@ def test_mean_of_flags_and_numbers(kind):
     model, task, _ = classification(task=kind, dropout=0.0)
     batch = task.load(range(16))
     mean = task.loss(model.to(GPU), batch.to(GPU)) / task.weight(batch)
-    padded = collate([task.train[i] for i in range(16)], 0)
+    padded = collate([task.rows["train"][i] for i in range(16)], 0)
     labels = padded.pop("labels").double()
     logits = exact(model.cpu(), padded).logits
     if kind == "regression":

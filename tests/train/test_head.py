@@ -15,9 +15,9 @@ from bertfast import quantize
 from bertfast.cli import main
 from bertfast.data import LabelSet
 from bertfast.model import CheckpointError, checkpoint
-from bertfast.train import ConfigError, FinetuneConfig, finetune, predict
-from bertfast.train import head as heads
-from bertfast.train.classify import _fingerprint
+from bertfast.train import ClassifyConfig, ConfigError, finetune, heads, predict
+from bertfast.train.finetune import _fingerprint
+from bertfast.train.tasks.classify_inference import HEAD
 
 NAMES = ("red", "green", "blue")
 
@@ -35,8 +35,8 @@ def headed(folder, names=NAMES, cls=bertfast.BertForSequenceClassification, **op
     return folder, model
 
 
-def load(folder, names, task="single_label", fresh=None, flags=False):
-    return heads.load(folder, LabelSet(tuple(names), task), fresh, flags, False)
+def load(folder, names, task="single_label", which="auto", flags=False):
+    return heads.load(folder, HEAD, LabelSet(tuple(names), task), which, flags=flags)
 
 
 def logits(model):
@@ -63,7 +63,7 @@ def test_names_as_data_normalises_them(tmp_path):
 def test_finetune_goes_on_where_it_was(tmp_path):
     """From a head whose classes stand in another order than the data's, sorted."""
     settings = tiny.settings(tmp_path)
-    finetune(FinetuneConfig(**settings))
+    finetune(ClassifyConfig(**settings))
     texts = [row["text"] for row in tiny.rows(9, 2)]
     before, moved = predict(settings["out"], texts), tmp_path / "moved"
     model = bertfast.BertForSequenceClassification.from_pretrained(settings["out"])
@@ -76,7 +76,7 @@ def test_finetune_goes_on_where_it_was(tmp_path):
     model.save_pretrained(moved)
     transformers.AutoTokenizer.from_pretrained(settings["out"]).save_pretrained(moved)
     again = settings | {"model": str(moved), "out": str(tmp_path / "again")}
-    finetune(FinetuneConfig(**again | {"max_steps": 1, "lr": 1e-12}))
+    finetune(ClassifyConfig(**again | {"max_steps": 1, "lr": 1e-12}))
     for was, now in zip(before, predict(again["out"], texts), strict=True):
         assert was["label"] == now["label"]
         for name, p in was["probabilities"].items():
@@ -90,17 +90,17 @@ def test_finetune_goes_on_where_it_was(tmp_path):
 )
 def test_other_classes_are_refused(names, tmp_path):
     folder, model = headed(tmp_path / "m")
-    text = "for the classes red, green, blue, .* give --fresh-head for a new one"
+    text = "for the classes red, green, blue, .* give --head fresh for a new one"
     refused(ConfigError, text, load, folder, names)
-    found, labels = load(folder, names, fresh=True)
+    found, labels = load(folder, names, which="fresh")
     assert labels.names == names and found.classifier.out_features == found.num_labels == len(names)
     assert not torch.equal(found.classifier.weight[0], model.classifier.weight[0])
     assert torch.equal(found.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
     if len(names) == 3:  # in the order of the data's classes, as asked
-        found, labels = load(folder, names, fresh=False)
+        found, labels = load(folder, names, which="keep")
         assert labels.names == names and torch.equal(logits(found), logits(model))
     else:
-        refused(ConfigError, "new one$", load, folder, names, fresh=False)
+        refused(ConfigError, "new one$", load, folder, names, which="keep")
 
 
 def test_a_head_without_names(tmp_path):
@@ -109,7 +109,7 @@ def test_a_head_without_names(tmp_path):
     for names, expected in ((numbers[::-1], numbers), (tuple(model.config.id2label.values()),) * 2):
         found, labels = load(folder, names)
         assert labels.names == expected and torch.equal(logits(found), logits(model))
-    refused(ConfigError, "LABEL_0.*no-fresh-head", load, folder, tuple("abcdefghijk"))
+    refused(ConfigError, "LABEL_0.*--head keep", load, folder, tuple("abcdefghijk"))
 
 
 def test_vectors_of_flags_name_places(tmp_path):
@@ -131,7 +131,7 @@ def test_regression(tmp_path):
     )
     folder, _ = headed(tmp_path / "classes", ("spam",), problem_type="multi_label_classification")
     refused(ConfigError, "the classes spam.*a number", load, folder, (), "regression")
-    assert load(folder, (), "regression", fresh=True)[0].classifier.out_features == 1
+    assert load(folder, (), "regression", which="fresh")[0].classifier.out_features == 1
 
 
 @pytest.mark.parametrize("task", ["TokenClassification", "MultipleChoice"])
@@ -165,7 +165,7 @@ def test_names_that_are_numbers(tmp_path):
 
 def test_without_a_head(tmp_path, capsys):
     folder = tiny.checkpoint(tmp_path / "m")
-    assert load(folder, NAMES, fresh=False)[1].names == NAMES  # there is none to keep
+    assert load(folder, NAMES, which="keep")[1].names == NAMES  # there is none to keep
     model, labels = load(folder, NAMES)
     assert labels.names == NAMES and model.config.num_labels == 3
     scale = model.classifier.weight.std() / model.config.initializer_range
@@ -197,11 +197,11 @@ def test_command_line(tmp_path, capsys):
     command += ["--max-length", "16", "--train", settings["train"], "--out", settings["out"]]
     assert main(command) == 2
     assert main([*command, "--dry-run"]) == 2
-    assert "--fresh-head" in capsys.readouterr().err.splitlines()[-1]
-    for option, kind in (("--fresh-head", "new"), ("--no-fresh-head", "kept")):
-        assert main([*command, option, "--dry-run"]) == 0
+    assert "--head fresh" in capsys.readouterr().err.splitlines()[-1]
+    for which, kind in (("fresh", "new"), ("keep", "kept")):
+        assert main([*command, "--head", which, "--dry-run"]) == 0
         assert f"head: {kind}" in capsys.readouterr().err
-    assert main([*command, "--fresh-head"]) == 0
+    assert main([*command, "--head", "fresh"]) == 0
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [*saved["id2label"].values()] == sorted(NAMES)
 
@@ -210,9 +210,9 @@ def test_runs_of_before_go_on(tmp_path):
     """The setting is a run's own where it is given."""
     settings = tiny.settings(tmp_path)
     folder = checkpoint.resolve(settings["model"])
-    assert "fresh_head" not in _fingerprint(FinetuneConfig(**settings), folder)
-    given = _fingerprint(FinetuneConfig(**settings, fresh_head=True), folder)
-    assert given["fresh_head"] is True
+    assert "head" not in _fingerprint(ClassifyConfig(**settings), folder)
+    given = _fingerprint(ClassifyConfig(**settings, head="fresh"), folder)
+    assert given["head"] == "fresh"
 
 
 def test_seeds(tmp_path):

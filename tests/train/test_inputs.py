@@ -19,8 +19,8 @@ from bertfast.data import DataError
 from bertfast.model import CheckpointError, checkpoint
 from bertfast.quantize import report
 from bertfast.train import (
+    ClassifyConfig,
     ConfigError,
-    FinetuneConfig,
     evaluate,
     finetune,
     inputs,
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     classifier(folder / "model")
     (folder / "model" / "run_config.yaml").write_text(
-        yaml.safe_dump(FinetuneConfig(**PAIRS).as_dict())
+        yaml.safe_dump(ClassifyConfig(**PAIRS).as_dict())
     )
     table = [
         {"q": row["text"], "d": "river stone run", "y": row["label"], "text": "cat", "label": "red"}
@@ -112,7 +112,7 @@ def test_a_column_that_is_needed(folder):
     model, table = str(folder / "model"), str(folder / "pairs.jsonl")
     refused(DataError, "no column ''", lambda: list(predict_table(model, table, text_column="")))
     refused(ConfigError, "evaluate needs the column", evaluate, model, table, label_column="")
-    assert FinetuneConfig(text_pair_column="").text_pair_column is None
+    assert ClassifyConfig(text_pair_column="").text_pair_column is None
 
 
 def test_empty_texts_have_one_rule(folder, tmp_path, capfd):
@@ -164,7 +164,7 @@ def test_a_tokenizer_that_does_not_fit(folder, tmp_path, capfd, change, message)
         (predict, (["cat"], ["dog"])),
         (predict_table, (table,)),
         (report, (table,)),
-        (lambda model: finetune(FinetuneConfig(model=model, **settings), dry_run=True), ()),
+        (lambda model: finetune(ClassifyConfig(model=model, **settings), dry_run=True), ()),
     ):
         refused(CheckpointError, message, function, str(model), *given)
     assert not (tmp_path / "o").exists()
@@ -173,7 +173,7 @@ def test_a_tokenizer_that_does_not_fit(folder, tmp_path, capfd, change, message)
 def test_length_is_checked_at_the_start(tmp_path):
     settings = tiny.settings(tmp_path)
     for length in (2, 33):
-        config = FinetuneConfig(**settings | {"max_length": length})
+        config = ClassifyConfig(**settings | {"max_length": length})
         refused(ConfigError, f"max_length is {length}, ", finetune, config, dry_run=True)
 
 

@@ -11,8 +11,8 @@ from tiny_classify import classification, rows, run
 
 from bertfast.data import collate
 from bertfast.train import checkpoint as state
-from bertfast.train.classify import ClassificationTask
 from bertfast.train.optimizer import learning_rate
+from bertfast.train.tasks.classify import ClassificationTask
 
 STILL = {"lr": 1e-30, "weight_decay": 0.0}  # weights stay what they are
 
@@ -31,12 +31,14 @@ def test_losses_of_a_step(tmp_path):
     assert outcome["step"] == len(batches) == 4
     weights = torch.tensor([5.0, 1.0, 1.0], dtype=torch.float64)
     for (found, _), step in zip(curve, batches, strict=True):
-        padded = collate([task.train[i] for batch in step for i in batch], 0)
+        padded = collate([task.rows["train"][i] for batch in step for i in batch], 0)
         labels = padded.pop("labels")
         logits = exact(model.cpu(), padded).logits
         close_to_truth(found, torch.nn.functional.cross_entropy(logits, labels, weight=weights))
     assert log(tmp_path, "lr") == [learning_rate(i, 4, config) for i in range(4)]
-    seen = [sum(len(task.train[i]["input_ids"]) for batch in s for i in batch) for s in batches]
+    seen = [
+        sum(len(task.rows["train"][i]["input_ids"]) for batch in s for i in batch) for s in batches
+    ]
     assert log(tmp_path, "tokens_seen") == list(accumulate(seen))
 
 

@@ -9,9 +9,9 @@ import tiny
 import torch
 from sklearn.metrics import f1_score
 
-from bertfast.train import FinetuneConfig, classify, finetune, metrics
+from bertfast.train import ClassifyConfig, finetune, metrics, networks
 from bertfast.train.config import METRICS
-from bertfast.train.inference import compute_logits
+from bertfast.train.tasks.classify import ClassificationTask
 
 STRICT = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
 
@@ -46,7 +46,7 @@ def test_macro_f1_is_over_the_classes_that_occur():
 
 def run(folder, **options):
     settings = tiny.settings(folder, max_steps=4, eval_steps=1, metric="accuracy", **options)
-    return finetune(FinetuneConfig(**settings))
+    return finetune(ClassifyConfig(**settings))
 
 
 @pytest.mark.parametrize("found, best", [
@@ -57,7 +57,7 @@ def run(folder, **options):
 def test_never_the_best(tmp_path, monkeypatch, capfd, found, best):
     values = iter(found)
     monkeypatch.setattr(
-        classify.ClassificationTask, "evaluate",
+        ClassificationTask, "evaluate",
         lambda *_: {"loss": 1.0, "accuracy": next(values), "macro_f1": 0.0},
     )  # fmt: skip
     outcome = run(tmp_path)["train"]
@@ -76,7 +76,7 @@ def test_never_the_best(tmp_path, monkeypatch, capfd, found, best):
 
 def test_stops_without_a_better_one(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        classify.ClassificationTask, "evaluate", lambda *_: {"loss": 1.0, "accuracy": math.nan}
+        ClassificationTask, "evaluate", lambda *_: {"loss": 1.0, "accuracy": math.nan}
     )
     outcome = run(tmp_path, patience=2)["train"]
     assert outcome["stopped_early"] and outcome["step"] == 2 and outcome["best"] is None
@@ -87,7 +87,7 @@ def test_a_metric_that_the_data_have_not(tmp_path, capfd):
     settings = tiny.settings(tmp_path, task="regression", metric="r2", max_steps=2)
     tiny.write(tmp_path / "train.jsonl", [{"text": "red cat", "label": i} for i in range(9)])
     tiny.write(tmp_path / "valid.jsonl", [{"text": "red", "label": 0.5}])
-    results = finetune(FinetuneConfig(**settings))
+    results = finetune(ClassifyConfig(**settings))
     assert results["train"]["best"] and math.isnan(results["valid"]["r2"])
     err = capfd.readouterr().err
     assert "no r2 of validation labels that are all 0.5 (rows: 1): the loss picks" in err
@@ -131,6 +131,8 @@ def test_logits_are_in_the_order_of_the_rows():
     class Model:
         device, num_labels = torch.device("cpu"), 2
 
+        config = type("Config", (), {})
+
         def forward(self, input_ids, attention_mask):  # DistilBERT takes no types either
             sums = (input_ids * attention_mask).sum(1).float()
             return type("Output", (), {"logits": torch.stack([sums, -sums], 1)})
@@ -139,5 +141,5 @@ def test_logits_are_in_the_order_of_the_rows():
 
     r = np.random.default_rng(0)
     rows = [{"input_ids": r.integers(1, 99, n).tolist()} for n in r.integers(1, 30, 50)]
-    found = compute_logits(Model(), rows, pad=7, batch_size=8)
-    assert found[:, 0].tolist() == [sum(row["input_ids"]) for row in rows]
+    found = networks.outputs(Model(), rows, pad=7, tokens=99)
+    assert [int(values[0]) for values in found] == [sum(row["input_ids"]) for row in rows]

@@ -7,7 +7,6 @@ import resource
 import struct
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +21,9 @@ from bertfast.cli import main
 from bertfast.data import DataError
 from bertfast.progress import Progress
 from bertfast.train import (
+    ClassifyConfig,
     ConfigError,
-    FinetuneConfig,
     PretrainConfig,
-    classify,
     finetune,
     outputs,
     plots,
@@ -34,9 +32,11 @@ from bertfast.train import (
     pretrain,
 )
 
+finetuning = sys.modules["bertfast.train.finetune"]  # the package's name is the function's
+
 
 def run(folder, **options):
-    return finetune(FinetuneConfig(**tiny.settings(folder, epochs=1, **options)))
+    return finetune(ClassifyConfig(**tiny.settings(folder, epochs=1, **options)))
 
 
 def arguments(folder, **options):
@@ -56,7 +56,7 @@ def labelled(folder, names):
 AFTER = [
     (plots, "confusion_matrix", "confusion_matrix.png", MemoryError),
     (plots, "training_curve", "training_curve.png", ValueError),
-    (classify, "_write_card", "README.md", UnicodeError),
+    (finetuning, "_write_card", "README.md", UnicodeError),
     (outputs, "write_json", "eval_results.json", OSError),
 ]
 
@@ -112,7 +112,7 @@ def test_names_of_classes(tmp_path, capfd, names):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*newly initialised")
-        results = finetune(FinetuneConfig(**settings | {"epochs": 1}))
+        results = finetune(ClassifyConfig(**settings | {"epochs": 1}))
     assert len(results["valid"]["per_class"]) == 3
     assert "is not written" not in capfd.readouterr().err
     with open(tmp_path / "out" / "confusion_matrix.csv", newline="", encoding="utf-8") as f:
@@ -205,11 +205,10 @@ def test_base_model_is_part_of_the_settings(tmp_path):
     refused(TrainingError, r"other settings \(model_sha256\)", run, tmp_path)
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
 def test_one_process_only(tmp_path, monkeypatch, capfd, command):
     """Under torchrun each rank would do it all and write every file."""
     given = {
-        "finetune": arguments(tmp_path),
         "evaluate": ["--model", "m", "--data", "d"],
         "predict": ["--model", "m", "--input", "d"],
     }[command]
@@ -217,26 +216,14 @@ def test_one_process_only(tmp_path, monkeypatch, capfd, command):
     assert main([command, "classify", *given]) == 2
     err = capfd.readouterr().err
     assert "WORLD_SIZE is 2" in err and "without torchrun" in err
-    assert not (tmp_path / "out").exists()
-    if command == "finetune":
-        refused(ConfigError, "without torchrun", run, tmp_path)
-
-
-def test_parallel_is_refused(tmp_path, capfd):
-    for kind in ("ddp", "fsdp"):
-        assert main(["finetune", "classify", *arguments(tmp_path), "--parallel", kind]) == 2
-        assert f"parallel is '{kind}', expected none" in capfd.readouterr().err
-    Path(tmp_path / "c.yaml").write_text("parallel: ddp\n")
-    assert main(["finetune", "classify", "--config", str(tmp_path / "c.yaml")]) == 2
-    assert not (tmp_path / "out").exists()
 
 
 def test_files_of_results_are_checked_first(tmp_path, monkeypatch, capfd):
-    import bertfast.train
+    from bertfast.train.tasks import classify
 
     ran = []
     for name in ("evaluate", "predict_table"):
-        monkeypatch.setattr(bertfast.train, name, lambda *_, **__: ran.append(1) or {"f1": 1})
+        monkeypatch.setattr(classify, name, lambda *_, **__: ran.append(1) or {"f1": 1})
     ev = ["evaluate", "classify", "--model", "m", "--data", "d", "--json"]
     pr = ["predict", "classify", "--model", "m", "--input", "d", "--output"]
     for command in (ev, pr):
@@ -260,7 +247,7 @@ def test_predictions_are_written_as_they_are_made(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("bertfast.data.ROWS", 8)
     monkeypatch.setattr(Progress, "EVERY", 0)
     arguments = ["predict", "classify", "--model", model, "--input", str(table)]
-    arguments += ["--batch-size", "3", "--output"]
+    arguments += ["--batch-tokens", "30", "--output"]
     assert main([*arguments, str(out)]) == 0
     said = [line for line in capfd.readouterr().err.splitlines() if "texts/s" in line]
     assert [line.split()[0] for line in said] == ["8", "16", "24", "30"] and "left" in said[1]
@@ -272,7 +259,7 @@ def test_predictions_are_written_as_they_are_made(tmp_path, monkeypatch, capfd):
         assert row["probabilities"] == pytest.approx(other["probabilities"], rel=1e-4)
     assert main([*arguments, "-"]) == 0 and capfd.readouterr().out == written
     tiny.write(table, [*tiny.rows(30)[:20], {"text": None}])
-    found = iter(predict_table(model, str(table), batch_size=3))
+    found = iter(predict_table(model, str(table), batch_tokens=30))
     assert [next(found) for _ in range(16)] == rows[:16]
     with pytest.raises(DataError, match=r"row 21 \(line 21\): column 'text' is missing"):
         next(found)
@@ -281,8 +268,8 @@ def test_predictions_are_written_as_they_are_made(tmp_path, monkeypatch, capfd):
     assert f"the 16 rows that were done are in {partial}" in capfd.readouterr().err
     assert partial.read_text().splitlines() == written.splitlines()[:16]
     assert out.read_text() == written
-    assert main([*arguments[:-3], "--batch-size", "0"]) == 2
-    assert "batch_size is 0, expected 1 or more" in capfd.readouterr().err
+    assert main([*arguments[:-3], "--batch-tokens", "0"]) == 2
+    assert "batch_tokens is 0, expected 1 or more" in capfd.readouterr().err
 
 
 def test_no_result_takes_an_inputs_place(tmp_path, capfd):
@@ -319,7 +306,7 @@ def test_nobodys_files_are_lost(tmp_path, capfd):
     outputs.check(out, settings["model"])
     for name in ("metrics.jsonl", "config.json", "confusion_matrix.csv"):
         (out / name).write_text("mine")
-        config = FinetuneConfig(**settings)
+        config = ClassifyConfig(**settings)
         refused(ConfigError, f"out is {out}, which holds {name} but no run_config.yaml",
                 finetune, config, dry_run=True)  # fmt: skip
         refused(ConfigError, f"holds {name}", pretrain, PretrainConfig(data="d", out=str(out)))
@@ -328,7 +315,7 @@ def test_nobodys_files_are_lost(tmp_path, capfd):
     (out / "run_config.yaml").write_text("")
     (out / "metrics.jsonl").write_text("mine")
     for name in ("train", "valid", "test"):
-        config = FinetuneConfig(**settings | {name: str(out / "metrics.jsonl")})
+        config = ClassifyConfig(**settings | {name: str(out / "metrics.jsonl")})
         refused(ConfigError, "metrics.jsonl is a name of the run's own files", finetune, config)
     assert (out / "metrics.jsonl").read_text() == "mine"
 
@@ -342,13 +329,13 @@ def test_what_stands_in_the_place_of_a_file(tmp_path, name):
     if name == "checkpoints":
         (out / name).rmdir()
         (out / name).write_text("x")
-    refused(OSError, name, finetune, FinetuneConfig(**settings), dry_run=True)
+    refused(OSError, name, finetune, ClassifyConfig(**settings), dry_run=True)
 
 
 def test_what_is_resumed_is_there(tmp_path):
     settings = tiny.settings(tmp_path, resume=str(tmp_path / "none"))
     refused(ConfigError, "resume is .*none', expected auto, no or a checkpoint's folder",
-            finetune, FinetuneConfig(**settings), dry_run=True)  # fmt: skip
+            finetune, ClassifyConfig(**settings), dry_run=True)  # fmt: skip
 
 
 def test_json_has_no_nan():

@@ -332,7 +332,7 @@ def test_goes_on_from_a_checkpoint_and_finetunes(prepared, tmp_path):
     for name in ("train", "valid"):
         tiny.write(tmp_path / f"{name}.jsonl", rows)
     results = bertfast.train.finetune(
-        bertfast.train.FinetuneConfig(
+        bertfast.train.ClassifyConfig(
             model=str(tmp_path / "b"), train=str(tmp_path / "train.jsonl"), valid=str(tmp_path / "valid.jsonl"),
             out=str(tmp_path / "f"), epochs=4, lr=3e-3, batch_size=8, max_length=16, device="cpu",
         )

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+import tiny_families
 import tiny_pretrain
 import torch
 from safetensors.torch import load_file
 
-from bertfast.train import PretrainConfig, pretrain
+from bertfast.train import ClassifyConfig, PretrainConfig, finetune, predict, pretrain
 
 ROOT = Path(__file__).parents[2]
 
 
-def command(settings, ranks=2, restarts=0, taped=False):
+def command(settings, ranks=2, restarts=0, taped=False, what=("pretrain",)):
     options = [t for k, v in settings.items() for t in ("--" + k.replace("_", "-"), str(v))]
     run = [
         sys.executable,
@@ -34,7 +36,7 @@ def command(settings, ranks=2, restarts=0, taped=False):
         f"--max-restarts={restarts}",
         "--monitor-interval=0.3",
         *([str(ROOT / "tests" / "taped.py")] if taped else ["-m", "bertfast"]),
-        "pretrain",
+        *what,
         *options,
     ]
 
@@ -103,6 +105,36 @@ def test_two_ranks_are_one(alone, tmp_path, parallel, taped):
     pretrain(PretrainConfig(**(settings | {"out": str(out)})))
     assert len(losses(out)) == 8
     np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_two_ranks_fine_tune_as_one(tmp_path, family, parallel):
+    """Beside one process with the same micro-batches: losses, figures and what is saved."""
+    given = tiny.settings(tmp_path, batch_size=8, max_length=16, epochs=1, lr=1e-3)
+    if family != "Bert":
+        folder = tiny_families.checkpoint(tmp_path / "other", family, max_position_embeddings=40)
+        given["model"] = str(folder)
+    else:
+        dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        given["model"] = str(tiny.checkpoint(tmp_path / "still", **dropout))
+    alone = finetune(ClassifyConfig(**given | {"out": str(tmp_path / "one"), "accumulation": 2}))
+    out, log = tmp_path / parallel, tmp_path / "log"
+    settings = given | {"out": str(out), "parallel": parallel}
+    with open(log, "w") as f:
+        process = start(settings, f, what=("finetune", "classify"))
+        assert process.wait(timeout=180) == 0, log.read_text()[-3000:]
+    np.testing.assert_allclose(losses(out), losses(tmp_path / "one"), rtol=1e-5)
+    found = json.loads((out / "eval_results.json").read_text())
+    assert found["valid"]["loss"] == pytest.approx(alone["valid"]["loss"], rel=1e-4)
+    one, two = (load_file(o / "model.safetensors") for o in (tmp_path / "one", out))
+    assert one.keys() == two.keys()
+    for name, t in one.items():
+        if not name.endswith("key.bias"):  # whose gradient is rounding alone
+            np.testing.assert_allclose(two[name], t, atol=2e-5, rtol=1e-3)
+    assert len(predict(str(out), ["red cat"])) == 1
+    assert log.read_text().count("tokens, median") == 1  # told once
 
 
 @pytest.mark.slow

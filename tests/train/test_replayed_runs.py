@@ -169,7 +169,7 @@ def test_out_of_memory_beside_graphs(number, tmp_path, tape, monkeypatch):
                 raise torch.OutOfMemoryError("out of memory, says the test")
 
     monkeypatch.setattr(Step, "_micro", short)
-    monkeypatch.setattr(Step, "ready", lambda self, batch: batch.padded(False))
+    monkeypatch.setattr(Step, "ready", lambda self, batch: batch.filled(False))
     said = []
     same(run(tmp_path / "found", *make(), said), expected)
     assert sum("out of memory" in text for text in said) == 1

@@ -21,7 +21,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, "tests")
 import accelerate, transformers, sklearn.metrics, matplotlib.figure, torch.utils.tensorboard
-from bertfast.train import FinetuneConfig, PretrainConfig, finetune, pretrain
+from bertfast.train import ClassifyConfig, PretrainConfig, finetune, pretrain
 print("ready", flush=True)
 while line := sys.stdin.readline():
     pid = os.fork()
@@ -33,7 +33,7 @@ while line := sys.stdin.readline():
             if "data" in values:
                 pretrain(PretrainConfig(**values))
             else:
-                finetune(FinetuneConfig(**values))
+                finetune(ClassifyConfig(**values))
             code = 0
         except BaseException as e:
             print(repr(e), file=sys.stderr)

@@ -13,9 +13,9 @@ from helpers import refused
 from safetensors.torch import load_file
 
 from bertfast.files import locked
-from bertfast.train import FinetuneConfig, PretrainConfig, TrainingError, finetune, pretrain
+from bertfast.train import ClassifyConfig, PretrainConfig, TrainingError, finetune, pretrain
 from bertfast.train import checkpoint as state
-from bertfast.train.classify import ClassificationTask
+from bertfast.train.tasks.classify import ClassificationTask
 
 SHORT = {"save_steps": 2, "max_steps": 4, "eval_steps": 4}
 
@@ -37,7 +37,7 @@ class Kind:
 
 
 def tuning(base, out):
-    return Kind(base / "tune", out, finetune, FinetuneConfig, tiny.settings)
+    return Kind(base / "tune", out, finetune, ClassifyConfig, tiny.settings)
 
 
 def pretraining(base, out):

@@ -72,7 +72,7 @@ def test_fillers_reach_nothing(kind, tape):
     step, _ = stepper(model, task, config)
     batch, found = task.load(range(7)), []
     for poison in (False, True):
-        layout, values = batch.padded(False)
+        layout, values = batch.filled(False)
         ids, places, types, _, real, _, _, targets = layout.views(values)
         tokens = len(batch.input_ids)
         assert layout.size.tokens > tokens and layout.size.sequences > 7
@@ -93,7 +93,7 @@ def test_fillers_reach_nothing(kind, tape):
 def test_fillers_of_masked_tokens(tmp_path, tape):
     task, model = tiny_pretrain.task(tmp_path)  # on the CPU
     batch = task.load(task.batches(0)[0])
-    layout, values = batch.padded(False)
+    layout, values = batch.filled(False)
     padded, n = layout.batch(values), len(batch.positions)
     assert len(padded.labels) >= n and (padded.labels[n:] == IGNORED).all()
     assert (padded.positions[n:] == layout.size.tokens - 1).all()
@@ -111,7 +111,7 @@ def test_layouts(sequences):
         label = {"labels": 0}
         batch = Packed.of_rows([{"input_ids": [5] * n} | label for n in lengths])
         batch = batch._replace(positions=torch.arange(1), labels=torch.ones(1, dtype=torch.int64))
-        layout, values = batch.padded(False)
+        layout, values = batch.filled(False)
         padded, size = layout.batch(values), layout.size
         found = padded.cu_seqlens.diff()
         assert tokens <= len(padded.input_ids) == size.tokens == found.sum()
@@ -188,7 +188,7 @@ def test_another_thread_loads_while_one_records(tape):
     out = torch.zeros(3, dtype=torch.int64)
 
     def function(buffer):
-        loader = threading.Thread(target=lambda: task.load(range(8)).padded(False))
+        loader = threading.Thread(target=lambda: task.load(range(8)).filled(False))
         loader.start()
         loader.join()
         out.add_(buffer)

@@ -11,16 +11,17 @@ import torch
 import transformers
 from helpers import close_to_truth, exact, refused
 from safetensors.torch import load_file
+from tiny_classify import task_of
 
 from bertfast.data import DataError, batches
-from bertfast.train import ConfigError, FinetuneConfig, TrainingError, evaluate, finetune, predict
+from bertfast.train import ClassifyConfig, ConfigError, TrainingError, evaluate, finetune, predict
 from bertfast.train import checkpoint as state
-from bertfast.train.classify import ClassificationTask
 from bertfast.train.loop import learning_rate
+from bertfast.train.tasks.classify import ClassificationTask
 
 
 def run(folder, **options):
-    return finetune(FinetuneConfig(**tiny.settings(folder, **options)))
+    return finetune(ClassifyConfig(**tiny.settings(folder, **options)))
 
 
 def weights(folder):
@@ -89,10 +90,7 @@ def test_accumulated_gradient():
     ).eval()  # fmt: skip
     r = np.random.default_rng(0)
     data = [{"input_ids": r.integers(5, 20, n).tolist(), "labels": n % 3} for n in range(3, 19)]
-    labels = type("Labels", (), {"names": ("a", "b", "c")})
-    config = FinetuneConfig(class_weights={"a": 5.0})
-    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
-    task = ClassificationTask(config, labels, tokenizer, data, data, "cpu")
+    task = task_of(ClassifyConfig(class_weights={"a": 5.0}), model, data, "cpu")
     grads = []
     for size, dtype in ((16, torch.float64), (16, None), (8, None), (3, None), (1, None)):
         one = copy.deepcopy(model).to(dtype)
@@ -110,7 +108,7 @@ def test_batches_by_tokens(tmp_path):
     """Epochs differ in their batches: all of them are counted, and a run goes on in any."""
     options = {"batch_tokens": 40, "save_steps": 5, "epochs": 4, "keep": 9}
     whole = run(tmp_path, **options)["train"]
-    config = FinetuneConfig(**tiny.settings(tmp_path, **options))
+    config = ClassifyConfig(**tiny.settings(tmp_path, **options))
     lengths = [len(row["text"].split()) + 2 for row in tiny.rows(60)]
     counts = [len(batches(lengths, 32, config.seed, e, 40)) for e in range(4)]
     assert whole["step"] == sum(counts) and len({*counts}) > 1 and whole["epoch"] == 4
@@ -123,8 +121,8 @@ def test_batches_by_tokens(tmp_path):
     assert all(torch.equal(v, expected[name]) for name, v in weights(tmp_path).items())
     refused(TrainingError, r"\(batch_tokens\)", run, tmp_path, **options | {"batch_tokens": 41})
     message = "batch_tokens is 64, expected none beside batch_size 8"
-    refused(ConfigError, message, FinetuneConfig, batch_tokens=64, batch_size=8)
-    refused(ConfigError, "batch_tokens is 0", FinetuneConfig, batch_tokens=0)
+    refused(ConfigError, message, ClassifyConfig, batch_tokens=64, batch_size=8)
+    refused(ConfigError, "batch_tokens is 0", ClassifyConfig, batch_tokens=0)
 
 
 @pytest.mark.seconds
@@ -142,7 +140,7 @@ def test_multi_label(tmp_path):
             for row in tiny.rows(n, seed)
         ]
         tiny.write(tmp_path / f"{name}.jsonl", table)
-    results = finetune(FinetuneConfig(**base | {"task": "multi_label", "epochs": 20}))
+    results = finetune(ClassifyConfig(**base | {"task": "multi_label", "epochs": 20}))
     assert results["valid"]["micro_f1"] > 0.8
     row = predict(base["out"], ["cat red"])[0]
     assert isinstance(row["labels"], list) and set(row["probabilities"]) == {
@@ -159,7 +157,7 @@ def test_regression(tmp_path):
     for name, n, seed in (("train", 120, 0), ("valid", 30, 1)):
         table = [row | {"label": len(row["text"].split()) / 10} for row in tiny.rows(n, seed)]
         tiny.write(tmp_path / f"{name}.jsonl", table)
-    results = finetune(FinetuneConfig(**base | {"task": "regression", "epochs": 12}))
+    results = finetune(ClassifyConfig(**base | {"task": "regression", "epochs": 12}))
     assert results["valid"]["pearson"] > 0.8
     assert set(predict(base["out"], ["red cat"])[0]) == {"value"}
 
@@ -169,7 +167,7 @@ def test_pairs_and_split(tmp_path):
     base = tiny.settings(tmp_path, valid=None, text_pair_column="other")
     table = [row | {"other": "cat dog", "label": str(i % 2)} for i, row in enumerate(tiny.rows(80))]
     tiny.write(tmp_path / "train.jsonl", table)
-    results = finetune(FinetuneConfig(**base | {"epochs": 1}))
+    results = finetune(ClassifyConfig(**base | {"epochs": 1}))
     assert results["valid"]["examples"] == 8 and results["test"]["examples"] == 8
 
 
@@ -216,7 +214,7 @@ def test_gradient_checkpointing_is_equal(tmp_path):
 
 
 def test_schedules():
-    c = lambda schedule: FinetuneConfig(lr=1.0, warmup=0.1, schedule=schedule)
+    c = lambda schedule: ClassifyConfig(lr=1.0, warmup=0.1, schedule=schedule)
     for name, last in (
         ("linear", 1 / 90),
         ("cosine", 0.5 * (1 + np.cos(np.pi * 89 / 90))),
@@ -289,7 +287,7 @@ def test_bad_data(tmp_path):
         valid=str(tmp_path / "new.jsonl"),
     )
     refused(ConfigError, "max_length is 99, the model takes up to 32", run, tmp_path, max_length=99)
-    refused(ConfigError, "out is not set", finetune, FinetuneConfig(model="x", train="y"))
+    refused(ConfigError, "out is not set", finetune, ClassifyConfig(model="x", train="y"))
     for name, value in (
         ("lr", 0),
         ("epochs", 0),
@@ -298,4 +296,4 @@ def test_bad_data(tmp_path):
         ("metric", "mse"),
         ("precision", "fp8"),
     ):
-        refused(ConfigError, f"{name} is {value!r}", FinetuneConfig, **{name: value})
+        refused(ConfigError, f"{name} is {value!r}", ClassifyConfig, **{name: value})

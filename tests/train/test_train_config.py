@@ -10,12 +10,12 @@ from helpers import refused
 
 from bertfast.cli import main
 from bertfast.data import LabelSet
-from bertfast.train import ConfigError, FinetuneConfig, PretrainConfig
-from bertfast.train.classify import ClassificationTask
+from bertfast.train import ClassifyConfig, ConfigError, PretrainConfig
 from bertfast.train.config import read_yaml
+from bertfast.train.tasks.classify import ClassificationTask
 
 
-def read(tmp_path, text, settings=FinetuneConfig, **options):
+def read(tmp_path, text, settings=ClassifyConfig, **options):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     return read_yaml(path, settings, **options)
@@ -55,7 +55,7 @@ def test_a_value_is_read_by_its_kind(tmp_path, text):
 
 
 @pytest.mark.parametrize("config", [
-    FinetuneConfig(out="no", model="1e3", label_column="null", valid="~", class_weights={"on": 2.0}),
+    ClassifyConfig(out="no", model="1e3", label_column="null", valid="~", class_weights={"on": 2.0}),
     PretrainConfig(out="2024", eval_steps=None),
 ])  # fmt: skip
 def test_what_is_written_is_read(tmp_path, config):
@@ -96,7 +96,7 @@ def test_some_settings_only(tmp_path):
 @pytest.mark.parametrize("weight", [-3.0, math.inf, math.nan, 1e300, "abc", None])
 def test_bad_class_weights(weight):
     message = re.escape(f"class_weights: red is {weight!r}, expected a number, 0 to 1e+30")
-    refused(ConfigError, message, FinetuneConfig, class_weights={"red": weight})
+    refused(ConfigError, message, ClassifyConfig, class_weights={"red": weight})
 
 
 @pytest.mark.parametrize("given", ["red=-3", "red=inf", "red=abc", "red", "red=1 red=2"])
@@ -112,11 +112,12 @@ def test_bad_class_weights_on_the_command_line(capsys, given):
 
 def test_class_weights_by_name():
     """A class has one name here too, whatever wrote it; not all weights may be 0."""
-    labels = LabelSet(("True", "2", "c"))
-    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
-    task = lambda **weights: ClassificationTask(
-        FinetuneConfig(class_weights=weights), labels, tokenizer, [], [], "cpu"
-    ).class_weights.tolist()
+
+    def task(**weights):
+        made = ClassificationTask(ClassifyConfig(class_weights=weights), "cpu", print)
+        made.name(LabelSet(("True", "2", "c")))
+        return made.class_weights.tolist()
+
     assert task(**{"true": 3.0, "2.0": 0}) == [3, 0, 1]
     refused(ConfigError, "class_weights names pink, which no row has; known are True, 2, c",
             task, pink=2.0)  # fmt: skip
@@ -135,13 +136,13 @@ def test_of_prepare(tmp_path, capsys):
 
 
 def test_every_number_is_finite():
-    for settings in (FinetuneConfig, PretrainConfig):
+    for settings in (ClassifyConfig, PretrainConfig):
         for f in dataclasses.fields(settings):
             for value in (math.inf, math.nan) if f.type is float else ():
                 refused(ConfigError, f"{f.name} is {value}", settings, **{f.name: value})
-    refused(ConfigError, "seed is -1", FinetuneConfig, seed=-1)
+    refused(ConfigError, "seed is -1", ClassifyConfig, seed=-1)
 
 
 def test_standard_input_is_not_for_training():
     for name in ("train", "valid", "test"):
-        refused(ConfigError, f"{name} is '-', expected a file", FinetuneConfig, **{name: "-"})
+        refused(ConfigError, f"{name} is '-', expected a file", ClassifyConfig, **{name: "-"})

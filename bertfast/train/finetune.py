@@ -1,0 +1,195 @@
+"""Fine-tuning a checkpoint for a task, whichever: check, train, save, evaluate."""
+
+import dataclasses
+import os
+import statistics
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from ..files import locked, sha256, write_text
+from ..model import checkpoint
+from ..model.tokenizer import load_tokenizer
+from . import networks, outputs, plots, tasks
+from .config import LOWER_IS_BETTER, FinetuneConfig
+from .loop import train
+from .ranks import Ranks
+from .tasks.base import choose_device
+
+# What may differ when a run is resumed.
+_FREE = {"kind", "out", "resume", "keep", "save_steps", "allow_pickle", "device", "parallel"}
+_FREE |= {"seeds"}
+# What of the pretrained checkpoint counts, beside its weights.
+_BASE = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+_MADE = "fine-tuned with bertfast"  # how a card is known for ours
+
+
+def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict | None:
+    """Fine-tune a checkpoint on labelled data and evaluate it; the results also go to `out`.
+
+    `config` is a task's kind of settings (`ClassifyConfig`, ...), and so says which it is. The
+    model is of any family that transformers has the task's head for, the result a folder that
+    transformers loads. Under torchrun the ranks share each step's batches, and rank 0 writes.
+
+    `out` receives the model and tokenizer, README.md, run_config.yaml, metrics.jsonl,
+    eval_results.json, training_curve.png, data_report.json and the task's pictures. The model comes
+    first: of the rest what can't be written is a warning. Progress goes to stderr. With several
+    seeds each has a folder of its own in `out`, which gets the files of the best on the validation
+    data, and seeds.json.
+
+    Returns {"valid": metrics, "test": metrics, "train": how training went}, of the best seed, and
+    of several "seeds": {part: {metric: {"mean", "sd", "values"}}}; None for a dry run, which checks
+    everything and trains nothing, and on the other ranks.
+
+    Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError;
+    OSError where `out` can't be written or another run has it, or the disk is full.
+    """
+    import accelerate  # noqa: F401  where one lacks, no run should start
+    import sklearn.metrics  # noqa: F401
+
+    config.require("model", "train", "out")
+    if config.seeds == 1 or dry_run:
+        return _one(config, dry_run)
+    return _several(config)
+
+
+def _one(config, dry_run=False):
+    main = int(os.environ.get("RANK", 0)) == 0
+    say = outputs.say if main else lambda text: None
+    out = Path(config.out)
+    outputs.check(out, config.model, (config.train, config.valid, config.test))
+    folder = checkpoint.resolve(config.model)
+    networks.verify(folder, config.allow_pickle)
+    task = tasks.of(config)(config, choose_device(config.device), say)
+    task.read()
+    task.tokenizer = load_tokenizer(folder)
+    torch.manual_seed(config.seed)
+    task.model = model = task.build(folder)
+    task.check(folder)
+    for line in networks.unfused(model):
+        say(f"note: {line}")
+    networks.freeze(model, config.freeze_layers)
+    if config.gradient_checkpointing:
+        old = model.gradient_checkpointing_enable  # transformers 6 has the other name alone
+        getattr(model, "activation_checkpointing_enable", old)()
+    report = task.report()
+    say(str(report))
+    task.rows = {name: task.encode(part) for name, part in task.parts.items()}
+    if dry_run:
+        steps = len(task.batches(0))
+        say(f"dry run: {steps} batches an epoch on {task.device}; nothing trained")
+        return None
+
+    with locked(out) if main else nullcontext():
+        if main:
+            outputs.write_yaml(out / "run_config.yaml", config)
+            outputs.write_json(out / "data_report.json", report.as_dict())
+        outcome = train(model, task, config, out, _fingerprint(config, folder), say)
+        task.model = networks.gathered(model, Ranks(config.parallel))
+        if not main:
+            return None
+        outputs.save(task.model, task.tokenizer, out)
+        return _results(task, outcome, out)
+
+
+def _fingerprint(config, folder) -> dict:
+    """What must be the same when a run is resumed."""
+    base = [p for name in _BASE if (p := folder / name).is_file()]
+    base += checkpoint.files(folder, config.allow_pickle)
+    given = {k: v for k, v in config.as_dict().items() if k not in _FREE}
+    for f in dataclasses.fields(config):  # checkpoints of before there was a setting go on
+        if f.name in config.NEW and given[f.name] == f.default:
+            del given[f.name]
+    given |= {
+        f"{k}_sha256": sha256(getattr(config, k)) for k in ("train", "valid") if getattr(config, k)
+    }
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    given |= {"ranks": world} if world > 1 else {}
+    return given | {"model_sha256": {p.name: sha256(p) for p in base}}
+
+
+def _results(task, outcome, out: Path) -> dict:
+    """Evaluates the trained model, and writes the figures of the run."""
+    found = {n: task.outputs(n, task.model) for n in ("valid", "test") if n in task.parts}
+    task.decision = task.tune(found["valid"])
+    if task.decision:
+        outputs.write_json(out / outputs.DECISION, task.decision)
+    results = {"train": outcome} | {name: task.figures(name, own) for name, own in found.items()}
+    with outputs.optional(out / "eval_results.json") as path:
+        outputs.write_json(path, results)
+    with outputs.optional(out / "README.md") as path:
+        _write_card(path, task, results)
+    with outputs.optional(out / "training_curve.png") as path:
+        plots.training_curve(out / "metrics.jsonl", task.config.metric, path)
+    task.draw(out, found, results)
+    return results
+
+
+def _step_size(config) -> str:
+    if config.batch_tokens is None:
+        return f"{config.batch_size * config.accumulation}"
+    return f"up to {config.batch_tokens * config.accumulation:,} tokens"
+
+
+def _write_card(path, task, results):
+    config, score = task.config, results.get("test") or results["valid"]
+    figures = "\n".join(f"| {k} | {v:.4f} |" for k, v in score.items() if isinstance(v, float))
+    if path.exists() and _MADE not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError("one that bertfast did not write is there, and is kept")
+    text = f"""---
+library_name: transformers
+pipeline_tag: {task.pipeline_tag}
+---
+# {path.resolve().parent.name}
+
+`{Path(config.model).name}` {_MADE} on {len(task.rows["train"]):,} examples ({task.config.kind}),
+{results["train"]["step"]} steps of {_step_size(config)}, learning rate
+{config.lr:g}, seed {config.seed}. Settings: `run_config.yaml`; data: `data_report.json`.
+
+{task.card()}
+
+| {"test" if "test" in results else "validation"} | |
+| --- | --- |
+{figures}
+"""
+    write_text(path, text)
+
+
+def _several(config):
+    """A run for each seed; of the best one the files are linked in `out`."""
+    out, found = Path(config.out), {}
+    one = partial(dataclasses.replace, config, seeds=1)
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = out / f"seed-{seed}"
+        results = _one(one(seed=seed, out=str(folder)))
+        if results is not None:
+            found[folder] = results
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # the next one's checkpoints are read when rank 0 is done
+    if not found:
+        return None
+    sign = -1 if config.metric in LOWER_IS_BETTER else 1
+    best = max(found, key=lambda f: sign * found[f]["valid"][config.metric])
+    summary = {
+        part: _spread([r[part] for r in found.values()])
+        for part in ("valid", "test")
+        if part in found[best]
+    }
+    outputs.bring(best, out)
+    outputs.write_json(out / "seeds.json", {"best": best.name} | summary)
+    return found[best] | {"seeds": summary}
+
+
+def _spread(figures: list[dict]) -> dict:
+    """Mean and standard deviation over runs of each metric that all have."""
+    names = [
+        k for k, v in figures[0].items() if isinstance(v, float) and all(k in f for f in figures)
+    ]
+    columns = {name: [f[name] for f in figures] for name in names}
+    return {
+        name: {"mean": statistics.fmean(v), "sd": statistics.stdev(v), "values": v}
+        for name, v in columns.items()
+    }

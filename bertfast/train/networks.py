@@ -1,0 +1,306 @@
+"""Models of a task: read from a folder, of any family, and run on packed batches.
+
+BERT is ours; every other is transformers' own class, on our kernels by `accelerate`.
+"""
+
+import warnings
+from contextlib import contextmanager
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import data
+from ..dropin import accelerate
+from ..dropin.fused import FusedEncoder
+from ..encoder.packed import Freezable
+from ..files import read_json, regular
+from ..model import BertModel, BertPreTrainedModel, checkpoint
+from ..model.config import CONFIG
+from ..model.config import read as read_config
+from ..model.errors import unreadable
+from ..model.tensors import opened
+from .config import ConfigError
+from .packed import Packed
+from .ranks import Ranks, full
+
+EVAL_TOKENS = 16384  # in a batch without gradients
+
+
+class Head(NamedTuple):
+    """What of a task's model is not its encoder."""
+
+    name: str  # of transformers' classes: BertFor..., AutoModelFor...
+    native: type[BertPreTrainedModel]
+    outputs: str  # BERT's own linear layer for it
+    per_token: bool  # whether it has outputs for each token, or for a sequence
+
+    def of_another(self, config) -> str | None:
+        """The models that a checkpoint's head is of, where those are others: its weights may have
+        the same names all the same."""
+        names = config.architectures or ()
+        own = not names or any(name.endswith(f"For{self.name}") for name in names)
+        return None if own else ", ".join(names)
+
+
+def read_configuration(folder: Path):
+    """Of any family; BERT's with every value checked. Raises CheckpointError."""
+    if not (folder / CONFIG).exists():
+        raise checkpoint.CheckpointError(
+            f"{folder / CONFIG} is not there: is this a checkpoint's folder?"
+        )
+    with unreadable():
+        values = read_json(folder / CONFIG)
+    if not isinstance(values, dict) or values.get("model_type", "bert") == "bert":
+        return read_config(folder / CONFIG)
+    from transformers import AutoConfig
+
+    with unreadable(folder / CONFIG):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def verify(folder: Path, allow_pickle: bool = False) -> None:
+    """Check a checkpoint without building a model: its configuration, and that every safetensors
+    file is whole. Raises CheckpointError."""
+    read_configuration(folder)
+    for path in checkpoint.files(folder, allow_pickle):
+        regular(path)
+        if path.suffix == ".safetensors":
+            with opened(path):
+                pass  # the header's sizes must add up to the file's
+
+
+def pretrained(folder: Path, head: Head, fresh: bool, outputs: int | None, allow_pickle: bool):
+    """(a checkpoint's model with a task's head, whether that is new).
+
+    fresh: make a new one, whatever there is. outputs: how many a new one has; None: the
+    checkpoint's configuration says.
+    """
+    config = read_configuration(folder)
+    fresh = fresh or head.of_another(config) is not None
+    if config.model_type == "bert":
+        return _native(folder, head, fresh, outputs, allow_pickle)
+    if not fresh:
+        model, lacking = _stock(folder, f"AutoModelFor{head.name}", allow_pickle)
+        fresh = bool(lacking)
+    if fresh:
+        model = _renewed(folder, head, outputs, allow_pickle)
+    accelerate(model)
+    return model.eval(), fresh
+
+
+def _renewed(folder, head, outputs, allow_pickle):
+    """transformers' model with the folder's encoder and a head as its class draws it."""
+    import transformers
+
+    base, lacking = _stock(folder, "AutoModel", allow_pickle)
+    lacking = [n for n in lacking if not n.startswith("pooler.")]  # some leave it out
+    if lacking:
+        raise checkpoint.CheckpointError(
+            f"{folder} lacks weights of the encoder: {', '.join(lacking[:5])}"
+        )
+    config = base.config
+    if outputs is not None:
+        config.num_labels = outputs
+    model = getattr(transformers, f"AutoModelFor{head.name}").from_config(config)
+    own = model.base_model.state_dict()
+    found = base.state_dict()
+    model.base_model.load_state_dict({name: found[name] for name in own})
+    return model
+
+
+def _native(folder, head, fresh, outputs, allow_pickle):
+    cls = head.native
+    if fresh:
+        bert = BertModel.from_pretrained(folder, allow_pickle=allow_pickle)
+        model = cls(bert.config).eval()
+        if model.bert.pooler is None:
+            bert.pooler = None
+        model.bert, new = bert, True
+    else:
+        model = cls.from_pretrained(folder, allow_pickle=allow_pickle)
+        new = f"{head.outputs}.weight" in model.new_weights
+    if new:
+        config = model.config
+        linear = nn.Linear(config.hidden_size, config.num_labels if outputs is None else outputs)
+        nn.init.normal_(linear.weight, std=config.initializer_range)
+        nn.init.zeros_(linear.bias)
+        setattr(model, head.outputs, linear)
+    return model, new
+
+
+@contextmanager
+def quiet():
+    """Without the bars that transformers shows for each model."""
+    from transformers.utils import logging
+
+    on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            logging.enable_progress_bar()
+
+
+def _stock(folder, auto: str, allow_pickle):
+    """(transformers' model, the names of weights that the folder lacks)."""
+    import transformers
+
+    with unreadable(folder), warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        model, info = getattr(transformers, auto).from_pretrained(
+            folder,
+            output_loading_info=True,
+            use_safetensors=None if allow_pickle else True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+    return model, sorted(info["missing_keys"])
+
+
+def trained(folder: Path, head: Head, allow_pickle: bool):
+    """A fine-tuned model: CheckpointError where its head would be a new one."""
+    config = read_configuration(folder)
+    other = head.of_another(config)
+    model = lacking = None
+    if other is None and config.model_type == "bert":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = head.native.from_pretrained(folder, allow_pickle=allow_pickle)
+        lacking = model.new_weights
+    elif other is None:
+        model, lacking = _stock(folder, f"AutoModelFor{head.name}", allow_pickle)
+        accelerate(model)
+    if other or lacking:
+        why = f"but a {other}" if other else f"it lacks {', '.join(lacking[:3])}"
+        raise checkpoint.CheckpointError(
+            f"{folder} is no fine-tuned model for this task ({head.name}), {why}"
+        )
+    checkpoint.check_finite(model, folder)
+    return model.eval()
+
+
+@cache
+def _takes(cls: type) -> frozenset[str]:
+    return frozenset(signature(cls.forward).parameters)
+
+
+def takes_types(model) -> bool:
+    """Whether the model has embeddings of token types."""
+    size = getattr(model.config, "type_vocab_size", None)
+    return "token_type_ids" in _takes(type(model)) and size != 0
+
+
+def padded(model) -> bool:
+    """Whether a model takes its sequences in padded rows."""
+    return not isinstance(model, BertPreTrainedModel)
+
+
+def logits(model, batch: Packed, per_token: bool = False) -> torch.Tensor:
+    """[sequences, outputs]; per_token: [tokens, outputs], or of `batch.positions` where there are.
+    A question answering head's two outputs are its start and its end."""
+    if batch.rows is None:
+        packed = batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+        inputs = (*packed, batch.position_ids, batch.token_type_ids)
+        return model.packed_logits(*inputs, *((batch.positions,) if per_token else ()))
+    rows = batch.rows
+    more = {"token_type_ids": rows.token_type_ids} if takes_types(model) else {}
+    out = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, **more)
+    if not per_token:
+        return out.logits
+    both = "start_logits" in out
+    found = torch.stack([out.start_logits, out.end_logits], -1) if both else out.logits
+    index = rows.index if batch.positions is None else rows.index[batch.positions]
+    return found.flatten(0, 1)[index]
+
+
+def layers(model) -> list[nn.Module]:
+    """The layers of its encoder, in their order, each once."""
+    found = []
+    for m in model.modules():
+        if isinstance(m, Freezable) and m not in found:
+            found += [layer for layer in m.layer if layer not in found]
+    return found
+
+
+def freeze(model, count: int | None) -> None:
+    """Freeze the embeddings and the first `count` layers; None freezes nothing."""
+    if count is None:
+        return
+    own = layers(model)
+    if not 0 <= count <= len(own):
+        raise ConfigError(f"freeze_layers is {count}, the model has {len(own)} layers")
+    base = model.base_model
+    embeddings = getattr(base, "embeddings", None) or base.get_input_embeddings()
+    for module in (embeddings, *own[:count]):
+        module.requires_grad_(False)
+
+
+def longest(model) -> int | None:
+    """Tokens that there are positions for; None where any number is."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    embeddings = getattr(model.base_model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    first = getattr(table, "padding_idx", None)  # RoBERTa's positions begin behind the padding's
+    return limit if limit is None or first is None else limit - first - 1
+
+
+def gathered(model, ranks: Ranks):
+    """On rank 0 a plain model with the weights of a perhaps sharded one, None on the others; all
+    ranks together."""
+    if not ranks.sharded:
+        return None if ranks.rank else model
+    with torch.no_grad():
+        tensors = {name: full(p) for name, p in model.named_parameters()}
+    if ranks.rank:
+        return None
+    plain = type(model)(model.config)
+    plain.load_state_dict(tensors, strict=False)
+    if padded(plain):
+        accelerate(plain)
+    return plain.eval()
+
+
+def unfused(model) -> list[str]:
+    """What of the encoder doesn't run on our kernels, and why; for people."""
+    if isinstance(model, BertPreTrainedModel):
+        return []
+    report = accelerate(model)
+    if not any(isinstance(m, FusedEncoder) for m in model.modules()):
+        return [f"{type(model).__name__} runs as transformers has it: its family is not known here"]
+    return [f"{name}: {why}" for name, why in report.layers.items() if why]
+
+
+def outputs(
+    model, rows, pad: int, per_token: bool = False, *, tokens=EVAL_TOKENS, score=None, ranks=None
+) -> list[np.ndarray]:
+    """fp32 logits of encoded rows, in their order, computed in order of length: of each [outputs],
+    or per_token [tokens (those of its `places`, where it has them), outputs].
+
+    tokens: in a batch. score: runs a batch, in place of `logits`; ranks: `Ranks` that share the
+    batches and all get the result.
+    """
+    found, own = {}, pad if padded(model) else None
+    score = score or (lambda batch: logits(model, batch, per_token))
+    batches = data.batches([len(row["input_ids"]) for row in rows], 1, tokens=tokens)
+    for chosen, factor in ((b, 1.0) for b in batches) if ranks is None else ranks.share(batches):
+        batch = Packed.of_rows([_unlabelled(rows[i]) for i in chosen], own)
+        with torch.no_grad():
+            values = score(batch.to(model.device)).float().cpu().numpy()
+        if per_token:
+            ends = np.cumsum([len(rows[i].get("places", rows[i]["input_ids"])) for i in chosen])
+            values = np.split(values, ends[:-1])
+        if factor:
+            found |= zip(chosen, values, strict=True)
+    for others in () if ranks is None else ranks.gather(found):
+        found |= others
+    return [found[i] for i in range(len(rows))]
+
+
+def _unlabelled(row: dict) -> dict:
+    return {name: row[name] for name in ("input_ids", "token_type_ids", "places") if name in row}

@@ -1,0 +1,19 @@
+"""What can be learnt: a file each, of its settings, its task, and its model at work.
+
+A task's module has `HELP`, one line; `Task`, a `FinetuneTask`, whose `Config` is the settings of
+`finetune`; `evaluate(model, path, **settings) -> metrics`; `predict_table(model, path, **settings)
+-> rows`, and `inference_arguments(parser, labelled)`, the command line's names of those settings.
+"""
+
+from importlib import import_module
+
+KINDS = ("classify",)
+
+
+def module(kind: str):
+    return import_module(f".{kind}", __name__)
+
+
+def of(config) -> type:
+    """The task that settings are of."""
+    return module(config.kind).Task
