@@ -13,6 +13,7 @@ from .pool import ahead
 from .report import Report, dataset_report
 from .splitting import split
 from .tables import ROWS, read_chunks, read_table
+from .translations import Translations, load_translations, read_sources
 
 __all__ = [
     "ROWS",
@@ -21,6 +22,7 @@ __all__ = [
     "Examples",
     "LabelSet",
     "Report",
+    "Translations",
     "ahead",
     "batches",
     "clean_text",
@@ -28,8 +30,10 @@ __all__ = [
     "dataset_report",
     "encode",
     "load_classification",
+    "load_translations",
     "normal",
     "read_chunks",
+    "read_sources",
     "read_table",
     "read_texts",
     "split",

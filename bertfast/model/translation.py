@@ -6,6 +6,7 @@ decoding.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import EncoderDecoderConfig
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ..encoder.batch import Packing, check_mask
@@ -15,12 +16,15 @@ from .decoder import IGNORED, BertDecoder, BertLMHeadModel, Sequences, summed_lo
 from .encoder import BertEncoder
 
 
-class BertEncoderDecoder(nn.Module):
+class BertEncoderDecoder(BertPreTrainedModel):
     """config: an `EncoderDecoderConfig` of two BERTs; with its `tie_embeddings` (ours, which
     transformers ignores) encoder and decoder share the tables of their embeddings."""
 
+    config_class = EncoderDecoderConfig
+    base_model_prefix = "encoder"
+
     def __init__(self, config):
-        super().__init__()
+        nn.Module.__init__(self)
         translation_checkpoint.check(config)
         self.config = config
         self.encoder = BertModel(config.encoder)
@@ -31,8 +35,6 @@ class BertEncoderDecoder(nn.Module):
             nn.init.normal_(self.enc_to_dec_proj.weight, std=config.encoder.initializer_range)
             nn.init.zeros_(self.enc_to_dec_proj.bias)
         self.tie_weights()
-
-    device, dtype = BertPreTrainedModel.device, BertPreTrainedModel.dtype
 
     @classmethod
     def from_pretrained(cls, name_or_folder, *, allow_pickle=False, dtype=None):
@@ -101,9 +103,6 @@ class BertEncoderDecoder(nn.Module):
         for module in self.modules():
             if isinstance(module, BertEncoder | BertDecoder):
                 module.gradient_checkpointing = enabled
-
-    def gradient_checkpointing_disable(self):
-        self.gradient_checkpointing_enable(False)
 
     def _states(self, hidden):
         return self.enc_to_dec_proj(hidden) if "enc_to_dec_proj" in self._modules else hidden

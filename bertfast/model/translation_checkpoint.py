@@ -137,6 +137,13 @@ def _starting(folder, encoder, layers, allow_pickle) -> dict:
     return given | {k: t for k, t in found.items() if k.startswith("cls.predictions.")}
 
 
+def read_kind(folder: Path) -> str | None:
+    """The model type that a folder's configuration says."""
+    with unreadable(folder / CONFIG):
+        values = read_json(folder / CONFIG)
+    return values.get("model_type") if isinstance(values, dict) else None
+
+
 def read_config(folder: Path) -> EncoderDecoderConfig:
     """Raises CheckpointError."""
     path = folder / CONFIG
