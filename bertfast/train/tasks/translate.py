@@ -127,6 +127,8 @@ class TranslationTask(FinetuneTask):
         return BertEncoderDecoder.from_pretrained(folder, allow_pickle=self.config.allow_pickle)
 
     def check(self, folder):
+        import sacrebleu  # noqa: F401  where it lacks, no run should start
+
         config, model = self.config, self.model
         check_tokenizer(self.tokenizer, model, folder)
         Search(config.num_beams, config.length_penalty, config.max_length).check(model)
