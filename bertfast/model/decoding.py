@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from .decoder import BertLMHeadModel, Sequences, plain
+from .heads import BertLMPredictionHead, BertOnlyMLMHead
 
 _ROOM = 32  # steps that the cache grows by
 _FEWER = 0.85  # rows move together once at most this share of them goes on
@@ -65,11 +66,12 @@ class Steps:
         """each: rows of a source, at first. most: steps at most."""
         bert, config = decoder.bert, decoder.config
         self.heads = config.num_attention_heads
-        self.embeddings, self.head = bert.embeddings, decoder.cls
+        self.embeddings = bert.embeddings
         self.layers = [_Layer(layer, sources) for layer in bert.encoder.layer]
         self.sources, self.most, self.done = sources, most, 0
         count = len(sources.cu_seqlens) - 1
         self.source = torch.arange(count, device=sources.cu_seqlens.device).repeat_interleave(each)
+        self.head = _head(decoder.cls, count * each)
         self._count()
 
     def _count(self):
@@ -131,6 +133,25 @@ class _Layer:
                 cache[:, :, :, :done] = self.cache
             self.cache = cache
         return self.cache
+
+
+def _head(head: nn.Module, rows: int):
+    """What gives logits of about so many states at a time. On a CPU the product with all words is
+    most of a step, and 1.5 times as fast with a matrix that oneDNN has laid out for it once: for
+    32 rows of 256 and 30,522 words 16 ms in place of 24, on one core with AVX2."""
+    predictions = getattr(head, "predictions", None)
+    decoder = getattr(predictions, "decoder", None)
+    if not plain((head, predictions, decoder), BertOnlyMLMHead, BertLMPredictionHead, nn.Linear):
+        return head
+    weight, bias = decoder.weight, decoder.bias
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not rows:
+        return head
+    try:
+        words = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        product = torch.ops.mkldnn._linear_pointwise
+    except (AttributeError, RuntimeError):  # a torch built without it
+        return head
+    return lambda x: product(predictions.transform(x), words, bias, "none", [], "")
 
 
 def _product(linear: nn.Module):
