@@ -4,7 +4,7 @@
 
 English to French, Debian's package descriptions (en-fr.*.tsv.gz). Both begin with the same random
 weights and see the same pairs in the same order, packed on both sides here, padded there, by one
-loop and optimizer; transformers' loss is its Trainer's, with its label smoother. First, with dropout
+loop and optimizer; transformers' loss is its Trainer's, with its label smoother. First, dropout
 off, the losses of some steps must be equal. Then steps take turns and their medians are compared;
 each model is trained on as many tokens and scored by BLEU and chrF on the test rows; decoding takes
 turns on the trained weights, and its tokens are compared.

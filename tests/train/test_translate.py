@@ -284,6 +284,20 @@ def test_bad_models(tmp_path):
         refused(bertfast.model.CheckpointError, match, use, model, given["valid"])
 
 
+def test_a_model_that_does_not_say_how_targets_begin(run, tmp_path):
+    """As some of transformers' own are saved."""
+    folder, _ = run
+    bertfast.BertEncoderDecoder.from_pretrained(folder / "out").save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder / "out").save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        values = read_json(tmp_path / name)
+        values["decoder_start_token_id"] = None
+        (tmp_path / name).write_text(json.dumps(values))
+    match = "targets begin with None"
+    path = str(folder / "test.tsv")
+    refused(bertfast.model.CheckpointError, match, translate.evaluate, str(tmp_path), path)
+
+
 def test_texts_of_word_pieces(tmp_path):
     """As they were written, as far as pieces tell."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "L", "l", "##e", "arbre", "2", "09"]

@@ -43,11 +43,16 @@ class Search(NamedTuple):
         return self
 
 
+def _backend(tokenizer):
+    """The tokenizers library's; None where Python does its work."""
+    return getattr(tokenizer, "backend_tokenizer", None)
+
+
 def text_of(tokenizer, ids) -> str:
     """Token ids as text. WordPiece's words are put together as they are written: "l ' arbre ." is
     "l'arbre.", "2 . 5" is "2.5"; what they can't tell, a hyphen between spaces, say, is taken for
     the commoner case."""
-    if not isinstance(tokenizer.backend_tokenizer.model, WordPiece):
+    if not isinstance(getattr(_backend(tokenizer), "model", None), WordPiece):
         return tokenizer.decode(ids, skip_special_tokens=True)
     pieces = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
     text = _INSIDE.sub(lambda m: m[1] or m[2], " ".join(pieces).replace(" ##", ""))
@@ -68,7 +73,7 @@ def encode_sources(tokenizer, texts, max_length) -> tuple[list[dict], list[bool]
 
 def lowercases(tokenizer) -> bool:
     """Whether the tokenizer makes no difference between upper and lower case."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalizer = getattr(_backend(tokenizer), "normalizer", None)
     return normalizer is not None and normalizer.normalize_str("A") == "a"
 
 
@@ -86,8 +91,7 @@ def scores(tokenizer, found: list[str], targets: list[str]) -> dict:
 def translated(model, tokenizer, rows, search: Search, tokens=networks.EVAL_TOKENS, scored=True):
     """[(text, score)] of rows, in their order, decoded in order of length; see `Generated.scores`
     (0.0 unless `scored`)."""
-    ends = model.config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = ends_of(model)
     lengths, found = [len(row["input_ids"]) for row in rows], {}
     most = max(1, MOST_ROWS // search.num_beams)
     for together in data.batches(lengths, 1, tokens=tokens):
@@ -150,14 +154,28 @@ class Translator:
         return rows
 
 
+def ends_of(model) -> list[int]:
+    """The tokens that end a target."""
+    ends = model.config.eos_token_id
+    return [ends] if isinstance(ends, int) else ends or []
+
+
 def check_tokenizer(tokenizer, model, folder) -> None:
-    """CheckpointError where it gives ids that the model has no embedding for."""
+    """CheckpointError where it gives ids that the model has no embedding for, or texts that don't
+    begin and end as the model's targets do."""
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     sides = model.config.encoder, model.config.decoder
     if size > min(side.vocab_size for side in sides):
         raise checkpoint.CheckpointError(
             f"{folder}: the tokenizer has {size} tokens, the model embeddings for "
             f"{min(side.vocab_size for side in sides)}: give the model its own tokenizer"
+        )
+    ids, start = tokenizer("a")["input_ids"], model.config.decoder_start_token_id
+    if ids[0] != start or ids[-1] not in ends_of(model) or model.config.pad_token_id is None:
+        raise checkpoint.CheckpointError(
+            f"{folder}: targets begin with {start}, end with {ends_of(model)} and are padded with "
+            f"{model.config.pad_token_id} by the configuration, texts are {ids[0]} to {ids[-1]} by "
+            "the tokenizer: correct decoder_start_token_id, eos_token_id and pad_token_id"
         )
 
 
