@@ -30,7 +30,7 @@ from bertfast.model.presets import bert_config
 from bertfast.model.tokenizer import load_tokenizer
 from bertfast.model.translation_checkpoint import make_config
 from bertfast.train.optimizer import learning_rate, make_optimizer
-from bertfast.train.pairs import Pairs
+from bertfast.train.packed_pairs import Pairs
 from bertfast.train.tasks.translate_inference import Search, encode_sources, scores, translated
 
 TOLERANCE = 2e-4  # of a loss, after some steps of AdamW

@@ -25,6 +25,8 @@ def _parser():
     _embed_arguments(commands.add_parser("embed", help=text, description=text))
     text = "precisions of inference on a CPU: their accuracy and speed on a text, a folder of one"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
+    text = "a checkpoint of TensorFlow, Flax or Keras as one that transformers and bertfast load"
+    _convert_arguments(commands.add_parser("convert", help=text))
     text = "times beside rivals, each after its outputs were checked"
     _bench_arguments(commands.add_parser("bench", help=text, description=text))
     for name, text, add in (
@@ -154,6 +156,12 @@ def _embed_arguments(parser):
     add_arguments(parser)
 
 
+def _convert_arguments(parser):
+    from .convert_command import add_arguments
+
+    add_arguments(parser)
+
+
 def _evaluate_arguments(parser, task):
     _inference_arguments(parser, task, labelled=True)
     parser.add_argument("--data", required=True, help="labelled data")
@@ -258,6 +266,12 @@ def _embed(args):
     run(args, _say)
 
 
+def _convert(args):
+    from .convert_command import run
+
+    run(args, _say)
+
+
 def _quantize(args):
     from . import quantize
     from .files import json_text
@@ -329,6 +343,7 @@ def main(argv=None) -> int:
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
     commands |= {
+        "convert": _convert,
         "embed": _embed,
         "prepare": _prepare,
         "pretrain": _pretrain,

@@ -4,6 +4,7 @@ Imports numpy and torch only; pyarrow is loaded where a Parquet file is read.
 """
 
 from .batching import UNKNOWN, batches, collate, encode, unknown_share, unknown_text
+from .candidates import Candidates, load_candidates, read_candidates
 from .cells import normal
 from .clean import clean_text
 from .errors import DataError
@@ -18,6 +19,7 @@ from .translations import Translations, load_translations, read_sources
 __all__ = [
     "ROWS",
     "UNKNOWN",
+    "Candidates",
     "DataError",
     "Examples",
     "LabelSet",
@@ -29,9 +31,11 @@ __all__ = [
     "collate",
     "dataset_report",
     "encode",
+    "load_candidates",
     "load_classification",
     "load_translations",
     "normal",
+    "read_candidates",
     "read_chunks",
     "read_sources",
     "read_table",

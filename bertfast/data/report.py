@@ -1,14 +1,16 @@
 """What the data looks like, before anything is trained on it."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from .batching import UNKNOWN, encode, unknown_share, unknown_text
 from .examples import Examples
+from .noise import suspects
 from .splitting import MIN_TEXTS_TO_SPLIT
 
+_SHOWN, _JUDGED = 5, 20_000  # suspects, and rows evenly spread of which they are
 _QUANTILES = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
 
 
@@ -29,11 +31,13 @@ class Part:
 
 @dataclass
 class Report:
-    """Figures of each part, and `leakage`: distinct texts that two parts share."""
+    """Figures of each part, `leakage`: distinct texts that two parts share, and `suspects`: rows to
+    train on whose label may be wrong, the clearest first, each with what it reads like."""
 
     max_length: int
     parts: dict[str, Part]
     leakage: dict[str, int]
+    suspects: list[dict] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -88,6 +92,8 @@ class Report:
             "  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]).rstrip()
             for r in table
         ]
+        for one in self.suspects[:_SHOWN]:
+            lines.append(f"look at {one['place']}: {one['label']}, which reads like {one['like']}")
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings()])
 
 
@@ -107,12 +113,22 @@ def dataset_report(
         for i, a in enumerate(names)
         for b in names[i + 1 :]
     }
-    parts = {n: _part(part, keys[n], tokenizer, max_length) for n, part in given.items()}
-    return Report(max_length, parts, leakage)
+    rows = {n: encode(tokenizer, part.texts, part.pairs) for n, part in given.items()}
+    sizes = tokenizer, max_length
+    parts = {n: _part(part, rows[n], keys[n], *sizes) for n, part in given.items()}
+    return Report(max_length, parts, leakage, _suspects(train, rows["train"]))
 
 
-def _part(examples, keys, tokenizer, max_length) -> Part:
-    rows = encode(tokenizer, examples.texts, examples.pairs)
+def _suspects(train, rows) -> list[dict]:
+    if train.labels is None or train.task != "single_label":
+        return []
+    own = np.unique(np.linspace(0, len(train) - 1, min(len(train), _JUDGED)).astype(int))
+    labels = [train.labels[i] for i in own]
+    found = [(own[i], like) for i, like in suspects([rows[i]["input_ids"] for i in own], labels)]
+    return [{"place": train.place(i), "label": train.labels[i], "like": like} for i, like in found]
+
+
+def _part(examples, rows, keys, tokenizer, max_length) -> Part:
     lengths = np.array([len(row["input_ids"]) for row in rows])
     tokens = {n: int(np.quantile(lengths, q, method="higher")) for n, q in _QUANTILES.items()}
     labels, classes, values, conflicting = examples.labels, None, None, 0

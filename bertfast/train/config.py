@@ -21,6 +21,7 @@ CHOICES = {
     "task": tuple(METRICS),
     "head": ("auto", "fresh", "keep"),
     "schedule": ("linear", "cosine", "constant"),
+    "goal": ("similarity", "ranking"),
     "precision": ("fp32", "bf16"),
     "optimizer": ("adamw", "lamb"),
     "parallel": ("ddp", "fsdp"),

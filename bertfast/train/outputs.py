@@ -29,7 +29,7 @@ _WEIGHTS = {".safetensors", ".bin"}
 _MADE = {RUN_CONFIG, DECISION, "config.json", "generation_config.json", "model.safetensors"}
 _MADE |= {"tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "data_report.json"}
 _MADE |= {"eval_results.json", "seeds.json", "training_curve.png"}
-_MADE |= {"confusion_matrix.csv", "confusion_matrix.png"}
+_MADE |= {"confusion_matrix.csv", "confusion_matrix.png", "scores.png", "score_diffs.png"}
 
 
 def say(text):

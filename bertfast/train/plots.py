@@ -95,3 +95,20 @@ def training_curve(metrics_file: Path, metric: str, path: Path) -> None:
     # Above the axes: curves that fall and rise leave no corner free.
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.savefig(path)
+
+
+def scores(found: np.ndarray, labels: np.ndarray, goal: str, path: Path) -> None:
+    """Scores [n] beside their labels: a point each, or of ranking histograms of the relevant and of
+    the others."""
+    figure = _figure(6, 4.5)
+    axes = figure.subplots()
+    if goal == "similarity":
+        axes.scatter(labels, found, s=8, alpha=0.4)
+        axes.set(xlabel="label", ylabel="score")
+    else:
+        bins = np.histogram_bin_edges(found, 40)
+        for name, chosen in (("relevant", labels > 0), ("not relevant", labels <= 0)):
+            axes.hist(found[chosen], bins, alpha=0.5, label=name, density=bool(chosen.any()))
+        axes.set(xlabel="output", ylabel="density")
+        axes.legend()
+    figure.savefig(path)

@@ -18,7 +18,7 @@ from bertfast import cli, data
 from bertfast.data.errors import ConfigError
 from bertfast.files import read_json
 from bertfast.train import finetune
-from bertfast.train.pairs import Pairs
+from bertfast.train.packed_pairs import Pairs
 from bertfast.train.tasks import translate
 from bertfast.train.tasks.translate_inference import encode_sources, lowercases, text_of
 

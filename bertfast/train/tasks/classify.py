@@ -147,7 +147,7 @@ class ClassificationTask(FinetuneTask):
         if not self.config.thresholds:
             return {}
         targets = np.array([row["labels"] for row in self.rows["valid"]])
-        best = metrics.best_thresholds(np.stack(found["valid"]), targets)
+        best = metrics.best_thresholds(np.stack(found), targets)
         return {"thresholds": dict(zip(self.labels.names, best, strict=True))}
 
     def figures(self, name, found, brief=False):

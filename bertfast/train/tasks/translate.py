@@ -12,7 +12,7 @@ from ...model.presets import bert_config
 from ...model.translation_checkpoint import make_config, read_kind
 from .. import networks
 from ..config import ConfigError, FinetuneConfig, setting
-from ..pairs import Pairs
+from ..packed_pairs import Pairs
 from ..ranks import Ranks
 from .base import FinetuneTask
 from .translate_inference import (

@@ -16,7 +16,7 @@ from .. import networks
 from ..config import ConfigError
 from ..inputs import as_trained
 from ..outputs import say
-from ..pairs import Pairs
+from ..packed_pairs import Pairs
 from .base import choose_device
 
 MOST_ROWS = 256  # beams of sources that are decoded side by side

@@ -1,0 +1,194 @@
+"""Quality of classification after fine-tuning: bertfast beside transformers' Trainer, many seeds.
+
+    python benchmarks/finetune_quality.py [--data FOLDER] [--seeds 20] [--rows 1000]
+        [--loss-steps 200] [--done FILE]
+
+Short runs of MiniLM on Debian sections (see finetune_sections.py, whose sides these are), paired by
+seed: the mean difference of test macro F1 and its 95% interval by Student's t. Each side draws its
+own head, order and dropout, as their users have it.
+
+First, from one head, without dropout and with the same batches, the losses of --loss-steps steps
+are compared. --done keeps the seeds that are done, for a run that is stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from finetune_sections import Settings, logits, read, scores, train_bertfast, train_transformers
+from harness import ROOT, minilm, save
+from scipy import stats
+
+from bertfast.data import batches, encode
+from bertfast.dropin import accelerate
+from bertfast.train import ClassifyConfig, finetune
+
+LOSSES = 1e-4  # relative, of each step without dropout
+
+
+class InOrder(transformers.Trainer):
+    """Takes the rows in their order, and keeps the losses of its steps."""
+
+    losses: list
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
+def same_losses(model, parts, s: Settings, steps: int, work: Path) -> dict:
+    """The losses of both sides' steps; stops where they differ."""
+    names = sorted({r["label"] for r in parts["train"]})
+    headed, labels = work / "headed", dict(enumerate(names))
+    torch.manual_seed(0)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model,
+        num_labels=len(names),
+        id2label=labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    network.save_pretrained(headed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.save_pretrained(headed)
+    ours = ClassifyConfig(
+        model=str(headed), train=str(work / "train.jsonl"), valid=str(work / "val.jsonl"),
+        out=str(work / "losses"), batch_size=s.batch_size, lr=s.lr, max_length=s.max_length,
+        weight_decay=s.weight_decay, clip=s.clip, schedule="constant", warmup=0.0, epochs=99,
+        max_steps=steps, eval_steps=10**9, resume="no", device="cpu",
+    )  # fmt: skip
+    finetune(ours)
+    lines = map(json.loads, (work / "losses" / "metrics.jsonl").read_text().splitlines())
+    found = [r["loss"] for r in lines if "loss" in r]
+    rows = encode(tokenizer, [r["text"] for r in parts["train"]], None, s.max_length)
+    rows = [
+        ids | {"labels": names.index(r["label"])}
+        for ids, r in zip(rows, parts["train"], strict=True)
+    ]
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = [b for epoch in range(99) for b in batches(lengths, s.batch_size, 0, epoch)]
+    order = [b for b in order if len(b) == s.batch_size][:steps]
+    if any(len(b) < s.batch_size for b in batches(lengths, s.batch_size)):
+        raise SystemExit(f"--rows {len(rows)} is no multiple of a batch, {s.batch_size}")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(work / "rival"), max_steps=steps, per_device_train_batch_size=s.batch_size,
+        learning_rate=s.lr, lr_scheduler_type="constant", weight_decay=s.weight_decay,
+        max_grad_norm=s.clip, optim="adamw_torch_fused", use_cpu=True, eval_strategy="no",
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = InOrder(
+        network,
+        arguments,
+        train_dataset=[rows[i] for batch in order for i in batch],
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+    )
+    trainer.losses = []
+    trainer.train()
+    theirs = trainer.losses
+    error = max(abs(a / b - 1) for a, b in zip(found, theirs, strict=True))
+    print(f"losses of {steps} steps: largest relative difference {error:.1e}", flush=True)
+    if not error < LOSSES:
+        raise SystemExit(f"losses differ from transformers' by {error:.1e}: {found} and {theirs}")
+    return {"steps": steps, "largest_difference": error, "bertfast": found, "transformers": theirs}
+
+
+def one_seed(seed, model, parts, s, work) -> dict:
+    """Test figures of both sides, each model then run by the same code."""
+    names = sorted({r["label"] for r in parts["train"]})
+    texts, labels = ([r[key] for r in parts["test"]] for key in ("text", "label"))
+    files = {p: work / f"{p}.jsonl" for p in ("train", "val")}
+    tokenizer, row = transformers.AutoTokenizer.from_pretrained(model), {"seed": seed}
+    sides = {
+        "bertfast": lambda out: train_bertfast(model, files, s, seed, out),
+        "transformers": lambda out: train_transformers(model, parts, names, s, seed, out),
+    }
+    for name, train in sides.items():
+        out = work / f"{name}-{seed}"
+        train(out)
+        network = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+        accelerate(network)
+        found = logits(network, tokenizer, texts, s.max_length)
+        row[name] = scores(found, labels, network.config.id2label)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def interval(rows, key) -> dict:
+    """Means of both, the mean of their differences and its 95% interval."""
+    both = {n: [r[n][key] for r in rows] for n in ("bertfast", "transformers")}
+    d = [a - b for a, b in zip(*both.values(), strict=True)]
+    mean, error = statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5
+    reach = float(stats.t.ppf(0.975, len(d) - 1)) * error
+    found = {n: statistics.fmean(values) for n, values in both.items()}
+    found |= {f"{n}_sd": statistics.stdev(values) for n, values in both.items()}
+    return found | {"difference": mean, "interval_95": [mean - reach, mean + reach]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = ROOT.parent / "shared" / "data" / "debian"
+    parser.add_argument("--data", type=Path, default=default, help="folder of sections.*.jsonl.gz")
+    parser.add_argument("--model", default=minilm(), help="a BERT checkpoint's folder")
+    parser.add_argument("--seeds", type=int, default=20, help="how many")
+    parser.add_argument("--rows", type=int, default=1000, help="first training rows")
+    parser.add_argument("--loss-steps", type=int, default=200, help="steps to compare; 0: none")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--max-length", type=int, default=48)
+    parser.add_argument("--done", type=Path, help="file of the seeds that are done")
+    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
+    args = parser.parse_args()
+    if not args.data.is_dir():
+        parser.error(f"--data {args.data} is no folder; expected sections.*.jsonl.gz in it")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    s = Settings(epochs=args.epochs, max_length=args.max_length)
+    limits = {"train": args.rows, "val": 300, "test": None}
+    parts = {p: read(args.data / f"sections.{p}.jsonl.gz", n) for p, n in limits.items()}
+    known = {r["label"] for r in parts["train"]}
+    parts["val"] = [r for r in parts["val"] if r["label"] in known]
+    parts["train"] = parts["train"][: len(parts["train"]) // s.batch_size * s.batch_size]
+    done, losses = [], None
+    if args.done and args.done.exists():
+        done = [json.loads(line) for line in args.done.read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        for part in ("train", "val"):
+            text = "".join(json.dumps(r) + "\n" for r in parts[part])
+            (work / f"{part}.jsonl").write_text(text)
+        if args.loss_steps:
+            losses = same_losses(args.model, parts, s, args.loss_steps, work)
+        for seed in range(args.seeds):
+            if seed in {row["seed"] for row in done}:
+                continue
+            done.append(one_seed(seed, args.model, parts, s, work))
+            if args.done:
+                args.done.write_text("".join(json.dumps(row) + "\n" for row in done))
+    result = {"settings": dataclasses.asdict(s) | {"train_rows": len(parts["train"])}}
+    result |= {key: interval(done, key) for key in ("macro_f1", "accuracy")}
+    f1 = result["macro_f1"]
+    print(f"macro F1: {f1}")
+    task = (
+        f"test macro F1 on Debian sections, {len(parts['train']):,} rows, mean of {len(done)} seeds"
+    )
+    summary = [
+        {
+            "task": task, "unit": "", "bertfast": f1["bertfast"], "rival": f1["transformers"],
+            "rival_name": "transformers Trainer", "ratio": None,
+        }
+    ]  # fmt: skip
+    save(
+        "finetune_quality", result | {"runs": done, "losses": losses, "summary": summary}, args.out
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Checkpoints of other frameworks, read without them: TensorFlow's, Flax's and Keras'."""
