@@ -4,18 +4,12 @@ A step costs what is still undecided: sequences that have ended leave the batch.
 and values are made once, and all beams of a source read them where they are.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from .. import ops
-from .decoder import BertLMHeadModel, Sequences, plain
-from .heads import BertLMPredictionHead, BertOnlyMLMHead
+from .steps import Steps
 
-_ROOM = 32  # steps that the cache grows by
 _FEWER = 0.85  # rows move together once at most this share of them goes on
 _NEVER = -1e9  # a score that is below any sequence's
 
@@ -55,127 +49,10 @@ class Search(NamedTuple):
     early_stopping: bool | str = False
 
 
-class Steps:
-    """The decoder, a token of every row at a time: [rows] -> logits [rows, vocabulary].
-
-    Rows come in the order of their sources. Plain linear layers are read once, so nothing may train
-    meanwhile.
-    """
-
-    def __init__(self, decoder: BertLMHeadModel, sources: Sequences, each: int, most: int):
-        """each: rows of a source, at first. most: steps at most."""
-        bert, config = decoder.bert, decoder.config
-        self.heads = config.num_attention_heads
-        self.embeddings = bert.embeddings
-        self.layers = [_Layer(layer, sources) for layer in bert.encoder.layer]
-        self.sources, self.most, self.done = sources, most, 0
-        count = len(sources.cu_seqlens) - 1
-        self.source = torch.arange(count, device=sources.cu_seqlens.device).repeat_interleave(each)
-        self.head = _head(decoder.cls, count * each)
-        self._count()
-
-    def _count(self):
-        each = torch.bincount(self.source, minlength=len(self.sources.cu_seqlens) - 1)
-        self.starts = F.pad(each.cumsum(0), (1, 0)).int()
-        self.longest = int(each.max()) if len(each) else 0
-
-    def select(self, rows):
-        """Goes on with these rows, int64 [n], in the order of their sources; some perhaps twice."""
-        source = self.source[rows]
-        if len(source) != len(self.source):
-            self.source = source
-            self._count()
-        for layer in self.layers:
-            layer.cache = layer.cache.index_select(0, rows)
-
-    def __call__(self, ids):
-        """ids int64 [rows], the last token of each -> logits [rows, vocabulary]"""
-        at = torch.full_like(ids, self.done)
-        hidden = self.embeddings(ids, at, torch.zeros_like(ids), None)
-        rows, size = hidden.shape
-        shape = rows, -1, self.heads, size // self.heads
-        for layer in self.layers:
-            qkv = layer.qkv(hidden).view(shape)
-            cache = layer.room(rows, self.done, self.most, qkv)
-            cache[:, :, :, self.done] = qkv[:, 1:]
-            keys, values = cache[:, :, :, : self.done + 1].unbind(1)
-            context = F.scaled_dot_product_attention(qkv[:, 0].unsqueeze(2), keys, values)
-            hidden = layer.norm1(layer.out1(context.view(rows, size)), hidden)
-            context = ops.cross_attention(
-                *(layer.query(hidden).view(shape).squeeze(1), layer.kv),
-                *(self.starts, self.sources.cu_seqlens, self.longest, self.sources.longest),
-            )
-            hidden = layer.norm2(layer.out2(context.view(rows, size)), hidden)
-            hidden = layer.norm3(layer.down(layer.up(hidden)), hidden)
-        self.done += 1
-        return self.head(hidden)
-
-
-class _Layer:
-    """A layer's functions, and what it has seen: [rows, 2, heads, room, head_dim]."""
-
-    cache = None
-
-    def __init__(self, layer, sources: Sequences):
-        own, cross = layer.attention, layer.crossattention
-        self.qkv = _together(own.self.query, own.self.key, own.self.value)
-        self.query, self.kv = _product(cross.self.query), cross.self.keys_values(sources.values)
-        self.out1, self.norm1 = _output(own.output)
-        self.out2, self.norm2 = _output(cross.output)
-        self.up, (self.down, self.norm3) = layer.intermediate, _output(layer.output)
-
-    def room(self, rows, done, most, like):
-        """The cache, with room for another step."""
-        if self.cache is None or done == self.cache.shape[3]:
-            room = min(most, done + _ROOM)
-            cache = like.new_empty((rows, 2, like.shape[2], room, like.shape[3]))
-            if self.cache is not None:
-                cache[:, :, :, :done] = self.cache
-            self.cache = cache
-        return self.cache
-
-
-def _head(head: nn.Module, rows: int):
-    """What gives logits of about so many states at a time. On a CPU the product with all words is
-    most of a step, and 1.5 times as fast with a matrix that oneDNN has laid out for it once: for
-    32 rows of 256 and 30,522 words 16 ms in place of 24, on one core with AVX2."""
-    predictions = getattr(head, "predictions", None)
-    decoder = getattr(predictions, "decoder", None)
-    if not plain((head, predictions, decoder), BertOnlyMLMHead, BertLMPredictionHead, nn.Linear):
-        return head
-    weight, bias = decoder.weight, decoder.bias
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not rows:
-        return head
-    try:
-        words = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        product = torch.ops.mkldnn._linear_pointwise
-    except (AttributeError, RuntimeError):  # a torch built without it
-        return head
-    return lambda x: product(predictions.transform(x), words, bias, "none", [], "")
-
-
-def _product(linear: nn.Module):
-    if plain((linear,), nn.Linear):
-        return partial(F.linear, weight=linear.weight, bias=linear.bias)
-    return linear
-
-
-def _together(*linears):
-    """Several as one: [n, in] -> [n, all outs]."""
-    if plain(linears, nn.Linear):
-        weight, bias = (torch.cat([getattr(m, p) for m in linears]) for p in ("weight", "bias"))
-        return partial(F.linear, weight=weight, bias=bias)
-    return lambda x: torch.cat([linear(x) for linear in linears], 1)
-
-
-def _output(output):
-    return _product(output.dense), lambda x, residual: output.LayerNorm(x + residual)
-
-
 @torch.inference_mode()
 def greedy(steps: Steps, rules: Rules, scored: bool = False, length_penalty=1.0) -> Generated:
     """The likeliest token each time."""
-    count, device = len(steps.source), steps.source.device
+    count, device = steps.count, steps.device
     found = torch.full((count, 1 + rules.most), rules.pad, device=device)
     found[:, 0] = rules.start
     total, length = torch.zeros(count, device=device), torch.zeros(count, device=device)
@@ -200,7 +77,7 @@ def greedy(steps: Steps, rules: Rules, scored: bool = False, length_penalty=1.0)
             break
         if left <= _FEWER * len(going):
             rows = going.nonzero().squeeze(1)
-            steps.select(rows)
+            steps.select(rows, rows)
             where, ids, going = where[rows], ids[rows], going[rows]
     scores = total / length.clamp(min=1) ** length_penalty if scored else None
     return Generated(found[:, : 1 + longest], scores)
@@ -241,8 +118,7 @@ def beam(steps: Steps, rules: Rules, search: Search) -> Generated:
     best beam, as long as now, scores less than the worst of them; with "never" the best beam as
     long as it may become, where length_penalty > 0.
     """
-    k, device = search.num_beams, steps.source.device
-    count = len(steps.source) // k
+    k, count, device = search.num_beams, steps.count, steps.device
     best = torch.full((count, 1 + rules.most), rules.pad, device=device)
     score = torch.full((count,), _NEVER, device=device)
     tokens = torch.full((count, k, 1 + rules.most), rules.pad, device=device)
@@ -279,13 +155,14 @@ def beam(steps: Steps, rules: Rules, search: Search) -> Generated:
             longest = max(longest, int(finished.lengths[out, 0].max()))
         parents = torch.take_along_dim(parents, places, 1)
         rows = torch.arange(len(where), device=device).unsqueeze(1) * k + parents
+        keep = None
         if len(out):
             keep = (~settled).nonzero().squeeze(1)
             if not len(keep):
                 break
             where, rows = where[keep], rows[keep]
             running, finished = running.of(keep), finished.of(keep)
-        steps.select(rows.flatten())
+        steps.select(rows.flatten(), keep)
     return Generated(best[:, : 1 + longest], score)
 
 

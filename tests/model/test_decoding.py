@@ -8,7 +8,7 @@ from helpers import close_to_truth, refused
 from translated import END, batch, ours, pair
 
 from bertfast import ops
-from bertfast.model.decoding import Steps
+from bertfast.model.steps import Steps
 
 ENDS = [END, *range(10, 40)]  # so many that random models come to one
 
@@ -187,3 +187,29 @@ def test_refused():
     model.eval().config.decoder_start_token_id = None
     refused(ValueError, "decoder_start_token_id is None", model.generate, **given,
             max_new_tokens=8)  # fmt: skip
+
+
+def test_an_empty_source():
+    """One that is all padding: zeros come of its cross-attention, as in training."""
+    _, model = wide(8)
+    given = source(8)
+    given["attention_mask"][1] = 0
+    options = {"max_new_tokens": 6, "eos_token_id": []}
+    with ops.backend("reference"):
+        found = model.generate(**given, **options)
+        ids = torch.cat([found[1:2, :1], found[1:2, 1:-1]], 1)
+        one = {k: v[1:2] for k, v in given.items()}
+        logits = model(**one, decoder_input_ids=ids).logits
+    assert logits.isfinite().all() and found[1, 1:].tolist() == logits[0].argmax(1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "autocast"])
+def test_bf16(dtype):
+    """It runs in bf16, and says nearly what fp32 does of the first token."""
+    _, model = pair(seed=9, tie=False, head=False)
+    given, options = source(9), {"max_new_tokens": 4, "scores": True}
+    exact = model.decode(**given, **options).scores
+    low = dtype == "autocast"
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        found = (model if low else model.to(dtype)).decode(**given, **options).scores
+    assert found.isfinite().all() and (found - exact).abs().median() < 0.1
