@@ -140,3 +140,17 @@ def test_padded_rows_are_left_out(tmp_path, monkeypatch):
     with torch.no_grad():
         alone = [plain(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
     torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_encoders_are_replayed_in_the_loop(tmp_path, tape, capsys, monkeypatch):
+    """On a GPU: the step is launched, the layers and the update replayed; the same losses."""
+    given = settings(tmp_path, "Roberta", epochs=2, batch_size=12)
+    found = finetune(ClassifyConfig(**given))
+    counts = found["train"]["graphs"]
+    assert counts["launched"] == 10 and counts["captures"] == 1 and counts["hits"] > 5  # the update
+    assert "not replayed" not in capsys.readouterr().err
+    monkeypatch.setenv("BERTFAST_GRAPHS", "0")
+    plain = finetune(ClassifyConfig(**given | {"out": str(tmp_path / "plain")}))
+    assert "graphs" not in plain["train"]
+    of = lambda out: [r["loss"] for r in lines(tmp_path / out / "metrics.jsonl") if "loss" in r]
+    np.testing.assert_allclose(of("out"), of("plain"), rtol=1e-5)
