@@ -13,6 +13,7 @@ _MODELS = (
     "BertForPreTraining",
     "BertForQuestionAnswering",
     "BertForSequenceClassification",
+    "BertEncoderDecoder",
     "BertForTokenClassification",
     "cuda_graphs",
 )

@@ -14,6 +14,7 @@ from .pool import ahead
 from .report import Report, dataset_report
 from .splitting import split
 from .tables import ROWS, read_chunks, read_table
+from .translations import Translations, load_translations, read_sources
 
 __all__ = [
     "ROWS",
@@ -23,6 +24,7 @@ __all__ = [
     "Examples",
     "LabelSet",
     "Report",
+    "Translations",
     "ahead",
     "batches",
     "clean_text",
@@ -31,9 +33,11 @@ __all__ = [
     "encode",
     "load_candidates",
     "load_classification",
+    "load_translations",
     "normal",
     "read_candidates",
     "read_chunks",
+    "read_sources",
     "read_table",
     "read_texts",
     "split",

@@ -5,8 +5,10 @@ from .errors import CheckpointError
 from .graphs import cuda_graphs
 from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 from .token_heads import BertForQuestionAnswering, BertForTokenClassification
+from .translation import BertEncoderDecoder
 
 __all__ = [
+    "BertEncoderDecoder",
     "BertForMaskedLM",
     "BertForPreTraining",
     "BertForQuestionAnswering",

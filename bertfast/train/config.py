@@ -141,6 +141,11 @@ class FinetuneConfig(RunConfig):
     def known_metrics(self) -> tuple[str, ...]:
         return self.metrics
 
+    @property
+    def fresh_weights(self) -> bool:
+        """Whether `model` gives a tokenizer alone."""
+        return False
+
     def check_weights(self, name) -> None:
         """Of classes or tags, as the loss takes them."""
         for label, weight in getattr(self, name).items():

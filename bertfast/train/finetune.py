@@ -63,7 +63,8 @@ def _one(config, dry_run=False):
     out = Path(config.out)
     outputs.check(out, config.model, (config.train, config.valid, config.test))
     folder = checkpoint.resolve(config.model)
-    networks.verify(folder, config.allow_pickle)
+    if not config.fresh_weights:
+        networks.verify(folder, config.allow_pickle)
     task = tasks.of(config)(config, choose_device(config.device), say)
     task.read()
     task.tokenizer = load_tokenizer(folder)
@@ -103,7 +104,7 @@ def _one(config, dry_run=False):
 def _fingerprint(config, folder) -> dict:
     """What must be the same when a run is resumed."""
     base = [p for name in _BASE if (p := folder / name).is_file()]
-    base += checkpoint.files(folder, config.allow_pickle)
+    base += [] if config.fresh_weights else checkpoint.files(folder, config.allow_pickle)
     given = {k: v for k, v in config.as_dict().items() if k not in _FREE}
     for f in dataclasses.fields(config):  # checkpoints of before there was a setting go on
         if f.name in config.NEW and given[f.name] == f.default:

@@ -1,0 +1,48 @@
+"""benchmarks/finetune_translate.py on a tiny model: it runs, and refuses losses that differ."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import finetune_translate
+
+
+@pytest.fixture
+def options(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model", hidden_size=16, vocab_size=17)
+    for name, n in (("train", 40), ("test", 6)):
+        texts = [row["text"] for row in tiny.rows(n)]
+        lines = "".join(f"{a}\t{b}\n" for a, b in zip(texts, texts[::-1], strict=True))
+        (tmp_path / f"en-fr.{name}.tsv.gz").write_bytes(gzip.compress(lines.encode()))
+    size = str(folder / "config.json")
+    given = ["--data", str(tmp_path), "--tokenizer", str(folder), "--size", size]
+    given += ["--max-length", "16", "--batch-tokens", "100", "--steps", "2", "--loss-steps", "2"]
+    return given + ["--rounds", "1", "--decode-batch", "3", "--beams", "2", "--out", str(tmp_path)]
+
+
+@pytest.mark.seconds
+def test_runs(options, tmp_path):
+    finetune_translate.main(options)
+    result = json.loads((tmp_path / "finetune_translate.json").read_text())
+    for search in result["decoding"].values():
+        assert search["same"] == search["of"] == 9
+    assert {len(run["losses"]) for run in result["training"].values()} == {2}
+    tokens = [run["tokens"] for run in result["training"].values()]
+    assert tokens[0] == tokens[1] > 0
+    assert [set(row) for row in result["summary"]] == [
+        {"task", "unit", "bertfast", "rival", "rival_name", "ratio"}
+    ] * 5
+
+
+def test_losses_that_differ(options, monkeypatch):
+    monkeypatch.setattr(
+        finetune_translate.Ours, "loss", lambda self, batch: self.model.loss_packed(*batch)[0]
+    )
+    with pytest.raises(SystemExit, match="losses differ"):
+        finetune_translate.main(options)
