@@ -1,6 +1,5 @@
 """Translation by a BERT encoder and decoder; any text into another, summaries too."""
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -93,11 +92,7 @@ class TranslationTask(FinetuneTask):
             )
         tokens = {"decoder_start_token_id": start, "eos_token_id": end}
         own = {"decoder_layers": config.decoder_layers, "tie_embeddings": config.tie_embeddings}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = self._model(folder, tokens, own)
-        for w in caught:
-            self.say(str(w.message))
+        model = self._model(folder, tokens, own)
         if model.encoder.pooler is not None:
             model.encoder.pooler.requires_grad_(False)  # nothing reads it
         return model
