@@ -29,6 +29,7 @@ _MADE = {RUN_CONFIG, DECISION, "config.json", "model.safetensors"}
 _MADE |= {"tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "data_report.json"}
 _MADE |= {"eval_results.json", "seeds.json", "training_curve.png"}
 _MADE |= {"confusion_matrix.csv", "confusion_matrix.png", "scores.png"}
+_MADE |= {"entity_f1.png", "entity_scores.png"}
 
 
 def say(text):
