@@ -15,13 +15,15 @@ from .data.cells import text
 from .data.errors import ConfigError, DataError
 from .data.examples import Cells
 from .data.vectors import COLUMN, DTYPES, SUFFIXES, Vectors, ranges_file, vectors
+from .encoder import packed
 from .files import sha256
 from .model import checkpoint
 from .progress import Progress
-from .text_encoder import TASKS, TextEncoder, is_frozen
+from .saved import is_frozen
+from .text_encoder import TASKS, TextEncoder
 from .train.outputs import check_result
 
-PRECISIONS = ("fp32", "bf16", "int8", "auto")
+PRECISIONS = (*packed.PRECISIONS, "auto")
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 SYNC = 1.0  # seconds between two times that what is done is made sure of
 _MODEL = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of its files

@@ -14,12 +14,12 @@ import torch
 from . import data
 from .bench.measure import aligned
 from .encoder.packed import PRECISIONS, Freezable
-from .files import check_folder, read_json, regular
+from .files import check_folder, regular
 from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
 from .model.errors import unreadable
 from .model.tokenizer import load_tokenizer
-from .saved import check_out, is_frozen, save_frozen
+from .saved import check_out, is_frozen, save_frozen, sentences_class
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
 from .train.heads import label_set
@@ -65,14 +65,13 @@ def save(
 
 def _opened(folder: Path, allow_pickle):
     """(a model of sentence-transformers, None), or one of transformers and its tokenizer."""
-    about = folder / "config_sentence_transformers.json"
+    name = sentences_class(folder)
     if (folder / "modules.json").is_file():
         import sentence_transformers
 
-        name = read_json(about).get("model_type") if about.is_file() else None
-        cls = getattr(sentence_transformers, name or "SentenceTransformer", None)
+        cls = getattr(sentence_transformers, str(name), None)
         if cls is None:
-            raise checkpoint.CheckpointError(f"{about} has the model_type {name!r}, unknown here")
+            raise checkpoint.CheckpointError(f"{folder} holds a {name!r}, unknown here")
         return cls(str(folder), device="cpu", local_files_only=True), None
     import transformers
 

@@ -63,6 +63,14 @@ def save_frozen(model, folder) -> Path:
     return folder
 
 
+def sentences_class(folder: Path) -> str | None:
+    """Which of sentence-transformers' classes a folder holds; None where it is no such folder."""
+    about = folder / _SENTENCES
+    if not about.is_file():
+        return "SentenceTransformer" if (folder / _MODULES).is_file() else None
+    return read_json(about).get("model_type") or "SentenceTransformer"
+
+
 def is_frozen(folder: Path) -> bool:
     """Whether `save_frozen` wrote it."""
     return any(folder.rglob(MANIFEST))
@@ -90,11 +98,13 @@ def load_frozen(folder):
     processors alone, or is of another version.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in (_SENTENCES, _MODULES)):
+    name = sentences_class(folder)
+    if name is None:
         return read(folder)
+    read_json(folder / _SENTENCES)  # which `save_frozen` always writes
     from .dropin.sentences import load
 
-    return load(folder, read_json(folder / _SENTENCES).get("model_type"))
+    return load(folder, name)
 
 
 def write(model, folder: Path) -> None:

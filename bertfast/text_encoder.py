@@ -9,10 +9,9 @@ from . import data
 from .data.errors import ConfigError
 from .dropin import accelerate
 from .encoder.packed import Freezable
-from .files import read_json
 from .freeze import freeze
 from .model import checkpoint
-from .saved import is_frozen, load_frozen
+from .saved import is_frozen, load_frozen, sentences_class
 
 KIND = "SentenceTransformer"
 TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # and their prompts
@@ -27,9 +26,8 @@ def load(folder: Path, precision: str | None, device: str):
         from sentence_transformers import SentenceTransformer
     except ImportError as e:
         raise ConfigError(f"embed needs sentence-transformers ({e}): pip install it") from e
-    about = folder / "config_sentence_transformers.json"
-    kind = read_json(about).get("model_type", KIND) if about.is_file() else KIND
-    if kind != KIND:
+    kind = sentences_class(folder)
+    if kind not in (KIND, None):
         raise checkpoint.CheckpointError(f"{folder} is a {kind}, expected a {KIND}")
     if is_frozen(folder):
         if precision is not None:

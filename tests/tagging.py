@@ -28,7 +28,22 @@ SPECIALS = {
 }
 
 
-PIECES = ["lovelace", "debian", "the", "to", "tool", "lib", "in", "es", "on", "ain", "ar", "ha", "ra", "ch"]
+PIECES = [
+    "lovelace",
+    "debian",
+    "the",
+    "to",
+    "tool",
+    "lib",
+    "in",
+    "es",
+    "on",
+    "ain",
+    "ar",
+    "ha",
+    "ra",
+    "ch",
+]
 
 
 def merges(text, count):
@@ -64,7 +79,12 @@ def tokenizer(kind, length=64, text=TEXT):
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
     elif kind == "pieces":
-        pieces = [*letters, "▁", *PIECES, *("▁" + p for p in ("A", "L", "C", "to", "tool", "the", "Lovelace"))]
+        pieces = [
+            *letters,
+            "▁",
+            *PIECES,
+            *("▁" + p for p in ("A", "L", "C", "to", "tool", "the", "Lovelace")),
+        ]
         scores = [(p, 0.0 if p in specials else -10.0 + len(p)) for p in numbered(pieces)]
         made = Tokenizer(models.Unigram(scores, unk_id=specials.index(unknown)))
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -116,4 +136,3 @@ def checkpoint(folder, family, **options):
     made.save_pretrained(folder)
     read.save_pretrained(folder)
     return folder
-

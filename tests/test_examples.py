@@ -19,6 +19,14 @@ SCRIPTS = {
         6,
         [(r"found first: (\S+)", 0.3, 1), (r"pairs: (\S+)", 0.4, 1)],
     ),
+    "dropin_bi_encoder": (
+        ["sentence_transformers", "datasets"],
+        6,
+        [
+            (rf"\n{name}: 6 losses within (\S+);", 0, 1e-4)
+            for name in ("MultipleNeg\\w+", "CachedMultipleNeg\\w+", "MatryoshkaLoss")
+        ],
+    ),
     "dropin_cross_encoder": (["sentence_transformers"], 6, [(r"scores within (\S+);", 0, 2e-5)]),
     "dropin_modernbert": (
         ["sentence_transformers"],

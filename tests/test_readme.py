@@ -64,7 +64,8 @@ def test_make_targets_exist():
 
 
 def test_linked_files_exist():
-    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/performance.md"):
+    docs = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+    for name in ("README.md", "CONTRIBUTING.md", *docs):
         path = ROOT / name
         for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / link).exists(), f"{name} links to {link}"
@@ -73,7 +74,9 @@ def test_linked_files_exist():
 def test_command_options_exist(capsys):
     from bertfast.cli import main
 
-    for command in re.findall(r"^bertfast (.+?)(?:\s+#.*)?$", README, re.MULTILINE):
+    texts = README + "".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md")))
+    texts = texts.replace("\\\n", " ")
+    for command in re.findall(r"^bertfast (.+?)(?:\s+#.*)?$", texts, re.MULTILINE):
         words = [w for w in command.split() if re.fullmatch("[a-z]+", w)][:2]
         words = words[:2] if words[0] in ("finetune", "evaluate", "predict") else words[:1]
         with pytest.raises(SystemExit) as stop:

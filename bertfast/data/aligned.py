@@ -11,7 +11,6 @@ from .windows import Window, windows
 
 IGNORED = -100
 _CHUNK = 1024  # rows in one call of the tokenizer, which bounds its memory
-_ALL = np.iinfo(np.int64).max  # context at an end of the text, where there is no more
 
 
 @dataclass
@@ -170,11 +169,10 @@ def _best(of_token, starts, sizes) -> np.ndarray:
 
 def _context(begin, last, starts, sizes) -> np.ndarray:
     """[windows, n] tokens that each window has around `begin` to `last`, on the poorer side; -1
-    where it doesn't hold them."""
+    where it doesn't hold them. Ends of the text need no care: towards them no window has more."""
     left = begin[None] - starts[:, None]
     right = (starts + sizes)[:, None] - 1 - last[None]
     held = (left >= 0) & (right >= 0)
-    left[0], right[-1] = _ALL, _ALL  # the text's own ends cut nothing off
     return np.where(held, np.minimum(left, right), -1)
 
 

@@ -33,7 +33,8 @@ def windows(
     tokens with the one before.
 
     Args:
-        texts: strings; with `split` lists of words.
+        texts: strings; with `split` lists of words, which are encoded with a space between where
+            the tokenizer (of bytes, as RoBERTa's) tells words apart by it.
         pairs: second texts, which are then what is windowed: the first stand in each window.
 
     Raises: ConfigError where specials (and a first text) leave no room, or the tokenizer can't say
@@ -46,6 +47,8 @@ def windows(
         )
     if not 0 <= stride < max_length:
         raise ConfigError(f"stride is {stride}, expected 0 to max_length - 1, {max_length - 1}")
+    if not len(texts):
+        return []
     taken = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
     if pairs is not None:
         heads = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -56,31 +59,46 @@ def windows(
             f"{' and the longest first text' * (pairs is not None)}, and stride {stride} leaves "
             "none for new ones: give a larger max_length or a smaller stride"
         )
-    out = tokenizer(
-        list(texts),
-        None if pairs is None else list(pairs),
-        truncation="longest_first" if pairs is None else "only_second",
-        max_length=max_length,
-        stride=stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        is_split_into_words=split,
-        verbose=False,
-    )
+    spaced = split and _needs_spaces(tokenizer)
+    given = [[*w[:1], *(f" {v}" for v in w[1:])] for w in texts] if spaced else texts
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        out = tokenizer(
+            list(given),
+            None if pairs is None else list(pairs),
+            truncation="longest_first" if pairs is None else "only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            is_split_into_words=split,
+            verbose=False,
+        )
+    finally:
+        tokenizer.truncation_side = side
     types = out.get("token_type_ids") or [None] * len(out["input_ids"])
     side, found = int(pairs is not None), []
     for i, ids in enumerate(out["input_ids"]):
         inside = np.array([s == side for s in out.sequence_ids(i)], bool)
-        words = [-1 if w is None else w for w in out.word_ids(i)]
+        words = np.array([-1 if w is None else w for w in out.word_ids(i)], np.int64)
+        offsets = np.array(out["offset_mapping"][i], np.int64).reshape(-1, 2)
+        if spaced:
+            offsets = np.maximum(offsets - (words > 0)[:, None], 0)
         found.append(
             Window(
                 ids,
                 types[i],
                 out["overflow_to_sample_mapping"][i],
-                np.array(out["offset_mapping"][i], np.int64).reshape(-1, 2),
+                offsets,
                 np.where(inside, words, -1),
                 inside,
             )
         )
     return found
+
+
+def _needs_spaces(tokenizer) -> bool:
+    """Whether words given apart come out as one word would."""
+    ids = lambda text, split: tokenizer(text, is_split_into_words=split)["input_ids"]
+    return ids("x x", False) != ids(["x", "x"], True)

@@ -23,13 +23,13 @@ class FrozenTransformer(Transformer):
         return saved.read(Path(model_name_or_path, model_kwargs.get("subfolder") or ""), config)
 
 
-def load(folder: Path, name: str | None) -> nn.Module:
+def load(folder: Path, name: str) -> nn.Module:
     """What `save_frozen` has written of the model class `name`.
 
     Raises: ValueError for a class that sentence-transformers doesn't have, ImportError where it is
     too old to be told of ours.
     """
-    cls = getattr(sentence_transformers, str(name or "SentenceTransformer"), None)
+    cls = getattr(sentence_transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"{folder} holds a {name!r}, which sentence-transformers doesn't have")
     # Not trust_remote_code, which would let the folder name any class.

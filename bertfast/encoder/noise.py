@@ -1,4 +1,4 @@
-"""What int8 does to a layer, tried without data when a model is frozen."""
+"""What int8 does to a layer, tried on texts or tokens at random when a model is frozen."""
 
 import math
 from inspect import signature

@@ -129,5 +129,3 @@ class Lost:
             "bertfast.freeze was stopped while it packed these layers, which are gone: load the "
             "model anew"
         )
-
-    texts = run

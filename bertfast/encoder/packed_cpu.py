@@ -27,7 +27,7 @@ class PackedLayer(NamedTuple):
 
     spec: LayerSpec
     precision: str
-    source: int  # the sum of the bits of what it was packed of: any other layer has another
+    source: int  # the sum of the bits of what it was packed of, by which it is known
     tensors: dict[str, torch.Tensor]
 
     @classmethod

@@ -113,10 +113,12 @@ def _fingerprint(config, folder) -> dict:
 
 def _results(task, outcome, out: Path) -> dict:
     """Evaluates the trained model, and writes the figures of the run."""
-    found = {n: task.outputs(n, task.model) for n in ("valid", "test") if n in task.parts}
+    found = {"valid": task.outputs("valid", task.model)}
     task.decision = task.tune(found["valid"])
-    if task.decision:
+    if task.decision:  # without which the model answers otherwise
         outputs.write_json(out / outputs.DECISION, task.decision)
+    if "test" in task.parts:
+        found["test"] = task.outputs("test", task.model)
     results = {"train": outcome} | {name: task.figures(name, own) for name, own in found.items()}
     with outputs.optional(out / "eval_results.json") as path:
         outputs.write_json(path, results)

@@ -28,7 +28,7 @@ _WEIGHTS = {".safetensors", ".bin"}
 _MADE = {RUN_CONFIG, DECISION, "config.json", "model.safetensors"}
 _MADE |= {"tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "data_report.json"}
 _MADE |= {"eval_results.json", "seeds.json", "training_curve.png"}
-_MADE |= {"confusion_matrix.csv", "confusion_matrix.png", "scores.png"}
+_MADE |= {"confusion_matrix.csv", "confusion_matrix.png", "scores.png", "score_diffs.png"}
 _MADE |= {"entity_f1.png", "entity_scores.png"}
 
 

@@ -11,7 +11,7 @@ from helpers import ROOT
 from bertfast.data import DataError
 from bertfast.data.tag_schemes import SCHEMES, SchemeError, scheme_of, to_iob2
 from bertfast.data.tagged import Tagged, load_tagged, read_tagged
-from bertfast.data.text_spans import split_words
+from bertfast.data.text_spans import signed_forms, split_words
 
 WORDS = [["Ada", "Lovelace", "of", "London", "."], ["nothing", "here"]]
 TAGS = [["B-PER", "I-PER", "O", "B-LOC", "O"], ["O", "O"]]
@@ -118,6 +118,14 @@ def test_split_words(text, words):
     assert all(text[i].isspace() for i in left)  # nothing dropped but spaces
 
 
+def test_forms_stay_whole():
+    text, forms = "C++20, (C++) gcc's + +C ++", {"C++", "++", "gcc's", "+C", "C++ "}
+    words = [text[a:b] for a, b in split_words(text, forms)]
+    assert words == ["C++", "20", ",", "(", "C++", ")", "gcc's", "+", "+C", "++"]
+    rows = [["C++", "a"], ["C++", "x-y", "ab"], ["a b", "a b", "ab", "q-r", "q-r"]]
+    assert signed_forms(rows) == ["C++", "q-r"]  # those that occur twice, without spaces
+
+
 def test_two_hash_signs(tmp_path):
     """A word "#" is no comment."""
     found = load_tagged(write(tmp_path / "d.conll", "# O\nx O\n# O\n# B-X\n\n# a b\n#1 O\n"))
@@ -166,6 +174,8 @@ def test_plain_tags_and_files_without_entities(tmp_path):
     found = load_tagged(write(tmp_path / "d.conll", conll([["NNP", "NNP", "IN", "NNP", "-LRB-"], ["NN", "RB"]])))  # fmt: skip
     assert found.plain and found.tags[0][4] == "-LRB-"
     assert scheme_of([["O", "O"]]) == "iob2"
+    broken = ["I-A", "B-A", "E-A", "I-A", "S-A", "L-A", "O", "E-B"]
+    assert to_iob2(broken) == ["B-A", "B-A", "I-A", "B-A", "B-A", "B-A", "O", "B-B"]
     assert scheme_of([["I-A", "I-A"]]) == "iob1" and to_iob2(["I-A", "I-A"]) == ["B-A", "I-A"]
 
 

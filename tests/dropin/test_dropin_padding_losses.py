@@ -35,6 +35,7 @@ def test_router(saved):
 LOSSES = {
     "ranking": lambda m: plain.MultipleNegativesRankingLoss(m),
     "cached": lambda m: plain.CachedMultipleNegativesRankingLoss(m, mini_batch_size=2),
+    "matryoshka": lambda m: plain.MatryoshkaLoss(m, plain.MultipleNegativesRankingLoss(m), [16, 8]),
     "cosine": lambda m: plain.CosineSimilarityLoss(m),
     "layers": lambda m: plain.AdaptiveLayerLoss(m, plain.MultipleNegativesRankingLoss(m), n_layers_per_step=-1),
     "2d": lambda m: plain.Matryoshka2dLoss(m, plain.MultipleNegativesRankingLoss(m), [16, 8], n_layers_per_step=-1, n_dims_per_step=-1),

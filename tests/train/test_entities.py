@@ -122,6 +122,8 @@ PARTIAL = [
     ("B-A O O", "O O B-A", {s: (0, 0, 0, 1, 1) for s in ("strict", "exact", "partial", "type")}),
     # one found over two true: it takes the first, or of its type the one with the nearest ends
     ("B-A B-B I-B", "B-B I-B I-B", {"strict": (0, 1, 0, 1, 0), "exact": (0, 1, 0, 1, 0), "partial": (0, 0, 1, 1, 0), "type": (1, 0, 0, 1, 0)}),
+    # it takes the second, which is nearer; what that leaves is neither's
+    ("B-A B-A I-A I-A I-A", "B-A I-A I-A I-A B-A", {"strict": (0, 2, 0, 0, 0), "exact": (0, 2, 0, 0, 0), "partial": (0, 0, 2, 0, 0), "type": (1, 0, 0, 1, 1)}),
     # two found in one true: the second has nothing left
     ("B-A I-A I-A", "B-A B-A O", {"strict": (0, 1, 0, 0, 1), "exact": (0, 1, 0, 0, 1), "partial": (0, 0, 1, 0, 1), "type": (1, 0, 0, 0, 1)}),
     # the found one that fits comes second: the first has taken the true one

@@ -88,7 +88,7 @@ def base(family="Bert"):
 def settings(folder, family="Bert", **options):
     given = {"model": base(family), "out": str(folder / "out"), "head": "fresh", "device": "cpu"}
     for name, n in (("train", 48), ("valid", 12), ("test", 12)):
-        given[name] = conll(folder / f"{name}.conll", *tagged_rows(n, len(name)))
+        given[name] = conll(folder / f"{name}.conll", *tagged_rows(n, 5 + len(given)))
     return TokensConfig(
         **given | {"max_length": 32, "batch_size": 16, "lr": 5e-3, "epochs": 2} | options
     )
@@ -219,7 +219,7 @@ def test_a_step_without_dropout_is_the_trainers(tmp_path):
 def test_text_with_spans_is_words_with_tags(tmp_path):
     """The same entities in either form give the same run, of a tokenizer whose words are its own."""
     first = task_of(settings(tmp_path, max_length=60))
-    words, tags = tagged_rows(48, len("train"))
+    words, tags = tagged_rows(48, 9)
     rows = []
     for w, t in zip(words, tags, strict=True):
         part = Tagged([w], [t])
@@ -295,6 +295,14 @@ def test_offsets_are_of_the_text_as_given(tmp_path):
     for entity in found[3]["entities"]:
         assert texts[3][entity["start"] : entity["end"]] == entity["text"] == entity["text"].strip()
         assert 0 < entity["score"] <= 1
+    alike = [
+        predict(config.out, [row], device="cpu")[0]
+        for row in ("Ada C++ Turin", ["Ada", "C++", "Turin"])
+    ]
+    keys = ("text", "start", "end", "label", "score")
+    assert [[e[k] for k in keys] for e in alike[0]["entities"]] == [
+        [e[k] for k in keys] for e in alike[1]["entities"]
+    ]
     path = jsonl(tmp_path / "t.jsonl", *({"text": t} for t in texts))
     assert list(predict_table(config.out, path, device="cpu")) == found
     rows = list(

@@ -7,7 +7,7 @@ A task's module has `HELP`, one line; `Task`, a `FinetuneTask`, whose `Config` i
 
 from importlib import import_module
 
-KINDS = ("classify", "pairs", "tokens")
+KINDS = ("classify", "pairs", "qa", "tokens")
 
 
 def module(kind: str):
