@@ -60,12 +60,28 @@ def _accents_are_signs(counts: Counter) -> bool:
     return balance > 0
 
 
+def _has_forms(counts: Counter) -> bool:
+    """Whether a word has another spelling in Unicode, which some keyboards and files have: with
+    accents, dots below Bengali or Devanagari letters, Korean syllables."""
+    characters = {c for word in counts if not word.isascii() for c in word}
+    return any(unicodedata.combining(c) or unicodedata.normalize("NFD", c) != c for c in characters)
+
+
+def _bert_settings(tokenizer) -> dict:
+    """Of BERT's normalizer, alone or after NFC; {} where the tokenizer's is another."""
+    state = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else {}
+    *before, last = state.get("normalizers") or [state]
+    mine = last.get("type") == "BertNormalizer" and before in ([], [{"type": "NFC"}])
+    return last if mine else {}
+
+
 def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequency: int = 2):
     """A `tokenizers.Tokenizer` as BERT's, its vocabulary learnt from words and their counts.
 
-    Two things are for other scripts than BERT's: accents go with the case, as BERT's do, unless
-    most marks in the corpus are vowel signs and the like; and in a corpus without spaces between
-    words, what stands between two spaces may be longer.
+    Three things are for other scripts than BERT's: accents go with the case, as BERT's do, unless
+    most marks in the corpus are vowel signs and the like; where marks stay, text is read in the
+    form (NFC) of the words, whichever it has; and in a corpus without spaces between words, what
+    stands between two spaces may be longer.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import WordPieceTrainer
@@ -74,6 +90,8 @@ def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequ
         raise DataError("the corpus has no words left to train a tokenizer on")
     accents = False if lowercase and _accents_are_signs(counts) else None
     normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=accents)
+    if (accents is False or not lowercase) and _has_forms(counts):
+        normalizer = normalizers.Sequence([normalizers.NFC(), normalizer])
     splitter = pre_tokenizers.BertPreTokenizer()
     words = Counter()
     for word, n in counts.items():
@@ -130,17 +148,19 @@ def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequ
 
 def save_tokenizer(tokenizer, folder, max_length: int = 512) -> None:
     """tokenizer.json, tokenizer_config.json and vocab.txt, as transformers reads them: as its
-    BertTokenizer where that, whose words have up to 100 characters, tokenizes alike."""
+    BertTokenizer where that, whose words have up to 100 characters and any Unicode form, tokenizes
+    alike."""
     folder.mkdir()
     with os_errors(folder):
         tokenizer.save(str(folder / "tokenizer.json"))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    normalizer = tokenizer.normalizer
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.lowercase}
+    normalizer = _bert_settings(tokenizer)
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer["lowercase"]}
     settings |= {"model_max_length": max_length, "tokenize_chinese_chars": True}
-    settings |= {"strip_accents": normalizer.strip_accents}
+    settings |= {"strip_accents": normalizer["strip_accents"]}
     settings |= dict(zip(names, SPECIALS, strict=True))
-    if tokenizer.model.max_input_chars_per_word != _LONGEST:
+    alone = type(tokenizer.normalizer).__name__ == "BertNormalizer"
+    if not alone or tokenizer.model.max_input_chars_per_word != _LONGEST:
         inputs = ["input_ids", "token_type_ids", "attention_mask"]
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
     text = json.dumps(settings, indent=2) + "\n"
@@ -169,7 +189,7 @@ class WordTable:
         self.backend.no_truncation()
         self.backend.no_padding()
         # What the tokenizer would do to ASCII words; done before, it leaves fewer distinct ones.
-        lowers = getattr(self.backend.normalizer, "lowercase", False)
+        lowers = _bert_settings(self.backend).get("lowercase", False)
         self.ascii = str.lower if lowers else str
         self.known, self.limit = {}, limit
         # Plain parts are encoded many in one text and told apart by the prefix of inner pieces.
