@@ -86,13 +86,16 @@ def _one(config, dry_run=False):
 
     with locked(out) if main else nullcontext():
         if main:
-            outputs.write_yaml(out / "run_config.yaml", config)
+            settings = out / outputs.RUN_CONFIG
+            if not settings.exists():  # an older run's are its model's until there is another
+                outputs.write_yaml(settings, config)
             outputs.write_json(out / "data_report.json", report.as_dict())
         outcome = train(model, task, config, out, _fingerprint(config, folder), say)
         task.model = networks.gathered(model, Ranks(config.parallel))
         if not main:
             return None
         outputs.save(task.model, task.tokenizer, out)
+        outputs.write_yaml(settings, config)
         return _results(task, outcome, out)
 
 
