@@ -97,8 +97,7 @@ class PairsTask(FinetuneTask):
     def build(self, folder):
         labels = data.LabelSet((), "regression")
         allow = self.config.allow_pickle
-        which = "fresh" if self.config.head == "fresh" else "auto"
-        model, _ = heads.load(folder, HEAD, labels, which, allow_pickle=allow)
+        model, _ = heads.load(folder, HEAD, labels, self.config.head, allow_pickle=allow)
         more = getattr(model.config, "sentence_transformers", None) or {}
         activation = _ACTIVATIONS[self.config.goal]
         model.config.sentence_transformers = {**more, "activation_fn": activation}
