@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,11 +227,8 @@ def logits(model, batch: Packed, per_token: bool = False) -> torch.Tensor:
 
 def layers(model) -> list[nn.Module]:
     """The layers of its encoder, in their order, each once."""
-    found = []
-    for m in model.modules():
-        if isinstance(m, Freezable) and m not in found:
-            found += [layer for layer in m.layer if layer not in found]
-    return found
+    encoders = [m for m in model.modules() if isinstance(m, Freezable)]
+    return list(dict.fromkeys(layer for m in encoders for layer in m.layer))
 
 
 def freeze(model, count: int | None) -> None:
@@ -244,6 +242,10 @@ def freeze(model, count: int | None) -> None:
     embeddings = getattr(base, "embeddings", None) or base.get_input_embeddings()
     for module in (embeddings, *own[:count]):
         module.requires_grad_(False)
+    inside = {p for layer in own for p in layer.parameters()}
+    if inside:  # what projects ELECTRA's and ALBERT's embeddings stands before the layers
+        for p in takewhile(lambda p: p not in inside, base.parameters()):
+            p.requires_grad_(False)
 
 
 def longest(model) -> int | None:

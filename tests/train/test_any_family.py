@@ -173,6 +173,26 @@ def test_freezing_and_checkpointing(tmp_path):
             assert torch.equal(t, kept[name]) == frozen, name
 
 
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_frozen_layers_are_the_first(family):
+    """With all that is before them; what is behind them is learnt."""
+    from bertfast.dropin import accelerate
+    from bertfast.train import networks
+
+    model = families.build(family, "ForSequenceClassification", num_labels=3)
+    accelerate(model)
+    networks.freeze(model, 1)
+    model.train()(**families.inputs_for()).logits.square().sum().backward()
+    names = [name for name, p in model.named_parameters() if p.grad is not None]
+    layers = networks.layers(model)
+    assert len(layers) == 2 and not any(p.requires_grad for p in layers[0].parameters())
+    assert any(p.grad is not None for p in layers[1].parameters())
+    assert not [
+        n for n in names if "embeddings" in n.replace("rel_embeddings", "") or "_mapping_" in n
+    ]
+    assert not [n for n in names if "embed_tokens" in n]
+
+
 def test_padded_rows_are_left_out(tmp_path, monkeypatch):
     """Whatever the head: the loop takes real tokens alone."""
     from bertfast.dropin import fused
