@@ -23,7 +23,7 @@ from .saved import check_out, is_frozen, save_frozen, sentences_class
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
 from .train.heads import label_set
-from .train.outputs import RUN_CONFIG
+from .train.outputs import DECISION, RUN_CONFIG
 from .train.tasks.classify_inference import HEAD
 
 
@@ -58,8 +58,11 @@ def save(
         del network.tokenizer
         tokenizer.save_pretrained(out)
     save_frozen(network, out)
-    if (folder / RUN_CONFIG).is_file():
-        shutil.copy(folder / RUN_CONFIG, out)
+    for name in (RUN_CONFIG, DECISION):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, out)
+        else:
+            (Path(out) / name).unlink(missing_ok=True)
     return ", ".join(str(m.packed) for m in network.modules() if isinstance(m, Freezable))
 
 

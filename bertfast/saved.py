@@ -72,8 +72,10 @@ def sentences_class(folder: Path) -> str | None:
 
 
 def is_frozen(folder: Path) -> bool:
-    """Whether `save_frozen` wrote it."""
-    return any(folder.rglob(MANIFEST))
+    """Whether `save_frozen` wrote it; of another folder below it nothing follows."""
+    if (folder / _MODULES).is_file():
+        return any(folder.rglob(MANIFEST))
+    return (folder / MANIFEST).is_file()
 
 
 def check_out(folder: Path, sentences: bool) -> None:

@@ -286,3 +286,22 @@ def test_predict_and_evaluate_take_a_frozen_folder(folder, tmp_path):
 def test_wrong_usage_of_out(folder, monkeypatch, options, code):
     monkeypatch.chdir(folder)
     assert main(["quantize", "--model", "model", *options]) == code
+
+
+def test_a_frozen_model_within_its_run(tmp_path):
+    """It decides by the run's thresholds, and the run's own model is none the less there."""
+    given = tiny.settings(tmp_path, task="multi_label", thresholds=True, max_steps=2)
+    for name in ("train", "valid"):
+        rows = tiny.rows(30)
+        for row in rows:
+            row["label"] = [w for w in ("cat", "dog") if w in row["text"].split()]
+        tiny.write(Path(given[name]), rows)
+    expected = finetune(ClassifyConfig(**given))["valid"]["micro_f1"]
+    out = Path(given["out"])
+    assert {*json.loads((out / "decision.json").read_text())["thresholds"].values()} != {0.5}
+    quantize.save(str(out), str(out / "frozen"), "fp32")
+    for folder in (out, out / "frozen"):
+        assert evaluate(str(folder), given["valid"])["micro_f1"] == pytest.approx(expected)
+    (out / "decision.json").unlink()
+    quantize.save(str(out), str(out / "frozen"), "fp32")
+    assert not (out / "frozen" / "decision.json").exists()

@@ -115,7 +115,8 @@ def dataset_report(
     }
     rows = {n: encode(tokenizer, part.texts, part.pairs) for n, part in given.items()}
     sizes = tokenizer, max_length
-    parts = {n: _part(part, rows[n], keys[n], *sizes) for n, part in given.items()}
+    # A query's documents go to one part by its key alone, which isn't all of a row.
+    parts = {n: _part(part, rows[n], Examples.keys(part), *sizes) for n, part in given.items()}
     return Report(max_length, parts, leakage, _suspects(train, rows["train"]))
 
 

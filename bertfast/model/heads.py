@@ -143,7 +143,7 @@ def _called(bert, arguments):
     return [getattr(output, name, None) for name in names]
 
 
-def _masked_lm_loss(scores, labels, packing):
+def token_loss(scores, labels, packing):
     if labels is None:
         return None
     if labels.shape != (packing.batch, packing.seqlen):
@@ -179,7 +179,7 @@ class BertForMaskedLM(_MaskedLMBase):
         found = encoded(self, output_attentions, output_hidden_states, arguments)
         scores = self.cls(found.hidden)
         output = MaskedLMOutput(
-            loss=_masked_lm_loss(scores, labels, found.packing),
+            loss=token_loss(scores, labels, found.packing),
             logits=found.packing.unpack(scores),
             hidden_states=found.states,
             attentions=found.attentions,
@@ -213,7 +213,7 @@ class BertForPreTraining(_MaskedLMBase):
         arguments = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         found = encoded(self, output_attentions, output_hidden_states, arguments)
         scores, relation = self.cls(found.hidden, found.pooled)
-        loss = _masked_lm_loss(scores, labels, found.packing)
+        loss = token_loss(scores, labels, found.packing)
         if loss is not None and next_sentence_label is not None:
             loss = loss + F.cross_entropy(relation.float(), next_sentence_label.view(-1))
         elif next_sentence_label is None or labels is None:

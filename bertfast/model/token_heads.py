@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 
 from .bert import BertModel, BertPreTrainedModel, finish
-from .heads import encoded, inputs
+from .heads import encoded, inputs, token_loss
 
 
 class _TokenHead(BertPreTrainedModel):
@@ -67,11 +67,9 @@ class BertForTokenClassification(_TokenHead):
     ):
         given = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         found = encoded(self, output_attentions, output_hidden_states, given)
-        logits, loss = self.scores(found.hidden), None
-        if labels is not None:
-            loss = F.cross_entropy(logits.float(), found.packing.pack(labels))
+        logits = self.scores(found.hidden)
         output = TokenClassifierOutput(
-            loss=loss,
+            loss=token_loss(logits, labels, found.packing),
             logits=found.packing.unpack(logits),
             hidden_states=found.states,
             attentions=found.attentions,

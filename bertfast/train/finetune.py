@@ -1,13 +1,14 @@
 """Fine-tuning a checkpoint for a task, whichever: check, train, save, evaluate."""
 
 import dataclasses
+import math
 import os
-import statistics
 import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -91,13 +92,16 @@ def _one(config, dry_run=False):
 
     with locked(out) if main else nullcontext():
         if main:
-            outputs.write_yaml(out / "run_config.yaml", config)
+            settings = out / outputs.RUN_CONFIG
+            if not settings.exists():  # an older run's are its model's until there is another
+                outputs.write_yaml(settings, config)
             outputs.write_json(out / "data_report.json", report.as_dict())
         outcome = train(model, task, config, out, _fingerprint(config, folder), say)
         task.model = networks.gathered(model, Ranks(config.parallel))
         if not main:
             return None
         outputs.save(task.model, task.tokenizer, out)
+        outputs.write_yaml(settings, config)
         return _results(task, outcome, out)
 
 
@@ -145,8 +149,6 @@ def _step_size(config) -> str:
 def _write_card(path, task, results):
     config, score = task.config, results.get("test") or results["valid"]
     figures = "\n".join(f"| {k} | {v:.4f} |" for k, v in score.items() if isinstance(v, float))
-    if path.exists() and _MADE not in path.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError("one that bertfast did not write is there, and is kept")
     text = f"""---
 library_name: transformers
 pipeline_tag: {task.pipeline_tag}
@@ -163,12 +165,19 @@ pipeline_tag: {task.pipeline_tag}
 | --- | --- |
 {figures}
 """
+    _put_card(path, text)
+
+
+def _put_card(path, text):
+    if path.exists() and _MADE not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError("one that bertfast did not write is there, and is kept")
     write_text(path, text)
 
 
 def _several(config):
     """A run for each seed; of the best one the files are linked in `out`."""
     out, found = Path(config.out), {}
+    outputs.check(out, config.model, (config.train, config.valid, config.test))
     one = partial(dataclasses.replace, config, seeds=1)
     for seed in range(config.seed, config.seed + config.seeds):
         folder = out / f"seed-{seed}"
@@ -180,13 +189,17 @@ def _several(config):
     if not found:
         return None
     sign = -1 if config.metric in LOWER_IS_BETTER else 1
-    best = max(found, key=lambda f: sign * found[f]["valid"][config.metric])
+    scores = {f: sign * r["valid"][config.metric] for f, r in found.items()}
+    best = max(scores, key=lambda f: scores[f] if math.isfinite(scores[f]) else -math.inf)
     summary = {
         part: _spread([r[part] for r in found.values()])
         for part in ("valid", "test")
         if part in found[best]
     }
     outputs.bring(best, out)
+    with outputs.optional(out / "README.md") as path:
+        text = (best / path.name).read_text(encoding="utf-8")
+        _put_card(path, text.replace(f"# {best.name}", f"# {out.resolve().name}", 1))
     outputs.write_json(out / "seeds.json", {"best": best.name} | summary)
     return found[best] | {"seeds": summary}
 
@@ -198,6 +211,6 @@ def _spread(figures: list[dict]) -> dict:
     ]
     columns = {name: [f[name] for f in figures] for name in names}
     return {
-        name: {"mean": statistics.fmean(v), "sd": statistics.stdev(v), "values": v}
+        name: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)), "values": v}
         for name, v in columns.items()
     }

@@ -19,10 +19,10 @@ def label_set(model) -> data.LabelSet:
     """The task and class names that a model's configuration says."""
     problem = (
         model.config.problem_type
-        or PROBLEM["single_label" if model.num_labels > 1 else "regression"]
+        or PROBLEM["single_label" if model.config.num_labels > 1 else "regression"]
     )
     task = next(t for t, p in PROBLEM.items() if p == problem)
-    names = range(0 if task == "regression" else model.num_labels)
+    names = range(0 if task == "regression" else model.config.num_labels)
     return data.LabelSet(tuple(str(model.config.id2label[i]) for i in names), task)
 
 
@@ -67,7 +67,7 @@ def load(
 
 def _matched(folder, model, labels, which, flags) -> data.LabelSet:
     """The data's classes in the order of the head's outputs."""
-    own, count = label_set(model), model.num_labels
+    own, count = label_set(model), model.config.num_labels
     fits = count == max(1, len(labels))
     if fits and which == "keep":
         return labels

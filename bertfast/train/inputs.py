@@ -66,10 +66,16 @@ def check(tokenizer, model, folder, max_length: int | None, pairs: bool) -> int:
             f"(transformers: model.resize_token_embeddings({size}))"
         )
     types = max(data.encode(tokenizer, ["a"], ["a"])[0].get("token_type_ids", [0])) + 1
-    if pairs and networks.takes_types(model) and types > config.type_vocab_size:
+    if networks.padded(model) and getattr(config, "summary_type", None) == "last":
+        raise checkpoint.CheckpointError(
+            f"{folder}: a {type(model).__name__} reads the last place of a padded row, where only "
+            "the longest text has a token: give a model of another family"
+        )
+    known = getattr(config, "type_vocab_size", None) or types  # XLNet takes any
+    if pairs and networks.takes_types(model) and types > known:
         raise checkpoint.CheckpointError(
             f"{folder}: the tokenizer marks a pair by {types} token types, the model has "
-            f"{config.type_vocab_size}: give single texts"
+            f"{known}: give single texts"
         )
     limit = networks.longest(model)
     if max_length is None:

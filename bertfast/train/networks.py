@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +110,9 @@ def _renewed(folder, head, outputs, allow_pickle):
     model = getattr(transformers, f"AutoModelFor{head.name}").from_config(config)
     own = model.base_model.state_dict()
     found = base.state_dict()
+    if {*own} - {*found}:  # some have a pooler for this head alone
+        base, _ = _stock(folder, "AutoModel", allow_pickle, add_pooling_layer=True)
+        found = base.state_dict()
     model.base_model.load_state_dict({name: found[name] for name in own})
     return model
 
@@ -150,7 +154,7 @@ def quiet():
             logging.enable_progress_bar()
 
 
-def _stock(folder, auto: str, allow_pickle):
+def _stock(folder, auto: str, allow_pickle, **options):
     """(transformers' model, the names of weights that the folder lacks)."""
     import transformers
 
@@ -162,6 +166,7 @@ def _stock(folder, auto: str, allow_pickle):
             use_safetensors=None if allow_pickle else True,
             dtype=torch.float32,
             trust_remote_code=False,
+            **options,
         )
     return model, sorted(info["missing_keys"])
 
@@ -212,7 +217,8 @@ def logits(model, batch: Packed, per_token: bool = False) -> torch.Tensor:
         inputs = (*packed, batch.position_ids, batch.token_type_ids)
         return model.packed_logits(*inputs, *((batch.positions,) if per_token else ()))
     rows = batch.rows
-    more = {"token_type_ids": rows.token_type_ids} if takes_types(model) else {}
+    types = rows.token_type_ids if takes_types(model) else None
+    more = {} if types is None else {"token_type_ids": types}
     out = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, **more)
     if not per_token:
         return out.logits
@@ -224,11 +230,8 @@ def logits(model, batch: Packed, per_token: bool = False) -> torch.Tensor:
 
 def layers(model) -> list[nn.Module]:
     """The layers of its encoder, in their order, each once."""
-    found = []
-    for m in model.modules():
-        if isinstance(m, Freezable) and m not in found:
-            found += [layer for layer in m.layer if layer not in found]
-    return found
+    encoders = [m for m in model.modules() if isinstance(m, Freezable)]
+    return list(dict.fromkeys(layer for m in encoders for layer in m.layer))
 
 
 def freeze(model, count: int | None) -> None:
@@ -242,6 +245,10 @@ def freeze(model, count: int | None) -> None:
     embeddings = getattr(base, "embeddings", None) or base.get_input_embeddings()
     for module in (embeddings, *own[:count]):
         module.requires_grad_(False)
+    inside = {p for layer in own for p in layer.parameters()}
+    if inside:  # what projects ELECTRA's and ALBERT's embeddings stands before the layers
+        for p in takewhile(lambda p: p not in inside, base.parameters()):
+            p.requires_grad_(False)
 
 
 def longest(model) -> int | None:
@@ -250,7 +257,9 @@ def longest(model) -> int | None:
     embeddings = getattr(model.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     first = getattr(table, "padding_idx", None)  # RoBERTa's positions begin behind the padding's
-    return limit if limit is None or first is None else limit - first - 1
+    if limit is None or limit < 0:  # XLNet's -1
+        return None
+    return limit if first is None else limit - first - 1
 
 
 def gathered(model, ranks: Ranks):

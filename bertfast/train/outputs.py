@@ -31,6 +31,8 @@ _MADE |= {"tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "data_repo
 _MADE |= {"eval_results.json", "seeds.json", "training_curve.png"}
 _MADE |= {"confusion_matrix.csv", "confusion_matrix.png", "scores.png", "score_diffs.png"}
 _MADE |= {"entity_f1.png", "entity_scores.png"}
+_BEFORE = {RUN_CONFIG, "config.json", "model.safetensors", "tokenizer.json"}  # it is evaluated
+_BEFORE |= {"tokenizer_config.json", "metrics.jsonl", "data_report.json"}
 
 
 def say(text):
@@ -112,13 +114,16 @@ def write_lines(path, lines) -> None:
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """The model and its tokenizer. Raises OSError, which says what is left of the run."""
+    """The model and its tokenizer, in place of an older run's and of what that one found. Raises
+    OSError, which says what is left of the run."""
     try:
         with os_errors(out), TemporaryDirectory(dir=out, prefix=".model") as aside:
             # transformers' own would leave half of a model where it is stopped.
             with quiet():
                 model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+            for name in _MADE - _BEFORE:
+                (out / name).unlink(missing_ok=True)
             for path in sorted(Path(aside).iterdir()):
                 _sync(path)
                 put(path, out / path.name)
@@ -135,9 +140,13 @@ def _sync(path: Path) -> None:
 
 
 def bring(folder: Path, out: Path) -> None:
-    """A run's files, without its checkpoints, into another folder too."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+    """A run's files, without its checkpoints and its card, into another folder too, in place of an
+    older run's."""
+    for name in _MADE:
+        if not (folder / name).exists():
+            (out / name).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != RUN_CONFIG):
+        if path.is_file() and not path.name.startswith(".") and path.name != "README.md":
             write_whole(out / path.name, lambda aside, path=path: shutil.copyfile(path, aside))
 
 

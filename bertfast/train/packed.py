@@ -17,7 +17,7 @@ class Rows(NamedTuple):
 
     input_ids: torch.Tensor  # int64 [sequences, longest], padded on the right, as the next two
     attention_mask: torch.Tensor
-    token_type_ids: torch.Tensor
+    token_type_ids: torch.Tensor | None  # None where the tokenizer makes none
     index: torch.Tensor  # int64 [tokens]: where each is in the flattened rows
 
     @classmethod
@@ -70,6 +70,8 @@ class Packed(NamedTuple):
         more = {name: torch.from_numpy(values) for name, values in more.items()}
         if pad is not None:
             more["rows"] = Rows.of(ids, types, starts, pad)
+            if "token_type_ids" not in rows[0]:
+                more["rows"] = more["rows"]._replace(token_type_ids=None)
         return cls(*map(torch.from_numpy, arrays), max(lengths), **more)
 
     @property

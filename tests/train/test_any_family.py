@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -82,6 +83,56 @@ def test_a_step_is_stocks(family, tmp_path):
     assert first["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["NomicBert", "Gte"])
+def test_a_pooler_that_the_head_alone_has(family, tmp_path):
+    """transformers' AutoModel leaves it out; a checkpoint's is kept beside a new head."""
+    if family not in families.FAMILIES:
+        pytest.skip("transformers has it not")
+    given = settings(tmp_path, family, max_steps=1, lr=1e-9)
+    finetune(ClassifyConfig(**given))
+    again = given | {"model": given["out"], "head": "fresh", "seed": 1}
+    again |= {"out": str(tmp_path / "again")}
+    finetune(ClassifyConfig(**again))
+    texts = [row["text"] for row in tiny.rows(5, 2)]
+    (first, _), (model, expected) = stock(given["out"], texts), stock(again["out"], texts)
+    ours = [[*row["probabilities"].values()] for row in predict(again["out"], texts)]
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    first, found = first.state_dict(), model.state_dict()
+    (pooler,) = [name for name in found if name.endswith("pooler.dense.weight")]
+    torch.testing.assert_close(found[pooler], first[pooler], atol=1e-6, rtol=0)
+    assert not torch.equal(found["classifier.weight"], first["classifier.weight"])
+
+
+OTHERS = {
+    "GPT2": dict(n_embd=48, n_layer=1, n_head=3, n_positions=64),  # types are words to it
+    "Bart": dict(d_model=48, encoder_layers=1, decoder_layers=1, encoder_attention_heads=3,
+                 decoder_attention_heads=3, encoder_ffn_dim=80, decoder_ffn_dim=80),
+    "XLNet": dict(d_model=48, n_layer=1, n_head=3, d_inner=80),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_families_that_are_no_encoders(family, tmp_path):
+    """They are as transformers has them, or refused."""
+    given = settings(tmp_path, "Roberta", max_steps=1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given["model"])
+    given |= {"model": str(tmp_path / "other")}
+    tokenizer.save_pretrained(given["model"])
+    special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    special |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = getattr(transformers, f"{family}Config")(**special, **OTHERS[family])
+    torch.manual_seed(0)
+    getattr(transformers, f"{family}Model")(config).save_pretrained(given["model"])
+    if family == "XLNet":
+        return refused(CheckpointError, "the last place", finetune, ClassifyConfig(**given))
+    finetune(ClassifyConfig(**given))
+    texts = [row["text"] for row in tiny.rows(5, 2)]
+    ours = [[*row["probabilities"].values()] for row in predict(given["out"], texts, max_length=30)]
+    np.testing.assert_allclose(ours, stock(given["out"], texts)[1], atol=1e-5)
+    pairs = given | {"out": str(tmp_path / "p"), "text_pair_column": "text", "max_length": 60}
+    finetune(ClassifyConfig(**pairs))
+
+
 def test_a_base_model_is_no_classifier(tmp_path):
     folder = tiny_families.checkpoint(tmp_path / "m", "Roberta")
     refused(CheckpointError, "no fine-tuned model .*RobertaModel", predict, str(folder), ["cat"])
@@ -120,6 +171,26 @@ def test_freezing_and_checkpointing(tmp_path):
         frozen = name.startswith(("embeddings.", "encoder.layer.0."))
         if not name.startswith("pooler."):
             assert torch.equal(t, kept[name]) == frozen, name
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_frozen_layers_are_the_first(family):
+    """With all that is before them; what is behind them is learnt."""
+    from bertfast.dropin import accelerate
+    from bertfast.train import networks
+
+    model = families.build(family, "ForSequenceClassification", num_labels=3)
+    accelerate(model)
+    networks.freeze(model, 1)
+    model.train()(**families.inputs_for()).logits.square().sum().backward()
+    names = [name for name, p in model.named_parameters() if p.grad is not None]
+    layers = networks.layers(model)
+    assert len(layers) == 2 and not any(p.requires_grad for p in layers[0].parameters())
+    assert any(p.grad is not None for p in layers[1].parameters())
+    assert not [
+        n for n in names if "embeddings" in n.replace("rel_embeddings", "") or "_mapping_" in n
+    ]
+    assert not [n for n in names if "embed_tokens" in n]
 
 
 def test_padded_rows_are_left_out(tmp_path, monkeypatch):

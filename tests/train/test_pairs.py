@@ -100,6 +100,34 @@ def test_similarity(tmp_path):
     assert "pipeline_tag: text-ranking" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_heads_one_output_is_kept(tmp_path, capsys):
+    """Also one that is called a class, if that is asked."""
+    given = settings(tmp_path, similar, "similarity")
+    config = bertfast.BertModel.from_pretrained(given["model"]).config
+    config.num_labels, config.problem_type = 1, "multi_label_classification"
+    bertfast.BertForSequenceClassification(config).save_pretrained(given["model"])
+    refused(ConfigError, "--head keep", finetune, PairsConfig(**given), dry_run=True)
+    finetune(PairsConfig(**given, head="keep"), dry_run=True)
+    assert "kept from" in capsys.readouterr().err
+
+
+def test_a_querys_documents_are_not_one_text(tmp_path, capsys):
+    given = settings(tmp_path, queries, "ranking")
+    rows = queries(6, 50)
+    rows[1]["positive"] *= 2
+    rows[2]["negative"] += rows[2]["positive"]
+    given["valid"] = tiny.write(tmp_path / "valid.jsonl", rows)
+    finetune(PairsConfig(**given), dry_run=True)
+    said = capsys.readouterr().err.splitlines()
+    count = lambda title: next(line for line in said if line.startswith(title)).split()[-3:]
+    repeated = len(queries(6, 50)[1]["positive"]), len(rows[2]["positive"])
+    assert count("repeated texts") == ["0", str(sum(repeated)), "0"]
+    assert count("texts of several labels") == ["0", str(repeated[1]), "0"]
+    assert [w for w in said if "more than one label" in w] == [
+        f"warning: valid: {repeated[1]} texts have more than one label"
+    ]
+
+
 @pytest.mark.parametrize("family", ["Bert", *tiny_families.FAMILIES])
 def test_ranking_is_a_cross_encoders(family, tmp_path, capsys):
     given = settings(tmp_path, queries, "ranking", max_steps=4)

@@ -1,6 +1,9 @@
 """Several seeds of one run; thresholds of a multi-label model."""
 
 import json
+import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +47,37 @@ def test_figures_over_seeds(tmp_path, capsys):
     assert again["seeds"]["valid"]["loss"]["values"][:3] == pytest.approx(losses, rel=1e-5)
 
 
+def test_seeds_spare_what_is_no_runs(tmp_path, capsys):
+    """A folder of the pretrained model, somebody's card."""
+    given = tiny.settings(tmp_path, max_steps=1, seeds=2)
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    text = "the folder of the model, whose weights would be lost"
+    refused(ConfigError, text, finetune, ClassifyConfig(**given | {"out": given["model"]}))
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    for name, kept in (("mine", True), ("ours", False)):
+        out = tmp_path / name
+        out.mkdir()
+        if kept:
+            (out / "README.md").write_text("my own")
+        finetune(ClassifyConfig(**given | {"out": str(out)}))
+        card = (out / "README.md").read_text()
+        assert (card == "my own") == kept == ("is kept" in capsys.readouterr().err)
+        assert kept or ("\n# ours\n" in card and "seed-" not in card)
+
+
+def test_the_best_of_seeds_is_a_number(tmp_path, monkeypatch):
+    given, values = tiny.settings(tmp_path, metric="loss"), iter([math.nan, 0.7, 0.2, 0.4])
+
+    def one(config, dry_run=False):
+        Path(config.out).mkdir(parents=True)
+        return {"valid": {"loss": next(values)}}
+
+    monkeypatch.setattr(sys.modules["bertfast.train.finetune"], "_one", one)
+    assert finetune(ClassifyConfig(**given, seeds=4))["valid"]["loss"] == 0.2
+    summary = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    assert summary["best"] == "seed-2" and summary["valid"]["loss"]["sd"] is None
+
+
 def test_of_the_command_line(tmp_path, capsys):
     given = tiny.settings(tmp_path, max_steps=1, seeds=2)
     options = [t for k, v in given.items() for t in ("--" + k.replace("_", "-"), str(v))]
@@ -78,6 +112,21 @@ def multi(n, seed=0):
         words = row["text"].split()
         row["label"] = [w for w in ("cat", "dog", "stone") if w in words]
     return rows
+
+
+def test_an_older_runs_findings_go(tmp_path):
+    """Its thresholds, its seeds, its pictures: they are of another model."""
+    given, out = tiny.settings(tmp_path, max_steps=1, resume="no"), tmp_path / "out"
+    more = given | {"task": "multi_label", "thresholds": True}
+    more |= {n: tiny.write(tmp_path / f"many-{n}.jsonl", multi(30)) for n in ("train", "valid")}
+    for seeds in (1, 2):
+        finetune(ClassifyConfig(**more, seeds=seeds))
+        assert (out / "decision.json").exists() and (out / "seeds.json").exists() == (seeds == 2)
+        finetune(ClassifyConfig(**given))
+        there = {path.name for path in out.iterdir()}
+        assert "confusion_matrix.png" in there and not {"decision.json", "seeds.json"} & there
+    finetune(ClassifyConfig(**more | {"thresholds": False}, seeds=2))
+    assert not {"decision.json", "confusion_matrix.png"} & {path.name for path in out.iterdir()}
 
 
 def test_thresholds_are_the_models(tmp_path):

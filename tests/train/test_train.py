@@ -239,8 +239,12 @@ def test_nan_stops(tmp_path, monkeypatch):
 @pytest.mark.seconds
 def test_settings_clash_on_resume(tmp_path):
     run(tmp_path, epochs=1)
+    settings = tmp_path / "out" / "run_config.yaml"
+    own = settings.read_text()
     refused(TrainingError, r"other settings \(lr\)", run, tmp_path, epochs=1, lr=1e-4)
+    assert settings.read_text() == own  # by which the model that is there reads texts
     run(tmp_path, epochs=1, lr=1e-4, resume="no")
+    assert settings.read_text() != own
 
 
 def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):

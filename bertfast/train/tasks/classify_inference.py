@@ -64,7 +64,7 @@ class Classifier(Trained):
     def logits(self, examples, rows, tokens=networks.EVAL_TOKENS) -> np.ndarray:
         """fp32 [examples, outputs]"""
         found = self.outputs(rows, examples.place, tokens)
-        return np.stack(found) if found else np.empty((0, self.model.num_labels), np.float32)
+        return np.stack(found) if found else np.empty((0, self.model.config.num_labels), np.float32)
 
 
 def evaluate(

@@ -97,9 +97,8 @@ class PairsTask(FinetuneTask):
     def build(self, folder):
         labels = data.LabelSet((), "regression")
         allow = self.config.allow_pickle
-        which = "fresh" if self.config.head == "fresh" else "auto"
         options = {"allow_pickle": allow, "say": self.say}
-        model, _ = heads.load(folder, HEAD, labels, which, **options)
+        model, _ = heads.load(folder, HEAD, labels, self.config.head, **options)
         more = getattr(model.config, "sentence_transformers", None) or {}
         activation = _ACTIVATIONS[self.config.goal]
         model.config.sentence_transformers = {**more, "activation_fn": activation}

@@ -45,9 +45,9 @@ class Scorer(Trained):
 
     def __init__(self, model, goal, columns, max_length, allow_pickle, device, precision):
         super().__init__(model, HEAD, allow_pickle, device, precision)
-        if self.model.num_labels != 1:
+        if self.model.config.num_labels != 1:
             raise checkpoint.CheckpointError(
-                f"{self.folder} has {self.model.num_labels} outputs, expected one number for a "
+                f"{self.folder} has {self.model.config.num_labels} outputs, expected one for a "
                 "pair: is it a classifier? (evaluate classify)"
             )
         known = as_trained(self.folder, "pairs", goal=goal, max_length=max_length)
