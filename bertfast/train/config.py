@@ -121,6 +121,7 @@ class FinetuneConfig(RunConfig):
     freeze_layers: int | None = setting(None, "freeze the embeddings and the first N layers")
     seeds: int = setting(1, "runs, with seeds from `seed` on: figures are means, the best is kept")
     allow_pickle: bool = setting(False, "read pickled weights (weights_only)")
+    split_seed: int | None = None  # of the parts that are split off; None: `seed`
 
     def __post_init__(self):
         super().__post_init__()

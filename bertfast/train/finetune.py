@@ -80,8 +80,8 @@ def _one(config, dry_run=False):
         say(f"note: {line}")
     networks.freeze(model, config.freeze_layers)
     if config.gradient_checkpointing:
-        old = model.gradient_checkpointing_enable  # transformers 6 has the other name alone
-        getattr(model, "activation_checkpointing_enable", old)()
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # the old one
+        getattr(model, next(name for name in names if hasattr(model, name)))()
     report = task.report()
     say(str(report))
     task.rows = {name: task.encode(part) for name, part in task.parts.items()}
@@ -110,6 +110,8 @@ def _fingerprint(config, folder) -> dict:
     base = [p for name in _BASE if (p := folder / name).is_file()]
     base += [] if config.fresh_weights else checkpoint.files(folder, config.allow_pickle)
     given = {k: v for k, v in config.as_dict().items() if k not in _FREE}
+    if given["split_seed"] is None:
+        del given["split_seed"]
     for f in dataclasses.fields(config):  # checkpoints of before there was a setting go on
         if f.name in config.NEW and given[f.name] == f.default:
             del given[f.name]
@@ -178,7 +180,7 @@ def _several(config):
     """A run for each seed; of the best one the files are linked in `out`."""
     out, found = Path(config.out), {}
     outputs.check(out, config.model, (config.train, config.valid, config.test))
-    one = partial(dataclasses.replace, config, seeds=1)
+    one = partial(dataclasses.replace, config, seeds=1, split_seed=config.seed)
     for seed in range(config.seed, config.seed + config.seeds):
         folder = out / f"seed-{seed}"
         results = _one(one(seed=seed, out=str(folder)))

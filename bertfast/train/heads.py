@@ -52,7 +52,7 @@ def load(
     Raises: ConfigError where it is not known which output is which class, CheckpointError.
     """
     count = max(1, len(labels))
-    model, new = networks.pretrained(folder, head, which == "fresh", count, allow_pickle)
+    model, new = networks.pretrained(folder, head, which, count, allow_pickle)
     if not new:
         labels = _matched(folder, model, labels, which, flags)
     config = model.config

@@ -75,12 +75,22 @@ def verify(folder: Path, allow_pickle: bool = False) -> None:
                 pass  # the header's sizes must add up to the file's
 
 
-def pretrained(folder: Path, head: Head, fresh: bool, outputs: int | None, allow_pickle: bool):
+def pretrained(folder: Path, head: Head, which: str, outputs: int | None, allow_pickle: bool):
     """(a checkpoint's model with a task's head, whether that is new).
 
-    fresh: make a new one, whatever there is. outputs: how many a new one has; None: the
-    checkpoint's configuration says.
+    which: "fresh" makes a new one, whatever there is; "keep" needs the checkpoint's; "auto" takes
+    that, where there is one. outputs: how many a new one has; None: the configuration says.
     """
+    model, new = _pretrained(folder, head, which == "fresh", outputs, allow_pickle)
+    if new and which == "keep":
+        raise ConfigError(
+            f"head is 'keep', but {folder} has none for this task ({head.name}): give --head "
+            "fresh, or leave it out"
+        )
+    return model, new
+
+
+def _pretrained(folder, head, fresh, outputs, allow_pickle):
     config = read_configuration(folder)
     fresh = fresh or head.of_another(config) is not None
     if config.model_type == "bert":
@@ -142,14 +152,16 @@ def _native(folder, head, fresh, outputs, allow_pickle):
 
 @contextmanager
 def quiet():
-    """Without the bars that transformers shows for each model."""
+    """Without the bars and tables that transformers shows for each model."""
     from transformers.utils import logging
 
-    on = logging.is_progress_bar_enabled()
+    on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if on:
             logging.enable_progress_bar()
 

@@ -178,7 +178,7 @@ def test_the_loss_is_that_of_each_window_alone(tmp_path):
     """Beside fp64 over each window's own tokens; packed (native) and padded (transformers)."""
     for family in ("Bert", "Roberta"):
         folder = tiny_families.checkpoint(tmp_path / family, family, words=WORDS)
-        model = qa.networks.pretrained(folder, qa.HEAD, True, 2, False)[0]
+        model = qa.networks.pretrained(folder, qa.HEAD, "fresh", 2, False)[0]
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         given = load_questions(write(tmp_path / "r.jsonl", tiny_qa.rows(7)))
         windows = qa.question_windows(tokenizer, given, max_length=20, stride=3)

@@ -153,3 +153,18 @@ def test_thresholds_are_the_models(tmp_path):
         refused(CheckpointError, "expected a probability for each of cat, dog, stone",
                 predict, str(out), texts)  # fmt: skip
     refused(ConfigError, "thresholds is True, expected none", ClassifyConfig, thresholds=True)
+
+
+def test_seeds_have_one_split(tmp_path):
+    """Of what is held out: their figures are of the same rows."""
+    given = tiny.settings(tmp_path, max_steps=1, seeds=2)
+    del given["valid"]
+    finetune(ClassifyConfig(**given))
+    parts = [
+        json.loads((tmp_path / "out" / f"seed-{i}" / "data_report.json").read_text())
+        for i in (0, 1)
+    ]
+    assert parts[0] == parts[1]
+    alone = given | {"seeds": 1, "seed": 1, "out": str(tmp_path / "alone")}
+    finetune(ClassifyConfig(**alone))
+    assert json.loads((tmp_path / "alone" / "data_report.json").read_text()) != parts[0]

@@ -51,7 +51,8 @@ class FinetuneTask(Task):
                 raise data.DataError(f"{getattr(config, name)} has no rows")
         if "valid" not in given:
             fractions = (0.9, 0.1, 0.0) if "test" in given else (0.8, 0.1, 0.1)
-            *parts, held_out = data.split(given["train"], fractions, config.seed)
+            seed = config.seed if config.split_seed is None else config.split_seed
+            *parts, held_out = data.split(given["train"], fractions, seed)
             given |= zip(("train", "valid"), parts, strict=True)
             given.setdefault("test", held_out)
             if not len(given["valid"]):

@@ -13,7 +13,7 @@ from ...data.questions import load_questions
 from ...data.spans import question_windows
 from .. import answers, inputs, networks, outputs
 from ..answer_plots import score_diffs
-from ..config import ConfigError, FinetuneConfig, setting
+from ..config import FinetuneConfig, setting
 from ..packed import IGNORED
 from .base import FinetuneTask
 from .qa_inference import HEAD, evaluate, inference_arguments, predict_table, scored
@@ -88,13 +88,8 @@ class QATask(FinetuneTask):
 
     def build(self, folder):
         config = self.config
-        options = config.head == "fresh", 2, config.allow_pickle
+        options = config.head, 2, config.allow_pickle
         model, new = networks.pretrained(folder, self.head, *options)
-        if new and config.head == "keep":
-            raise ConfigError(
-                f"head is 'keep', but {folder} has no head for question answering: give --head "
-                "fresh, or leave it out"
-            )
         model.num_labels = model.config.num_labels = 2  # another task's checkpoint has its own
         model.config.problem_type = None
         self.say(f"head: {'new' if new else f'kept from {folder}'}")
