@@ -15,7 +15,7 @@ from torch import distributed
 from ..files import locked, sha256, write_text
 from ..model import checkpoint
 from ..model.tokenizer import load_tokenizer
-from . import networks, outputs, plots, tasks
+from . import networks, opening, outputs, plots, tasks
 from .config import LOWER_IS_BETTER, FinetuneConfig
 from .loop import train
 from .ranks import Ranks
@@ -65,7 +65,7 @@ def _one(config, dry_run=False):
     outputs.check(out, config.model, (config.train, config.valid, config.test))
     folder = checkpoint.resolve(config.model)
     if not config.fresh_weights:
-        networks.verify(folder, config.allow_pickle)
+        opening.verify(folder, config.allow_pickle)
     task = tasks.of(config)(config, choose_device(config.device), say)
     task.read()
     task.tokenizer = load_tokenizer(folder)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from .. import data
-from . import networks
+from . import opening
 from .config import ConfigError
 from .outputs import say
 
@@ -28,7 +28,7 @@ def label_set(model) -> data.LabelSet:
 
 def load(
     folder: Path,
-    head: networks.Head,
+    head: opening.Head,
     labels: data.LabelSet,
     which: str = "auto",
     *,
@@ -52,7 +52,7 @@ def load(
     Raises: ConfigError where it is not known which output is which class, CheckpointError.
     """
     count = max(1, len(labels))
-    model, new = networks.pretrained(folder, head, which, count, allow_pickle)
+    model, new = opening.pretrained(folder, head, which, count, allow_pickle)
     if not new:
         labels = _matched(folder, model, labels, which, flags)
     config = model.config

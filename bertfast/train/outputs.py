@@ -18,7 +18,7 @@ from ..files import (
     write_whole,
 )
 from .config import ConfigError
-from .networks import quiet
+from .opening import quiet
 
 RUN_CONFIG = "run_config.yaml"
 DECISION = "decision.json"  # what a task's outputs are decided by, beside the largest

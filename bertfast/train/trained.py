@@ -6,7 +6,7 @@ from ..freeze import freeze
 from ..model import checkpoint
 from ..model.tokenizer import load_tokenizer
 from ..saved import is_frozen, load_frozen
-from . import networks, outputs
+from . import networks, opening, outputs
 from .config import ConfigError
 from .tasks.base import choose_device
 
@@ -23,15 +23,15 @@ class Trained:
     Raises: CheckpointError where it is no fine-tuned model of the task; ConfigError.
     """
 
-    def __init__(self, model, head: networks.Head, allow_pickle, device, precision):
+    def __init__(self, model, head: opening.Head, allow_pickle, device, precision):
         if precision is not None and device == "cuda":
             raise ConfigError(f"precision {precision} is for a CPU, device is 'cuda'; drop one")
         self.folder, self.head = checkpoint.resolve(model), head
         if is_frozen(self.folder):
             self.model = _frozen(self.folder, head, device, precision)
         else:
-            networks.verify(self.folder, allow_pickle)
-            self.model = networks.trained(self.folder, head, allow_pickle)
+            opening.verify(self.folder, allow_pickle)
+            self.model = opening.trained(self.folder, head, allow_pickle)
             if precision is not None:
                 freeze(self.model, precision)
                 device = "cpu"

@@ -196,12 +196,12 @@ def test_frozen_layers_are_the_first(family):
 def test_padded_rows_are_left_out(tmp_path, monkeypatch):
     """Whatever the head: the loop takes real tokens alone."""
     from bertfast.dropin import fused
-    from bertfast.train import networks
+    from bertfast.train import networks, opening
     from bertfast.train.packed import Packed
 
     folder = tiny_families.checkpoint(tmp_path / "m", "Roberta", "ForTokenClassification")
-    head = networks.Head("TokenClassification", None, "classifier", True)
-    model = networks.trained(folder, head, False)
+    head = opening.Head("TokenClassification", None, "classifier", True)
+    model = opening.trained(folder, head, False)
     rows = [{"input_ids": [0, 5, 6, 2]}, {"input_ids": [0, 5, 6, 7, 8, 9, 2]}]
     with torch.no_grad():
         found = networks.logits(model, Packed.of_rows(rows, 1), per_token=True)

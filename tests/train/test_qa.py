@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bertfast import cli
 from bertfast.data.questions import load_questions
 from bertfast.model import CheckpointError
-from bertfast.train import finetune
+from bertfast.train import finetune, networks, opening
 from bertfast.train.config import ConfigError
 from bertfast.train.packed import Packed
 from bertfast.train.tasks import qa
@@ -178,14 +178,14 @@ def test_the_loss_is_that_of_each_window_alone(tmp_path):
     """Beside fp64 over each window's own tokens; packed (native) and padded (transformers)."""
     for family in ("Bert", "Roberta"):
         folder = tiny_families.checkpoint(tmp_path / family, family, words=WORDS)
-        model = qa.networks.pretrained(folder, qa.HEAD, "fresh", 2, False)[0]
+        model = opening.pretrained(folder, qa.HEAD, "fresh", 2, False)[0]
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         given = load_questions(write(tmp_path / "r.jsonl", tiny_qa.rows(7)))
         windows = qa.question_windows(tokenizer, given, max_length=20, stride=3)
         rows = [r | {"labels": t} for r, t in zip(windows.rows, windows.targets, strict=True)]
-        pad = tokenizer.pad_token_id if qa.networks.padded(model) else None
+        pad = tokenizer.pad_token_id if networks.padded(model) else None
         batch = Packed.of_rows(rows, pad)
-        logits = qa.networks.logits(model, batch, per_token=True)
+        logits = networks.logits(model, batch, per_token=True)
         found = qa.span_loss(logits.float(), batch)
         expected, starts = 0, batch.cu_seqlens.tolist()
         for i, target in enumerate(windows.targets):
@@ -436,7 +436,7 @@ def test_precisions_and_frozen_folders(family, tmp_path):
         for found, row in zip(predicted(out, path, precision=precision), plain, strict=True):
             near = 1e-4 if precision == "fp32" else 0.5
             assert found["null_score"] == pytest.approx(row["null_score"], abs=near)
-    model = bertfast.freeze(qa.networks.trained(out, qa.HEAD, False), "fp32")
+    model = bertfast.freeze(opening.trained(out, qa.HEAD, False), "fp32")
     bertfast.save_frozen(model, tmp_path / "frozen")
     transformers.AutoTokenizer.from_pretrained(out).save_pretrained(tmp_path / "frozen")
     options = {"max_length": 24, "stride": 4, "max_answer_length": 6, "null_threshold": "none"}

@@ -11,7 +11,8 @@ import torch
 from ... import data
 from ...files import regular
 from ..config import ConfigError, FinetuneConfig
-from ..networks import Head, logits, outputs, padded
+from ..networks import logits, outputs, padded
+from ..opening import Head
 from ..packed import Packed
 from ..ranks import Ranks
 from ..task import Task
@@ -62,7 +63,7 @@ class FinetuneTask(Task):
         self.parts = {name: given[name] for name in PARTS if name in given and len(given[name])}
 
     def build(self, folder: Path):
-        """Of each: the model, of `networks.pretrained`, its outputs named as the data have them."""
+        """Of each: the model, of `opening.pretrained`, its outputs named as the data have them."""
         raise NotImplementedError
 
     def check(self, folder: Path) -> None:

@@ -7,14 +7,14 @@ import numpy as np
 from ... import data
 from ...model import BertForSequenceClassification, checkpoint
 from ...progress import Progress
-from .. import metrics, networks
+from .. import metrics, networks, opening
 from ..config import ConfigError
 from ..heads import label_set
 from ..inputs import as_trained, check, encoded_rows, remembered, warn_unknown
 from ..outputs import DECISION, say
 from ..trained import Trained
 
-HEAD = networks.Head("SequenceClassification", BertForSequenceClassification, "classifier", False)
+HEAD = opening.Head("SequenceClassification", BertForSequenceClassification, "classifier", False)
 
 
 def thresholds(decision: dict, labels) -> list[float] | None:

@@ -11,7 +11,7 @@ from ... import data
 from ...data.question_report import question_report
 from ...data.questions import load_questions
 from ...data.spans import question_windows
-from .. import answers, inputs, networks, outputs
+from .. import answers, inputs, opening, outputs
 from ..answer_plots import score_diffs
 from ..config import FinetuneConfig, setting
 from ..packed import IGNORED
@@ -89,7 +89,7 @@ class QATask(FinetuneTask):
     def build(self, folder):
         config = self.config
         options = config.head, 2, config.allow_pickle
-        model, new = networks.pretrained(folder, self.head, *options)
+        model, new = opening.pretrained(folder, self.head, *options)
         model.num_labels = model.config.num_labels = 2  # another task's checkpoint has its own
         model.config.problem_type = None
         self.say(f"head: {'new' if new else f'kept from {folder}'}")

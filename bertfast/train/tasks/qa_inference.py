@@ -11,13 +11,13 @@ from ...data.spans import QuestionWindows, question_windows
 from ...model import checkpoint
 from ...model.token_heads import BertForQuestionAnswering
 from ...progress import Progress
-from .. import answers, networks
+from .. import answers, networks, opening
 from ..config import ConfigError
 from ..inputs import as_trained, check
 from ..outputs import DECISION, say
 from ..trained import Trained
 
-HEAD = networks.Head("QuestionAnswering", BertForQuestionAnswering, "qa_outputs", True)
+HEAD = opening.Head("QuestionAnswering", BertForQuestionAnswering, "qa_outputs", True)
 _LENGTHS = ("max_length", "stride", "max_query_length", "max_answer_length", "n_best")
 
 

@@ -12,7 +12,7 @@ from ...data.tag_schemes import SCHEMES, parts
 from ...data.tagged import load_tagged
 from ...data.tagged_report import tagged_report
 from ...data.text_spans import signed_forms
-from .. import heads, inputs, networks, outputs
+from .. import heads, inputs, opening, outputs
 from ..config import ConfigError, FinetuneConfig, setting
 from ..packed import IGNORED
 from . import tokens_plots as plots
@@ -128,7 +128,7 @@ class TokensTask(FinetuneTask):
         if not train.plain:
             kinds = {kind for row in train.kinds() for kind in row}
             names = {"O"} | {f"{letter}-{kind}" for letter in "BI" for kind in kinds}
-        config = networks.read_configuration(folder)
+        config = opening.read_configuration(folder)
         own = tuple(str(name) for name in config.id2label.values())
         kept = self.config.head == "auto" and self.head.of_another(config) is None
         return own if kept and names < {*own} else tuple(sorted(names))

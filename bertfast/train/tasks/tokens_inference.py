@@ -12,7 +12,7 @@ from ...data.text_spans import split_words
 from ...model import checkpoint
 from ...model.token_heads import BertForTokenClassification
 from ...progress import Progress
-from .. import networks
+from .. import networks, opening
 from ..config import ConfigError
 from ..entities import STRATEGIES, scored_entities
 from ..inputs import as_trained, check
@@ -21,7 +21,7 @@ from ..outputs import say as tell
 from ..trained import Trained
 from .tokens_words import Encoded, Tags, encoded, scored, words_tagged
 
-HEAD = networks.Head("TokenClassification", BertForTokenClassification, "classifier", True)
+HEAD = opening.Head("TokenClassification", BertForTokenClassification, "classifier", True)
 COLUMNS = ("tokens_column", "text_column", "tags_column", "entities_column")
 
 
