@@ -23,7 +23,7 @@ from stdlib_text import docstrings, minilm
 import bertfast
 
 MODULES = ("asyncio", "json", "math", "os", "random", "socket")
-STEPS = 6
+STEPS = 3
 LOSSES = {
     "MultipleNegativesRankingLoss": MultipleNegativesRankingLoss,
     "CachedMultipleNegativesRankingLoss": lambda model: CachedMultipleNegativesRankingLoss(

@@ -23,7 +23,7 @@ SCRIPTS = {
         ["sentence_transformers", "datasets"],
         6,
         [
-            (rf"\n{name}: 6 losses within (\S+);", 0, 1e-4)
+            (rf"\n{name}: 3 losses within (\S+);", 0, 1e-4)
             for name in ("MultipleNeg\\w+", "CachedMultipleNeg\\w+", "MatryoshkaLoss")
         ],
     ),

@@ -114,7 +114,7 @@ MUTANTS = [
     ("ranks from 0", "train/ranking", "1.0 / (hits[0] + 1)", "1.0 / max(1, hits[0])", "pairs", "beside_scikit"),
     ("relevances as they are", "train/tasks/pairs", "pos_weight=weight", "pos_weight=None", "pairs", "weight_of_relevant"),
     ("a query in two parts", "data/candidates", "(clean_text(text).casefold(),) for text in self.texts", "(text,) for text in map(str, range(len(self)))", "pairs", "one_part"),
-    ("labels by the fold they are of", "data/noise", "fit(x[seen], y[seen])", "fit(x, y)", "noise", "changed_labels"),
+    ("the least doubtful labels first", "data/noise", "np.argsort(-margin", "np.argsort(margin", "noise", "changed_labels"),
     ("context on the richer side", "data/aligned", "np.where(held, np.minimum(left, right), -1)", "np.where(held, np.maximum(left, right), -1)", "aligned", "context"),
     ("I- after O goes on", "data/tag_schemes", "begins = letter in _OPEN or closed or kind != before", "begins = letter in _OPEN or kind != before", "tagged", "plain_tags_and"),
     ("partial counts whole", "train/entities", 'n["correct"] + 0.5 * n["partial"]', 'n["correct"] + n["partial"]', "entities", "hand or brute"),
