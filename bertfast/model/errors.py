@@ -18,6 +18,7 @@ def unreadable(what=""):
         raise
     except BaseException as e:  # a panic in Rust is no Exception
         text = " ".join(str(e).split())[:1000]
+        text = text.encode(errors="backslashreplace").decode()  # lone surrogates of what was read
         if not isinstance(e, ValueError | OSError):  # some say a key alone, or nothing
             text = f"{type(e).__name__}: {text}"
         raise CheckpointError(f"{what}: {text}" if what else text) from None

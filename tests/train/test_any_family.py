@@ -12,6 +12,7 @@ import torch
 import transformers
 from helpers import refused
 
+from bertfast.cli import main
 from bertfast.data import encode
 from bertfast.dropin import is_accelerated
 from bertfast.model import CheckpointError
@@ -225,3 +226,15 @@ def test_encoders_are_replayed_in_the_loop(tmp_path, tape, capsys, monkeypatch):
     assert "graphs" not in plain["train"]
     of = lambda out: [r["loss"] for r in lines(tmp_path / out / "metrics.jsonl") if "loss" in r]
     np.testing.assert_allclose(of("out"), of("plain"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", ["\ud800", "no such model", 5, ["bert"]])
+def test_a_model_type_that_is_none(value, tmp_path, capsys):
+    folder = tiny_families.checkpoint(tmp_path / "m", "Roberta")
+    values = json.loads((folder / "config.json").read_text()) | {"model_type": value}
+    (folder / "config.json").write_text(json.dumps(values))
+    data = tiny.write(tmp_path / "d.jsonl", tiny.rows(3))
+    capsys.readouterr()
+    assert main(["evaluate", "classify", "--model", str(folder), "--data", data]) == 1
+    err = capsys.readouterr().err
+    assert "config.json" in err and len(err.strip().splitlines()) == 1
