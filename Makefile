@@ -29,6 +29,7 @@ test-fast: build ## in two minutes: a few cases of every test; K=attention: all 
 test-slow: build
 	$(BIN)/pytest -m slow
 
+# FEW=--fast: of every test few cases
 test-sanitize: build ## the operators' tests with ASan and UBSan, the CUDA kernels' on the CPU
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA_HOST=ON \
 	  -DBERTFAST_SANITIZE=ON -DBERTFAST_ONE_ISA=ON -DBERTFAST_OUTPUT=$(CURDIR)/build/sanitize \
@@ -38,7 +39,7 @@ test-sanitize: build ## the operators' tests with ASan and UBSan, the CUDA kerne
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	BERTFAST_FUZZ=5000 BERTFAST_EXTENSION=$(CURDIR)/build/sanitize/_C.so \
-	$(BIN)/pytest -k "not triton" $(OPERATOR_TESTS)
+	$(BIN)/pytest $(FEW) -k "not triton" $(OPERATOR_TESTS)
 
 test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	cmake -S . -B build/cuda_host -G Ninja -DCMAKE_BUILD_TYPE=Release -DBERTFAST_CUDA_HOST=ON \
