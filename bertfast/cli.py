@@ -173,8 +173,10 @@ def _predict_arguments(parser, task):
     parser.add_argument("--input", required=True, help="a table, or - for JSON lines on stdin")
     text = "JSON lines here, by way of FILE.partial (default: - for stdout, as they come)"
     parser.add_argument("--output", default="-", metavar="FILE", help=text)
-    text = "tokens in a batch (default: 16384)"
-    parser.add_argument("--batch-tokens", type=int, default=16384, help=text)
+    from .train.networks import EVAL_TOKENS
+
+    text = f"tokens in a batch (default: {EVAL_TOKENS})"
+    parser.add_argument("--batch-tokens", type=int, default=EVAL_TOKENS, help=text)
 
 
 def _given(args, settings) -> dict:

@@ -1,6 +1,5 @@
 """Checkpoints of TensorFlow, Flax and Keras as folders that transformers and bertfast load."""
 
-import os
 import secrets
 import shutil
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .data.errors import ConfigError
-from .files import check_folder, put
+from .files import check_folder, put, sync
 from .model.config import CONFIG
 from .model.foreign import classes, names, source, vocabulary, weights, write
 from .model.foreign.classes import some
@@ -126,8 +125,7 @@ def _whole(out: Path):
         folder.mkdir(parents=True)
         yield folder
         for path in folder.iterdir():
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
+            sync(path)
         put(folder, out)
     except BaseException as e:
         shutil.rmtree(folder, ignore_errors=True)

@@ -119,6 +119,15 @@ def os_errors(path):
         raise OSError(f"{path} can't be written: {e}") from None
 
 
+def sync(path) -> None:
+    """A file, or the names in a folder, on disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_whole(path: Path, write) -> None:
     """`write(temporary path)`, then fsync and rename: `path` is the old file or the whole new."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -126,8 +135,7 @@ def write_whole(path: Path, write) -> None:
     try:
         with os_errors(path):
             write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        sync(temporary)
         os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
         put(temporary, path)
     except BaseException:
@@ -138,11 +146,7 @@ def write_whole(path: Path, write) -> None:
 def put(temporary, path: Path) -> None:
     """Rename a file that is on disk to `path`, for good."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def json_text(value, indent: int | None = None) -> str:

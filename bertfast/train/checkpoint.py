@@ -11,19 +11,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..files import json_text, os_errors, regular, sha256
+from ..files import json_text, os_errors, regular, sha256, sync
 from .ranks import full, like
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _ASIDE = ".old"  # ends the name of a checkpoint that a new one replaces
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def rng_state() -> dict:
@@ -86,7 +78,7 @@ def save(
         for file, values in zip((MODEL, OPTIMIZER), tensors, strict=True):
             with os_errors(temporary / file):
                 save_file(values, temporary / file)
-            _sync(temporary / file)
+            sync(temporary / file)
             sums[file] = sha256(temporary / file)
         if state["best"] and state["best"]["step"] == step:
             state = state | {"best_weights": {"checkpoint": final.name, "sha256": sums[MODEL]}}
@@ -97,13 +89,13 @@ def save(
             f.write(digest + "\n" + text)
             f.flush()
             os.fsync(f.fileno())
-        _sync(temporary)
+        sync(temporary)
         mine.add(final.name)
         _drop(folder, mine)  # first, lest a kill leave two runs' side by side
         if final.exists():  # a step saved again: one of the two is there at any moment
             os.rename(final, folder / f".{final.name}{_ASIDE}")
         os.rename(temporary, final)
-        _sync(folder)
+        sync(folder)
     except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
         _put_back(folder)

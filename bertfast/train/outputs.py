@@ -14,6 +14,7 @@ from ..files import (
     os_errors,
     put,
     read_json,
+    sync,
     write_text,
     write_whole,
 )
@@ -125,18 +126,13 @@ def save(model, tokenizer, out: Path) -> None:
             for name in _MADE - _BEFORE:
                 (out / name).unlink(missing_ok=True)
             for path in sorted(Path(aside).iterdir()):
-                _sync(path)
+                sync(path)
                 put(path, out / path.name)
     except OSError as e:
         raise OSError(
             f"the trained model can't be saved in {out} ({e}); its weights are kept in "
             f"{out / 'checkpoints'}: the same command with --resume auto saves it without training"
         ) from e
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as f:
-        os.fsync(f.fileno())
 
 
 def bring(folder: Path, out: Path) -> None:
