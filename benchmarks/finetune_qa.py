@@ -33,7 +33,7 @@ from bertfast.train import answers, finetune
 from bertfast.train.tasks.qa import QAConfig
 
 TOLERANCE = 1e-5  # of the largest logit, the model trained here loaded by transformers
-LOSSES = 1e-3  # relative, of each of the steps without dropout
+LOSSES = 1e-4  # relative, of each of the steps without dropout
 
 
 @dataclasses.dataclass
@@ -279,6 +279,8 @@ def main():
     parser.add_argument("--rows", type=int, default=1500, help="first training questions")
     parser.add_argument("--test-rows", type=int, help="first validation and test questions (all)")
     parser.add_argument("--loss-steps", type=int, default=20, help="steps to compare; 0: none")
+    parser.add_argument("--loss-batch-size", type=int, default=4, help="in each of them")
+    parser.add_argument("--loss-lr", type=float, default=5e-5, help="larger ones part sooner")
     for name in ("epochs", "batch-size", "max-length", "stride"):
         value = getattr(Settings, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -301,7 +303,8 @@ def main():
         }
         losses = None
         if args.loss_steps:
-            losses = same_losses(args.model, tokenizer, parts, s, args.loss_steps, work)
+            few = dataclasses.replace(s, batch_size=args.loss_batch_size, lr=args.loss_lr)
+            losses = same_losses(args.model, tokenizer, parts, few, args.loss_steps, work)
         rows = [one_seed(seed, args.model, tokenizer, parts, s, work) for seed in args.seeds]
 
     def over_seeds(key, reduce):

@@ -26,7 +26,7 @@ from bertfast.train.loop import train
 from bertfast.train.packed import IGNORED
 from bertfast.train.tasks.tokens import TokensConfig, TokensTask
 
-TOLERANCE = 1e-3  # of the losses, relative, over all steps of equal batches
+TOLERANCE = 1e-4  # of the losses, relative, over all steps of equal batches
 
 
 @dataclasses.dataclass
@@ -251,6 +251,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--batch-size", type=int, default=Settings.batch_size)
     parser.add_argument("--equal-steps", type=int, default=20, help="steps on equal batches")
+    parser.add_argument("--equal-batch-size", type=int, default=8, help="in each of them")
+    parser.add_argument("--equal-lr", type=float, default=5e-5, help="larger ones part sooner")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
     args = parser.parse_args()
     if not args.data.is_dir():
@@ -273,7 +275,11 @@ def main():
         for name in ("train", "val"):
             files[name] = work / f"{name}.conll"
             _write(files[name], parts[name])
-        equal = equal_losses(args.model, files, s, args.equal_steps, work)
+        few = dataclasses.replace(s, batch_size=args.equal_batch_size, epochs=99)
+        few.lr = args.equal_lr
+        equal = equal_losses(args.model, files, few, args.equal_steps, work)
+        if equal["steps"] != args.equal_steps:
+            raise SystemExit(f"{equal['steps']} steps, expected {args.equal_steps}")
         print(f"equal batches: {equal}", flush=True)
         rows = [one_seed(seed, args.model, parts, files, names, s, work) for seed in args.seeds]
 
