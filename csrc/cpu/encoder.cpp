@@ -50,7 +50,8 @@ struct Encoder {
     part.p0 = p0 + team.begin(panels), part.p1 = p0 + team.end(panels);
     float* scratch = panel_memory.mine();
     const auto fetch = [&](int64_t i) { return w.panel(i, scratch); };
-    linear(w.packed, a, rows, part, scratch, fetch, put);
+    const auto ahead = [&](int64_t i) { return w.ahead(i); };
+    linear(w.packed, a, rows, part, scratch, fetch, ahead, put);
     team.meet();
   }
 

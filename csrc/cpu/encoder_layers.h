@@ -24,6 +24,10 @@ struct Matrix {
     pack_linear(live, here, p, scratch + packed.panel_bytes() / 4);
     return here.panel(p);
   }
+  Stretch ahead(int64_t p) const {
+    if (!late) return {reinterpret_cast<const char*>(packed.panel(p)), packed.panel_bytes()};
+    return rows_of(live, p, packed.k);
+  }
   // The thread's share, of what is not packed late; whoever reads it must meet the others first.
   void pack(const Team& team, float* scratch) const {
     if (late) return;

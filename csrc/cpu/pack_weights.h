@@ -15,8 +15,19 @@ void pack_rows(const Linear<u>& to, int64_t p, const T* rows, int64_t valid) {
   auto* panel = reinterpret_cast<char*>(const_cast<Stored<u>*>(to.panel(p)));
   auto* scale = const_cast<float*>(to.scale) + p * NR;
   auto* sum = const_cast<float*>(to.sum) + p * NR;
-  constexpr bool bytes = is_int8(u), units = !bytes && sizeof(Stored<u>) == 4;
-  if constexpr (units) {
+  constexpr bool bytes = is_int8(u);
+  if constexpr (u == Unit::wide_bf16) {
+    auto* out = reinterpret_cast<bf16*>(panel);
+    for (int64_t k = 0; k < to.k; k += W)
+      for (int64_t lane = 0; lane < NR; lane += W) {
+        vf r[W];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < W; ++i)
+          r[i] = lane + i < valid ? load_upto(rows + (lane + i) * to.k + k, to.k - k) : vf{};
+        transpose(r);
+        for (int64_t i = 0; i < min(W, to.k - k); ++i) store(out + (k + i) * NR + lane, r[i]);
+      }
+  } else if constexpr (!bytes) {
     constexpr Unit packed = u == Unit::split ? Unit::fp32 : u;
     auto* out = reinterpret_cast<float*>(panel);
     pack_panel<packed, NR>(out, rows, to.k, 1, valid, to.k);
@@ -25,11 +36,11 @@ void pack_rows(const Linear<u>& to, int64_t p, const T* rows, int64_t valid) {
   }
   for (int64_t i = 0; i < NR; ++i) {
     scale[i] = 1, sum[i] = 0;
-    if (units) continue;
+    if (!bytes) continue;
     const T* row = i < valid ? rows + i * to.k : nullptr;
     float poison = 0;  // NaN where a weight is inf or NaN: so are all results of the row
     float top = 0, sums[2][2] = {};  // weights of one sign among four, see isa/sums16.h
-    for (int64_t k = 0; bytes && row && k < to.k; ++k) {
+    for (int64_t k = 0; row && k < to.k; ++k) {
       const float w = to_float(row[k]);
       poison += w * 0.f;
       top = std::fmax(top, std::fabs(w));
@@ -44,13 +55,9 @@ void pack_rows(const Linear<u>& to, int64_t p, const T* rows, int64_t valid) {
     for (int64_t k = 0; k < to.units * L::kPerUnit; ++k) {
       const int64_t at = (k / L::kPerUnit * NR + i) * L::kPerUnit + k % L::kPerUnit;
       const float w = row && k < to.k ? to_float(row[k]) : 0;
-      if constexpr (!bytes) {
-        reinterpret_cast<uint16_t*>(panel)[at] = uint16_t(Isa::round_bf16(splat(w))[0]);
-      } else {
-        const int q = poison == 0 ? int(std::lrintf(w / scale[i])) : 0;
-        reinterpret_cast<int8_t*>(panel)[at] = int8_t(q);
-        total += q;
-      }
+      const int q = poison == 0 ? int(std::lrintf(w / scale[i])) : 0;
+      reinterpret_cast<int8_t*>(panel)[at] = int8_t(q);
+      total += q;
     }
     scale[i] += poison;
     sum[i] = scale[i] * float(total);
@@ -73,6 +80,14 @@ inline int64_t columns(const LinearWeights& from) {
   int64_t n = 0;
   for (int i = 0; i < from.parts; ++i) n += from.rows[i];
   return n;
+}
+
+// What panel p is packed from; of a gated layer the first half.
+inline Stretch rows_of(const LinearWeights& from, int64_t p, int64_t k) {
+  const Source first = source(from, p * NR);
+  const int64_t row = k * (from.bf16 ? 2 : 4);
+  return {static_cast<const char*>(from.part[first.part].weight) + first.row * row,
+          (from.gated ? W : NR) * row};
 }
 
 template <Unit u, class T>

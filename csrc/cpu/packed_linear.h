@@ -91,10 +91,16 @@ int64_t split_panel(int64_t k) {
   return u == Unit::split ? ceil_div(k, kStep * kPer<u>) * kParts<u> * kBlock : 0;
 }
 
+// Memory that is read soon.
+struct Stretch {
+  const char* data;
+  int64_t bytes;
+};
+
 // put(row, column, register) for all rows and the part's columns, which run on to the end of the
 // last panel. `a` starts at the part's k0; the bias is added with the first k. panels: room for two
-// that are split. fetch(p): where panel p is by now.
-template <Unit u, class Fetch, class Put>
+// that are split. fetch(p): where panel p is by now; ahead(p): the stretch that it comes from.
+template <Unit u, class Fetch, class Next, class Put>
 void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& part, float* panels,
             const Fetch& fetch, const Put& put) {
   [[maybe_unused]] const MatrixScope<u> scope{};
@@ -135,6 +141,9 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
     const Stored<u>* weights = fetch(p);
     const float* b = u == Unit::split ? splitter.to : reinterpret_cast<const float*>(weights);
     split(p + 1);
+    // Never of what isn't there: a prefetch of no memory costs a walk through the page tables.
+    [[maybe_unused]] const Stretch next =
+        p + 1 < part.p1 ? ahead(p + 1) : Stretch{reinterpret_cast<const char*>(weights), 0};
     [[maybe_unused]] const int64_t share = ceil_div(splitter.end, pauses * count);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t m = tile_begin<u>(rows, t);
@@ -149,8 +158,7 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
                                });
       else
         multiply<u>(lhs, a.row / kPer<u>, valid, weights, int64_t(NR), w.units, tile, NR,
-                    {reinterpret_cast<const char*>(w.panel(p + 1)) + w.panel_bytes() * m / rows,
-                     w.panel_bytes() * valid / (rows * w.units)});
+                    {next.data + next.bytes * m / rows, next.bytes * valid / (rows * w.units)});
       finish(kMaxTileRows);
       panel = p, row = m, end = m + valid, from = tile;
     }
