@@ -48,6 +48,17 @@ void bind_products(py::module_& m) {
       gated + Fields<&H::grad, &H::grad_row, &H::dup, &H::dgate>());
 }
 
+// layers: an array of DecoderLayer, each the addresses of DECODER_PARTS.
+void bind_decoder(py::module_& m) {
+  m.attr("DECODER_PARTS") = py::tuple(
+      py::cast(std::vector<const char*>(std::begin(kDecoderParts), std::end(kDecoderParts))));
+  using D = DecodeArgs;
+  add(m, "decode", &Kernels::decode,
+      Fields<&D::layers, &D::count, &D::spec, &D::rows, &D::hidden, &D::cache, &D::room, &D::slots,
+             &D::done, &D::origin, &D::origin_row, &D::source, &D::cu_seqlens, &D::longest,
+             &D::transform, &D::words, &D::norm, &D::vocabulary, &D::logits, &D::best>());
+}
+
 void bind_attention(py::module_& m) {
   using A = AttentionArgs;
   constexpr Fields<&A::q, &A::k, &A::v, &A::q_token, &A::q_head, &A::k_token, &A::k_head,
@@ -121,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
   bind_norms(m);
   bind_rows(m);
   bind_encoder(m);
+  bind_decoder(m);
 #ifdef BERTFAST_WITH_CUDA
   cuda::bind(m);
 #endif

@@ -173,6 +173,40 @@ struct EncoderArgs {
   Batch batch;
 };
 
+// A decoder's layer, packed in fp32: queries, keys and values of what it has seen, their output,
+// the query for the sources and its output, feed-forward; a norm after each of the three.
+struct DecoderLayer {
+  const void *qkv, *out, *query, *cross, *up, *down;
+  Parameter norm1, norm2, norm3;
+  const float* keys;  // and values of the sources, [tokens, 2, hidden]
+};
+constexpr const char* kDecoderParts[] = {"qkv",          "out",        "query",        "cross",
+                                         "up",           "down",       "norm1.weight", "norm1.bias",
+                                         "norm2.weight", "norm2.bias", "norm3.weight", "norm3.bias",
+                                         "keys"};
+static_assert(sizeof(DecoderLayer) == std::size(kDecoderParts) * sizeof(int64_t));
+
+// One more token of every row. All in fp32.
+struct DecodeArgs {
+  const DecoderLayer* layers;
+  int64_t count;
+  LayerSpec spec;
+  int64_t rows;
+  const float* hidden;  // [rows, hidden], embedded
+  float* cache;         // [layers, room, slots, 2, hidden], keys and values; gains [:, done]
+  int64_t room, slots, done;
+  const int32_t* origin;  // [rows, origin_row]: in which slot the row's tokens before are, by step
+  int64_t origin_row;
+  const int32_t* source;      // [rows]
+  const int32_t* cu_seqlens;  // of the sources, of which the longest has
+  int64_t longest;
+  const void *transform, *words;  // the head's, packed
+  Parameter norm;
+  int64_t vocabulary;
+  float* logits;  // [rows, vocabulary], or null where
+  int64_t* best;  // [rows] is wanted: the first of the largest
+};
+
 // loss[r] = log sum exp(logits[r]) - logits[r][label], 0 where the label is ignore_index.
 struct CrossEntropyArgs {
   float* logits;  // [rows, vocabulary]; softmax - onehot in its place, as bf16 in a row's front
@@ -208,6 +242,7 @@ struct Kernels {
   Precision (*qkv_precision)(Precision precision);  // of the weights for queries, keys and values
   void (*pack_weights)(const PackArgs&);
   void (*encoder)(const EncoderArgs&);
+  void (*decode)(const DecodeArgs&);
 };
 
 }  // namespace bertfast

@@ -61,10 +61,13 @@ def greedy(steps: Steps, rules: Rules, scored: bool = False, length_penalty=1.0)
     going = torch.ones_like(ids, dtype=torch.bool)
     longest = 0
     for i in range(rules.most if count else 0):
-        logits = steps(ids).float()
-        if i < rules.least:
-            logits[:, ends] = -torch.inf
-        ids = logits.argmax(1)
+        if scored or i < rules.least:
+            logits = steps(ids).float()
+            if i < rules.least:
+                logits[:, ends] = -torch.inf
+            ids = logits.argmax(1)
+        else:
+            ids = steps.best(ids)
         real = where[going]
         found[real, i + 1] = ids[going]
         if scored:

@@ -1,4 +1,4 @@
-"""A decoder's steps with a cache, a token of every row at a time.
+"""A decoder's steps with a cache, a token of every row at a time, by torch; see steps_cpu.py.
 
 A step launches as little as it can: on a CPU half of a small model's is Python. So plain linear
 layers and norms are called as functions, read once when decoding begins; others as modules.
@@ -16,7 +16,7 @@ from .decoder import BertLMHeadModel, Sequences, plain
 from .encoder import BertEmbeddings
 from .heads import BertLMPredictionHead, BertOnlyMLMHead, BertPredictionHeadTransform
 
-_ROOM = 32  # steps that the cache grows by
+ROOM = 32  # steps that the cache grows by
 
 
 class Steps:
@@ -41,7 +41,7 @@ class Steps:
         dtype = sources.values.dtype
         self.mask = torch.zeros(shape, dtype=dtype, device=device).masked_fill(masked, -torch.inf)
         self.mask = None if not masked.any() else self.mask[:, None, None]
-        self.embed, self.head = _embedding(bert.embeddings), _head(decoder.cls, count * each)
+        self.embed, self.head = embedding(bert.embeddings), _head(decoder.cls)
         self.heads = heads
 
     def select(self, rows, sources=None):
@@ -75,6 +75,10 @@ class Steps:
         self.done = end
         return self.head(hidden)
 
+    def best(self, ids):
+        """The likeliest token of each row, int64 [rows], the first of several."""
+        return self(ids).argmax(1)
+
 
 class _Layer:
     """A layer's functions; the keys and values of the sources, [sources, heads, longest, head_dim],
@@ -100,7 +104,7 @@ class _Layer:
     def room(self, rows, done, most, like):
         """The cache, with room for another step."""
         if self.cache is None or done == self.cache.shape[3]:
-            room = min(most, done + _ROOM)
+            room = min(most, done + ROOM)
             cache = like.new_empty((rows, 2, like.shape[2], room, like.shape[3]))
             if self.cache is not None:
                 cache[:, :, :, :done] = self.cache
@@ -143,7 +147,7 @@ def _output(output):
     return _product(output.dense), lambda x, residual: norm(x + residual)
 
 
-def _embedding(embeddings: nn.Module):
+def embedding(embeddings: nn.Module):
     """(ids int64 [rows], the position of all of them) -> [rows, hidden]"""
     tables = embeddings.tables() if type(embeddings) is BertEmbeddings else None
     if tables is None:
@@ -155,24 +159,12 @@ def _embedding(embeddings: nn.Module):
     return lambda ids, at: norm(F.embedding(ids, words) + places[at])
 
 
-def _head(head: nn.Module, rows: int):
-    """What gives logits of about so many states at a time. On a CPU the product with all words is
-    most of a step, and 1.5 times as fast with a matrix that oneDNN has laid out for it once: for
-    32 rows of 256 and 30,522 words 16 ms in place of 24, on one core with AVX2."""
+def _head(head: nn.Module):
     predictions = getattr(head, "predictions", None)
     decoder = getattr(predictions, "decoder", None)
     if not plain((head, predictions, decoder), BertOnlyMLMHead, BertLMPredictionHead, nn.Linear):
         return head
     transform, product = _transform(predictions.transform), _product(decoder)
-    weight, bias = decoder.weight, decoder.bias
-    fp32 = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if fp32 and weight.device.type == "cpu" and rows:
-        try:
-            words = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-            linear = torch.ops.mkldnn._linear_pointwise
-            product = lambda x: linear(x, words, bias, "none", [], "")
-        except (AttributeError, RuntimeError):  # a torch built without it
-            pass
     return lambda x: product(transform(x))
 
 

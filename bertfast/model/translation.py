@@ -14,7 +14,7 @@ from . import decoding, translation_checkpoint
 from .bert import BertModel, BertPreTrainedModel, finish
 from .decoder import IGNORED, BertDecoder, BertLMHeadModel, Sequences, summed_loss
 from .encoder import BertEncoder
-from .steps import Steps
+from .steps_cpu import steps_of
 
 
 class BertEncoderDecoder(BertPreTrainedModel):
@@ -265,7 +265,7 @@ class BertEncoderDecoder(BertPreTrainedModel):
             raise ValueError("the model is in training mode, which drops at random: call eval()")
         packing, hidden, *_ = self.encoder.encode(input_ids, attention_mask)
         sources = Sequences(self._states(hidden), packing.cu_seqlens, packing.seqlen)
-        steps = Steps(self.decoder, sources, num_beams, max_new_tokens)
+        steps = steps_of(self.decoder, sources, num_beams, max_new_tokens)
         if num_beams == 1:
             return decoding.greedy(steps, rules, scores, length_penalty)
         search = decoding.Search(num_beams, length_penalty, early_stopping)

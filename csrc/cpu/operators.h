@@ -23,5 +23,6 @@ int64_t packed_bytes(const PackArgs&);
 Precision qkv_precision(Precision);
 void pack_weights(const PackArgs&);
 void encoder(const EncoderArgs&);
+void decode(const DecodeArgs&);
 
 }  // namespace bertfast::BERTFAST_ISA

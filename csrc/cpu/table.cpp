@@ -30,6 +30,7 @@ const Kernels table = {
     qkv_precision,
     pack_weights,
     encoder,
+    decode,
 };
 
 }  // namespace bertfast::BERTFAST_ISA

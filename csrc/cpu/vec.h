@@ -268,7 +268,8 @@ class PerThread {
   PerThread() = default;
   PerThread(Buffer& buffer, int64_t count)
       : count_(ceil_div(count, 64) * 64), data_(buffer.get<T>(count_ * omp_get_max_threads())) {}
-  T* mine() const { return data_ + count_ * omp_get_thread_num(); }
+  T* mine() const { return of(omp_get_thread_num()); }
+  T* of(int64_t thread) const { return data_ + count_ * thread; }
 
  private:
   int64_t count_ = 0;
