@@ -21,6 +21,7 @@ from rivals.export import BUILD
 from bertfast.bench.command import say, table
 from bertfast.bench.encoder import PRECISIONS, build, cell
 from bertfast.bench.measure import natural_lengths, origin
+from bertfast.bench.parts import layer_parts
 
 WORKLOADS = {  # name: model, title, lengths in tokens
     "minilm-natural": ("MiniLM", "32 natural-length sentences", natural_lengths(32)),
@@ -121,6 +122,14 @@ def main(argv=None):
                         *(rivals, rows, batches[w], expected[w], precision),
                         *(reference.config, args.rounds),
                     ),
+                }
+                found["parts"] = {
+                    cls.name: layer_parts(
+                        lambda rival=rival: rival(batches[w][0]),
+                        *(reference.config, WORKLOADS[w][2], precision),
+                    )
+                    for cls, rival in rivals.items()
+                    if cls in OURS
                 }
                 print("\n" + table(task, found), flush=True)
                 for row in found["rows"]:

@@ -98,6 +98,17 @@ def cell_table(cell: dict) -> str:
 
 
 def layer_table(cell: dict) -> str:
+def parts_table(parts: dict[str, list[dict]]) -> str:
+    """Where ours spend a call, and how near their products come to the registers' rate."""
+    names = [row["part"] for row in next(iter(parts.values()))]
+    shown = []
+    for name, rows in parts.items():
+        shown.append([f"{name}, ms", *(plots.short(row["milliseconds"]) for row in rows)])
+        shares = [row.get("share_of_registers") for row in rows]
+        shown.append(["of registers", *("" if s is None else f"{s:.0%}" for s in shares)])
+    return grid(["", *names], shown)
+
+
     """A layer's operators: work, the time that the roof allows, and what is taken."""
     titles = ["", "GFLOP", "MB", "roof, ms", "bertfast, ms", "of the roof", "PyTorch, ms", "ratio"]
     keys = ("gflop", "mb", "roof_ms", "bertfast_ms", "torch_ms")
@@ -169,6 +180,8 @@ def report(found: dict[str, dict]) -> str:
             if "commit" in cell:
                 blocks.append(f"Measured at {cell['commit']}.")
             blocks.append(cell_table(cell))
+            if "parts" in cell:
+                blocks.append(parts_table(cell["parts"]))
     return "\n\n".join(blocks) + "\n"
 
 

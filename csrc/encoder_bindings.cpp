@@ -1,6 +1,8 @@
 // The encoder for inference in bertfast._C: what describes it, its packed weights and its calls.
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,6 +20,10 @@ template <class T = const void>
 T* at(ptr p) {
   return reinterpret_cast<T*>(p);
 }
+
+// What encoders spend on each of their parts, while somebody asks: see watch_parts.
+std::atomic<bool> watched = false;
+std::array<double, std::size(kEncoderParts)> spent{};
 
 using Tables = std::vector<std::array<ptr, 2>>;  // RelativeTables of each layer
 
@@ -111,6 +117,7 @@ class Encoder {
       g.live = live_.data() + first;
     g.center =
         first && g.packed ? static_cast<const float*>(packed_[first - 1].norm2.bias) : center_;
+    if (watched) g.seconds = spent.data();
     kernels().encoder(g);
   }
   static void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t size) {
@@ -187,6 +194,18 @@ void bind_encoder(py::module_& m) {
            py::arg("weights"), py::arg("bf16"), py::arg("precision"), py::arg("relative"))
       .def("forward", &Encoder::forward)
       .def("texts", &Encoder::texts);
+  // While on is true, calls of one thread at a time are timed. Returns the seconds of each part
+  // since the last time.
+  m.def("watch_parts", [](bool on) {
+    std::vector<std::pair<std::string, double>> found;
+    for (size_t i = 0; i < spent.size(); ++i) found.emplace_back(kEncoderParts[i], spent[i]);
+    watched = on, spent = {};
+    return found;
+  });
+  m.def("register_rate", [](int precision) {
+    const Running running;
+    return kernels().register_rate(Precision(precision));
+  });
   m.def("qkv_precision",
         [](int precision) { return int(kernels().qkv_precision(Precision(precision))); });
   m.def("packed_bytes", &packed_bytes);

@@ -171,7 +171,10 @@ struct EncoderArgs {
   // unused by pre-norm layers, whose first matrices have a norm of their own, or none.
   const float* center;
   Batch batch;
+  double* seconds;  // null, or what each EncoderPart gains, as one of the threads sees it
 };
+enum class EncoderPart : int { pack, qkv, attention, out, norm, up, down };
+constexpr const char* kEncoderParts[] = {"pack", "qkv", "attention", "out", "norm", "up", "down"};
 
 // A decoder's layer, packed in fp32: queries, keys and values of what it has seen, their output,
 // the query for the sources and its output, feed-forward; a norm after each of the three.
@@ -243,6 +246,8 @@ struct Kernels {
   void (*pack_weights)(const PackArgs&);
   void (*encoder)(const EncoderArgs&);
   void (*decode)(const DecodeArgs&);
+  // Operations a second, two a product, of all threads with all operands in their L1 caches.
+  double (*register_rate)(Precision precision);
 };
 
 }  // namespace bertfast

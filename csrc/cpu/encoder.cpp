@@ -1,6 +1,8 @@
 // The encoder for inference in one call: weights packed once or layer by layer, a block of rows
 // taken through all of a layer but its attention while it is in cache, one parallel region for all
 // layers.
+#include <optional>
+
 #include "encoder_attention.h"
 #include "encoder_layers.h"
 #include "encoder_norm.h"
@@ -9,6 +11,21 @@
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
+
+// Adds what the first thread spends while it lives.
+class Watch {
+ public:
+  Watch(const EncoderArgs& g, EncoderPart part)
+      : to_(g.seconds && omp_get_thread_num() == 0 ? g.seconds + int(part) : nullptr) {
+    if (to_) *to_ -= omp_get_wtime();
+  }
+  ~Watch() {
+    if (to_) *to_ += omp_get_wtime();
+  }
+
+ private:
+  double* to_;
+};
 
 template <Unit u>  // of the weights
 struct Encoder {
@@ -57,6 +74,7 @@ struct Encoder {
 
   void project_qkv(int64_t index, int64_t m0, int64_t rows, const Block& s,
                    const Team& team) const {
+    const Watch watch(g, EncoderPart::qkv);
     T* to = qkv + m0 * qkv_row;
     const Matrix<kQkv> w = layers.qkv(index);
     const int rotary = g.specs[index].rotary;
@@ -128,8 +146,10 @@ struct Encoder {
     const Matrix<u> down = layers.down(index);
     for (int64_t c = 0; c < spec.inner; c += s.inner.row) {
       by_activation(spec.activation, [&](auto activation) {
+        const Watch watch(g, EncoderPart::up);
         feed_up<decltype(activation)::value>(index, c, rows, s, team);
       });
+      const Watch watch(g, EncoderPart::down);
       const float* before = c ? sum : x;
       const int64_t columns = min(s.inner.row, spec.inner - c);
       product(down, {0, down.packed.panels, c, columns}, s.inner, rows, team,
@@ -168,6 +188,7 @@ struct Encoder {
     T* from = context + m0 * hidden_row;
     float* states = hidden + m0 * hidden_row;
     Operand<u> operand = s.operand;
+    std::optional<Watch> watch(std::in_place, g, EncoderPart::out);
     if constexpr (std::is_same_v<A, T> && !kMatrix<u>) {
       operand = {from, hidden_row, nullptr, nullptr};
     } else {
@@ -181,16 +202,21 @@ struct Encoder {
       const int64_t at = m * hidden_row + n;
       store(sum + at, v + load(states + at));
     });
+    watch.reset();
+    const auto normalised = [&](const Parameter& norm, const Normed& from, const auto& to) {
+      const Watch watch(g, EncoderPart::norm);
+      normalise(spec, norm, from, rows, to, team);
+    };
     const Normed post{sum, states, sum, hidden_row}, pre{states, nullptr, s.sum, hidden_row};
     const bool last = index + 1 == g.layers;
     if (spec.pre_norm) {
-      normalise(spec, layers.norm2(index), pre, rows, s.operand, team);
+      normalised(layers.norm2(index), pre, s.operand);
       feed_forward(index, states, states, rows, s, team);
-      if (!last) normalise(spec, layers.norm1(index + 1), pre, rows, s.qkv, team);
+      if (!last) normalised(layers.norm1(index + 1), pre, s.qkv);
     } else {
-      normalise(spec, layers.norm1(index), post, rows, s.operand, team);
+      normalised(layers.norm1(index), post, s.operand);
       feed_forward(index, states, sum, rows, s, team);
-      normalise(spec, layers.norm2(index), post, rows, s.qkv, team);
+      normalised(layers.norm2(index), post, s.qkv);
     }
     if (!last) return project_qkv(index + 1, m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
@@ -274,14 +300,19 @@ struct Encoder {
 #pragma omp parallel num_threads(threads)
     {
       const Team team = Team::all(crew);
-      layers.pack_qkv(0, team, panel_memory.mine());
+      const auto pack = [&](int64_t i) {  // what comes between a layer's queries and the next one's
+        const Watch watch(g, EncoderPart::pack);
+        if (i >= 0) layers.pack_rest(i, team, panel_memory.mine());
+        layers.pack_qkv(i + 1, team, panel_memory.mine());
+      };
+      pack(-1);
       team.meet();
       each_block(together, team, [&](int64_t m0, int64_t rows, const Block& s, const Team& team) {
         begin(m0, rows, s, team);
       });
       for (int64_t i = 0; i < g.layers; ++i) {
-        layers.pack_rest(i, team, panel_memory.mine());
-        layers.pack_qkv(i + 1, team, panel_memory.mine());
+        pack(i);
+        std::optional<Watch> watch(std::in_place, g, EncoderPart::attention);
         if (g.relative)
           crew.share(2 * spec.heads, [&](int64_t n) {
             distances[i].template lay_out<kHeads, float>(n, distance_rows.mine());
@@ -294,6 +325,7 @@ struct Encoder {
           attention.attend(b, start, queries, batch.seqused_k ? batch.seqused_k[b] : queries,
                            task / parts % spec.heads, task % parts, parts, head_memory.mine());
         });
+        watch.reset();
         if (batch.rows && i + 1 == g.layers) keep(hidden_kept, context_kept, team);
         each_block(together, team, [&](int64_t m0, int64_t rows, const Block& s, const Team& team) {
           finish(i, m0, rows, s, team);

@@ -24,5 +24,6 @@ Precision qkv_precision(Precision);
 void pack_weights(const PackArgs&);
 void encoder(const EncoderArgs&);
 void decode(const DecodeArgs&);
+double register_rate(Precision);
 
 }  // namespace bertfast::BERTFAST_ISA

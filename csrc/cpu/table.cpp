@@ -31,6 +31,7 @@ const Kernels table = {
     pack_weights,
     encoder,
     decode,
+    register_rate,
 };
 
 }  // namespace bertfast::BERTFAST_ISA
