@@ -102,7 +102,7 @@ struct Stretch {
 // that are split. fetch(p): where panel p is by now; ahead(p): the stretch that it comes from.
 template <Unit u, class Fetch, class Next, class Put>
 void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& part, float* panels,
-            const Fetch& fetch, const Put& put) {
+            const Fetch& fetch, const Next& ahead, const Put& put) {
   [[maybe_unused]] const MatrixScope<u> scope{};
   alignas(64) float tiles[2][kMaxTileRows * NR];
   const int64_t count = tile_count<u>(rows);
@@ -166,7 +166,8 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
   finish(kMaxTileRows);
 }
 
-// Row m of the operand from n floats or bf16; as bytes, 0 is its least value and 255 its largest.
+// Row m of the operand from n floats or bf16; as bytes, 0 is its least value and 255 its largest,
+// less Isa::kByteZero.
 template <Unit u, class T>
 void put_row(const Operand<u>& to, int64_t m, const T* from, int64_t n) {
   using A = typename Operand<u>::A;
@@ -182,11 +183,11 @@ void put_row(const Operand<u>& to, int64_t m, const T* from, int64_t n) {
     const float low = -max_of(negated), range = max_of(most) - low;
     const float inverse = range > 0 ? 255 / range : 1;
     to.scale[m] = 1 / inverse;
-    to.low[m] = low + sum(poison);
+    to.low[m] = low + to.scale[m] * Isa::kByteZero + sum(poison);
     for (int64_t j = 0; j < to.row; j += W) {
       const vf v = j < n ? (only(load(from + j), n - j, first) - low) * inverse : vf{};
       // Adding 1.5 * 2^23 rounds to an integer in the low bits.
-      Isa::store_bytes(to.at(m, j), (vi)(v + 12582912.f) - 0x4B400000);
+      Isa::store_bytes(to.at(m, j), (vi)(v + 12582912.f) - (0x4B400000 + Isa::kByteZero));
     }
   } else {
     for (int64_t j = 0; j < to.row; j += W)

@@ -1,10 +1,12 @@
 """Every instruction set that was built and that this machine has: operators and models agree with
 fp64 on each, not only on the best one, which all other tests run on. AVX-512 and AMX also where this
-machine lacks them, by an extension in which their instructions are plain C++."""
+machine lacks them, by an extension in which their instructions are plain C++; 64-bit ARM's under
+QEMU, as csrc/cpu/host/remote.h has it."""
 
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, build_extension, file_of
 
+from bertfast.bench.measure import held_to
 from bertfast.ops.extension import C
 
 PROGRAM = """
@@ -44,7 +47,9 @@ for act in ("gelu", "gelu_new", "relu"):
             found[f"{act} {name}"] = apart(states, truth)
 print(json.dumps(found))
 """
-EMULATED = ("avx512", "avx512_bf16", "avx512_amx")
+EMULATED = ("avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx")
+# By a processor that is the first to have it.
+ARM = {"neon": "cortex-a72", "neon_dot": "neoverse-n1", "neon_bf16": "max"}
 BOUND = {"operators": 1e-5, "live": 1e-5, "fp32": 1e-5, "bf16": 0.02, "int8": 0.07}
 ISAS = C.build_info()["isas_built"] if C else []
 # The quick suite's numeric part, in two halves that take about as long: files, and what is left of
@@ -74,15 +79,9 @@ HALVES = [
         "whole_kinds",
         "graphs",
     ]
-    + ["dropin_frozen", "families", "node", "run"],
+    + ["dropin_frozen", "families", "node", "run", "decoding_cpu"],
 ]
 NUMERIC = "not triton and (not test_pretrain and not test_train or packed or accumul or lamb_)"
-# What torch's own kernels, the reference, may use beside each.
-TORCH = {
-    "baseline": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-}
 
 
 def run(command, isa, **other):
@@ -125,7 +124,7 @@ def numeric(half, isa, threads):
         isa,
         OMP_NUM_THREADS=str(threads),
         OMP_WAIT_POLICY="passive",  # the other half runs beside it
-        **TORCH.get(isa, {}),
+        **held_to(isa),  # torch, the reference, too
     )
 
 
@@ -163,3 +162,37 @@ def test_emulated_models(emulated, isa):
 @pytest.mark.parametrize("isa", EMULATED)
 def test_emulated_operators(emulated, isa):
     check_operators(isa, BERTFAST_EXTENSION=emulated)
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    """isa -> the environment in which its kernels run."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("64-bit ARM is emulated on x86-64 alone")
+    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if not shutil.which(tool):
+            pytest.skip(f"no {tool}: apt-get install g++-aarch64-linux-gnu qemu-user")
+    host, guest = tmp_path_factory.mktemp("remote"), tmp_path_factory.mktemp("guest")
+    cross = {"CXX_COMPILER": "aarch64-linux-gnu-g++", "SYSTEM_NAME": "Linux"}
+    cross |= {"SYSTEM_PROCESSOR": "aarch64"}
+    cross = [f"-DCMAKE_{name}={value}" for name, value in cross.items()]
+    guest = build_extension(guest, "-DBERTFAST_GUEST=ON", *cross)
+    host = build_extension(host, "-DBERTFAST_REMOTE=ON", "-DBERTFAST_CUDA=off")
+
+    def environment(isa):
+        command = f"qemu-aarch64 -cpu {ARM[isa]} {guest}"
+        return {"BERTFAST_EXTENSION": str(host), "BERTFAST_GUEST": command}
+
+    return environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ARM)
+def test_arm_models(arm, isa):
+    check_models(isa, **arm(isa))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ARM)
+def test_arm_operators(arm, isa):
+    check_operators(isa, **arm(isa))

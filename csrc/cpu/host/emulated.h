@@ -1,6 +1,6 @@
 // The AVX-512 and AMX instructions that the kernels name, in plain C++, for a test build
 // (BERTFAST_EMULATE) on a processor without them: it shows results, not speed. Included before all
-// else; BERTFAST_EMULATED is 1 for AVX-512 alone, 2 with bf16 and VNNI, 3 with AMX too.
+// else; BERTFAST_EMULATED is 1 for AVX-512 alone, 2 with VNNI, 3 with bf16 and 4 with AMX too.
 #pragma once
 #include <immintrin.h>
 
@@ -40,7 +40,7 @@ inline void dot_bytes(void* sum, const void* a, const void* b) {
 }
 template <void lane(void*, const void*, const void*), class V, class A>
 V dot(V sum, A a, A b) {
-  for (int i = 0; i < 64; i += 4)
+  for (size_t i = 0; i < sizeof(V); i += 4)
     lane(reinterpret_cast<char*>(&sum) + i, reinterpret_cast<char*>(&a) + i,
          reinterpret_cast<char*>(&b) + i);
   return sum;
@@ -124,12 +124,15 @@ void tile_dot(int c, int a, int b) {
 #define _mm512_set1_epi64 emulated::set1_epi64
 #define _mm512_maskz_mul_epu32 emulated::mul_epu32
 #if BERTFAST_EMULATED > 1
-#define _mm512_dpbf16_ps emulated::dot<emulated::dot_bf16>
 #define _mm512_dpbusd_epi32 emulated::dot<emulated::dot_bytes>
+#define _mm256_dpbusd_avx_epi32 emulated::dot<emulated::dot_bytes>
+#endif
+#if BERTFAST_EMULATED > 2
+#define _mm512_dpbf16_ps emulated::dot<emulated::dot_bf16>
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #endif
-#if BERTFAST_EMULATED > 2
+#if BERTFAST_EMULATED > 3
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero

@@ -1,4 +1,4 @@
-// Any processor: what the compiler makes of plain vectors (SSE2, NEON).
+// Any processor: what the compiler makes of plain vectors (SSE2).
 #pragma once
 #include "generic.h"
 

@@ -25,6 +25,8 @@ struct Generic {
   static constexpr int kTileRows = tile_rows;  // of a product, with two registers of columns
   static constexpr Unit kUnits[] = {Unit::fp32, Unit::wide_bf16, Unit::wide_int8};  // by Precision
   static constexpr bool kSums16 = false;  // int8 products of four are added in 16 bits, see dot_two
+  // What is taken off the rows' bytes, of 0 to 255: 128 where the instruction wants a sign.
+  static constexpr int kByteZero = 0;
   static constexpr bool kHasMatrix = false;             // all units but fp32 go to a matrix unit
   static constexpr int64_t kGemmRows = 16 * tile_rows;  // of a task: they stay in L2
   // What a block of the encoder's activations may take: it stays in L2 beside the weights.
@@ -53,7 +55,7 @@ struct Generic {
     const vh h = __builtin_convertvector(round_bf16(v), vh);
     __builtin_memcpy(p, &h, sizeof h);
   }
-  static void store_bytes(uint8_t* p, vi v) {  // of 0 to 255
+  static void store_bytes(uint8_t* p, vi v) {  // of -128 to 255
     const vb b = __builtin_convertvector(v, vb);
     __builtin_memcpy(p, &b, sizeof b);
   }
