@@ -48,8 +48,9 @@ test-cuda-host: build ## the CUDA kernels' tests, run on the CPU
 	cmake --build build/cuda_host
 	BERTFAST_EXTENSION=$(CURDIR)/build/cuda_host/_C.so $(BIN)/pytest -k cuda $(OPERATOR_TESTS)
 
+# ISA=avx2: held to an instruction set of this machine
 bench: build $(BENCH_INSTALLED) ## what a CPU can show beside its rivals, and the report
-	$(BIN)/python benchmarks/suite.py
+	$(BIN)/python benchmarks/suite.py $(if $(ISA),--isa $(ISA))
 
 report: build ## tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py

@@ -74,6 +74,7 @@ def parts_of(out: Path) -> dict[str, Part]:
         "inference_base": script(110, "inference"),
         "finetune_base": script(165, "training"),
         "checks": script(60, "training", "--what", "checks"),
+        "threads": Part(85, [*python, "benchmarks/threads.py", "--out", str(out)]),  # of its CPU
         "pretrain_large": script(100, "training", "--what", "pretrain", "--config", "large"),
         "inference_large": script(100, "inference", "--config", "large"),
         "inference_modernbert": script(110, "inference", "--family", "ModernBERT-base"),

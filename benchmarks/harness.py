@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bertfast import build_info
 from bertfast.bench.command import say
 from bertfast.bench.measure import cpu_name, emulated, interleave, median, natural_lengths, origin
 
@@ -69,11 +70,13 @@ def real_batch(tokenizer, lengths: list[int]) -> dict[str, torch.Tensor]:
 
 
 def result_file(name: str, folder: Path | None = None) -> Path:
-    """results/<device>/<name>.json, or in another folder."""
+    """results/<device>/<name>.json, or in another folder. A processor's name doesn't tell which
+    instructions it has, so theirs stands beside it."""
     if folder is None:
-        device = f"{cpu_name()} {torch.get_num_threads()} threads"
-        device = re.sub(r"\(\w+\)|\bCPU\b|\bProcessor\b|@.*?(?= \d+ threads)", " ", device)
-        folder = RESULTS / "-".join(re.findall(r"[a-z0-9.]+", device.lower()))
+        isa = build_info()["cpu_isa"]
+        device = f"{cpu_name()} {isa} {torch.get_num_threads()} threads"
+        device = re.sub(r"\(\w+\)|\bCPU\b|\bProcessor\b|@ ?\S*", " ", device)
+        folder = RESULTS / "-".join(re.findall(r"[a-z0-9._]+", device.lower()))
     return folder / f"{name}.json"
 
 

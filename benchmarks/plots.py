@@ -123,7 +123,8 @@ def device(result) -> str:
     threads = result["device"].get("threads")
     if threads is None:  # a GPU
         return result["device"]["name"]
-    return f"{result['device']['name']}, {threads} thread{'s' if threads > 1 else ''}"
+    isa = result["build"]["cpu_isa"]
+    return f"{result['device']['name']}, {isa}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def lines(axes, cells, x):

@@ -25,6 +25,7 @@ SECTIONS = {  # benchmark: its title in report.md, and its plots
     "model_families": ("Other families", ()),
     "frozen": ("sentence-transformers' objects, frozen", ()),
     "sweep": ("Length and padding", ("sweep",)),
+    "threads": ("Threads", ()),
     "rivals_memory": ("Memory", ("memory",)),
     "breakdown": ("One layer by operator", ("breakdown", "roofline")),
     "gpu_encoder_base": ("BERT-base", ()),
@@ -97,7 +98,6 @@ def cell_table(cell: dict) -> str:
     return "\n".join([grid(["", *(COLUMNS[k][0] for k in keys)], shown), *notes])
 
 
-def layer_table(cell: dict) -> str:
 def parts_table(parts: dict[str, list[dict]]) -> str:
     """Where ours spend a call, and how near their products come to the registers' rate."""
     names = [row["part"] for row in next(iter(parts.values()))]
@@ -109,6 +109,7 @@ def parts_table(parts: dict[str, list[dict]]) -> str:
     return grid(["", *names], shown)
 
 
+def layer_table(cell: dict) -> str:
     """A layer's operators: work, the time that the roof allows, and what is taken."""
     titles = ["", "GFLOP", "MB", "roof, ms", "bertfast, ms", "of the roof", "PyTorch, ms", "ratio"]
     keys = ("gflop", "mb", "roof_ms", "bertfast_ms", "torch_ms")
@@ -136,7 +137,7 @@ def layers(found: list[dict]) -> str:
                 blocks.append(
                     f"**{cell['task'].removeprefix('a layer of ')}**: {cell['tokens']} tokens in "
                     f"{cell['padded_tokens']} positions; {plots.device(result)}, "
-                    f"{result['build']['cpu_isa']}, product {first['matmul_peak_gflops']:.0f} "
+                    f"product {first['matmul_peak_gflops']:.0f} "
                     f"GFLOP/s, copy {first['copy_gb_per_second']:.0f} GB/s, {result['commit']}"
                 )
                 blocks.append(layer_table(cell))
@@ -154,9 +155,8 @@ def report(found: dict[str, dict]) -> str:
     origins = []
     for name, result in found.items():
         versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
-        isa = result["build"].get("cpu_isa", "")
-        origins.append([name, result["commit"], result["date"][:10], isa, versions])
-    titles = ["benchmark", "commit", "date", "instruction set", "versions"]
+        origins.append([name, result["commit"], result["date"][:10], versions])
+    titles = ["benchmark", "commit", "date", "versions"]
     blocks += [grid(titles, origins), "## Summary", table(list(found.values()))]
     for name, (title, pictures) in SECTIONS.items():
         if name not in found:

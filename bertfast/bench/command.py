@@ -37,6 +37,7 @@ COLUMNS = {  # of the table: the rows' key, its title, the format
     "share_of_peak": ("of matmul peak", "{:.0%}"),
     "share_of_bandwidth": ("of copy rate", "{:.0%}"),
     "bertfast_speedup": ("bertfast's best", "{:.2f}x"),
+    "scaling": ("one thread's speed", "{:.2f}x"),
     "max_error": ("error", "{:.1e}"),
     "relative_error": ("relative error", "{:.1e}"),
     "cosine": ("cosine", "{:.5f}"),

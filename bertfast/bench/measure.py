@@ -215,6 +215,27 @@ def cpu_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+# What holds other libraries to an instruction set: torch and oneDNN, MKL, CTranslate2. ONNX Runtime
+# knows no such variable.
+_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+_VARIABLES += ("CT2_FORCE_CPU_ISA",)
+_HELD = {
+    "baseline": ("default", "SSE41", "SSE4_2", "GENERIC"),
+    "avx2": ("avx2", "AVX2", "AVX2", "AVX2"),
+    "avx2_vnni": ("avx2", "AVX2_VNNI", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512", "AVX512"),
+    "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512", "AVX512"),
+}
+
+
+def held_to(isa: str) -> dict[str, str]:
+    """The environment in which we and our rivals use an instruction set of `build_info()` at most;
+    for a new process. Of sets without a row there, like the best ones, only we are held."""
+    held = dict(zip(_VARIABLES, _HELD.get(isa, ()), strict=False))
+    return {"BERTFAST_CPU_ISA": isa} | held
+
+
 def commit() -> str:
     """Of the clone that the package runs from; "unknown" for an installed package."""
     if not (ROOT / ".git").exists():
