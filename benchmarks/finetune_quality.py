@@ -1,14 +1,15 @@
 """Quality of classification after fine-tuning: bertfast beside transformers' Trainer, many seeds.
 
     python benchmarks/finetune_quality.py [--data FOLDER] [--seeds 20] [--rows 1000]
-        [--loss-steps 200] [--done FILE]
+        [--loss-steps 200] [--minutes N]
 
 Short runs of MiniLM on Debian sections (see finetune_sections.py, whose sides these are), paired by
 seed: the mean difference of test macro F1 and its 95% interval by Student's t. Each side draws its
 own head, order and dropout, as their users have it.
 
 First, from one head, without dropout and with the same batches, the losses of --loss-steps steps
-are compared. --done keeps the seeds that are done, for a run that is stopped.
+are compared. Every seed is written when it is done: a later call with the same settings goes on
+from there, and --minutes ends one after so many.
 """
 
 import argparse
@@ -16,12 +17,13 @@ import dataclasses
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import transformers
 from finetune_sections import Settings, logits, read, scores, train_bertfast, train_transformers
-from harness import ROOT, minilm, save
+from harness import ROOT, load, minilm, save
 from scipy import stats
 
 from bertfast.data import batches, encode
@@ -141,9 +143,11 @@ def main():
     parser.add_argument("--seeds", type=int, default=20, help="how many")
     parser.add_argument("--rows", type=int, default=1000, help="first training rows")
     parser.add_argument("--loss-steps", type=int, default=200, help="steps to compare; 0: none")
+    parser.add_argument("--loss-batch-size", type=int, default=8, help="in each of them")
+    parser.add_argument("--loss-lr", type=float, default=5e-5, help="larger ones part sooner")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=48)
-    parser.add_argument("--done", type=Path, help="file of the seeds that are done")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no seed begins")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
     args = parser.parse_args()
     if not args.data.is_dir():
@@ -156,38 +160,36 @@ def main():
     known = {r["label"] for r in parts["train"]}
     parts["val"] = [r for r in parts["val"] if r["label"] in known]
     parts["train"] = parts["train"][: len(parts["train"]) // s.batch_size * s.batch_size]
-    done, losses = [], None
-    if args.done and args.done.exists():
-        done = [json.loads(line) for line in args.done.read_text().splitlines()]
+    settings = dataclasses.asdict(s) | {"train_rows": len(parts["train"])}
+    before = load("finetune_quality", args.out) or {}
+    if before.get("settings") != settings:
+        before = {"runs": [], "losses": None}
+    done, losses, end = before["runs"], before["losses"], time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         for part in ("train", "val"):
             text = "".join(json.dumps(r) + "\n" for r in parts[part])
             (work / f"{part}.jsonl").write_text(text)
-        if args.loss_steps:
-            losses = same_losses(args.model, parts, s, args.loss_steps, work)
+        if args.loss_steps and not losses:
+            few = dataclasses.replace(s, batch_size=args.loss_batch_size, lr=args.loss_lr)
+            losses = same_losses(args.model, parts, few, args.loss_steps, work)
         for seed in range(args.seeds):
-            if seed in {row["seed"] for row in done}:
+            if seed in {row["seed"] for row in done} or time.monotonic() > end:
                 continue
             done.append(one_seed(seed, args.model, parts, s, work))
-            if args.done:
-                args.done.write_text("".join(json.dumps(row) + "\n" for row in done))
-    result = {"settings": dataclasses.asdict(s) | {"train_rows": len(parts["train"])}}
-    result |= {key: interval(done, key) for key in ("macro_f1", "accuracy")}
+            if len(done) > 1:
+                write(settings, done, losses, args.out)
+    print(f"{len(done)} seeds of {args.seeds}; macro F1: {interval(done, 'macro_f1')}")
+
+
+def write(settings, done, losses, out):
+    result = {"settings": settings} | {k: interval(done, k) for k in ("macro_f1", "accuracy")}
     f1 = result["macro_f1"]
-    print(f"macro F1: {f1}")
-    task = (
-        f"test macro F1 on Debian sections, {len(parts['train']):,} rows, mean of {len(done)} seeds"
-    )
-    summary = [
-        {
-            "task": task, "unit": "", "bertfast": f1["bertfast"], "rival": f1["transformers"],
-            "rival_name": "transformers Trainer", "ratio": None,
-        }
-    ]  # fmt: skip
-    save(
-        "finetune_quality", result | {"runs": done, "losses": losses, "summary": summary}, args.out
-    )
+    task = f"test macro F1 on Debian sections, {settings['train_rows']:,} rows, "
+    task += f"mean of {len(done)} seeds"
+    row = {"task": task, "unit": "", "ratio": None, "rival_name": "transformers Trainer"}
+    row |= {"bertfast": f1["bertfast"], "rival": f1["transformers"]}
+    save("finetune_quality", result | {"runs": done, "losses": losses, "summary": [row]}, out)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from bertfast.train.optimizer import learning_rate, make_optimizer
 from bertfast.train.packed_pairs import Pairs
 from bertfast.train.tasks.translate_inference import Search, encode_sources, scores, translated
 
-TOLERANCE = 2e-4  # of a loss, after some steps of AdamW
+TOLERANCE = 1e-4  # of a loss, relative, after some steps of AdamW
 OPTIMIZER = {"optimizer": "adamw", "beta2": 0.98, "weight_decay": 0.01, "warmup": 0.1}
 OPTIMIZER |= {"schedule": "linear"}
 
@@ -52,6 +52,8 @@ def arguments(given=None):
     parser.add_argument("--batch-tokens", type=int, default=4096, help="of both sides, in a step")
     parser.add_argument("--steps", type=int, default=400, help="of each training; 0 for none")
     parser.add_argument("--loss-steps", type=int, default=10, help="without dropout, compared")
+    parser.add_argument("--loss-batch-tokens", type=int, default=512, help="in each of them")
+    parser.add_argument("--loss-lr", type=float, default=1e-4, help="larger ones part sooner")
     parser.add_argument("--rounds", type=int, default=5, help="of steps and of decoding, by turns")
     parser.add_argument("--decode-batch", type=int, default=32)
     parser.add_argument("--beams", type=int, default=4)
@@ -181,6 +183,8 @@ def batches(rows, args):
 def equal_losses(args, config, rows):
     """Losses of steps without dropout: SystemExit where they differ."""
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    few = {"batch_tokens": args.loss_batch_tokens, "lr": args.loss_lr}
+    args = argparse.Namespace(**vars(args) | few)
     runs = [Training(side, args, args.loss_steps) for side in both(args, config, args.seed, **off)]
     found, given = [], batches(rows, args)
     for _ in range(args.loss_steps):
