@@ -145,8 +145,8 @@ def main():
     parser.add_argument("--loss-steps", type=int, default=200, help="steps to compare; 0: none")
     parser.add_argument("--loss-batch-size", type=int, default=8, help="in each of them")
     parser.add_argument("--loss-lr", type=float, default=5e-5, help="larger ones part sooner")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--max-length", type=int, default=48)
+    for name, value in (("epochs", 2), ("batch-size", 32), ("lr", 1e-4), ("max-length", 48)):
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--minutes", type=float, default=1e9, help="after which no seed begins")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
     args = parser.parse_args()
@@ -154,7 +154,8 @@ def main():
         parser.error(f"--data {args.data} is no folder; expected sections.*.jsonl.gz in it")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    s = Settings(epochs=args.epochs, max_length=args.max_length)
+    names = ("epochs", "batch_size", "lr", "max_length")
+    s = Settings(**{name: getattr(args, name) for name in names})
     limits = {"train": args.rows, "val": 300, "test": None}
     parts = {p: read(args.data / f"sections.{p}.jsonl.gz", n) for p, n in limits.items()}
     known = {r["label"] for r in parts["train"]}
