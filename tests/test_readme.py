@@ -47,13 +47,14 @@ def test_table_shows_every_summary_row(report):
     row = {"task": "t", "unit": "ms", "bertfast": 2.0, "rival": 5.0, "rival_name": "r"}
     result = {
         "device": {"name": "d", "threads": 2},
+        "build": {"cpu_isa": "avx2"},
         "commit": "abc",
         "summary": [row | {"ratio": 2.5}, row | {"ratio": None}],
     }
     lines = report.table([result]).splitlines()
     assert lines[2:] == [
-        "| t | d, 2 threads | 2 ms | r: 5 ms | 2.50x | abc |",
-        "| t | d, 2 threads | 2 ms | r: 5 ms |  | abc |",
+        "| t | d, avx2, 2 threads | 2 ms | r: 5 ms | 2.50x | abc |",
+        "| t | d, avx2, 2 threads | 2 ms | r: 5 ms |  | abc |",
     ]
 
 

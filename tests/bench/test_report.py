@@ -67,7 +67,8 @@ def test_report(found):
     for name in plots.PLOTS:
         assert f"![{name}]({name}.png)" in text
     assert "| bertfast frozen | 2.000 | 500000 | 1.0e-06 | 1.00000 |" in text
-    assert "CTranslate2: not installed" in text and "| sweep | abc | 2026-01-02 | avx2 |" in text
+    assert "CTranslate2: not installed" in text and "| sweep | abc | 2026-01-02 |" in text
+    assert text.startswith("# D, avx2, 2 threads\n")
 
 
 def test_layer_table(found):

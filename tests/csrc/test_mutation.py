@@ -91,7 +91,7 @@ MUTANTS = [
     ("live queries for keys and values", "pack_weights.h", "from.part[s.part].weight", "from.part[0].weight", "whole_cpu"),
     ("live weights of the first layer for all", "encoder_layers.h", "g.live ? g.live[i] : LayerWeights{}", "g.live ? g.live[0] : LayerWeights{}", "whole_cpu"),
     ("late panels are all the first", "encoder_layers.h", "pack_linear(live, here, p, scratch", "pack_linear(live, here, (here.data += p * size, 0), scratch", "whole_cpu"),
-    ("AVX2: a NaN in an int8 row is none", "packed_linear.h", "to.low[m] = low + sum(poison);", "to.low[m] = low;", "frozen_edges"),
+    ("AVX2: a NaN in an int8 row is none", "packed_linear.h", "Isa::kByteZero + sum(poison);", "Isa::kByteZero;", "frozen_edges"),
     ("int8: the last k of 4 n + 1 dropped", "pack_weights.h", "row && k < to.k ? to_float", "row && k < to.k - (to.k % 4 == 1) ? to_float", "frozen_edges"),
     ("bf16: ties round up", "isa/generic.h", "(u + 0x7fff + ((u >> 16) & 1)) >> 16", "(u + 0x8000) >> 16", "linear_act"),
     ("bf16: a NaN of all bits rounds to -0", "isa/generic.h", "v == v ? rounded : (u >> 16) | 0x40", "rounded", "frozen_edges"),
