@@ -14,6 +14,8 @@ from bertfast.bench.command import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
+BEGIN_TASKS = "<!-- benchmarks/report.py, tasks -->"
+TASKS = ("sections", "quality", "tokens", "qa", "translate")  # of finetune_*.json
 DETAIL = (
     "sweep",
     "breakdown",
@@ -77,13 +79,27 @@ def table(found: list[dict]) -> str:
 
 
 def readme_table(found: list[dict]) -> str:
-    return table([result for result in found if result["benchmark"] not in DETAIL])
+    others = [r for r in found if not r["benchmark"].startswith("finetune_")]
+    return table([result for result in others if result["benchmark"] not in DETAIL])
 
 
-def replace(text: str, block: str) -> str:
+def replace(text: str, block: str, begin: str = BEGIN) -> str:
     """`text` with what stands between the markers replaced."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{block}\n{END}{rest.split(END, 1)[1]}"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{block}\n{END}{rest.split(END, 1)[1]}"
+
+
+def task_table(found: list[dict]) -> str:
+    """Fine-tuning beside transformers' Trainer: how well the trained models do, and how fast."""
+    rows = []
+    for name in TASKS:
+        for result in found:
+            if result["benchmark"] == f"finetune_{name}":
+                for row in result["summary"]:
+                    ours, rival = (f"{row[key]:.3g} {row['unit']}" for key in ("bertfast", "rival"))
+                    ratio = f"{row['ratio']:.2f}x" if row["ratio"] is not None else ""
+                    rows.append([row["task"], ours, rival, ratio, plots.device(result)])
+    return grid(["", "bertfast", "transformers", "ratio", "device"], rows)
 
 
 def cell_table(cell: dict) -> str:
@@ -188,6 +204,7 @@ def report(found: dict[str, dict]) -> str:
 def generated(folder: Path, readme: str, performance: str) -> dict[str, str]:
     """Every text that follows from the results in `folder`: name, or path below it, to content."""
     every = results(folder)
+    readme = replace(readme, task_table(every), BEGIN_TASKS)
     texts = {"README.md": replace(readme, readme_table(every))}
     texts["docs/performance.md"] = replace(performance, layers(every))
     for device in sorted({path.parent for path in folder.glob("*/*.json")}):
