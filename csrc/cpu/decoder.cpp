@@ -61,11 +61,7 @@ struct Decoder {
                const Put& put) const {
     const Linear<u> w(packed, n, k);
     const Part part{team.begin(w.panels), team.end(w.panels), 0, k};
-    const auto fetch = [&](int64_t p) { return w.panel(p); };
-    const auto ahead = [&](int64_t p) {
-      return Stretch{reinterpret_cast<const char*>(w.panel(p)), w.panel_bytes()};
-    };
-    linear(w, a, rows, part, panels.mine(), fetch, ahead, put);
+    linear(w, a, rows, part, panels.mine(), Panels<u>{w}, put);
     team.meet();
   }
   void to_operand(const float* from, const Team& team) const {

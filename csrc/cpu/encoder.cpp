@@ -66,9 +66,7 @@ struct Encoder {
     const int64_t p0 = part.p0, panels = part.p1 - p0;
     part.p0 = p0 + team.begin(panels), part.p1 = p0 + team.end(panels);
     float* scratch = panel_memory.mine();
-    const auto fetch = [&](int64_t i) { return w.panel(i, scratch); };
-    const auto ahead = [&](int64_t i) { return w.ahead(i); };
-    linear(w.packed, a, rows, part, scratch, fetch, ahead, put);
+    linear(w.packed, a, rows, part, scratch, MatrixPanels<p>{w, rows, scratch}, put);
     team.meet();
   }
 

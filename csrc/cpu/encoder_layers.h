@@ -6,33 +6,50 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-// A layer's matrix, and what a panel that is packed late is packed from.
+// A layer's matrix. late: each panel of live weights is made, or taken as it lies, by the thread
+// that multiplies it.
 template <Unit u>
 struct Matrix {
   Linear<u> packed;
   LinearWeights live;
   bool late;
 
-  // Floats of one panel, and of rows to pack it from where parts meet.
+  // Floats of one panel, and of its rows.
   static int64_t scratch(int64_t k) { return Linear<u>(nullptr, NR, k).panel_bytes() / 4 + NR * k; }
-  // Where panel p is now.
-  const Stored<u>* panel(int64_t p, float* scratch) const {
-    if (!late) return packed.panel(p);
-    const int64_t size = packed.units * NR;
-    Linear<u> here = packed;
-    here.data = reinterpret_cast<const Stored<u>*>(scratch) - p * size;
-    pack_linear(live, here, p, scratch + packed.panel_bytes() / 4);
-    return here.panel(p);
-  }
-  Stretch ahead(int64_t p) const {
-    if (!late) return {reinterpret_cast<const char*>(packed.panel(p)), packed.panel_bytes()};
-    return rows_of(live, p, packed.k);
-  }
-  // The thread's share, of what is not packed late; whoever reads it must meet the others first.
+  // The thread's share, of what is not made late; whoever reads it must meet the others first.
   void pack(const Team& team, float* scratch) const {
     if (late) return;
     for (int64_t p = team.begin(packed.panels); p < team.end(packed.panels); ++p)
       pack_linear(live, packed, p, scratch);
+  }
+};
+
+// Its panels, see linear, for so many rows; scratch is the thread's.
+template <Unit u>
+struct MatrixPanels {
+  // More rows pay for packing floats (an EPYC with AVX2: 32 rows cost as much either way), but not
+  // for rounding them too.
+  static constexpr int64_t kLie = 24;
+
+  const Matrix<u>& m;
+  int64_t count;
+  float* scratch;
+
+  const Stored<u>* panel(int64_t p) const {
+    if (!m.late) return m.packed.panel(p);
+    const int64_t size = m.packed.units * NR;
+    Linear<u> here = m.packed;
+    here.data = reinterpret_cast<const Stored<u>*>(scratch) - p * size;
+    pack_linear(m.live, here, p, scratch + m.packed.panel_bytes() / 4);
+    return here.panel(p);
+  }
+  Stretch from(int64_t p) const {
+    return m.late ? rows_of(m.live, p, m.packed.k) : Panels<u>{m.packed}.from(p);
+  }
+  const float* rows(int64_t p) const {
+    if (!m.late || !(u == Unit::wide_bf16 || (u == Unit::fp32 && count <= kLie))) return nullptr;
+    pack_bias(m.live, m.packed, p);
+    return lying_rows(m.live, m.packed.k, p, u == Unit::wide_bf16, scratch);
   }
 };
 

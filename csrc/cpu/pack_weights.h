@@ -82,7 +82,32 @@ inline int64_t columns(const LinearWeights& from) {
   return n;
 }
 
-// What panel p is packed from; of a gated layer the first half.
+// Rows [NR, k] of panel p as floats, where they lie or in scratch; rounded: to bf16's.
+inline const float* lying_rows(const LinearWeights& from, int64_t k, int64_t p, bool rounded,
+                               float* scratch) {
+  const Source first = source(from, p * NR), last = source(from, (p + 1) * NR - 1);
+  const bool there = first.part == last.part && last.row < from.rows[last.part];
+  if (there && !from.gated && !from.bf16 && !rounded)
+    return static_cast<const float*>(from.part[first.part].weight) + first.row * k;
+  for (int64_t i = 0; i < NR; ++i) {
+    const Source s = source(from, p * NR + i);
+    const bool real = s.row < from.rows[s.part];
+    const void* weight = from.part[s.part].weight;
+    for (int64_t j = 0; j < k; j += W) {
+      const int64_t at = s.row * k + j;
+      vf v = {};
+      if (real && from.bf16)
+        v = load_upto(static_cast<const bf16*>(weight) + at, k - j);
+      else if (real)
+        v = load_upto(static_cast<const float*>(weight) + at, k - j);
+      if (rounded && !from.bf16) v = (vf)(Isa::round_bf16(v) << 16);
+      store_upto(scratch + i * k + j, v, k - j);
+    }
+  }
+  return scratch;
+}
+
+// What panel p is made of; of a gated layer the first half.
 inline Stretch rows_of(const LinearWeights& from, int64_t p, int64_t k) {
   const Source first = source(from, p * NR);
   const int64_t row = k * (from.bf16 ? 2 : 4);
@@ -110,6 +135,16 @@ void pack_from(const LinearWeights& from, const Linear<u>& to, int64_t p, float*
   pack_rows(to, p, const_cast<const T*>(rows), valid);
 }
 
+template <Unit u>
+void pack_bias(const LinearWeights& from, const Linear<u>& to, int64_t p) {
+  auto* bias = const_cast<float*>(to.bias);
+  for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {
+    const Source s = source(from, n);
+    const auto* given = static_cast<const float*>(from.part[s.part].bias);
+    bias[n] = given && s.row < from.rows[s.part] ? given[s.row] : 0;
+  }
+}
+
 // Panel p of the weights; scratch [NR, k] is for one in which parts meet, or a gate's.
 template <Unit u>
 void pack_linear(const LinearWeights& from, const Linear<u>& to, int64_t p, float* scratch) {
@@ -117,12 +152,7 @@ void pack_linear(const LinearWeights& from, const Linear<u>& to, int64_t p, floa
     pack_from<u, bf16>(from, to, p, scratch);
   else
     pack_from<u, float>(from, to, p, scratch);
-  auto* bias = const_cast<float*>(to.bias);
-  for (int64_t n = p * NR; n < (p + 1) * NR; ++n) {
-    const Source s = source(from, n);
-    const auto* given = static_cast<const float*>(from.part[s.part].bias);
-    bias[n] = given && s.row < from.rows[s.part] ? given[s.row] : 0;
-  }
+  pack_bias(from, to, p);
 }
 
 }  // namespace

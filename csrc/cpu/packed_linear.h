@@ -1,7 +1,7 @@
 // A linear layer on weights packed once, and its operand.
 #pragma once
 #include "../kernels.h"
-#include "rows_tile.h"
+#include "rows_dot.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -97,12 +97,24 @@ struct Stretch {
   int64_t bytes;
 };
 
+// Where a product finds panel p of its packed weights, and what the panel comes from.
+template <Unit u>
+struct Panels {
+  const Linear<u>& w;
+  const Stored<u>* panel(int64_t p) const { return w.panel(p); }
+  Stretch from(int64_t p) const {
+    return {reinterpret_cast<const char*>(w.panel(p)), w.panel_bytes()};
+  }
+  // Floats [NR, k] that are taken in the panel's place, or null.
+  const float* rows(int64_t) const { return nullptr; }
+};
+
 // put(row, column, register) for all rows and the part's columns, which run on to the end of the
-// last panel. `a` starts at the part's k0; the bias is added with the first k. panels: room for two
-// that are split. fetch(p): where panel p is by now; ahead(p): the stretch that it comes from.
-template <Unit u, class Fetch, class Next, class Put>
-void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& part, float* panels,
-            const Fetch& fetch, const Next& ahead, const Put& put) {
+// last panel. `a` starts at the part's k0; the bias is added with the first k. scratch: room for
+// two panels that are split. panels: `Panels`, or what has its functions.
+template <Unit u, class From, class Put>
+void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& part, float* scratch,
+            const From& panels, const Put& put) {
   [[maybe_unused]] const MatrixScope<u> scope{};
   alignas(64) float tiles[2][kMaxTileRows * NR];
   const int64_t count = tile_count<u>(rows);
@@ -128,22 +140,23 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
   [[maybe_unused]] const int64_t pauses = steps * kPauses<u>;
   // A panel is split while the one before it is multiplied.
   [[maybe_unused]] const int64_t panel_floats = split_panel<u>(part.k);
-  Splitter splitter{nullptr, panels, 0, 0};
+  Splitter splitter{nullptr, scratch, 0, 0};
   const auto split = [&](int64_t p) {
     if (u == Unit::split && p < part.p1)
       splitter = {reinterpret_cast<const float*>(w.panel(p)) + part.k0 * NR,
-                  panels + (p - part.p0) % 2 * panel_floats, 0, steps * kStep * 2};
+                  scratch + (p - part.p0) % 2 * panel_floats, 0, steps * kStep * 2};
   };
   split(part.p0);
   int current = 0;
   for (int64_t p = part.p0; p < part.p1; ++p) {
     splitter.take(splitter.end);
-    const Stored<u>* weights = fetch(p);
+    const float* lying = panels.rows(p);
+    const Stored<u>* weights = lying ? nullptr : panels.panel(p);
     const float* b = u == Unit::split ? splitter.to : reinterpret_cast<const float*>(weights);
     split(p + 1);
     // Never of what isn't there: a prefetch of no memory costs a walk through the page tables.
     [[maybe_unused]] const Stretch next =
-        p + 1 < part.p1 ? ahead(p + 1) : Stretch{reinterpret_cast<const char*>(weights), 0};
+        p + 1 < part.p1 ? panels.from(p + 1) : Stretch{reinterpret_cast<const char*>(a.data), 0};
     [[maybe_unused]] const int64_t share = ceil_div(splitter.end, pauses * count);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t m = tile_begin<u>(rows, t);
@@ -156,9 +169,11 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
                                  finish(ceil_div(kMatrixRows, pauses));
                                  splitter.take(share);
                                });
+      else if (const char* fetched = next.data + next.bytes * m / rows; lying)
+        dot_tile(lhs, a.row, valid, lying, w.k, tile, fetched, next.bytes * valid / rows);
       else
         multiply<u>(lhs, a.row / kPer<u>, valid, weights, int64_t(NR), w.units, tile, NR,
-                    {next.data + next.bytes * m / rows, next.bytes * valid / (rows * w.units)});
+                    {fetched, next.bytes * valid / (rows * w.units)});
       finish(kMaxTileRows);
       panel = p, row = m, end = m + valid, from = tile;
     }

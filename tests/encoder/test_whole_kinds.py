@@ -247,7 +247,9 @@ def test_company_changes_nothing(how, kind):
     batch = batch_of(layers, lengths)
     together, start = states(how, layers, batch), 191 + 41
     alone = batch_of(layers, (17,))._replace(hidden=batch.hidden[start : start + 17])
-    close_to_truth(states(how, layers, alone), together[start : start + 17], floor=2e-6)
+    # Other sums of products: of bf16 results some are rounded the other way.
+    floor = 1e-4 if "bf16" in how else 2e-6
+    close_to_truth(states(how, layers, alone), together[start : start + 17], floor=floor)
 
 
 def test_what_it_does_not_serve():
