@@ -180,7 +180,9 @@ def main():
             done.append(one_seed(seed, args.model, parts, s, work))
             if len(done) > 1:
                 write(settings, done, losses, args.out)
-    print(f"{len(done)} seeds of {args.seeds}; macro F1: {interval(done, 'macro_f1')}")
+    print(f"{len(done)} seeds of {args.seeds}")
+    if len(done) > 1:  # one has no spread
+        print(f"macro F1: {interval(done, 'macro_f1')}")
 
 
 def write(settings, done, losses, out):

@@ -275,8 +275,8 @@ def main():
         for name in ("train", "val"):
             files[name] = work / f"{name}.conll"
             _write(files[name], parts[name])
-        few = dataclasses.replace(s, batch_size=args.equal_batch_size, epochs=99)
-        few.lr = args.equal_lr
+        few = {"batch_size": args.equal_batch_size, "lr": args.equal_lr, "epochs": 99}
+        few = dataclasses.replace(s, **few)
         equal = equal_losses(args.model, files, few, args.equal_steps, work)
         if equal["steps"] != args.equal_steps:
             raise SystemExit(f"{equal['steps']} steps, expected {args.equal_steps}")

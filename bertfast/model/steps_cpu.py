@@ -12,7 +12,6 @@ from ..families.family import kernel_of
 from ..ops import registry
 from ..ops.extension import C
 from ..ops.library import ptr
-from ..ops.linear_act import ACTIVATIONS
 from .decoder import BertLMHeadModel, Sequences, plain
 from .heads import BertLMPredictionHead, BertOnlyMLMHead, BertPredictionHeadTransform
 from .steps import ROOM, Steps, embedding
@@ -21,8 +20,9 @@ from .steps import ROOM, Steps, embedding
 def steps_of(decoder: BertLMHeadModel, sources: Sequences, each: int, most: int):
     """The quickest that the decoder allows; see `Steps`."""
     modules = _modules(decoder, sources.values)
-    kind = Steps if modules is None else CpuSteps
-    return kind(decoder, sources, each, most)
+    if modules is None:
+        return Steps(decoder, sources, each, most)
+    return CpuSteps(decoder, modules, sources, each, most)
 
 
 def _modules(decoder, states) -> list[tuple] | None:
@@ -48,6 +48,7 @@ def _modules(decoder, states) -> list[tuple] | None:
     every = [m for linears, norms, _ in found for m in linears]
     norms = [m for _, norms, _ in found for m in norms]
     acts = [act for *_, act in found]
+    kernels = {*map(kernel_of, acts)}
     parameters = [p for m in (*every, *norms) for p in m.parameters()]
     fit = (
         C is not None
@@ -57,19 +58,20 @@ def _modules(decoder, states) -> list[tuple] | None:
         and plain(tuple(every), nn.Linear)
         and plain(tuple(norms), nn.LayerNorm)
         and all(plain((act,), type(act)) for act in acts)
-        and len({kernel_of(act) for act in acts} - {None}) == 1
-        and all(kernel_of(act) for act in acts)
+        and len(kernels) == 1
+        and None not in kernels
         and len({norm.eps for norm in norms}) == 1
     )
     return found if fit else None
 
 
 class CpuSteps:
-    """As `Steps`, whose arguments and methods it has. The keys and values of what was decoded stay
-    where they are: a row knows in which slot each of its tokens is, so that beams move for free."""
+    """As `Steps`, whose methods it has, of what `_modules` found. The keys and values
+    of what was decoded stay where they are: a row knows in which slot each of its tokens is, so
+    that beams move for free."""
 
-    def __init__(self, decoder: BertLMHeadModel, sources: Sequences, each: int, most: int):
-        *layers, head = _modules(decoder, sources.values)
+    def __init__(self, decoder: BertLMHeadModel, modules, sources: Sequences, each, most):
+        *layers, head = modules
         self.count, self.device = len(sources.cu_seqlens) - 1, sources.values.device
         self.each, self.most, self.done = each, most, 0
         self.slots = rows = self.count * each
@@ -83,8 +85,7 @@ class CpuSteps:
             *(hidden, heads, hidden // heads, config.intermediate_size),
             *(kernel_of(act), norms[0].eps),
         )
-        self.spec, self.activation = c_spec(spec), ACTIVATIONS.index(spec.activation)
-        self.layers = array("q")
+        self.spec, self.layers = c_spec(spec), array("q")
         for own, layer in zip(layers, decoder.bert.encoder.layer, strict=True):
             keys = layer.crossattention.self.keys_values(sources.values)
             parts = self._layer(*own[:2]) | {"keys": self._keep(keys)}
@@ -93,7 +94,7 @@ class CpuSteps:
         (dense, words), (norm,), _ = head
         self.head = [self._pack(dense), self._pack(words)]
         self.head.append(tuple(map(self._keep, (norm.weight, norm.bias))))
-        self.words, self.hidden = words.out_features, hidden
+        self.words = words.out_features
         self.cache = torch.empty((self.layer_count, 0, self.slots, 2, hidden))
 
     def _keep(self, t) -> int:
