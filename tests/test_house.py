@@ -55,6 +55,13 @@ def test_who_imports_whom(name):
         assert parts <= allowed, path
 
 
+def test_no_two_test_files_of_a_name():
+    """pytest imports them without their folders' names, into one table."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) > 100
+    assert not {n for n in names if names.count(n) > 1}
+
+
 def test_no_transformers_below_the_families():
     code = "import sys, bertfast.encoder, bertfast.freeze; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
