@@ -318,7 +318,8 @@ def main():
     ratio = seconds["transformers"] / seconds["bertfast"]
     print(f"training: {ratio:.2f}x transformers; mean F1 {f1}, exact match {exact}")
     count = len(parts["train"].questions)
-    of = f"MiniLM, {count:,} Debian questions, windows of {s.max_length}, {s.epochs} epochs, fp32"
+    of = f"MiniLM, {count:,} Debian questions, windows of {s.max_length}"
+    of += f", {s.epochs} epoch{'s' * (s.epochs > 1)}, fp32"
     figures = ((f"question answering, {of}", "s", seconds, round(ratio, 2)),)
     figures += ((f"test F1 after it, mean of {len(rows)} seeds", "", f1, None),)
     summary = [

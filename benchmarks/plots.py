@@ -234,7 +234,7 @@ def roof(axes, parts):
 
 def short(value: float) -> str:
     """Three digits, and never an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 SHADES = ("#d9480f", "#f08c5a", "#f7b48f", "#8a2f0b", "#fbd7c3")  # one for each operator

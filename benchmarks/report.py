@@ -15,7 +15,7 @@ from bertfast.bench.command import COLUMNS
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
 BEGIN_TASKS = "<!-- benchmarks/report.py, tasks -->"
-TASKS = ("sections", "quality", "tokens", "qa", "translate")  # of finetune_*.json
+TASKS = ("sections", "quality", "tokens", "qa", "pairs", "translate")  # of finetune_*.json
 DETAIL = (
     "sweep",
     "breakdown",
@@ -96,10 +96,13 @@ def task_table(found: list[dict]) -> str:
         for result in found:
             if result["benchmark"] == f"finetune_{name}":
                 for row in result["summary"]:
-                    ours, rival = (f"{row[key]:.3g} {row['unit']}" for key in ("bertfast", "rival"))
+                    ours, rival = (
+                        f"{plots.short(row[key])} {row['unit']}".strip()
+                        for key in ("bertfast", "rival")
+                    )
                     ratio = f"{row['ratio']:.2f}x" if row["ratio"] is not None else ""
                     rows.append([row["task"], ours, rival, ratio, plots.device(result)])
-    return grid(["", "bertfast", "transformers", "ratio", "device"], rows)
+    return grid(["", "bertfast", "stock", "ratio", "device"], rows)
 
 
 def cell_table(cell: dict) -> str:
