@@ -9,14 +9,19 @@ import json
 import os
 import sys
 
+from . import __version__
+from .arguments import Parser
+
 _RESUME = "--resume auto goes on from the last checkpoint"
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="bertfast", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bertfast", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"bertfast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what this installation is made of, as JSON")
+    info = commands.add_parser("info", help="what this installation is made of, and can do")
+    info.add_argument("--json", action="store_true", help="as JSON")
     text = "raw text to a tokenizer and token shards, for pretrain"
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
@@ -333,8 +338,18 @@ def _info(args):
     from .encoder.run import served
     from .ops import registry
 
-    found = {"backends": registry.served(), "executors": served()}
-    print(json.dumps(build_info() | found, indent=2))
+    found = build_info() | {"backends": registry.served(), "executors": served()}
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    backends, executors = found.pop("backends"), found.pop("executors")
+    rows = {name.replace("_", " "): value for name, value in found.items()}
+    for name, why in executors.items():
+        rows[f"executor {name}"] = f"not here: {why}" if why else "ready"
+    rows |= {f"backends of {name}": own for name, own in backends.items()}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {', '.join(value) if isinstance(value, list | tuple) else value}")
 
 
 def main(argv=None) -> int:

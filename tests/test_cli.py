@@ -6,6 +6,7 @@ import sys
 import pytest
 import tiny
 
+import bertfast
 from bertfast.cli import main
 
 
@@ -72,9 +73,41 @@ def test_predict_from_stdin(folder, monkeypatch, capsys):
 
 
 def test_info(capsys):
-    assert main(["info"]) == 0
+    assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["backends"]["attention"][0] == "cpu" and info["cpu_isa"]
+    assert main(["info"]) == 0
+    told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    told = {name: value.strip() for name, value in told.items()}
+    assert told["cpu isa"] == info["cpu_isa"]
+    assert told["backends of attention"].split(", ")[0] == "cpu"
+    assert told["executor operators"] == "ready"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--version"])
+    assert e.value.code == 0
+    assert capsys.readouterr().out == f"bertfast {bertfast.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, near",
+    [
+        (["finetun"], "did you mean finetune?"),
+        (["finetune", "token"], "did you mean tokens?"),
+        (["finetune", "qa", "--lerning-rate", "1"], None),
+        (["finetune", "qa", "--batchsize=3"], "did you mean --batch-size?"),
+        (["predict", "pairs", "--model", "m", "--input", "f", "--ouptut", "g"], "mean --output?"),
+        (["finetune", "qa", "--schedule", "liner"], "did you mean linear?"),
+    ],
+)
+def test_nearest(arguments, near, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(arguments)
+    assert e.value.code == 2
+    told = capsys.readouterr().err
+    assert near in told if near else "did you mean" not in told
 
 
 def test_config_file(folder, tmp_path, capsys):
@@ -89,6 +122,7 @@ def test_config_file(folder, tmp_path, capsys):
     assert "lr: 0.001" in shown and "epochs: 9" in shown and "metric: mse" in shown
     for text, message in (
         ("learning: 1", "unknown setting 'learning'"),
+        ("epoch: 1", "unknown setting 'epoch'; did you mean epochs?"),
         ("epochs: soon", "epochs is 'soon'"),
         ("- 1", "expected `setting: value`"),
         ("a: [", "can't be read as YAML"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ..arguments import nearest
 from ..data.errors import ConfigError
 from ..data.masking import KINDS
 
@@ -220,7 +221,8 @@ def read_yaml(path, settings, only=None) -> dict:
                 raise ConfigError(f"{path} is of `finetune {node.value}`: give that command")
             continue
         if name not in fields and only is None:
-            raise ConfigError(f"{path}: unknown setting {name!r}; known are {', '.join(fields)}")
+            near = nearest(name, fields) or f"; known are {', '.join(fields)}"
+            raise ConfigError(f"{path}: unknown setting {name!r}{near}")
         if only is None or name in only:
             values[name] = _value(path, fields[name], node)
     return values

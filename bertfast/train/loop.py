@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import heap
+from ..progress import Progress
 from . import checkpoint, networks
 from .config import LOWER_IS_BETTER
 from .optimizer import learning_rate, make_optimizer
@@ -105,11 +106,12 @@ class _Run:
         self._resume()
         bar = tqdm(
             total=self.steps, initial=self.step, unit="step", desc="train", dynamic_ncols=True,
-            disable=not self.main,
+            disable=None if self.main else True,  # None: where stderr is no terminal
         )  # fmt: skip
         self.log = Log(self.out, self.state["log_size"], self.main, self.say)
         self.speed = self.ahead = None
         self.reports = deque()  # of steps that are not logged yet
+        self.said = time.monotonic()
         try:
             # The next step's batches are made in a thread while this step runs.
             with ThreadPoolExecutor(1) as self.loader, Stop() as self.stop, bar as self.bar:
@@ -240,8 +242,13 @@ class _Run:
             self.log.write(**record)
             speed = record["tokens_per_second"]
             self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-            every = getattr(self.config, "log_steps", None)
-            if every and (step % every == 0 or step == self.steps):
+            every, now = getattr(self.config, "log_steps", None), time.monotonic()
+            if every:
+                told = step % every == 0 or step == self.steps
+            else:
+                told = self.bar.disable and now - self.said >= Progress.EVERY
+            if told:
+                self.said = now
                 self.say(line(record, self.steps))
 
     def _totals(self, batches) -> dict:

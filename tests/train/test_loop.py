@@ -10,6 +10,7 @@ from helpers import close_to_truth, exact
 from tiny_classify import classification, rows, run
 
 from bertfast.data import collate
+from bertfast.progress import Progress
 from bertfast.train import checkpoint as state
 from bertfast.train.optimizer import learning_rate
 from bertfast.train.tasks.classify import ClassificationTask
@@ -120,3 +121,12 @@ def test_goes_on_in_the_middle_of_an_epoch(tmp_path, optimizer):
     again = run(tmp_path, *classification(**options))
     assert torch.equal(again[0], curve)
     assert all(torch.equal(again[1][name], value) for name, value in weights.items())
+
+
+def test_lines_without_a_terminal(tmp_path, monkeypatch):
+    """Every few seconds a line in place of a bar's frames; here after every step, or none."""
+    for seconds, lines in ((0, 2), (1e9, 0)):
+        monkeypatch.setattr(Progress, "EVERY", seconds)
+        said = []
+        run(tmp_path / str(seconds), *classification(epochs=2, batch_size=40), said)
+        assert sum(text.startswith("step ") for text in said) == lines
