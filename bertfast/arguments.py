@@ -5,7 +5,7 @@ import difflib
 
 
 def nearest(name: str, known) -> str:
-    """ "; did you mean X?" of the known name that is nearest, or nothing."""
+    """The end of a message that names what is nearest of the known, or nothing."""
     found = difflib.get_close_matches(name, [*known], n=1)
     return f"; did you mean {found[0]}?" if found else ""
 

@@ -22,6 +22,9 @@ def _parser():
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what this installation is made of, and can do")
     info.add_argument("--json", action="store_true", help="as JSON")
+    text = "a script for a shell that completes this command; evaluate it in the shell's profile"
+    shell = commands.add_parser("completion", help=text, description=text)
+    shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     text = "raw text to a tokenizer and token shards, for pretrain"
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
@@ -352,6 +355,12 @@ def _info(args):
         print(f"{name:{width}}  {', '.join(value) if isinstance(value, list | tuple) else value}")
 
 
+def _completion(args):
+    import shtab
+
+    print(shtab.complete(_parser(), args.shell))
+
+
 def main(argv=None) -> int:
     """Run the command; the exit code."""
     args = _parser().parse_args(argv)
@@ -360,6 +369,7 @@ def main(argv=None) -> int:
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
     commands |= {
+        "completion": _completion,
         "convert": _convert,
         "embed": _embed,
         "prepare": _prepare,
@@ -368,7 +378,7 @@ def main(argv=None) -> int:
         "bench": _bench,
     }
     try:
-        if args.command not in ("info", "pretrain", "finetune"):
+        if args.command not in ("info", "completion", "pretrain", "finetune"):
             require_one_process(args.command)
         commands[args.command](args)
     except ConfigError as e:

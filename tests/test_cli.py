@@ -110,6 +110,24 @@ def test_nearest(arguments, near, capsys):
     assert near in told if near else "did you mean" not in told
 
 
+def test_completion(capsys, tmp_path):
+    """In bash itself: what follows the words typed so far."""
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    for typed, expected in (
+        ("fine", {"finetune"}),
+        ("finetune tok", {"tokens"}),
+        ("finetune tokens --batch-s", {"--batch-size"}),
+        ("predict qa --precision in", {"int8"}),
+    ):
+        words = ["bertfast", *typed.split()]
+        code = f"source {script}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+        code += "$(complete -p bertfast | sed 's/.*-F //; s/ .*//'); printf '%s\\n' ${COMPREPLY[@]}"
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+        assert {*done.stdout.split()} == expected, done.stderr
+
+
 def test_config_file(folder, tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("lr: 1e-3\nepochs: 7\ntask: regression\nclass_weights:\n")
