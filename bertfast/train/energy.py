@@ -74,7 +74,7 @@ class Meter:
                     self.counters.append(make())
             except Exception as e:  # NVML's bindings have kinds of their own
                 if not self.counters:  # a GPU's alone will do; a processor's for a GPU's work won't
-                    self.why = str(e)
+                    self.why = str(e) or repr(e)
 
     @property
     def sources(self) -> list[str]:

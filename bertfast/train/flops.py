@@ -69,21 +69,23 @@ class Products:
         if not layers:
             layers, found = [model.base_model], [Unfit("", "")]
         inside = {m for layer in layers for m in layer.modules()}
-        ahead, behind = [], []
+        first, behind = [], []
         for m in model.modules():
             if m in inside:
-                ahead, behind = ahead + behind, []
+                first, behind = first + behind, []
             elif isinstance(m, nn.Linear):
                 behind.append(m)
         below = model.get_input_embeddings().weight.requires_grad
-        before, work = sum(_linear(m, below) for m in ahead), []
+        before, work = sum(_linear(m, below) for m in first), []
         for layer, one in zip(layers, found, strict=True):
             trained = any(p.requires_grad for p in layer.parameters())
             if isinstance(one, Unfit):
                 own = (m for m in layer.modules() if isinstance(m, nn.Linear))
                 work.append(LayerWork(sum(_linear(m, below) for m in own), 0.0, 0.0))
             else:
-                work.append(LayerWork.of(one.spec, trained, below))
+                norm = one.weights.norm1.weight  # trained ahead of the products, pre-norm
+                ahead = one.spec.pre_norm and norm is not None and norm.requires_grad
+                work.append(LayerWork.of(one.spec, trained, below or ahead))
             below = below or trained
         head = sum(_linear(m, below) for m in behind)
         return cls(work, before, head, not any(isinstance(one, Unfit) for one in found))
