@@ -150,6 +150,8 @@ def test_seeds_resumed_and_overwritten(tmp_path):
         found = verify(folder, inputs=True)
         assert found.bad == [] and found.unknown == [], folder
     assert "seeds.json" in read(out)["files"]
+    spent = json.loads((out / "seeds.json").read_text())["cost"]
+    assert spent["steps"] == 4 and spent["flops"] > 0  # of both
     first = read(out)["files"]["model.safetensors"]["sha256"]
     finetune(ClassifyConfig(**given | {"seed": 5}))  # over it
     assert verify(out).bad == [] and "seeds.json" not in read(out)["files"]

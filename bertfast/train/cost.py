@@ -47,7 +47,7 @@ class Cost:
         self.steps, self.whole = steps, task.counts_whole
         self.dry = False  # whether to raise EnoughError when the probe is over
         self.seen, self.rate, self.meter = [], None, Meter(device)
-        self.sources, self.mark = [], time.perf_counter()
+        self.mark = time.perf_counter()
         # from_step: the first that is counted, 0 but for checkpoints of before there were costs
         self.total = dict.fromkeys(("steps", "tokens", "flops", "seconds", "step_seconds"), 0)
         self.total |= {"from_step": 0, "hours": None, "joules": 0.0, "joule_seconds": 0.0}
@@ -157,6 +157,15 @@ class Cost:
         if self.plan:
             found["planned"] = self.plan | {"hours": total["hours"]}
         return found
+
+
+def together(costs: list[dict]) -> dict:
+    """What several runs took."""
+    return {
+        name: sum(one[name] for one in costs)
+        for name in ("steps", "tokens", "flops", "seconds", "step_seconds")
+        if all(name in one for one in costs)
+    }
 
 
 def name_of(device: torch.device) -> str:

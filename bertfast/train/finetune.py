@@ -20,6 +20,7 @@ from ..verify import read as read_manifest
 from . import card, networks, opening, outputs, plots, tasks
 from .card import FINETUNED
 from .config import LOWER_IS_BETTER, FinetuneConfig
+from .cost import together
 from .loop import train
 from .ranks import Ranks
 from .rehearse import rehearse
@@ -217,7 +218,8 @@ def _several(config):
     with outputs.optional(out / "README.md") as path:
         text = (best / path.name).read_text(encoding="utf-8")
         card.put(path, text.replace(f"# {best.name}", f"# {out.resolve().name}", 1))
-    outputs.write_json(out / "seeds.json", {"best": best.name} | summary)
+    spent = together([r["train"]["cost"] for r in found.values() if "train" in r])
+    outputs.write_json(out / "seeds.json", {"best": best.name, "cost": spent} | summary)
     made = read_manifest(best) or {"files": {}, "inputs": []}
     outputs.finish(out, made["files"], made["inputs"])
     return found[best] | {"seeds": summary}
