@@ -35,6 +35,8 @@ def _parser():
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
     text = "a checkpoint of TensorFlow, Flax or Keras as one that transformers and bertfast load"
     _convert_arguments(commands.add_parser("convert", help=text))
+    text = "whether a run's files are as it left them"
+    _verify_arguments(commands.add_parser("verify", help=text))
     text = "times beside rivals, each after its outputs were checked"
     _bench_arguments(commands.add_parser("bench", help=text, description=text))
     for name, text, add in (
@@ -80,7 +82,8 @@ def _run_arguments(parser, settings, yaml_option):
     text = "YAML with any of these settings"
     parser.add_argument(yaml_option, dest="yaml", metavar="FILE", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the settings and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    text = "check everything, tell what the run would cost, keep nothing"
+    parser.add_argument("--dry-run", action="store_true", help=text)
     _settings(parser, settings)
 
 
@@ -166,6 +169,12 @@ def _embed_arguments(parser):
 
 def _convert_arguments(parser):
     from .convert_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _verify_arguments(parser):
+    from .verify_command import add_arguments
 
     add_arguments(parser)
 
@@ -282,6 +291,12 @@ def _convert(args):
     run(args, _say)
 
 
+def _verify(args):
+    from .verify_command import run
+
+    run(args, _say)
+
+
 def _quantize(args):
     from . import quantize
     from .files import json_text
@@ -376,6 +391,7 @@ def main(argv=None) -> int:
         "pretrain": _pretrain,
         "quantize": _quantize,
         "bench": _bench,
+        "verify": _verify,
     }
     try:
         if args.command not in ("info", "completion", "pretrain", "finetune"):

@@ -25,6 +25,7 @@ from .train.config import METRICS, ConfigError
 from .train.heads import label_set
 from .train.outputs import DECISION, RUN_CONFIG
 from .train.tasks.classify_inference import HEAD
+from .verify import write_rest
 
 
 def save(
@@ -63,6 +64,7 @@ def save(
             shutil.copy(folder / name, out)
         else:
             (Path(out) / name).unlink(missing_ok=True)
+    write_rest(Path(out))
     return ", ".join(str(m.packed) for m in network.modules() if isinstance(m, Freezable))
 
 

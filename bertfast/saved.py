@@ -58,6 +58,9 @@ def save_frozen(model, folder) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if sentences:
         model.save_pretrained(str(folder), create_model_card=False)
+        from .verify import write_rest
+
+        write_rest(folder)
     else:
         write(model, folder)
     return folder
@@ -76,6 +79,26 @@ def is_frozen(folder: Path) -> bool:
     if (folder / _MODULES).is_file():
         return any(folder.rglob(MANIFEST))
     return (folder / MANIFEST).is_file()
+
+
+def has_modules(folder: Path) -> bool:
+    """Whether it is of sentence-transformers, whose modules may have folders in it."""
+    return (folder / _MODULES).is_file()
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """The SHA-256 that frozen models in a folder have of their files, by path in it. Raises
+    OSError, ValueError for a damaged manifest."""
+    found = {}
+    for path in folder.rglob(MANIFEST) if has_modules(folder) else [folder / MANIFEST]:
+        if not path.is_file():
+            continue
+        with damaged(path.parent):
+            manifest = read_json(path)
+            sums = {CONFIG: manifest["config"], REST: manifest["rest"]}
+            sums |= {name: one["sha256"] for name, one in manifest["packed"].items()}
+        found |= {(path.parent / n).relative_to(folder).as_posix(): s for n, s in sums.items()}
+    return found
 
 
 def check_out(folder: Path, sentences: bool) -> None:

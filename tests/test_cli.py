@@ -153,7 +153,7 @@ def test_config_file(folder, tmp_path, capsys):
 def test_dry_run(folder, tmp_path, capsys):
     out = tmp_path / "o"
     assert finetune(folder, "--dry-run", out=str(out)) == 0
-    assert "nothing trained" in capsys.readouterr().err and not out.exists()
+    assert "nothing is kept" in capsys.readouterr().err and not out.exists()
 
 
 def test_usage_errors(capsys):

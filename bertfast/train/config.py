@@ -60,6 +60,9 @@ class RunConfig:
     resume: str = setting("auto", "auto, no, or the folder of a checkpoint")
     parallel: str = setting("ddp", "under torchrun: ddp, or fsdp to share out the weights too")
     device: str | None = setting(None, "cpu or cuda (default: cuda where there is one)")
+    watts: float | None = setting(
+        None, "what the machines draw together, for the energy where no counter can be read"
+    )
     metric: str | None = None  # what picks the weights kept at the end; None: the last
 
     def __post_init__(self):
@@ -74,6 +77,8 @@ class RunConfig:
         for name in ("weight_decay", "clip"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("lr", self.lr > 0, "above 0")
+        good = self.watts is None or 0 < self.watts < math.inf
+        self._check("watts", good, "a finite number above 0")
         self._check("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
         self._check("beta2", 0 < self.beta2 < 1, "between 0 and 1")
         self._check("warmup", 0 <= self.warmup <= 1, "between 0 and 1")

@@ -12,21 +12,27 @@ import numpy as np
 import torch
 from torch import distributed
 
-from ..files import locked, sha256, write_text
+from ..files import locked, sha256
 from ..model import checkpoint
 from ..model.tokenizer import load_tokenizer
-from . import networks, opening, outputs, plots, tasks
+from ..verify import entry
+from ..verify import read as read_manifest
+from . import card, networks, opening, outputs, plots, tasks
+from .card import FINETUNED
 from .config import LOWER_IS_BETTER, FinetuneConfig
+from .cost import together
 from .loop import train
 from .ranks import Ranks
-from .tasks.base import choose_device
+from .rehearse import rehearse
+from .tasks.base import PARTS, choose_device
 
 # What may differ when a run is resumed.
 _FREE = {"kind", "out", "resume", "keep", "save_steps", "allow_pickle", "device", "parallel"}
-_FREE |= {"seeds"}
+_FREE |= {"seeds", "watts"}
 # What of the pretrained checkpoint counts, beside its weights.
 _BASE = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-_MADE = "fine-tuned with bertfast"  # how a card is known for ours
+_TOKENIZERS = ("vocab.json", "merges.txt", "spm.model", "sentencepiece.bpe.model")
+_TOKENIZERS += ("special_tokens_map.json", "added_tokens.json")
 
 
 def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict | None:
@@ -37,14 +43,15 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict | None:
     transformers loads. Under torchrun the ranks share each step's batches, and rank 0 writes.
 
     `out` receives the model and tokenizer, README.md, run_config.yaml, metrics.jsonl,
-    eval_results.json, training_curve.png, data_report.json and the task's pictures. The model comes
-    first: of the rest what can't be written is a warning. Progress goes to stderr. With several
-    seeds each has a folder of its own in `out`, which gets the files of the best on the validation
-    data, and seeds.json.
+    eval_results.json, training_curve.png, data_report.json, the task's pictures, and last
+    manifest.json, the hashes of all that and of what was read. The model comes first: of the rest
+    what can't be written is a warning. Progress goes to stderr. With several seeds each has a
+    folder of its own in `out`, which gets the files of the best on the validation data, and
+    seeds.json.
 
     Returns {"valid": metrics, "test": metrics, "train": how training went}, of the best seed, and
     of several "seeds": {part: {metric: {"mean", "sd", "values"}}}; None for a dry run, which checks
-    everything and trains nothing, and on the other ranks.
+    everything, tells what it would cost and keeps nothing, and on the other ranks.
 
     Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError;
     OSError where `out` can't be written or another run has it, or the disk is full.
@@ -82,12 +89,14 @@ def _one(config, dry_run=False):
     if config.gradient_checkpointing:
         names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # the old one
         getattr(model, next(name for name in names if hasattr(model, name)))()
+    task.count(model)
     report = task.report()
     say(str(report))
     task.rows = {name: task.encode(part) for name, part in task.parts.items()}
     if dry_run:
         steps = len(task.batches(0))
-        say(f"dry run: {steps} batches an epoch on {task.device}; nothing trained")
+        rehearse(model, task, config, say)
+        say(f"dry run: {steps} batches an epoch on {task.device}; nothing is kept")
         return None
 
     with locked(out) if main else nullcontext():
@@ -96,13 +105,17 @@ def _one(config, dry_run=False):
             if not settings.exists():  # an older run's are its model's until there is another
                 outputs.write_yaml(settings, config)
             outputs.write_json(out / "data_report.json", report.as_dict())
-        outcome = train(model, task, config, out, _fingerprint(config, folder), say)
+        fingerprint = _fingerprint(config, folder)
+        outcome = train(model, task, config, out, fingerprint, say)
         task.model = networks.gathered(model, Ranks(config.parallel))
         if not main:
             return None
-        outputs.save(task.model, task.tokenizer, out)
+        saved = outputs.save(task.model, task.tokenizer, out)
         outputs.write_yaml(settings, config)
-        return _results(task, outcome, out)
+        inputs = _inputs(config, folder, fingerprint)
+        results = _results(task, outcome, out, inputs)
+        outputs.finish(out, saved, inputs)
+        return results
 
 
 def _fingerprint(config, folder) -> dict:
@@ -123,7 +136,16 @@ def _fingerprint(config, folder) -> dict:
     return given | {"model_sha256": {p.name: sha256(p) for p in base}}
 
 
-def _results(task, outcome, out: Path) -> dict:
+def _inputs(config, folder, fingerprint) -> list[dict]:
+    """The files of the run, with their hashes as of its start where it had need of them."""
+    parts = [(name, path) for name in PARTS if (path := getattr(config, name))]
+    found = [entry(name, path, fingerprint.get(f"{name}_sha256")) for name, path in parts]
+    sums = fingerprint["model_sha256"]
+    names = [*sums, *(name for name in _TOKENIZERS if (folder / name).is_file())]
+    return found + [entry("model", folder / name, sums.get(name)) for name in names]
+
+
+def _results(task, outcome, out: Path, inputs) -> dict:
     """Evaluates the trained model, and writes the figures of the run."""
     found = {"valid": task.outputs("valid", task.model)}
     task.decision = task.tune(found["valid"])
@@ -135,7 +157,7 @@ def _results(task, outcome, out: Path) -> dict:
     with outputs.optional(out / "eval_results.json") as path:
         outputs.write_json(path, results)
     with outputs.optional(out / "README.md") as path:
-        _write_card(path, task, results)
+        _write_card(path, task, results, inputs)
     with outputs.optional(out / "training_curve.png") as path:
         plots.training_curve(out / "metrics.jsonl", task.config.metric, path)
     task.draw(out, found, results)
@@ -148,7 +170,7 @@ def _step_size(config) -> str:
     return f"up to {config.batch_tokens * config.accumulation:,} tokens"
 
 
-def _write_card(path, task, results):
+def _write_card(path, task, results, inputs):
     config, score = task.config, results.get("test") or results["valid"]
     figures = "\n".join(f"| {k} | {v:.4f} |" for k, v in score.items() if isinstance(v, float))
     text = f"""---
@@ -157,7 +179,7 @@ pipeline_tag: {task.pipeline_tag}
 ---
 # {path.resolve().parent.name}
 
-`{Path(config.model).name}` {_MADE} on {len(task.rows["train"]):,} examples ({task.config.kind}),
+`{Path(config.model).name}` {FINETUNED} on {len(task.rows["train"]):,} examples ({config.kind}),
 {results["train"]["step"]} steps of {_step_size(config)}, learning rate
 {config.lr:g}, seed {config.seed}. Settings: `run_config.yaml`; data: `data_report.json`.
 
@@ -167,13 +189,7 @@ pipeline_tag: {task.pipeline_tag}
 | --- | --- |
 {figures}
 """
-    _put_card(path, text)
-
-
-def _put_card(path, text):
-    if path.exists() and _MADE not in path.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError("one that bertfast did not write is there, and is kept")
-    write_text(path, text)
+    card.put(path, text + card.ending(results["train"]["cost"], inputs))
 
 
 def _several(config):
@@ -201,8 +217,11 @@ def _several(config):
     outputs.bring(best, out)
     with outputs.optional(out / "README.md") as path:
         text = (best / path.name).read_text(encoding="utf-8")
-        _put_card(path, text.replace(f"# {best.name}", f"# {out.resolve().name}", 1))
-    outputs.write_json(out / "seeds.json", {"best": best.name} | summary)
+        card.put(path, text.replace(f"# {best.name}", f"# {out.resolve().name}", 1))
+    spent = together([r["train"]["cost"] for r in found.values() if "train" in r])
+    outputs.write_json(out / "seeds.json", {"best": best.name, "cost": spent} | summary)
+    made = read_manifest(best) or {"files": {}, "inputs": []}
+    outputs.finish(out, made["files"], made["inputs"])
     return found[best] | {"seeds": summary}
 
 

@@ -16,6 +16,7 @@ from .. import heap
 from ..progress import Progress
 from . import checkpoint, networks
 from .config import LOWER_IS_BETTER
+from .cost import Cost
 from .optimizer import learning_rate, make_optimizer
 from .ranks import Ranks, join, like
 from .speed import Speed, matmul_rate
@@ -87,6 +88,8 @@ class _Run:
         self.work = Step(self.module, self.optimizer, *settings)
         self.group = config.accumulation * self.ranks.world  # micro-batches in a step
         self.steps = task.steps(config, self.group)
+        own = self.steps, self.group, self.ranks, device, self.say
+        self.cost = Cost(task, config, *own)
         self.step = 0
         self.mine = set()  # names of the checkpoints that this run may go back to
         self.state = {
@@ -104,6 +107,7 @@ class _Run:
 
     def train(self) -> dict:
         self._resume()
+        self.cost.begin()
         bar = tqdm(
             total=self.steps, initial=self.step, unit="step", desc="train", dynamic_ncols=True,
             disable=None if self.main else True,  # None: where stderr is no terminal
@@ -119,6 +123,7 @@ class _Run:
                 self._flush()
         finally:
             self.log.close()
+            self.cost.end()
             heap.release_freed()
         state = self.state
         if state["best"] and state["best"]["step"] != self.step:
@@ -131,6 +136,7 @@ class _Run:
             "last": state["last"],
             "tokens": state["tokens"],
             "stopped_early": state["stopped"],
+            "cost": self.cost.record(),
         }
         if self.work.replay:
             self.say(str(self.work.replay))
@@ -214,6 +220,7 @@ class _Run:
             device = self.accelerator.device.type
             self.speed = Speed(matmul_rate(device, self.low) if totals["flops"] else None)
         self.speed.add(totals["tokens"], totals["flops"] / self.ranks.world, seconds)
+        self.cost.add(totals, seconds, self.speed.peak)
         self._flush(lag)
         self.bar.update()
 
@@ -315,11 +322,11 @@ class _Run:
 
     def _save(self):
         self._flush()
-        tensors = checkpoint.gather(self.model, self.optimizer)
+        tensors, cost = checkpoint.gather(self.model, self.optimizer), self.cost.state()
         if not self.main:
             return
         self.state["log_size"] = self.log.size()
-        state = self.state | {"fingerprint": self.fingerprint}
+        state = self.state | {"fingerprint": self.fingerprint, "cost": cost}
         keep, mine = self.config.keep, self.mine
         state = checkpoint.save(self.folder, self.step, tensors, state, keep, mine)
         self.state["best_weights"] = state["best_weights"]
@@ -366,6 +373,7 @@ class _Run:
         checkpoint.restore(path, self.model, self.optimizer)
         checkpoint.set_rng_state(saved["rng"])
         self.step, self.state = saved["step"], {k: saved[k] for k in self.state}
+        self.cost.go_on(saved.get("cost"), self.step)  # which older checkpoints don't have
         best = self.state["best_weights"]
         if path.parent.resolve() == self.folder.resolve():
             names = (c.name for c in checkpoint.checkpoints(self.folder))

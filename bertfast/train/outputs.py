@@ -18,20 +18,20 @@ from ..files import (
     write_text,
     write_whole,
 )
+from ..verify import MANIFEST, READ, WEIGHTS
+from ..verify import write as write_manifest
+from . import card
 from .config import ConfigError
 from .opening import quiet
 
 RUN_CONFIG = "run_config.yaml"
 DECISION = "decision.json"  # what a task's outputs are decided by, beside the largest
-_READ = {RUN_CONFIG, "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"}
-_READ |= {DECISION, "special_tokens_map.json", "added_tokens.json", "README.md"}
-_READ |= {"generation_config.json"}
-_WEIGHTS = {".safetensors", ".bin"}
+_READ = {RUN_CONFIG, DECISION, MANIFEST, "README.md", *READ}
 _MADE = {RUN_CONFIG, DECISION, "config.json", "generation_config.json", "model.safetensors"}
 _MADE |= {"tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "data_report.json"}
 _MADE |= {"eval_results.json", "seeds.json", "training_curve.png"}
 _MADE |= {"confusion_matrix.csv", "confusion_matrix.png", "scores.png", "score_diffs.png"}
-_MADE |= {"entity_f1.png", "entity_scores.png"}
+_MADE |= {"entity_f1.png", "entity_scores.png", MANIFEST}
 _BEFORE = {RUN_CONFIG, "config.json", "model.safetensors", "tokenizer.json"}  # it is evaluated
 _BEFORE |= {"tokenizer_config.json", "metrics.jsonl", "data_report.json"}
 
@@ -72,7 +72,7 @@ def check_result(path, *inputs) -> None:
     check_file(path)
     path = Path(path)
     for given in map(Path, inputs):
-        own = path.name in _READ or path.suffix in _WEIGHTS
+        own = path.name in _READ or path.suffix in WEIGHTS
         inside = own and given.is_dir() and path.resolve().parent == given.resolve()
         if inside or (given.is_file() and path.is_file() and path.samefile(given)):
             raise ConfigError(f"{path} is read from, and would be overwritten: give another file")
@@ -114,9 +114,9 @@ def write_lines(path, lines) -> None:
         put(partial, path)
 
 
-def save(model, tokenizer, out: Path) -> None:
-    """The model and its tokenizer, in place of an older run's and of what that one found. Raises
-    OSError, which says what is left of the run."""
+def save(model, tokenizer, out: Path) -> list[str]:
+    """The model and its tokenizer, in place of an older run's and of what that one found; their
+    files' names. Raises OSError, which says what is left of the run."""
     try:
         with os_errors(out), TemporaryDirectory(dir=out, prefix=".model") as aside:
             # transformers' own would leave half of a model where it is stopped.
@@ -125,9 +125,11 @@ def save(model, tokenizer, out: Path) -> None:
             tokenizer.save_pretrained(aside)
             for name in _MADE - _BEFORE:
                 (out / name).unlink(missing_ok=True)
-            for path in sorted(Path(aside).iterdir()):
+            made = sorted(Path(aside).iterdir())
+            for path in made:
                 sync(path)
                 put(path, out / path.name)
+            return [path.name for path in made]
     except OSError as e:
         raise OSError(
             f"the trained model can't be saved in {out} ({e}); its weights are kept in "
@@ -135,14 +137,25 @@ def save(model, tokenizer, out: Path) -> None:
         ) from e
 
 
+def finish(out: Path, saved, inputs) -> None:
+    """The manifest, when all else is written. saved: of `save`; inputs: see `verify.entry`."""
+    with optional(out / MANIFEST):
+        names = {*_MADE, *saved}
+        if (out / "README.md").is_file() and card.ours(out / "README.md"):
+            names.add("README.md")
+        write_manifest(out, names, inputs)
+
+
 def bring(folder: Path, out: Path) -> None:
-    """A run's files, without its checkpoints and its card, into another folder too, in place of an
-    older run's."""
+    """A run's files, without its checkpoints, card and manifest, into another folder too, in place
+    of an older run's."""
+    (out / MANIFEST).unlink(missing_ok=True)
     for name in _MADE:
         if not (folder / name).exists():
             (out / name).unlink(missing_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name != RUN_CONFIG):
-        if path.is_file() and not path.name.startswith(".") and path.name != "README.md":
+        own = path.name.startswith(".") or path.name in ("README.md", MANIFEST)
+        if path.is_file() and not own:
             write_whole(out / path.name, lambda aside, path=path: shutil.copyfile(path, aside))
 
 

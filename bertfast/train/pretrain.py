@@ -13,24 +13,29 @@ from torch.nn import functional as F
 from ..data import DataError, masking
 from ..data.errors import EmptyDataError
 from ..data.sequences import Sequences
-from ..data.shards import Shards, read_index
+from ..data.shards import INDEX, Shards, read_index
+from ..encoder.spec import LayerSpec
 from ..files import locked, sha256
 from ..model import BertForMaskedLM, BertForPreTraining, checkpoint
+from ..model.config import CONFIG
 from ..model.presets import bert_config
 from ..model.tokenizer import load_tokenizer
-from . import outputs, plots
+from ..verify import entry
+from . import card, outputs, plots
 from .config import ConfigError, PretrainConfig
+from .flops import LayerWork, Products
 from .loop import train
 from .networks import gathered
 from .outputs import say
 from .packed import IGNORED, Packed
 from .ranks import Ranks
+from .rehearse import rehearse
 from .task import Task
 from .tasks.base import choose_device
 
 # What may differ when a run is resumed; neither ranks nor accumulation change a step.
 _FREE = {"out", "resume", "keep", "save_steps", "log_steps", "allow_pickle", "device"}
-_FREE |= {"accumulation", "parallel", "data", "model", "config", "lexicon"}
+_FREE |= {"accumulation", "parallel", "data", "model", "config", "lexicon", "watts"}
 _EVAL_BATCH = 8192  # tokens in a batch of an evaluation
 _LOGIT_ROWS = 1024  # rows of logits that an evaluation holds at a time
 _SAMPLES = 3
@@ -48,6 +53,12 @@ class PretrainTask(Task):
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.common = read_index(config.data)["statistics"]["most_frequent_token"]
         self.samples = []
+        self.alike, self.exact = train.windows > 1, config.masking == "token"
+        c = model_config
+        heads = c.num_attention_heads
+        sizes = c.hidden_size, heads, c.hidden_size // heads, c.intermediate_size
+        layer = LayerWork.of(LayerSpec(*sizes, c.hidden_act, c.layer_norm_eps))
+        self.products = Products([layer] * c.num_hidden_layers)
 
     def batches(self, part):
         self.window = self.train.window(part)
@@ -75,20 +86,22 @@ class PretrainTask(Task):
         return len(batch.input_ids)
 
     def flops(self, batch):
-        """Three times the matrix products of a forward pass: backward has two for each of its.
+        """Counted as computed: the head at the masked tokens only, the last layer's projections and
+        feed-forward at those and at [CLS]."""
+        return self._flops(np.diff(batch.cu_seqlens), len(batch.labels))
 
-        Counted as computed: scores within sequences only, the head at the masked tokens only, and
-        the last layer's projections and feed-forward at those and at [CLS].
-        """
-        c, n = self.model_config, len(batch.input_ids)
-        wanted = len(batch.labels) + (len(batch.cu_seqlens) - 1) * self.config.nsp
-        attended = int((np.diff(batch.cu_seqlens).astype(np.int64) ** 2).sum())
-        h, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-        after = 2 * h * h + 4 * h * inner  # a token's output projection and feed-forward
-        forward = layers * (6 * h * h * n + 4 * h * attended)
-        forward += after * ((layers - 1) * n + wanted)
-        forward += len(batch.labels) * (2 * h * h + 2 * h * c.vocab_size)
-        return 3.0 * forward
+    def _flops(self, lengths, masked: int) -> float:
+        h, vocabulary = self.model_config.hidden_size, self.model_config.vocab_size
+        pairs = len(lengths) * self.config.nsp
+        heads = masked * (h * h + h * vocabulary) + pairs * (h * h + 2 * h)
+        return self.products.flops(lengths, 0, masked + pairs) + 6.0 * heads
+
+    def work(self, batches):
+        lengths = self.window.lengths()[np.concatenate(batches)]
+        words = lengths - (3 if self.config.nsp else 2)  # the rest is never hidden
+        share = np.round(words * self.config.mask_share).astype(np.int64)  # as `masking.mask` does
+        masked = int(np.maximum(share, np.minimum(words, 1)).sum())
+        return int(lengths.sum()), self._flops(lengths, masked)
 
     def _hidden(self, model, batch):
         """(first tokens, where they are wanted; masked tokens) after the encoder: [n, hidden]."""
@@ -262,14 +275,15 @@ def _model(config, tokenizer):
 
 def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
     """Pre-train a BERT on a prepared folder; `config.out` then holds a checkpoint as transformers
-    reads it, with its tokenizer, run_config.yaml, metrics.jsonl, tensorboard/, training_curve.png,
-    eval_results.json and checkpoints/. The model comes first: a picture or figures that can't be
-    written are a warning. Progress goes to stderr.
+    reads it, with its tokenizer, README.md, run_config.yaml, metrics.jsonl, tensorboard/,
+    training_curve.png, eval_results.json, checkpoints/ and last manifest.json, the hashes of all
+    files but those of tensorboard/ and checkpoints/. The model comes first: a picture or figures
+    that can't be written are a warning. Progress goes to stderr.
 
     Under torchrun the ranks share each step's sequences, and rank 0 writes.
 
     Returns {"valid": metrics, "train": how training went}; None for a dry run, which checks
-    everything and trains nothing.
+    everything, tells what it would cost and keeps nothing.
 
     Raises: ConfigError, data.DataError, model.CheckpointError, TrainingError, InterruptedRunError;
     OSError where `out` can't be written or another run has it, or the disk is full.
@@ -295,7 +309,8 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
         f"to {config.batch_tokens:,} tokens on {task.world} x {task.device.type}"
     )
     if dry_run:
-        tell("dry run: nothing trained")
+        rehearse(model, task, config, tell)
+        tell("dry run: nothing is kept")
         return None
 
     fingerprint = {k: v for k, v in config.as_dict().items() if k not in _FREE}
@@ -313,12 +328,33 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
         results["valid"].pop("samples", None)
         plain = gathered(model, Ranks(config.parallel))
         if main:
-            outputs.save(plain, tokenizer, out)
+            saved, inputs = outputs.save(plain, tokenizer, out), _inputs(config)
             with outputs.optional(out / "eval_results.json") as path:
                 outputs.write_json(path, results)
             with outputs.optional(out / "training_curve.png") as path:
                 plots.training_curve(out / "metrics.jsonl", "mlm_accuracy", path)
+            with outputs.optional(out / "README.md") as path:
+                card.pretrained(path, config, results, inputs)
+            outputs.finish(out, saved, inputs)
     return results
+
+
+def _inputs(config) -> list[dict]:
+    """The files of the run; the hashes of shards and tokenizer are those that the index has, which
+    they were held against when they were read."""
+    index, data = read_index(config.data), Path(config.data)
+    found = [entry("data", data / INDEX)]
+    sums = index["tokenizer_sha256"].items()
+    found += [entry("tokenizer", data / "tokenizer" / name, one) for name, one in sums]
+    for part, shards in index["shards"].items():
+        found += [entry(part, data / n, one) for e in shards for n, one in e["sha256"].items()]
+    if config.lexicon:
+        found.append(entry("lexicon", config.lexicon))
+    if config.model:
+        folder = checkpoint.resolve(config.model)
+        files = [folder / CONFIG, *checkpoint.files(folder, config.allow_pickle)]
+        found += [entry("model", path) for path in files]
+    return found
 
 
 def _start(config):

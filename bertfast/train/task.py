@@ -14,6 +14,9 @@ class Task:
     """
 
     names: tuple[str, ...] = ()
+    alike = False  # whether all parts are taken to be like the first where their work is counted
+    exact = True  # whether `work` counts all, or expects something
+    counts_whole = True  # whether `flops` has all products
 
     def batches(self, part: int) -> list:
         """The micro-batches of an epoch (or another part of the data), the same each time."""
@@ -43,6 +46,11 @@ class Task:
     def flops(self, batch) -> float:
         """Floating-point operations of the batch's forward and backward; 0 for no MFU."""
         return 0.0
+
+    def work(self, batches: list) -> tuple[int, float] | None:
+        """Tokens and operations of micro-batches as `batches` gives them, which are not loaded for
+        it; None where that can't be told."""
+        return None
 
     def loss(self, model, batch) -> torch.Tensor:
         """The batch's loss, summed over its targets; [objectives] where there are several."""

@@ -11,6 +11,7 @@ import torch
 from ... import data
 from ...files import regular
 from ..config import ConfigError, FinetuneConfig
+from ..flops import Products
 from ..networks import logits, outputs, padded
 from ..opening import Head
 from ..packed import Packed
@@ -35,7 +36,7 @@ class FinetuneTask(Task):
         self.config, self.device, self.say = config, device, say
         self.parts: dict[str, Any] = {}  # examples; without those that there are none of
         self.rows: dict[str, list[dict]] = {}  # as the model takes them
-        self.tokenizer = self.model = None
+        self.tokenizer = self.model = self.products = None
         self.decision: dict = {}  # what `tune` found, which is saved with the model
 
     def load_part(self, path):
@@ -121,6 +122,33 @@ class FinetuneTask(Task):
 
     def tokens(self, batch) -> int:
         return len(batch.input_ids)
+
+    def count(self, model) -> None:
+        """Of each whose model isn't an encoder and a head: `products`, of what is frozen now."""
+        self.products = Products.of(model)
+
+    @property
+    def counts_whole(self) -> bool:
+        return self.products is None or self.products.whole
+
+    def flops(self, batch) -> float:
+        lengths = np.diff(batch.cu_seqlens)
+        rows = len(batch.input_ids if batch.positions is None else batch.positions)
+        return self._flops(lengths, rows if self.head.per_token else len(lengths))
+
+    def _flops(self, lengths, rows: int) -> float:
+        """rows: that the head is for; the last layer of ours does no more for any other."""
+        if self.products is None:
+            return 0.0
+        return self.products.flops(lengths, rows, None if padded(self.model) else rows)
+
+    def work(self, batches):
+        rows = [self.rows["train"][i] for batch in batches for i in batch]
+        lengths = [len(row["input_ids"]) for row in rows]
+        read = len(rows)
+        if self.head.per_token:
+            read = sum(len(row.get("places", row["input_ids"])) for row in rows)
+        return sum(lengths), self._flops(lengths, read)
 
     def score(self, model, batch):
         return self.logits(model, batch)

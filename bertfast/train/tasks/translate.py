@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+
 from ... import data
 from ...data.translation_report import pair_report
 from ...model import BertEncoderDecoder
@@ -11,6 +13,7 @@ from ...model.presets import bert_config
 from ...model.translation_checkpoint import make_config, read_kind
 from .. import networks
 from ..config import ConfigError, FinetuneConfig, setting
+from ..flops import Translation
 from ..packed_pairs import Pairs
 from ..ranks import Ranks
 from .base import FinetuneTask
@@ -161,6 +164,18 @@ class TranslationTask(FinetuneTask):
 
     def tokens(self, batch):
         return len(batch.input_ids) + len(batch.labels)
+
+    def count(self, model):
+        self.products = Translation(model)
+
+    def flops(self, batch):
+        sides = np.diff(batch.cu_seqlens), np.diff(batch.decoder_cu_seqlens)
+        return self.products.flops(*sides) if self.products else 0.0
+
+    def work(self, batches):
+        rows = [self.rows["train"][i] for batch in batches for i in batch]
+        sides = [[len(row[k]) for row in rows] for k in ("input_ids", "labels")]
+        return sum(map(sum, sides)), self.products.flops(*sides) if self.products else 0.0
 
     def loss(self, model, batch):
         pairs = batch.to(self.device)
