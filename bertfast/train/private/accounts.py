@@ -1,5 +1,6 @@
 """How much noise a budget needs, and what was spent, by Opacus' accountant."""
 
+import warnings
 from typing import NamedTuple
 
 ACCOUNTANT = "prv"  # Gopi et al., arXiv:2106.02848: tighter than Renyi's
@@ -8,13 +9,12 @@ ACCOUNTANT = "prv"  # Gopi et al., arXiv:2106.02848: tighter than Renyi's
 def _opacus():
     try:
         import opacus
-        from opacus import accountants
         from opacus.accountants.utils import get_noise_multiplier
     except ImportError:
         raise RuntimeError(
             "--dp-epsilon takes Opacus' accountant: pip install 'bertfast[private]'"
         ) from None
-    return opacus.__version__, accountants.create_accountant(ACCOUNTANT), get_noise_multiplier
+    return opacus, get_noise_multiplier
 
 
 class Budget(NamedTuple):
@@ -33,15 +33,17 @@ class Budget(NamedTuple):
         """ConfigError where the batch is larger than the data; RuntimeError without Opacus."""
         batch, epsilon, delta = config.batch_size, config.dp_epsilon, config.dp_delta
         config._check("batch_size", batch <= examples, f"at most {examples}, all training rows")
-        *_, multiplier = _opacus()
-        sigma = multiplier(
-            target_epsilon=epsilon,
-            target_delta=delta,
-            sample_rate=batch / examples,
-            steps=max(1, steps),
-            accountant=ACCOUNTANT,
-            epsilon_tolerance=min(0.01, epsilon / 100),
-        )
+        _, multiplier = _opacus()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the bounds that it starts from
+            sigma = multiplier(
+                target_epsilon=epsilon,
+                target_delta=delta,
+                sample_rate=batch / examples,
+                steps=max(1, steps),
+                accountant=ACCOUNTANT,
+                epsilon_tolerance=min(0.01, epsilon / 100),
+            )
         return cls(epsilon, delta, config.dp_clip, examples, batch, steps, sigma)
 
     @property
@@ -52,13 +54,14 @@ class Budget(NamedTuple):
         """Epsilon after so many steps, at `delta`."""
         if not steps:
             return 0.0
-        _, accountant, _ = _opacus()
+        accountant = _opacus()[0].accountants.create_accountant(ACCOUNTANT)
         accountant.history = [(self.sigma, self.rate, steps)]
-        return float(accountant.get_epsilon(self.delta))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(accountant.get_epsilon(self.delta))
 
     def record(self, steps: int) -> dict:
         """For a run's results, after so many steps."""
-        version, *_ = _opacus()
         return {
             "epsilon": self.spent(steps),
             "delta": self.delta,
@@ -67,6 +70,6 @@ class Budget(NamedTuple):
             "sampling_rate": self.rate,
             "expected_batch": self.batch,
             "steps": steps,
-            "accountant": f"opacus {version} {ACCOUNTANT}",
+            "accountant": f"opacus {_opacus()[0].__version__} {ACCOUNTANT}",
             "neighbours": "one training row added or removed",
         }

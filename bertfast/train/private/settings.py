@@ -1,7 +1,5 @@
 """What a private run may be asked for."""
 
-import math
-
 MOST = 20.0  # of epsilon: above it nothing is promised, and Opacus' search takes minutes
 OFF = {"dp_epsilon": None, "dp_delta": None, "dp_clip": 0.1}  # Li et al., arXiv:2110.05679: 0.1
 
@@ -16,12 +14,11 @@ def check(config, metric: str | None) -> None:
         for name in ("dp_delta", "dp_clip"):
             config._check(name, getattr(config, name) == OFF[name], "nothing without dp_epsilon")
         return
-    for name, most in (("dp_epsilon", MOST), ("dp_delta", 1.0), ("dp_clip", math.inf)):
-        value = getattr(config, name)
-        good = value is not None and 0 < value <= most and value not in (1.0 * (most == 1), math.inf)
-        bound = {1.0: " and below 1, less than 1 / examples at best", math.inf: ""}
-        expected = "a number above 0" + bound.get(most, f", at most {most:g}")
-        config._check(name, good, f"{expected}, with dp_epsilon")
+    epsilon, delta = config.dp_epsilon, config.dp_delta
+    config._check("dp_epsilon", 0 < epsilon <= MOST, f"above 0, at most {MOST:g}")
+    good = delta is not None and 0 < delta < 1
+    config._check("dp_delta", good, "below 1 / examples, and above 0, beside dp_epsilon")
+    config._check("dp_clip", config.dp_clip > 0, "above 0")
     own = f"{type(config).clip:g}: each example's gradient is clipped, to dp_clip"
     refused = (
         ("precision", config.precision == "fp32", "fp32: norms are to be exact"),
