@@ -134,7 +134,9 @@ def test_as_opacus(clip):
     optimizer = DPOptimizer(
         sgd, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=8, loss_reduction="sum"
     )
-    norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in optimizer.params]).norm(dim=0)
+    norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in optimizer.params]).norm(
+        dim=0
+    )
     optimizer.clip_and_accumulate()
     expected = {n: p.summed_grad for n, p in stock.named_parameters()}
     _, found = clipped(ours, Packed.of_rows(rows()), losses, clip)

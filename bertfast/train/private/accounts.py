@@ -30,9 +30,8 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, config, examples: int, steps: int) -> "Budget":
-        """ConfigError where the batch is larger than the data; RuntimeError without Opacus."""
+        """RuntimeError without Opacus."""
         batch, epsilon, delta = config.batch_size, config.dp_epsilon, config.dp_delta
-        config._check("batch_size", batch <= examples, f"at most {examples}, all training rows")
         _, multiplier = _opacus()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the bounds that it starts from

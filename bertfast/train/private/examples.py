@@ -1,10 +1,11 @@
 """Gradients of the examples in a packed batch, none of a matrix made: only their norms and, by the
 examples' weights, their sum.
 
-A linear layer's gradient of example i is G_i^T X_i, of its rows alone. Its squared norm is that of
-this product, or the sum of (X_i X_i^T) * (G_i G_i^T) over its rows squared (ghost norms: Goodfellow,
-arXiv:1510.01799; Li et al., arXiv:2110.05679); G^T X with G's rows weighted is the sum (book-keeping:
-Bu et al., arXiv:2210.00038).
+A linear layer's gradient of example i is G_i^T X_i, X_i what its rows were and G_i what the loss's
+gradient is by what they became. Its squared norm is that of this product, or the sum of
+(X_i X_i^T) * (G_i G_i^T), whichever costs less (ghost norms: Goodfellow, arXiv:1510.01799; Li et
+al., arXiv:2110.05679). With G's rows weighted, G^T X is the weighted sum (book-keeping: Bu et al.,
+arXiv:2210.00038).
 """
 
 from itertools import pairwise
@@ -114,7 +115,7 @@ class Kernels:
     """A layer's, for `layer.backward`: what they give as a parameter's gradient is by example, and
     `squares`, fp64 [examples], has the sums of their squared norms.
 
-    kernels: those of a layer. segments: of the tokens, and of what is left of them, by their number.
+    segments: of all tokens, and of the rows that the last layer keeps, told apart by their number.
     """
 
     def __init__(self, kernels, segments: list[Segments], eps: float):
@@ -149,9 +150,7 @@ class Kernels:
         biases = self.vector(grad).each.chunk(3, 1)
         return dx, *(self.product(x, part) for part in parts), *map(Vector, biases)
 
-    def add_layer_norm_backward(
-        self, grad, x, residual, weight, mean, rstd, x_bias, p, seed, rms
-    ):
+    def add_layer_norm_backward(self, grad, x, residual, weight, mean, rstd, x_bias, p, seed, rms):
         call = x, residual, torch.ones_like(weight), None, self.eps, x_bias, p, seed, rms
         normed = self.k.add_layer_norm(*call)[0]
         dx, ds, *_ = self.k.add_layer_norm_backward(

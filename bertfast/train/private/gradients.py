@@ -1,5 +1,5 @@
-"""The clipped gradients of a batch's examples, summed: one forward, one backward through the kernels
-that training uses, and one product more a matrix, for the norms."""
+"""The clipped gradients of a batch's examples, summed: one forward and one backward through the
+kernels that training uses, and for the norms two small products more a matrix and example."""
 
 import torch
 
@@ -136,12 +136,13 @@ class _Walk:
 
     def embeddings_back(self, grad):
         embeddings, (*tables, weight, bias) = self.model.bert.embeddings, self.tables
-        p, eps = rate(embeddings.dropout), embeddings.LayerNorm.eps
+        p, norm = rate(embeddings.dropout), self.k.add_layer_norm
         if p:  # dropout's own backward is dropout
-            grad = self.k.add_layer_norm(grad, None, None, None, eps, None, p, self.seeds[0], False)[0]
+            grad = norm(grad, None, None, None, 0.0, None, p, self.seeds[0], False)[0]
         ids = self.batch.input_ids, self.batch.position_ids, self.batch.token_type_ids
         total = sum(table[own] for table, own in zip(tables, ids, strict=True))
-        _, mean, rstd = self.k.add_layer_norm(total, None, weight, bias, eps, None, 0.0, None, False)
+        own = total, None, weight, bias, embeddings.LayerNorm.eps
+        _, mean, rstd = norm(*own, None, 0.0, None, False)
         ds, _, dweight, dbias, _ = self.kernels.add_layer_norm_backward(
             grad, total, None, weight, mean, rstd, None, 0.0, None, False
         )

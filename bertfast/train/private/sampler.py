@@ -1,5 +1,7 @@
 """Poisson sampling: each step draws each example by itself, with the same probability."""
 
+from itertools import pairwise
+
 import numpy as np
 
 
@@ -17,4 +19,4 @@ def parts(drawn: list, most: int) -> list[list]:
     """In pieces of nearly equal size, up to `most`; none of nothing."""
     count = -(-len(drawn) // most)
     ends = [len(drawn) * i // count for i in range(count + 1)] if count else [0]
-    return [drawn[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [drawn[a:b] for a, b in pairwise(ends)]

@@ -32,12 +32,16 @@ class PrivateClassification(ClassificationTask):
     def check(self, folder):
         super().check(folder)
         gradients.check(self.model)
-        examples = len(self.parts["train"])
+        examples, batch = len(self.parts["train"]), self.config.batch_size
+        self.config._check(
+            "batch_size", batch <= examples, f"at most {examples}, all training rows"
+        )
         self.budget = Budget.of(self.config, examples, self.steps(self.config, 1))
+        budget = self.budget
         self.say(
-            f"privacy: epsilon {self.budget.epsilon:g} at delta {self.budget.delta:g} takes a noise "
-            f"multiplier of {self.budget.sigma:.4f} over {self.budget.steps:,} steps, each example "
-            f"drawn with probability {self.budget.rate:.4g}"
+            f"privacy: epsilon {budget.epsilon:g} at delta {budget.delta:g} takes a noise multiplier "
+            f"of {budget.sigma:.4f} over {budget.steps:,} steps, each of which draws a row with "
+            f"probability {budget.rate:.4g}"
         )
         if self.budget.delta * examples >= 1:
             self.say(f"warning: dp_delta is not below 1 / examples, {1 / examples:.2g}")
@@ -88,5 +92,5 @@ The weights are ({p["epsilon"]:.3g}, {p["delta"]:g})-differentially private for 
 DP-SGD, {p["steps"]} steps, gradients clipped to {p["clip"]:g}, noise multiplier {p["sigma"]:.4f},
 Poisson sampling with probability {p["sampling_rate"]:.4g}; accountant: {p["accountant"]}. A loss
 threshold tells training rows from validation rows with an AUC of {p["membership_auc"]:.3f} (0.5:
-guessing). Figures, class names and the data report are of the data as they are: the guarantee is not
-theirs."""
+guessing). Figures, class names and the data report are of the data as they are, without noise: the
+guarantee is the weights' alone."""

@@ -25,9 +25,7 @@ class ClassifyConfig(FinetuneConfig):
     """What `finetune classify` does."""
 
     kind: ClassVar[str] = "classify"
-    NEW: ClassVar[frozenset[str]] = frozenset(
-        {"batch_tokens", "head", "thresholds", *settings.OFF}
-    )
+    NEW: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "head", "thresholds", *settings.OFF})
 
     task: str = setting("single_label", "kind of labels")
     text_column: str = setting("text", "column of the text")
@@ -41,7 +39,9 @@ class ClassifyConfig(FinetuneConfig):
     )
     dp_epsilon: float | None = setting(None, "train privately, by DP-SGD with this budget")
     dp_delta: float | None = setting(None, "the chance that dp_epsilon's promise fails")
-    dp_clip: float = setting(settings.OFF["dp_clip"], "norm of an example's gradient, with dp_epsilon")
+    dp_clip: float = setting(
+        settings.OFF["dp_clip"], "norm of an example's gradient, with dp_epsilon"
+    )
 
     def __post_init__(self):
         self.text_pair_column = self.text_pair_column or None
