@@ -92,7 +92,6 @@ def test_norms_and_sums_as_autograd(way, act, dtype):
     batch = Packed.of_rows(rows([1] * 8 if way == "one" else LENGTHS))
     other = copy.deepcopy(model)
     torch.manual_seed(3)
-    wide = losses if dtype == torch.float64 else losses
     found, norms = clipped(model, batch, losses, 1.0)
     torch.manual_seed(3)
     expected, truth = by_autograd(other, batch, 1.0)

@@ -1,5 +1,7 @@
 """Classification by DP-SGD: what of the task is otherwise."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -33,17 +35,14 @@ class PrivateClassification(ClassificationTask):
         super().check(folder)
         gradients.check(self.model)
         examples, batch = len(self.parts["train"]), self.config.batch_size
-        self.config._check(
-            "batch_size", batch <= examples, f"at most {examples}, all training rows"
-        )
-        self.budget = Budget.of(self.config, examples, self.steps(self.config, 1))
-        budget = self.budget
+        self.config._check("batch_size", batch <= examples, f"at most {examples}, all rows")
+        budget = self.budget = Budget.of(self.config, examples, self.steps(self.config, 1))
         self.say(
-            f"privacy: epsilon {budget.epsilon:g} at delta {budget.delta:g} takes a noise multiplier "
-            f"of {budget.sigma:.4f} over {budget.steps:,} steps, each of which draws a row with "
-            f"probability {budget.rate:.4g}"
+            f"privacy: epsilon {budget.epsilon:g} at delta {budget.delta:g} takes a noise "
+            f"multiplier of {budget.sigma:.4f} over {budget.steps:,} steps, each of which draws a "
+            f"row with probability {budget.rate:.4g}"
         )
-        if self.budget.delta * examples >= 1:
+        if budget.delta * examples >= 1:
             self.say(f"warning: dp_delta is not below 1 / examples, {1 / examples:.2g}")
 
     def batches(self, part):
@@ -63,9 +62,12 @@ class PrivateClassification(ClassificationTask):
         return float(self.config.batch_size)
 
     def tokens(self, batch):
-        """Expected: how many were drawn is private."""
-        rows = self.rows["train"]
-        return round(self.budget.rate * sum(len(row["input_ids"]) for row in rows))
+        return self.expected
+
+    @cached_property
+    def expected(self) -> int:
+        """Tokens in a step: how many were drawn is private."""
+        return round(self.budget.rate * sum(len(row["input_ids"]) for row in self.rows["train"]))
 
     def losses(self, logits, targets):
         """Of each example [n], the mean over its targets."""

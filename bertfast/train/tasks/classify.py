@@ -39,9 +39,7 @@ class ClassifyConfig(FinetuneConfig):
     )
     dp_epsilon: float | None = setting(None, "train privately, by DP-SGD with this budget")
     dp_delta: float | None = setting(None, "the chance that dp_epsilon's promise fails")
-    dp_clip: float = setting(
-        settings.OFF["dp_clip"], "norm of an example's gradient, with dp_epsilon"
-    )
+    dp_clip: float = setting(settings.OFF["dp_clip"], "norm an example's gradient is clipped to")
 
     def __post_init__(self):
         self.text_pair_column = self.text_pair_column or None
