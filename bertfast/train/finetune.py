@@ -154,12 +154,13 @@ def _results(task, outcome, out: Path, inputs) -> dict:
     if "test" in task.parts:
         found["test"] = task.outputs("test", task.model)
     results = {"train": outcome} | {name: task.figures(name, own) for name, own in found.items()}
+    results |= task.results(outcome)
     with outputs.optional(out / "eval_results.json") as path:
         outputs.write_json(path, results)
     with outputs.optional(out / "README.md") as path:
         _write_card(path, task, results, inputs)
     with outputs.optional(out / "training_curve.png") as path:
-        plots.training_curve(out / "metrics.jsonl", task.config.metric, path)
+        plots.training_curve(out / "metrics.jsonl", task.config.metric or "loss", path)
     task.draw(out, found, results)
     return results
 

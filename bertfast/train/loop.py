@@ -20,7 +20,6 @@ from .cost import Cost
 from .optimizer import learning_rate, make_optimizer
 from .ranks import Ranks, join, like
 from .speed import Speed, matmul_rate
-from .step import Step
 from .task import Task
 from .watch import Log, Stop, StoppedError, line
 
@@ -85,7 +84,7 @@ class _Run:
         self.optimizer = make_optimizer(model, config)
         self.objectives = max(1, len(task.names))
         settings = self.objectives, config.clip, self._autocast, self.ranks, self.say
-        self.work = Step(self.module, self.optimizer, *settings)
+        self.work = task.step(self.module, self.optimizer, *settings)
         self.group = config.accumulation * self.ranks.world  # micro-batches in a step
         self.steps = task.steps(config, self.group)
         own = self.steps, self.group, self.ranks, device, self.say
@@ -243,8 +242,9 @@ class _Run:
                 raise TrainingError(
                     f"the loss is {loss} at step {step}: lower --lr, or look for bad labels"
                 )
-            record = {"step": step, "epoch": epoch, "loss": loss}
-            record |= dict(zip(self.task.names, losses, strict=False))
+            record = {"step": step, "epoch": epoch}
+            if self.task.tells_losses:
+                record |= {"loss": loss} | dict(zip(self.task.names, losses, strict=False))
             record |= {"gradient_norm": norm} | rest | self.speed.record(self.steps - step)
             self.log.write(**record)
             speed = record["tokens_per_second"]

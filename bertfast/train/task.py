@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from .step import Step
+
 
 class Task:
     """What is trained: its batches, their losses as sums, and what those are to be divided by.
@@ -17,6 +19,7 @@ class Task:
     alike = False  # whether all parts are taken to be like the first where their work is counted
     exact = True  # whether `work` counts all, or expects something
     counts_whole = True  # whether `flops` has all products
+    tells_losses = True  # whether a run's log has the loss of every step
 
     def batches(self, part: int) -> list:
         """The micro-batches of an epoch (or another part of the data), the same each time."""
@@ -26,6 +29,10 @@ class Task:
         """Optimizer steps in the run; `group` micro-batches make one."""
         steps = sum(math.ceil(len(self.batches(i)) / group) for i in range(config.epochs))
         return steps if config.max_steps is None else min(steps, config.max_steps)
+
+    def step(self, *arguments) -> Step:
+        """What does the loop's steps, with the arguments of `Step`."""
+        return Step(*arguments)
 
     def load(self, batch):
         """What the methods below get for a batch, by default the batch; called in another thread.

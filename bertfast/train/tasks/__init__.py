@@ -16,4 +16,6 @@ def module(kind: str):
 
 def of(config) -> type:
     """The task that settings are of."""
+    if getattr(config, "dp_epsilon", None) is not None:
+        return import_module("..private.task", __name__).PrivateClassification
     return module(config.kind).Task

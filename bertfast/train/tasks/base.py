@@ -100,6 +100,11 @@ class FinetuneTask(Task):
     def draw(self, out: Path, found: dict[str, list[np.ndarray]], results: dict) -> None:
         """Of each: its pictures in `out`, each within `outputs.optional`."""
 
+    def results(self, outcome: dict) -> dict:
+        """Of each that has more to say than figures: parts of eval_results.json, after a training
+        that went as `train` says."""
+        return {}
+
     def card(self) -> str:
         """Of each: a sentence for the model card on what the outputs are."""
         return ""

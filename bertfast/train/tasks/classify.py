@@ -11,6 +11,7 @@ from ... import data
 from .. import heads, inputs, metrics, outputs, plots
 from ..config import METRICS, ConfigError, FinetuneConfig, setting
 from ..packed import IGNORED
+from ..private import settings
 from .base import FinetuneTask
 from .classify_inference import HEAD, evaluate, inference_arguments, predict_table, scored
 
@@ -24,7 +25,7 @@ class ClassifyConfig(FinetuneConfig):
     """What `finetune classify` does."""
 
     kind: ClassVar[str] = "classify"
-    NEW: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "head", "thresholds"})
+    NEW: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "head", "thresholds", *settings.OFF})
 
     task: str = setting("single_label", "kind of labels")
     text_column: str = setting("text", "column of the text")
@@ -36,14 +37,19 @@ class ClassifyConfig(FinetuneConfig):
         False,
         "of multi_label: for each class the probability that does best in validation",
     )
+    dp_epsilon: float | None = setting(None, "train privately, by DP-SGD with this budget")
+    dp_delta: float | None = setting(None, "the chance that dp_epsilon's promise fails")
+    dp_clip: float = setting(settings.OFF["dp_clip"], "norm an example's gradient is clipped to")
 
     def __post_init__(self):
         self.text_pair_column = self.text_pair_column or None
+        metric = self.metric
         super().__post_init__()
         for name, only in (("class_weights", "single_label"), ("thresholds", "multi_label")):
             good = self.task == only or not getattr(self, name)
             self._check(name, good, f"none unless the task is {only}")
         self.check_weights("class_weights")
+        settings.check(self, metric)
 
     def known_metrics(self):
         return METRICS[self.task]
@@ -124,13 +130,13 @@ class ClassificationTask(FinetuneTask):
     def loss(self, model, batch):
         return self.summed_loss(self.logits(model, batch).float(), batch.targets, batch.real)
 
-    def summed_loss(self, logits, targets, real=None):
+    def summed_loss(self, logits, targets, real=None, reduction="sum"):
         """targets: `IGNORED` of what counts for nothing, or numbers. real: int64 [sequences]: 0
-        where numbers do; None where all count."""
+        where numbers do; None where all count. reduction: torch's."""
         if self.config.task == "single_label":
             more = {"weight": self.on_device, "ignore_index": IGNORED}
-            return F.cross_entropy(logits, targets, reduction="sum", **more)
-        reduction, targets = "sum" if real is None else "none", targets.float()
+            return F.cross_entropy(logits, targets, reduction=reduction, **more)
+        reduction, targets = reduction if real is None else "none", targets.float()
         if self.config.task == "regression":
             losses = F.mse_loss(logits[:, 0], targets, reduction=reduction)
         else:
