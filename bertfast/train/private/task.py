@@ -21,7 +21,7 @@ class PrivateClassification(ClassificationTask):
     """Batches are drawn by the operating system's entropy, of which nothing is kept: they are other
     ones each time, also when a run is resumed."""
 
-    tells_losses = False
+    tells_losses = exact = False
     budget = privacy = None
 
     def read(self):
@@ -61,13 +61,22 @@ class PrivateClassification(ClassificationTask):
     def weight(self, batch):
         return float(self.config.batch_size)
 
-    def tokens(self, batch):
-        return self.expected
-
     @cached_property
-    def expected(self) -> int:
-        """Tokens in a step: how many were drawn is private."""
-        return round(self.budget.rate * sum(len(row["input_ids"]) for row in self.rows["train"]))
+    def expected(self) -> tuple[float, float]:
+        """Tokens and operations of a step: those of the rows that were drawn are private."""
+        lengths = [len(row["input_ids"]) for row in self.rows["train"]]
+        whole = sum(lengths), self._flops(lengths, len(lengths))
+        return tuple(self.budget.rate * n for n in whole)
+
+    def tokens(self, batch):
+        return round(self.expected[0])
+
+    def flops(self, batch):
+        return self.expected[1]
+
+    def work(self, batches):
+        tokens, flops = self.expected
+        return round(len(batches) * tokens), len(batches) * flops
 
     def losses(self, logits, targets):
         """Of each example [n], the mean over its targets."""
