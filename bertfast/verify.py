@@ -81,7 +81,8 @@ def verify(folder, inputs: bool = False) -> Verdict:
     """Compare the files of a run, or of a frozen model, with the hashes recorded of them.
 
     A file that changed or is gone is bad, and one of weights, of a tokenizer or a configuration
-    that was added: who loads the folder might take it.
+    that was added: who loads the folder might take it. Of frozen models without manifest.json only
+    weights beside theirs are.
 
     inputs: whether to compare the run's input files too, where they still are.
 
@@ -98,7 +99,7 @@ def verify(folder, inputs: bool = False) -> Verdict:
         )
     sums = {name: one["sha256"] for name, one in made["files"].items()} if made else {}
     sums |= frozen
-    bad, unknown = [], []
+    bad, unknown, beside = [], [], {PurePosixPath(name).parent for name in frozen}
     for name, expected in sorted(sums.items()):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{folder / MANIFEST} names {name!r}, outside its folder: refused")
@@ -107,7 +108,9 @@ def verify(folder, inputs: bool = False) -> Verdict:
         path = folder / name
         if name in sums or path.name in (MANIFEST, FROZEN):
             continue
-        if path.suffix in WEIGHTS or path.name in READ:
+        # Beside a frozen model's own files others may save what they have: a tokenizer, a module.
+        near = made is not None or PurePosixPath(name).parent in beside
+        if near and (path.suffix in WEIGHTS or (made is not None and path.name in READ)):
             bad.append(Bad(name, None, sha256(path)))
         else:
             unknown.append(name)

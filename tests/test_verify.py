@@ -196,6 +196,8 @@ def test_a_frozen_model(saved, tmp_path, capsys):
     folder = bertfast.save_frozen(bertfast.freeze(model, "fp32"), tmp_path / "frozen")
     assert main(["verify", str(folder)]) == 0 and "3 files are" in capsys.readouterr().out
     refused(ValueError, "has no record of inputs", verify, folder, inputs=True)
+    (folder / "tokenizer.json").write_text("its user's")
+    assert verify(folder).bad == [] and verify(folder).unknown == ["tokenizer.json"]
     (packed,) = folder.glob("packed.*")
     flip(packed)
     (folder / "config.json").unlink()
@@ -220,6 +222,8 @@ def test_a_frozen_sentence_transformer(saved, tmp_path):
     assert found.bad == [] and found.unknown == [] and MANIFEST in found.manifests
     assert {"modules.json", "config.json", "tokenizer.json"} <= {*found.checked}
     bertfast.load_frozen(folder)
+    model.save_pretrained(str(tmp_path / "theirs"))  # which is told of nothing else
+    assert verify(tmp_path / "theirs").bad == [] and verify(tmp_path / "theirs").unknown
     pooling = next(path for path in folder.rglob("config.json") if path.parent != folder)
     flip(pooling, 5)
     (folder / "model.safetensors").write_text("x")

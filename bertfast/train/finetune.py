@@ -96,7 +96,8 @@ def _one(config, dry_run=False):
     if dry_run:
         steps = len(task.batches(0))
         rehearse(model, task, config, say)
-        say(f"dry run: {steps} batches an epoch on {task.device}; nothing is kept")
+        each = " of each seed" * (config.seeds > 1)
+        say(f"dry run: {steps} batches an epoch{each} on {task.device}; nothing is kept")
         return None
 
     with locked(out) if main else nullcontext():
@@ -106,13 +107,13 @@ def _one(config, dry_run=False):
                 outputs.write_yaml(settings, config)
             outputs.write_json(out / "data_report.json", report.as_dict())
         fingerprint = _fingerprint(config, folder)
+        inputs = _inputs(config, folder, fingerprint) if main else []
         outcome = train(model, task, config, out, fingerprint, say)
         task.model = networks.gathered(model, Ranks(config.parallel))
         if not main:
             return None
         saved = outputs.save(task.model, task.tokenizer, out)
         outputs.write_yaml(settings, config)
-        inputs = _inputs(config, folder, fingerprint)
         results = _results(task, outcome, out, inputs)
         outputs.finish(out, saved, inputs)
         return results
@@ -137,7 +138,7 @@ def _fingerprint(config, folder) -> dict:
 
 
 def _inputs(config, folder, fingerprint) -> list[dict]:
-    """The files of the run, with their hashes as of its start where it had need of them."""
+    """The files that the run reads."""
     parts = [(name, path) for name in PARTS if (path := getattr(config, name))]
     found = [entry(name, path, fingerprint.get(f"{name}_sha256")) for name, path in parts]
     sums = fingerprint["model_sha256"]

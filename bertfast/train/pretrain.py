@@ -323,12 +323,13 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict | None:
     with locked(out) if main else nullcontext():
         if main:
             outputs.write_yaml(out / "run_config.yaml", config)
+            inputs = _inputs(config)
         outcome = train(model, task, config, out, fingerprint, tell)
         results = {"train": outcome, "valid": outcome.pop("last") or {}}
         results["valid"].pop("samples", None)
         plain = gathered(model, Ranks(config.parallel))
         if main:
-            saved, inputs = outputs.save(plain, tokenizer, out), _inputs(config)
+            saved = outputs.save(plain, tokenizer, out)
             with outputs.optional(out / "eval_results.json") as path:
                 outputs.write_json(path, results)
             with outputs.optional(out / "training_curve.png") as path:
