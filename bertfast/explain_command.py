@@ -3,9 +3,9 @@
 import json
 
 _ABOUT = (
-    "Words' scores for what a fine-tuned classifier (or regressor) says of each text of a table, as "
-    "one page of HTML that needs no network, and as JSON lines. What is short (a text cut off, a "
-    "sum that misses the output's change) stands on the page and on stderr."
+    "Words' scores for what a fine-tuned classifier (or regressor) says of each text of a table, "
+    "as one page of HTML that needs no network, and as JSON lines. What is short (a text cut off, "
+    "a sum that misses the output's change) stands on the page and on stderr."
 )
 
 

@@ -3,7 +3,8 @@
 
 A native BERT's kernels keep no maps. They are made anew from each layer's queries and keys, a
 text at a time without padding, and the gradient of a map from that of the context behind it:
-context = A V, hence dA = dcontext Vᵀ. Of a model of transformers they are its own, by eager attention.
+context = A V, hence dA = dcontext Vᵀ. Of a model of transformers they are its own, by eager
+attention.
 """
 
 from collections.abc import Iterator

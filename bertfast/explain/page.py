@@ -8,7 +8,7 @@ MARKED = 0.25  # of a text's largest score: words from here on have a sign
 TITLES = {
     "integrated_gradients": "Integrated gradients",
     "occlusion": "Occlusion",
-    "gradient_attention": "Gradient × attention",
+    "gradient_attention": "Gradient x attention",
     "attention_rollout": "Attention rollout",
 }
 _ABOUT = {
@@ -56,11 +56,11 @@ def _head(results, about) -> list[str]:
     named = [f"<li><b>{TITLES[m]}</b>: {_ABOUT[m].format(**words)}.</li>" for m in s["methods"]]
     lines = [f"<p>{_facts(results, about)}</p>", "<ul>", *named, "</ul>", _LEGEND]
     if about.get("left_out"):
-        lines.append(f'<p class="bad">{about["left_out"]:,} rows of the table are not here.</p>')
+        lines.append(f'<p class="bad">Rows that are not here: {about["left_out"]:,}.</p>')
     if about.get("cut_texts"):
         lines.append(
-            f'<p class="bad">{about["cut_texts"]:,} texts have words that the model does not read '
-            f"(cut at {s['max_length']} tokens, or nothing to its tokenizer).</p>"
+            f'<p class="bad">Texts with words that are not read (cut at {s["max_length"]} '
+            f"tokens, or nothing to its tokenizer): {about['cut_texts']:,}.</p>"
         )
     own = about.get("methods", {}).get("integrated_gradients")
     if own:
@@ -146,7 +146,7 @@ def _result(number, result, about) -> list[str]:
     lines = [f'<section id="t{number}">', f"<h2>Row {result['row']}: {escape(_decision(result))}"
              "</h2>"]  # fmt: skip
     if result["unread_words"]:
-        lines.append(f'<p class="bad">{result["unread_words"]:,} words are not read.</p>')
+        lines.append(f'<p class="bad">Words that are not read: {result["unread_words"]:,}.</p>')
     for method, own in result["methods"].items():
         lines.append(f'<p class="quiet">{TITLES[method]}{escape(_said(own))}</p>')
         largest = max((abs(w["scores"][method] or 0.0) for w in result["words"]), default=0.0)

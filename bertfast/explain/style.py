@@ -13,11 +13,11 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .25rem; }
 p { margin: .4rem 0; } .quiet { color: var(--quiet); font-size: .9rem; }
 a { color: var(--for); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
+table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem .2rem 0; text-align: start;
   vertical-align: top; }
 .text { white-space: pre-wrap; line-height: 1.3; padding: .3rem 0; }
-.w { display: inline-block; max-width: 100%; position: relative; vertical-align: bottom;
+.w { display: inline-block; max-width: 100%; position: relative;
   padding: .1rem 0 1.3rem; --hue: var(--for); }
 .w::before { content: ""; position: absolute; left: 0; right: 0; bottom: .6rem; height: 1px;
   background: var(--line); }

@@ -155,9 +155,9 @@ def _complain(about, results, say):
            if not r["methods"].get("integrated_gradients", {}).get("complete", True)]  # fmt: skip
     if bad:
         say(
-            f"warning: of {len(bad)} of {len(results)} texts integrated gradients miss the output's "
-            f"change by more than 1 % after {about['settings']['max_steps']} steps; raise "
-            f"--max-steps: rows {_some(bad)}"
+            f"warning: of {len(bad)} of {len(results)} texts integrated gradients miss the "
+            f"output's change by more than 1 % after {about['settings']['max_steps']} steps; "
+            f"raise --max-steps: rows {_some(bad)}"
         )
     if about["left_out"]:
         say(f"note: {about['left_out']:,} rows behind the limit are not explained")

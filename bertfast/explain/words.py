@@ -23,7 +23,7 @@ class Text(NamedTuple):
     word: np.ndarray  # int64 [tokens]: each one's word; -1 of specials and what is of no word
 
     def total(self, scores: np.ndarray) -> np.ndarray:
-        """Scores of tokens [tokens] as sums of words, fp64 [words]; NaN of those without a token."""
+        """Scores of tokens [tokens] as sums of words, fp64 [words]; NaN without a token."""
         inside, count = self.word >= 0, len(self.spans)
         found = np.bincount(self.word[inside], scores[inside], count)
         return np.where(self.read(), found, np.nan)
