@@ -8,6 +8,7 @@ from ..data.errors import ConfigError
 from ..train.networks import takes_types
 from .words import Text
 
+TOKENS = 2048  # in a batch at most, of which the states of all layers are kept
 TOLERANCE = 0.01  # of completeness: the error beside the change of the output
 
 
@@ -61,6 +62,7 @@ def integrated_gradients(model, text: Text, target: int, token: int, steps, most
 
     Args:
         token: what stands at every word's tokens in the baseline; specials stay.
+        steps, most: at first and at most.
         tokens: in a batch.
 
     Returns: fp64 [tokens]; and steps, the logits at both ends, completeness_error (relative) and
@@ -72,7 +74,7 @@ def integrated_gradients(model, text: Text, target: int, token: int, steps, most
     with torch.no_grad():
         there, start = output(ends).double().tolist()
     x, x0 = ends[:1], ends[1:]
-    method, size = required()(output), max(1, tokens // ids.shape[1])
+    method, size = required()(output), max(1, min(tokens, TOKENS) // ids.shape[1])
     while True:
         part = None if size >= steps else size
         found = method.attribute(x, x0, n_steps=steps, internal_batch_size=part)

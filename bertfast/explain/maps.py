@@ -18,9 +18,8 @@ from ..data.errors import ConfigError
 from ..model import BertPreTrainedModel
 from ..train import networks
 from ..train.packed import Packed
-from .gradients import embedded
+from .gradients import TOKENS, embedded
 
-_TOKENS = 2048  # in a batch, of which the states of all layers are kept
 Map = tuple[torch.Tensor, torch.Tensor | None]  # [heads, queries, keys], and its gradient
 
 
@@ -28,7 +27,7 @@ def scores(model, texts, targets, gradients: bool) -> list[np.ndarray]:
     """Of each text's tokens, fp64 [tokens]: `gradient_attention` of the target's logit, or
     `attention_rollout`. targets: int, of each text."""
     rule, mean, found = gradient_attention if gradients else attention_rollout, _mean(model), {}
-    for chosen in data.batches([len(text.word) for text in texts], 1, tokens=_TOKENS):
+    for chosen in data.batches([len(text.word) for text in texts], 1, tokens=TOKENS):
         own = [texts[i] for i in chosen], [targets[i] for i in chosen]
         for i, layers in zip(chosen, maps(model, *own, gradients), strict=True):
             found[i] = rule(layers, mean)
