@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import tiny
+import tiny_families
 import transformers
 from helpers import refused
 
@@ -93,6 +94,25 @@ def test_regressions_and_pairs(tmp_path):
         assert own["logit"] == pytest.approx(row["value"], abs=1e-5) and own["complete"]
         assert {w.get("side", 0) for w in row["words"]} == {0, 1}
     refused(ConfigError, "only output is a number", explain, given["out"], ["a"], ["b"], target="x")
+
+
+def test_several_labels(tmp_path):
+    from bertfast.train import predict
+
+    options = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    options |= {"initializer_range": 0.5}
+    head = "ForSequenceClassification"
+    folder = str(tiny_families.checkpoint(tmp_path, "Bert", head, **options))
+    found = explain(folder, TEXTS, methods=["occlusion"], device="cpu")
+    for row, own in zip(found, predict(folder, TEXTS), strict=True):
+        best = max(own["probabilities"], key=own["probabilities"].get)
+        assert row["predicted"] == own["labels"] and row["target"] == best
+        assert row["probability"] == pytest.approx(own["probabilities"][best], abs=1e-6)
+    page = tmp_path / "page.html"
+    table = tiny.write(tmp_path / "t.jsonl", [{"text": t} for t in TEXTS])
+    explain_table(folder, table, str(page), methods=["occlusion"], target="LABEL_1", device="cpu")
+    for row in explain(folder, TEXTS, methods=["occlusion"], target="LABEL_1", device="cpu"):
+        assert f"LABEL_1 {row['probability']:.1%}" in page.read_text()
 
 
 def test_a_frozen_model_is_occluded_alone(colours, tmp_path, capsys, table):

@@ -16,6 +16,7 @@ from bertfast.dropin import is_accelerated
 from bertfast.dropin.fused import FusedEncoder
 from bertfast.explain import METHODS, Settings, explain, maps
 from bertfast.explain.explainer import Explainer
+from bertfast.explain.sanity import untrained
 from bertfast.explain.words import read
 
 captum = pytest.importorskip("captum.attr")
@@ -87,6 +88,15 @@ def test_gradients_are_fused(folder, stock):
     encoders = [m for m in own.model.modules() if isinstance(m, FusedEncoder)]
     assert [m.bertfast_last.fallback for m in encoders] in ([], [None])
     assert encoders or type(own.model).__module__.startswith("bertfast")
+
+
+def test_untrained_models(folder):
+    model = explainer(folder, "occlusion").model
+    other = untrained(model, seed=5)  # 0 is the folder's own
+    assert type(other) is type(model) and is_accelerated(other) == is_accelerated(model)
+    ours, theirs = model.get_input_embeddings().weight, other.get_input_embeddings().weight
+    assert ours.shape == theirs.shape and not torch.equal(ours, theirs)
+    assert torch.equal(theirs, untrained(model, seed=5).get_input_embeddings().weight)
 
 
 def test_completeness(folder, stock):
