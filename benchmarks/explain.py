@@ -77,7 +77,7 @@ class Captum:
 
 
 def ours(given: Explainer, examples) -> tuple[list[np.ndarray], list[int]]:
-    results = list(given.explained(examples, LENGTH))
+    results = given.explained(examples, LENGTH)
     scores = [[w["scores"]["occlusion"] for w in r["words"]] for r in results]
     targets = [given.labels.names.index(r["target"]) for r in results]
     return [np.array(s, np.float64) for s in scores], targets

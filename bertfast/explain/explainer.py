@@ -60,13 +60,17 @@ class Explainer(Classifier):
                 f"{', '.join(needing)}: give --method occlusion, or {other}"
             )
 
-    def explained(self, examples, max_length: int, targets=None) -> Iterator[dict]:
+    def explained(self, *args) -> list[dict]:
+        """All of `chunks`' results."""
+        return [result for chunk in self.chunks(*args) for result in chunk]
+
+    def chunks(self, examples, max_length: int, targets=None) -> Iterator[list[dict]]:
         """A result (see `explain`) for each of the examples, whose texts are raw. targets: classes
         in place of the settings', names (None of a regression)."""
         for start in range(0, len(examples), _TEXTS):
             part = range(start, min(start + _TEXTS, len(examples)))
             own = None if targets is None else [targets[i] for i in part]
-            yield from self._chunk(examples.select(part), max_length, own)
+            yield self._chunk(examples.select(part), max_length, own)
 
     def _chunk(self, examples, max_length, targets) -> list[dict]:
         texts = read(self.tokenizer, examples.texts, examples.pairs, max_length)

@@ -28,7 +28,7 @@ def randomisation(explainer, examples, results: list[dict], max_length: int) -> 
     other = copy.copy(explainer)
     other.model = untrained(explainer.model)
     targets = [result.get("target") for result in results]
-    rivals = list(other.explained(examples, max_length, targets))
+    rivals = other.explained(examples, max_length, targets)
     return {m: _agreement(results, rivals, m) for m in explainer.settings.methods}
 
 

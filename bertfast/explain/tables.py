@@ -48,7 +48,7 @@ def explain(
     max_length = as_trained(given.folder, max_length=max_length)["max_length"]
     max_length = given.check(max_length, pairs is not None)
     examples = data.Examples(list(texts), None if pairs is None else list(pairs))
-    return list(given.explained(examples, max_length))
+    return given.explained(examples, max_length)
 
 
 def _settings(given: dict) -> Settings:
@@ -110,10 +110,10 @@ def explain_table(
     results, progress = [], Progress(say)
 
     def rows():
-        for result in given.explained(examples, max_length):
-            results.append(result)
-            progress.step(1, len(examples))
-            yield json_text(result)
+        for chunk in given.chunks(examples, max_length):
+            results.extend(chunk)
+            yield from map(json_text, chunk)
+            progress.step(len(chunk), len(examples))
 
     if json:
         outputs.write_lines(json, rows())

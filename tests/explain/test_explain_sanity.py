@@ -61,7 +61,7 @@ def test_random_weights_give_other_scores(colours):
     """Adebayo et al. 2018: what stays alike says nothing of the trained model."""
     given = Explainer(colours, Settings(methods=(*SIGNED, "gradient_attention")), device="cpu")
     examples = Examples(TEXTS)
-    results = list(given.explained(examples, 16))
+    results = given.explained(examples, 16)
     before = {k: v.clone() for k, v in given.model.state_dict().items()}
     agreement = randomisation(given, examples, results, 16)
     for one in agreement.values():
@@ -76,7 +76,7 @@ def test_equal_weights_agree(colours, monkeypatch):
     given = Explainer(colours, Settings(methods=SIGNED, target="red"), device="cpu")
     monkeypatch.setattr(sanity, "untrained", lambda model: model)
     examples = Examples(TEXTS[:20])
-    results = list(given.explained(examples, 16))
+    results = given.explained(examples, 16)
     for one in randomisation(given, examples, results, 16).values():
         assert one["spearman"] == pytest.approx(1) == one["spearman_of_absolute"]
 
