@@ -8,11 +8,29 @@ import dataclasses
 import json
 import os
 import sys
+from importlib import import_module
 
 from . import __version__
 from .arguments import Parser
 
 _RESUME = "--resume auto goes on from the last checkpoint"
+_OWN = {  # commands in a module of their own, which has add_arguments(parser) and run(args, say)
+    "embed": (
+        ".embedding_command",
+        "vectors of a table's texts, as sentence-transformers' encode gives them",
+    ),
+    "convert": (
+        ".convert_command",
+        "a checkpoint of TensorFlow, Flax or Keras as one that transformers and bertfast load",
+    ),
+    "explain": (
+        ".explain_command",
+        "the words that a fine-tuned classifier's decisions rest on, as a page and as JSON",
+    ),
+    "audit": (".audit_command", "what a model does differently for groups of people"),
+    "verify": (".verify_command", "whether a run's files are as it left them"),
+    "bench": (".bench.command", "times beside rivals, each after its outputs were checked"),
+}
 
 
 def _parser():
@@ -29,16 +47,11 @@ def _parser():
     _prepare_arguments(commands.add_parser("prepare", help=text, description=text))
     text = "a BERT from a prepared folder, from random weights or a checkpoint's"
     _pretrain_arguments(commands.add_parser("pretrain", help=text, description=text))
-    text = "vectors of a table's texts, as sentence-transformers' encode gives them"
-    _embed_arguments(commands.add_parser("embed", help=text, description=text))
     text = "precisions of inference on a CPU: their accuracy and speed on a text, a folder of one"
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
-    text = "a checkpoint of TensorFlow, Flax or Keras as one that transformers and bertfast load"
-    _convert_arguments(commands.add_parser("convert", help=text))
-    text = "whether a run's files are as it left them"
-    _verify_arguments(commands.add_parser("verify", help=text))
-    text = "times beside rivals, each after its outputs were checked"
-    _bench_arguments(commands.add_parser("bench", help=text, description=text))
+    for name, (module, text) in _OWN.items():
+        own = commands.add_parser(name, help=text, description=text)
+        import_module(module, __package__).add_arguments(own)
     for name, text, add in (
         ("finetune", "fine-tune a checkpoint on labelled text", _finetune_arguments),
         ("evaluate", "metrics of a fine-tuned model on labelled text", _evaluate_arguments),
@@ -54,12 +67,6 @@ def _tasks() -> dict:
     from .train import tasks
 
     return {kind: tasks.module(kind) for kind in tasks.KINDS}
-
-
-def _bench_arguments(parser):
-    from .bench.command import add_arguments
-
-    add_arguments(parser)
 
 
 def _prepare_arguments(parser):
@@ -159,24 +166,6 @@ def _quantize_arguments(parser):
     text = "read N rows, evenly spread over the table (default: all)"
     parser.add_argument("--limit", type=int, metavar="N", help=text)
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
-
-
-def _embed_arguments(parser):
-    from .embedding_command import add_arguments
-
-    add_arguments(parser)
-
-
-def _convert_arguments(parser):
-    from .convert_command import add_arguments
-
-    add_arguments(parser)
-
-
-def _verify_arguments(parser):
-    from .verify_command import add_arguments
-
-    add_arguments(parser)
 
 
 def _evaluate_arguments(parser, task):
@@ -279,24 +268,6 @@ def _predict(args):
     outputs.write_lines(args.output, map(json_text, rows))
 
 
-def _embed(args):
-    from .embedding_command import run
-
-    run(args, _say)
-
-
-def _convert(args):
-    from .convert_command import run
-
-    run(args, _say)
-
-
-def _verify(args):
-    from .verify_command import run
-
-    run(args, _say)
-
-
 def _quantize(args):
     from . import quantize
     from .files import json_text
@@ -345,12 +316,6 @@ def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def _bench(args):
-    from .bench.command import run
-
-    run(args)
-
-
 def _info(args):
     from . import build_info
     from .encoder.run import served
@@ -383,20 +348,15 @@ def main(argv=None) -> int:
     from .train.ranks import require_one_process
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
-    commands |= {
-        "completion": _completion,
-        "convert": _convert,
-        "embed": _embed,
-        "prepare": _prepare,
-        "pretrain": _pretrain,
-        "quantize": _quantize,
-        "bench": _bench,
-        "verify": _verify,
-    }
+    commands |= {"completion": _completion, "prepare": _prepare, "pretrain": _pretrain}
+    commands["quantize"] = _quantize
     try:
         if args.command not in ("info", "completion", "pretrain", "finetune"):
             require_one_process(args.command)
-        commands[args.command](args)
+        if args.command in _OWN:
+            import_module(_OWN[args.command][0], __package__).run(args, _say)
+        else:
+            commands[args.command](args)
     except ConfigError as e:
         print(f"bertfast: {e}", file=sys.stderr)
         return 2
