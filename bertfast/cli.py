@@ -27,6 +27,8 @@ def _parser():
     _quantize_arguments(commands.add_parser("quantize", help=text, description=text))
     text = "a checkpoint of TensorFlow, Flax or Keras as one that transformers and bertfast load"
     _convert_arguments(commands.add_parser("convert", help=text))
+    text = "what a model does differently for groups of people: figures, swapped terms, pairs"
+    _audit_arguments(commands.add_parser("audit", help=text, description=text))
     text = "times beside rivals, each after its outputs were checked"
     _bench_arguments(commands.add_parser("bench", help=text, description=text))
     for name, text, add in (
@@ -162,6 +164,12 @@ def _convert_arguments(parser):
     add_arguments(parser)
 
 
+def _audit_arguments(parser):
+    from .audit_command import add_arguments
+
+    add_arguments(parser)
+
+
 def _evaluate_arguments(parser, task):
     _inference_arguments(parser, task, labelled=True)
     parser.add_argument("--data", required=True, help="labelled data")
@@ -274,6 +282,12 @@ def _convert(args):
     run(args, _say)
 
 
+def _audit(args):
+    from .audit_command import run
+
+    run(args, _say)
+
+
 def _quantize(args):
     from . import quantize
     from .files import json_text
@@ -345,6 +359,7 @@ def main(argv=None) -> int:
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
     commands |= {
+        "audit": _audit,
         "convert": _convert,
         "embed": _embed,
         "prepare": _prepare,
