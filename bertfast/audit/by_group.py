@@ -48,6 +48,7 @@ def groups(
     """
     if (group_column is None) == (lexicon is None):
         raise ConfigError("give either group_column or lexicon: what makes the groups")
+    intervals.check(samples=samples)
     figures.fairlearn()
     columns = {"text_column": text_column, "text_pair_column": text_pair_column}
     columns |= {"label_column": label_column, "max_length": max_length}

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from ..data.errors import ConfigError
+
 SAMPLES = 1000
 _LEVEL = (0.025, 0.975)
 _Z = 1.959963984540054  # of the normal distribution at 0.975
@@ -16,6 +18,13 @@ def percentiles(samples: np.ndarray) -> np.ndarray:
     known = ~np.isnan(samples).all(0)
     out[:, known] = np.nanquantile(samples[:, known], _LEVEL, axis=0)
     return out
+
+
+def check(**settings) -> None:
+    """ConfigError where a number is below 1."""
+    for name, value in settings.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, expected 1 or more")
 
 
 def resampled(counts: np.ndarray, figures, samples: int, seed: int) -> np.ndarray:

@@ -65,6 +65,7 @@ def swaps(
 
     Raises: ConfigError, data.DataError, model.CheckpointError.
     """
+    intervals.check(samples=samples, worst=worst)
     terms = load(lexicon, ignore_case)
     columns = {"text_column": text_column, "text_pair_column": text_pair_column}
     columns["max_length"] = max_length
