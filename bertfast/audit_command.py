@@ -1,6 +1,6 @@
 """`bertfast audit`: its arguments, and the calls of `bertfast.audit`."""
 
-from .audit.lexicons import BUILT_IN
+from .audit.lexicons import BUILT_IN, DEFAULT
 
 _KINDS = {
     "groups": "a classifier's figures by group: a column's values, or whose terms the text has",
@@ -33,7 +33,7 @@ def _groups_arguments(parser):
 
 
 def _swaps_arguments(parser):
-    _lexicon(parser, "the terms to swap", default=["gender", "names"])
+    _lexicon(parser, "the terms to swap", default=DEFAULT)
     text = "examples of the largest shifts, in the JSON (default: 10)"
     parser.add_argument("--worst", type=int, default=10, metavar="N", help=text)
     _classifier(parser, labelled=False)
@@ -65,7 +65,8 @@ def run(args, say) -> None:
     from .train import outputs
 
     skipped = ("command", "debug", "kind", "json")
-    outputs.check_result(args.json, args.path, args.model)
+    read = args.path, args.model, *(getattr(args, "lexicon", None) or ())
+    outputs.check_result(args.json, *read)
     settings = {k: v for k, v in vars(args).items() if k not in skipped}
     found = getattr(audit, args.kind)(**settings)
     if args.json != "-":

@@ -46,9 +46,9 @@ def rows(n, seed=0, by="colour"):
 def trained(folder, by) -> str:
     """The folder of a classifier that learnt labels that go by "colour" or by "group"."""
     model = checkpoint(folder / "model")
-    train = tiny.write(folder / "train.jsonl", rows(200, 1, by))
+    train = tiny.write(folder / "train.jsonl", rows(300, 1, by))
     valid = tiny.write(folder / "valid.jsonl", rows(40, 2, by))
     config = {"model": str(model), "train": train, "valid": valid, "out": str(folder / "out")}
-    config |= {"epochs": 3, "lr": 5e-3, "max_length": 16, "batch_size": 16, "device": "cpu"}
+    config |= {"epochs": 4, "lr": 3e-3, "max_length": 16, "batch_size": 16, "device": "cpu"}
     finetune(ClassifyConfig(**config))
     return config["out"]

@@ -12,8 +12,8 @@ and the first is what comes in for another group's:
     hers | his
 
 A term in lower case is found in any case; one with capitals ("Emma", "US") as it is written, or all
-in capitals, so that "Will" is no "will". A term of several words stands with any space between
-them, and where terms begin alike the longest counts.
+in capitals where it has three letters or more: "will" is no "Will", "MS" no "Ms". A term of several
+words stands with any space between them, and where terms begin alike the longest counts.
 """
 
 import re
@@ -93,7 +93,8 @@ def _key(term: str) -> tuple[str, bool]:
 
 
 def _fits(found: str, term: str) -> bool:
-    return term.islower() or " ".join(found.split()) in (term, term.upper())
+    found = " ".join(found.split())
+    return term.islower() or found == term or (found == term.upper() and len(term) > 2)
 
 
 def _cased(found: str, term: str, new: str) -> str:

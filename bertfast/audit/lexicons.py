@@ -106,3 +106,4 @@ Dakar | Karachi | Rome | Santiago
 """
 
 BUILT_IN = {"gender": _GENDER, "names": _NAMES, "places": _PLACES}
+DEFAULT = ("gender", "names")  # of swaps

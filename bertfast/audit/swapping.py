@@ -8,8 +8,8 @@ import numpy as np
 from ..data.errors import DataError
 from . import classifier, intervals
 from .lexicon import Lexicon, load
+from .lexicons import DEFAULT
 
-DEFAULT = ("gender", "names")
 LIMITS = (
     "A lexicon knows words, not sentences: 'her' is taken for a possessive where a word follows "
     "that may be a noun ('gave her books' becomes 'gave his books'), a/an and forms of verbs stay, "

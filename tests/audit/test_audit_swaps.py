@@ -23,7 +23,7 @@ def test_planted_bias_and_control(classifiers, table):
     biased = swaps(classifiers["group"], table, **LOWER)
     control = swaps(classifiers["colour"], table, **LOWER)
     assert biased["texts"] == biased["with_terms"] == biased["changed"]["texts"] == 200
-    assert biased["changed"]["low"] > 0.9 and biased["shift"]["high"] < -0.7
+    assert biased["changed"]["low"] > 0.8 and biased["shift"]["high"] < -0.7
     assert control["changed"]["high"] < 0.05 and control["absolute_shift"]["high"] < 0.05
     way = {(one["from"], one["to"]): one["classes"]["yes"] for one in biased["directions"]}
     assert way["female", "male"]["high"] < -0.7 and way["male", "female"]["low"] > 0.7

@@ -25,6 +25,7 @@ def swapped(text, terms=GENDER, step=1):
         ("He's here;\tit is his!", "She's here;\tit is hers!"),
         ("“Mrs. Hall” — he/she", "“Mr. Hall” — she/he"),
         ("Emma met JOSÉ, will, and Mark", "Liam met MARIA, will, and Mark"),
+        ("MS Office, Ms Hall", "MS Office, Mr Hall"),
         ("emma is a word here", "emma is a word here"),  # a name in lower case
         ("this theatre, the shelter, hero-worship", "this theatre, the shelter, heroine-worship"),
         ("The Mother and her mum", "The Father and his dad"),
@@ -48,6 +49,8 @@ def test_every_built_in_term_goes_round(name):
             term = cell[0].removesuffix("+")
             after = " book" if cell[0].endswith("+") else "."
             for given in (term, term.upper(), term[0].upper() + term[1:]):
+                if len(term) < 3 and not term.islower() and given == term.upper():
+                    continue  # MS, MR
                 text = f"so, {given}{after}"
                 found = text
                 for _ in terms.groups:
