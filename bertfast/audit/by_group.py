@@ -8,8 +8,7 @@ from .. import data
 from ..data import cells
 from ..data.errors import ConfigError
 from . import classifier, figures, intervals, lexicon
-
-SMALL = 30  # rows of a group, or of its positives or negatives, under which figures are said weak
+from .figures import SMALL
 
 
 def groups(

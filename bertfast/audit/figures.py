@@ -6,6 +6,7 @@ import numpy as np
 
 from . import intervals
 
+SMALL = 30  # rows that a figure is of, below which it is said to be weak
 RATES = ("selection_rate", "true_positive_rate", "false_positive_rate")
 
 
@@ -32,7 +33,8 @@ def by_group(truth, said, group, classes, samples=intervals.SAMPLES, seed=0) -> 
     {"value", "low", "high"}, NaN where there is none: of a true positive rate of a group without
     positives, which the differences then leave out (fairlearn's own functions take it for 0).
     Macro F1 is over the classes that occur in the group. "apart": the interval of the group's
-    figure less that of all rows leaves out 0.
+    figure less that of all rows leaves out 0, and it is of `SMALL` rows or more: of few, that all
+    are right or wrong, the bootstrap knows no doubt.
     """
     truth, said, group = map(np.asarray, (truth, said, group))
     names, code = np.unique(group, return_inverse=True)
@@ -40,19 +42,21 @@ def by_group(truth, said, group, classes, samples=intervals.SAMPLES, seed=0) -> 
     table = _Table(kinds, len(names))
     frame = partial(fairlearn().MetricFrame, sensitive_features=group)
     drawn = partial(intervals.resampled, counts, samples=samples, seed=seed)
-    block = partial(_block, names)
+    sizes = table.rows(counts, kinds[1] >= 0)
     overall = frame(metrics=_overall(), y_true=truth, y_pred=said)
     found = {
         "metrics": {
-            "accuracy": block(overall, "accuracy", drawn(table.accuracy)),
-            "macro_f1": block(overall, "macro_f1", drawn(table.macro_f1)),
+            name: _block(names, overall, name, drawn(getattr(table, name)), sizes)
+            for name in ("accuracy", "macro_f1")
         },
         "rates": {},
     }
     for c in classes:
         own = frame(metrics=_rates(), y_true=truth == c, y_pred=said == c)
         rates = drawn(lambda n, c=c: table.rates(n, c))  # [samples, 3, groups + 1]
-        one = {name: block(own, name, rates[:, i]) for i, name in enumerate(RATES)}
+        positives = table.rows(counts, kinds[1] == c)
+        of = sizes, positives, sizes - positives
+        one = {name: _block(names, own, name, rates[:, i], of[i]) for i, name in enumerate(RATES)}
         one["demographic_parity"] = {k: one["selection_rate"][k] for k in ("difference", "ratio")}
         one["equalized_odds"] = _equalized_odds(own, rates[:, 1:, :-1])
         found["rates"][int(c)] = one
@@ -80,11 +84,12 @@ def _rates() -> dict:
     }
 
 
-def _block(names, frame, metric, drawn) -> dict:
-    """A metric of fairlearn's frame, its intervals by what is drawn: [samples, groups + 1]."""
+def _block(names, frame, metric, drawn, sizes) -> dict:
+    """A metric of fairlearn's frame, its intervals by what is drawn: [samples, groups + 1]. sizes:
+    how many rows it is of, in each group."""
     groups, total = drawn[:, :-1], drawn[:, -1:]
     gap = intervals.percentiles(groups - total)
-    apart = (gap[0] > 0) | (gap[1] < 0)
+    apart = ((gap[0] > 0) | (gap[1] < 0)) & (sizes[:-1] >= SMALL)
     ends, values = intervals.percentiles(drawn), frame.by_group[metric]
     own = {
         str(name): _figure(values[name], ends[:, i]) | {"apart": bool(apart[i])}
@@ -101,7 +106,8 @@ def _block(names, frame, metric, drawn) -> dict:
 def _equalized_odds(frame, drawn) -> dict:
     """The worse of the two rates'. drawn: [samples, 2, groups]."""
     both = ["true_positive_rate", "false_positive_rate"]
-    apart, ratio = _spread(drawn).max(1), _ratio(drawn).min(1)
+    apart, ratio = _known(_spread(drawn), -np.inf).max(1), _known(_ratio(drawn), np.inf).min(1)
+    apart, ratio = (np.where(np.isfinite(v), v, np.nan) for v in (apart, ratio))
     return {
         "difference": _figure(frame.difference()[both].max(), intervals.percentiles(apart)),
         "ratio": _figure(frame.ratio()[both].min(), intervals.percentiles(ratio)),

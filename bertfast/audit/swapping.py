@@ -13,7 +13,7 @@ from .lexicons import DEFAULT
 LIMITS = (
     "A lexicon knows words, not sentences: 'her' is taken for a possessive where a word follows "
     "that may be a noun ('gave her books' becomes 'gave his books'), a/an and forms of verbs stay, "
-    "and so do names and words that it doesn't hold. Read the texts below before the figures."
+    "and so do names and words that it doesn't hold. Read examples before figures."
 )
 
 

@@ -3,8 +3,10 @@
 import math
 
 from ..bench.measure import aligned
+from .figures import SMALL
 
 _SHOWN = 3  # worst examples
+_LEAD, _LONGEST = 60, 160  # characters of one, before its first change and in all
 _ROWS = 10  # row numbers of texts without a term
 _TITLES = {
     "accuracy": "accuracy",
@@ -19,7 +21,8 @@ def groups(result: dict) -> list[str]:
     out = [
         f"{result['rows']:,} rows of {result['data']}, groups by {result['by']}",
         f"95% intervals of {result['samples']:,} bootstrap samples; * where that of the group's "
-        "figure less that of all rows leaves out 0 (of 20 such, one does by chance)",
+        "figure less that of all rows leaves out 0 (of 20 such, one does by chance), of "
+        f"{SMALL} rows or more",
     ]
     out += [f"left out: {n:,} rows with {why}" for why, n in result["left_out"].items()]
     out += ["", *_blocks(result["sizes"], "rows", result["metrics"])]
@@ -74,12 +77,16 @@ def swaps(result: dict) -> list[str]:
         cells = [_share(one["changed"]), _mean(one["shift"]), f"{name} {_mean(most)}"]
         lines.append([swap, f"{one['changed']['texts']:,}", *cells])
     out += [*aligned(lines), "", "95% intervals: Wilson's of shares, a bootstrap's of means", ""]
-    for one in result["worst"][:_SHOWN]:
+    shown = {one["row"]: one for one in reversed(result["worst"])}  # the worst of each text
+    for one in [one for one in result["worst"] if shown[one["row"]] is one][:_SHOWN]:
         out.append(
             f"row {one['row']}: {one['label_before']} {one['probability_before']:.3f} -> "
             f"{one['probability_after']:.3f}, label {one['label_after']}"
         )
-        out += [f"  - {_cut(one['before'])}", f"  + {_cut(one['after'])}"]
+        before, after = (_line(one[side]) for side in ("before", "after"))
+        pairs = enumerate(zip(before, after, strict=False))
+        start = max(0, next((i for i, (a, b) in pairs if a != b), 0) - _LEAD)
+        out += [f"  - {_cut(before, start)}", f"  + {_cut(after, start)}"]
     return [*out, _note(result["limits"])]
 
 
@@ -124,6 +131,11 @@ def _some(rows) -> str:
     return ", ".join(map(str, rows[:_ROWS])) + (", ..." if len(rows) > _ROWS else "")
 
 
-def _cut(text, longest=200) -> str:
-    text = text if isinstance(text, str) else " || ".join(text)
-    return text if len(text) <= longest else text[:longest] + "..."
+def _line(text) -> str:
+    return text if isinstance(text, str) else " || ".join(text)
+
+
+def _cut(text, start) -> str:
+    """From where it gets interesting."""
+    end = start + _LONGEST
+    return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))

@@ -52,26 +52,48 @@ def test_figures_are_fairlearns():
                 assert rates[what][key]["value"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_table_of_counts_tells_what_its_rows_do():
+    """Rows drawn with replacement, by fairlearn; a group may be missing, a class too."""
+    truth, said, group = drawn(60)
+    kinds, kind, counts = np.unique(
+        np.stack([np.unique(group, return_inverse=True)[1], truth, said]),
+        axis=1, return_inverse=True, return_counts=True,
+    )  # fmt: skip
+    table = figures._Table(kinds, 3)
+    named = {"accuracy": accuracy_score, "macro_f1": lambda y, s: f1_score(y, s, average="macro")}
+    for seed in range(4):
+        at = np.random.default_rng(seed).integers(0, 60, 60)
+        n = np.bincount(kind.ravel()[at], minlength=len(counts))[None]
+        given = {"y_true": truth[at], "y_pred": said[at], "sensitive_features": group[at]}
+        own = fm.MetricFrame(metrics=named, **given)
+        for name in named:
+            expected = [*own.by_group[name], own.overall[name]]
+            assert getattr(table, name)(n)[0] == pytest.approx(expected)
+        for c in range(3):
+            given |= {"y_true": truth[at] == c, "y_pred": said[at] == c}
+            for name, found in zip(figures.RATES, table.rates(n, c)[0], strict=True):
+                rate = fm.MetricFrame(metrics=getattr(fm, name), **given)
+                expected = [*rate.by_group, rate.overall]
+                assert np.nan_to_num(found) == pytest.approx(expected)  # fairlearn's 0 of nothing
+
+
 def test_intervals_are_a_bootstraps_of_rows():
-    """fairlearn's own, slower one draws other rows: ends differ by chance."""
+    """A plain one draws others: ends differ by chance."""
     truth, said, group = drawn(300, 2)
     found = figures.by_group(truth, said, group, [1], samples=4000)
-    named = {"accuracy": accuracy_score, "macro_f1": lambda y, s: f1_score(y, s, average="macro")}
-    named |= {"true_positive_rate": fm.true_positive_rate}
-    own = fm.MetricFrame(
-        metrics=named, y_true=truth, y_pred=said, sensitive_features=group,
-        n_boot=150, ci_quantiles=[0.025, 0.975], random_state=1,
-    )  # fmt: skip
-    blocks = found["metrics"] | found["rates"][1]
-    for name in named:
-        for end, key in enumerate(("low", "high")):
-            values = [blocks[name]["groups"][g][key] for g in "abc"]
-            assert values == pytest.approx(own.by_group_ci[end][name].tolist(), abs=0.06)
-            assert blocks[name]["overall"][key] == pytest.approx(
-                own.overall_ci[end][name], abs=0.03
-            )
-            gap = own.difference_ci()[end][name]
-            assert blocks[name]["difference"][key] == pytest.approx(gap, abs=0.06)
+    r, samples = np.random.default_rng(5), []
+    for _ in range(4000):
+        at = r.integers(0, 300, 300)
+        y, s, g = truth[at], said[at], group[at]
+        accuracy = [(y == s)[g == name].mean() for name in "abc"]
+        rate = [s[(g == name) & (y == 1)].mean() for name in "abc"]
+        samples.append([*accuracy, np.ptp(accuracy), *rate, np.ptp(rate), (y == s).mean()])
+    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+    accuracy, rate = found["metrics"]["accuracy"], found["rates"][1]["true_positive_rate"]
+    blocks = [*(accuracy["groups"][g] for g in "abc"), accuracy["difference"]]
+    blocks += [*(rate["groups"][g] for g in "abc"), rate["difference"], accuracy["overall"]]
+    assert [block["low"] for block in blocks] == pytest.approx(low, abs=0.02)
+    assert [block["high"] for block in blocks] == pytest.approx(high, abs=0.02)
 
 
 def test_a_rate_of_nothing_is_none():
@@ -80,6 +102,17 @@ def test_a_rate_of_nothing_is_none():
     assert np.isnan(rates["true_positive_rate"]["groups"]["b"]["value"])
     assert rates["true_positive_rate"]["difference"]["value"] == 0  # of the one group that has it
     assert rates["false_positive_rate"]["groups"]["b"]["value"] == 0.5
+    assert all(np.isfinite([*v.values()]).all() for v in rates["equalized_odds"].values())
+
+
+def test_few_rows_are_never_marked():
+    """A bootstrap of rows that are all right has no width."""
+    group = np.array(["few"] * 29 + ["many"] * 300)
+    truth = np.arange(329) % 2
+    said = np.where((group == "few") | (np.arange(329) % 3 > 0), truth, 1 - truth)
+    for name, marked in (("few", False), ("many", True)):
+        block = figures.by_group(truth, said, group, [1], samples=200)["metrics"]["accuracy"]
+        assert block["groups"][name]["apart"] is marked
 
 
 def test_planted_bias_and_control(classifiers, table):
