@@ -21,6 +21,7 @@ from harness import interleave, median, minilm, save
 
 from bertfast.audit.likelihood import MaskedLM
 from bertfast.bench.command import table
+from bertfast.train.opening import quiet
 
 OURS = "bertfast, packed"
 LOOP, BATCH = "transformers sdpa, one variant a call", "transformers sdpa, a batch a sentence"
@@ -74,9 +75,10 @@ def main(argv=None):
     if args.pairs < 1 or args.rounds < 1:
         parser.error("expected --pairs and --rounds of 1 or more")
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint(folder)
+        with quiet():
+            checkpoint(folder)
+            model = transformers.BertForMaskedLM.from_pretrained(folder, attn_implementation="sdpa")
         ours = MaskedLM(folder, device="cpu")
-        model = transformers.BertForMaskedLM.from_pretrained(folder, attn_implementation="sdpa")
     model.eval()
     rows = ours.encoded(texts(args.pairs), str)
     places = [ours.own(row) for row in rows]
