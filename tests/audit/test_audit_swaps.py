@@ -11,9 +11,9 @@ import torch
 from helpers import refused
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from bertfast.audit import swaps
+from bertfast.audit import lexicon, swapping, swaps
 from bertfast.cli import main
-from bertfast.data import DataError
+from bertfast.data import DataError, Examples
 from bertfast.train import ConfigError
 
 LOWER = {"ignore_case": True, "samples": 100}
@@ -103,3 +103,10 @@ def test_wrong_input(classifiers, tmp_path, capsys):
     given = ["audit", "swaps", "--model", classifiers["group"], "--data", str(tmp_path / "x.jsonl")]
     assert main([*given, "--lexicon", str(tmp_path / "none.txt")]) == 2
     assert "none.txt': no such file, and none of gender" in capsys.readouterr().err
+
+
+def test_both_texts_of_a_pair():
+    examples = Examples(["She ran", "no", "the cat"], ["did he?", "Her book", "far"])
+    made = swapping._made(examples, lexicon.load("gender"))
+    assert made.texts == [0, 1] and made.own == [{0, 1}, {0}]
+    assert made.variants == [("He ran", "did she?"), ("no", "His book")]
