@@ -27,7 +27,10 @@ _OWN = {  # commands in a module of their own, which has add_arguments(parser) a
         ".explain_command",
         "the words that a fine-tuned classifier's decisions rest on, as a page and as JSON",
     ),
-    "audit": (".audit_command", "what a model does differently for groups of people"),
+    "audit": (
+        ".audit_command",
+        "what a model does differently for groups of people: figures, swaps, pairs",
+    ),
     "verify": (".verify_command", "whether a run's files are as it left them"),
     "bench": (".bench.command", "times beside rivals, each after its outputs were checked"),
 }

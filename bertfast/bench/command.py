@@ -227,7 +227,7 @@ def table(title: str, found: dict) -> str:
     return "\n".join(out)
 
 
-def run(args) -> dict:
+def run(args, say=say) -> dict:
     """All cells that `add_arguments`' arguments ask for, printed as they come; the result."""
     check(args)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -186,6 +186,20 @@ class BertForMaskedLM(_MaskedLMBase):
         )
         return finish(output, return_dict, self.config)
 
+    def packed_logits(
+        self,
+        input_ids,
+        cu_seqlens,
+        max_seqlen: int,
+        position_ids=None,
+        token_type_ids=None,
+        rows=None,
+    ):
+        """[tokens, vocabulary] of packed sequences, or of the tokens `rows`; see
+        `BertModel.encode_packed`."""
+        packed = input_ids, cu_seqlens, max_seqlen, position_ids, token_type_ids
+        return self.cls(self.bert.encode_packed(*packed, rows))
+
 
 class BertForPreTraining(_MaskedLMBase):
     """labels as in BertForMaskedLM; next_sentence_label [batch], 0 where B follows A."""
