@@ -3,11 +3,11 @@
     python benchmarks/private.py [--data FOLDER] [--sequences 16] [--threads N] [--rounds 5]
 
 MiniLM's shape with random weights on the texts of sections.train.jsonl.gz, ragged, cut to
---longest tokens, no dropout. Four sides, each in a process of its own, take turns: bertfast privately,
-bertfast without privacy, and Opacus on transformers' BERT (SDPA, padded), with gradients of each
-example and with ghost norms. A step is forward, loss, clipped gradients, noise and fused AdamW.
-First each private side gives its clipped sum, which must be the same. Memory is the peak of a
-process in its steps, beyond what it had before it made the model (/proc).
+--longest tokens, no dropout. Four sides, each in a process of its own, take turns: bertfast
+privately, bertfast without privacy, and Opacus on transformers' BERT (SDPA, padded), with
+gradients of each example and with ghost norms. A step is forward, loss, clipped gradients, noise
+and fused AdamW. First each private side gives its clipped sum, which must be the same. Memory is
+the peak of a process in its steps, beyond what it had before it made the model (/proc).
 """
 
 import argparse
