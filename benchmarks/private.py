@@ -195,18 +195,18 @@ def serve(pipe, name, rows, threads, folder):
 
 def start(rows, threads, folder) -> tuple[dict, dict]:
     """(pipes of the sides that run, why the others don't)"""
-    context, pipes, failed = multiprocessing.get_context("spawn"), {}, {}
-    for name in SIDES:  # one after another: they share the processor
-        here, there = context.Pipe()
+    context, pipes, failed, started = multiprocessing.get_context("spawn"), {}, {}, {}
+    for name in SIDES:
+        started[name], there = context.Pipe()
         arguments = there, name, rows, threads, folder
         context.Process(target=serve, args=arguments, daemon=True).start()
-        found = here.recv()
+    for name, pipe in started.items():  # nothing is timed before all are ready
+        found = pipe.recv()
         if isinstance(found, Exception):
             failed[name] = f"{type(found).__name__}: {found}"
-            print(f"{name}: {failed[name]}", flush=True)
         else:
-            pipes[name] = here
-            print(f"{name} runs", flush=True)
+            pipes[name] = pipe
+        print(f"{name}: {failed.get(name, 'runs')}", flush=True)
     return pipes, failed
 
 
