@@ -2,17 +2,18 @@
 
     python benchmarks/private.py [--data FOLDER] [--sequences 16] [--threads N] [--rounds 5]
 
-MiniLM's shape with random weights on the texts of sections.train.jsonl.gz, ragged, cut to 256
-tokens, no dropout. Four sides, each in a process of its own, take turns: bertfast privately,
-bertfast without privacy, and Opacus on transformers' BERT (SDPA, padded), with gradients of each
-example and with ghost norms. A step is forward, loss, clipped gradients, noise and fused AdamW.
-First each private side gives its clipped sum, which must be the same. Memory is the peak of a
-process in its steps, beyond what it had before it made the model (/proc).
+MiniLM's shape with random weights on the texts of sections.train.jsonl.gz, ragged, cut to
+--longest tokens, no dropout. Four sides, each in a process of its own, take turns: bertfast
+privately, bertfast without privacy, and Opacus on transformers' BERT (SDPA, padded), with
+gradients of each example and with ghost norms. A step is forward, loss, clipped gradients, noise
+and fused AdamW. First each private side gives its clipped sum, which must be the same. Memory is
+the peak of a process in its steps, beyond what it had before it made the model (/proc).
 """
 
 import argparse
 import contextlib
 import gzip
+import importlib
 import json
 import multiprocessing
 import tempfile
@@ -28,7 +29,7 @@ from bertfast.bench.memory import forget_peak, resident
 
 CLIP, SIGMA = 0.1, 1.0
 TOLERANCE = 1e-5  # of all gradients together, relative
-LABELS, LONGEST = 4, 256
+LABELS = 4
 
 
 def losses(logits, targets):
@@ -49,7 +50,7 @@ def adamw(model):
 
 
 class Ours:
-    private = True
+    private, imports = True, ("bertfast", "bertfast.train.private.step")
 
     def __init__(self, rows):
         import bertfast
@@ -99,6 +100,8 @@ class Open(Ours):
 
 class Opacus:
     """Gradients of each example."""
+
+    imports = "opacus", "transformers.models.bert.modeling_bert"
 
     def __init__(self, rows):
         from bertfast.data import collate
@@ -171,15 +174,9 @@ def serve(pipe, name, rows, threads, folder):
     """A side: its clipped sum into a file, then a step at each call; at last its peak in MB."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    import bertfast
-    import bertfast.train.private.step  # the imports of both: they are nobody's memory
-
-    with contextlib.suppress(ImportError):
-        import opacus
-
-        del opacus
-    del bertfast
     try:
+        for module in SIDES[name].imports:
+            importlib.import_module(module)
         before = resident("VmRSS")
         side = SIDES[name](rows)
         if name != "bertfast, not private":
@@ -198,18 +195,18 @@ def serve(pipe, name, rows, threads, folder):
 
 def start(rows, threads, folder) -> tuple[dict, dict]:
     """(pipes of the sides that run, why the others don't)"""
-    context, pipes, failed = multiprocessing.get_context("spawn"), {}, {}
-    for name in SIDES:  # one after another: they share the processor
-        here, there = context.Pipe()
+    context, pipes, failed, started = multiprocessing.get_context("spawn"), {}, {}, {}
+    for name in SIDES:
+        started[name], there = context.Pipe()
         arguments = there, name, rows, threads, folder
         context.Process(target=serve, args=arguments, daemon=True).start()
-        found = here.recv()
+    for name, pipe in started.items():  # nothing is timed before all are ready
+        found = pipe.recv()
         if isinstance(found, Exception):
             failed[name] = f"{type(found).__name__}: {found}"
-            print(f"{name}: {failed[name]}", flush=True)
         else:
-            pipes[name] = here
-            print(f"{name} runs", flush=True)
+            pipes[name] = pipe
+        print(f"{name}: {failed.get(name, 'runs')}", flush=True)
     return pipes, failed
 
 
@@ -226,13 +223,13 @@ def differences(folder, names) -> dict:
     return found
 
 
-def read(folder: Path, count: int) -> list[dict]:
+def read(folder: Path, count: int, longest: int) -> list[dict]:
     from bertfast.data import encode
 
     with gzip.open(folder / "sections.train.jsonl.gz", "rt") as f:
         texts = [json.loads(next(f))["text"] for _ in range(count)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
-    rows = encode(tokenizer, texts, max_length=LONGEST)
+    rows = encode(tokenizer, texts, max_length=longest)
     return [row | {"labels": i % LABELS} for i, row in enumerate(rows)]
 
 
@@ -241,6 +238,7 @@ def main(argv=None):
     default = ROOT.parent / "shared" / "data" / "debian"
     parser.add_argument("--data", type=Path, default=default, help="folder (%(default)s)")
     parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--longest", type=int, default=256, help="tokens a text is cut to")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
@@ -248,7 +246,7 @@ def main(argv=None):
     if min(args.sequences, args.rounds, args.threads) < 1:
         parser.error("--sequences, --rounds, --threads: expected 1 or more")
     torch.set_num_threads(args.threads)
-    rows = read(args.data, args.sequences)
+    rows = read(args.data, args.sequences, args.longest)
     lengths = [len(row["input_ids"]) for row in rows]
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:

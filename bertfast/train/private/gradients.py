@@ -26,6 +26,8 @@ def check(model) -> None:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if len(names) < sum(p.requires_grad for _, p in model.named_parameters(remove_duplicate=False)):
         raise ConfigError("dp_epsilon is given, and the model has parameters that it shares")
+    if model.bert.embeddings.tables() is None:
+        raise ConfigError("dp_epsilon is given, and the embeddings are not as BERT's")
     for layer in model.bert.encoder.describe():
         if not isinstance(layer, Layer) or not layer.spec.like_bert or layer.adapters:
             raise ConfigError(f"dp_epsilon is given, and a layer is not as BERT's: {layer}")
@@ -72,7 +74,7 @@ class _Walk:
         self.layers = bert.encoder.describe()
         self.trained = [layer.weights.query.weight.requires_grad for layer in self.layers]
         device = batch.input_ids.device
-        self.seeds, self.drops = bert._seeds(device), []
+        self.seeds = bert._seeds(device)
         self.tables = bert.embeddings.tables()
         spec, dtype = self.layers[0].spec, self.tables[0].dtype
         sizes = spec.hidden, spec.head_dim
@@ -114,7 +116,7 @@ class _Walk:
             dlogits, dz, grad = torch.autograd.grad(found.sum(), (logits, z, first))
         for linear, x, g in ((model.classifier, pooled, dlogits), (dense, first, dz)):
             self._take(linear.weight, self.kernels.product(x.detach(), g))
-            self._take(linear.bias, Vector(g))
+            self._take(linear.bias, Vector(g.clone()))  # a product's grad is overwritten
         return grad, found.detach()
 
     def _take(self, p, gradients):
