@@ -7,7 +7,8 @@ weights and see the same pairs in the same order, packed on both sides here, pad
 loop and optimizer; transformers' loss is its Trainer's, with its label smoother. First, dropout
 off, the losses of some steps must be equal. Then steps take turns and their medians are compared;
 each model is trained on as many tokens and scored by BLEU and chrF on the test rows; decoding takes
-turns on the trained weights, and its tokens are compared.
+turns on the trained weights, and its tokens are compared. --only-decoding measures that again, of a
+model trained here alone, and keeps the rest of the result that is there.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from harness import ROOT, interleave, median, save
+from harness import ROOT, interleave, load, median, origin, save
 from transformers.trainer_pt_utils import LabelSmoother
 
 from bertfast import BertEncoderDecoder, data
@@ -62,6 +63,7 @@ def arguments(given=None):
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-decoding", action="store_true", help="see above")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
     args = parser.parse_args(given)
     if not args.data.is_dir():
@@ -292,6 +294,9 @@ def main(given=None):
         decoder_layers=args.decoder_layers,
         tie_embeddings=False,  # as transformers trains it
     )
+    if args.only_decoding:
+        decoding_again(args, config, rows, {tokenizer.sep_token_id})
+        return
     result = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
     result["equal_losses"] = equal_losses(args, config, rows["train"])
     result["steps"] = step_seconds(args, both(args, config, args.seed), rows["train"])
@@ -305,6 +310,19 @@ def main(given=None):
         )
     result["decoding"] = decoding(args, sides, rows["test"], {tokenizer.sep_token_id})
     save("finetune_translate", result | {"summary": summary(args, result)}, args.out)
+
+
+def decoding_again(args, config, rows, ends):
+    """Into the result that is there, with a commit of its own."""
+    result = load("finetune_translate", args.out)
+    if result is None:
+        raise SystemExit("--only-decoding: no finetune_translate.json is there; run it whole first")
+    sides = both(args, config, args.seed)
+    trained(args, sides[0], rows["train"])
+    result["decoding"] = decoding(args, sides, rows["test"], ends)
+    result["decoding_again"] = {"steps": args.steps} | {k: origin()[k] for k in ("commit", "date")}
+    given = argparse.Namespace(**result["settings"])
+    save("finetune_translate", result | {"summary": summary(given, result)}, args.out)
 
 
 def summary(args, result):

@@ -39,6 +39,14 @@ def test_runs(options, tmp_path):
         {"task", "unit", "bertfast", "rival", "rival_name", "ratio"}
     ] * 5
 
+    result["decoding"], result["steps"]["bertfast"]["step_seconds"] = {}, 7.0
+    (tmp_path / "finetune_translate.json").write_text(json.dumps(result))
+    finetune_translate.main([*options, "--only-decoding"])
+    again = json.loads((tmp_path / "finetune_translate.json").read_text())
+    assert {search["same"] for search in again["decoding"].values()} == {9}
+    assert again["commit"] == result["commit"] and again["decoding_again"]["steps"] == 2
+    assert again["summary"][0]["bertfast"] == 7000
+
 
 def test_losses_that_differ(options, monkeypatch):
     monkeypatch.setattr(
