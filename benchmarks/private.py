@@ -115,7 +115,7 @@ class Opacus:
         self.labels = self.given.pop("labels")
         # Its hooks take one row of positions for one example.
         ids = self.given["input_ids"]
-        self.given["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids)
+        self.given["position_ids"] = torch.arange(ids.shape[1]).repeat(len(ids), 1)
         self.make()
 
     def make(self):
