@@ -28,7 +28,8 @@ from harness import ROOT, median, minilm, save
 from bertfast.bench.memory import forget_peak, resident
 
 CLIP, SIGMA = 0.1, 1.0
-TOLERANCE = 1e-5  # of all gradients together, relative
+# Of all gradients together, relative: both are in fp32, Opacus' sums over padded texts too.
+TOLERANCE = 1e-4
 LABELS = 4
 
 
