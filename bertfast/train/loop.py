@@ -248,13 +248,14 @@ class _Run:
             record |= {"gradient_norm": norm} | rest | self.speed.record(self.steps - step)
             self.log.write(**record)
             speed = record["tokens_per_second"]
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            told = f"loss {loss:.4f}, " if self.task.tells_losses else ""
+            self.bar.set_postfix_str(f"{told}{speed:,.0f} tokens/s", refresh=False)
             every, now = getattr(self.config, "log_steps", None), time.monotonic()
             if every:
-                told = step % every == 0 or step == self.steps
+                due = step % every == 0 or step == self.steps
             else:
-                told = self.bar.disable and now - self.said >= Progress.EVERY
-            if told:
+                due = self.bar.disable and now - self.said >= Progress.EVERY
+            if due:
                 self.said = now
                 self.say(line(record, self.steps))
 

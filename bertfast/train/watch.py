@@ -102,9 +102,9 @@ def line(record: dict, steps: int) -> str:
     """A log line for people."""
     left = time.strftime("%H:%M:%S", time.gmtime(record["eta_seconds"]))
     mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    losses = ", ".join(f"{k} {v:.4f}" for k, v in record.items() if k.endswith("loss"))
+    losses = "".join(f"{k} {v:.4f}, " for k, v in record.items() if k.endswith("loss"))
     return (
-        f"step {record['step']}/{steps}: {losses}, lr {record['lr']:.2e}, "
+        f"step {record['step']}/{steps}: {losses}lr {record['lr']:.2e}, "
         f"{record['tokens_per_second']:,.0f} tokens/s{mfu}, "
         f"{record['tokens_seen']:,} tokens seen, {left} left"
     )
