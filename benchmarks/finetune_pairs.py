@@ -181,7 +181,7 @@ def main(given=None):
     parser.add_argument("--wrong", type=int, default=3, help="documents beside the right one")
     parser.add_argument("--loss-steps", type=int, default=20, help="steps to compare; 0: none")
     parser.add_argument("--loss-batch-size", type=int, default=8, help="in each of them")
-    parser.add_argument("--loss-lr", type=float, default=5e-5, help="larger ones part sooner")
+    parser.add_argument("--loss-lr", type=float, default=2e-5, help="larger ones part sooner")
     for name, value in (("epochs", 1), ("batch-size", 16), ("lr", 2e-4), ("max-length", 128)):
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
