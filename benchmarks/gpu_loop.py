@@ -36,7 +36,7 @@ class Clock:
 
     def __init__(self, *args, settle, timed):
         super().__init__(*args)
-        self.settle, self.timed, self.seen, self.spent, self.work = settle, timed, 0, 0.0, []
+        self.settle, self.timed, self.seen, self.spent, self.loads = settle, timed, 0, 0.0, []
 
     def weight(self, batch):
         if self.seen in (self.settle, self.settle + self.timed):
@@ -45,7 +45,7 @@ class Clock:
         if self.seen == self.settle + self.timed:
             raise EnoughError
         if self.seen >= self.settle:
-            self.work.append((self.tokens(batch), self.useful(batch)))
+            self.loads.append((self.tokens(batch), self.useful(batch)))
         self.seen += 1
         return super().weight(batch)
 
@@ -70,7 +70,7 @@ def run(model, task, config):
         loop.train()
     if task.seen < task.settle + task.timed:
         raise RuntimeError(f"the loop ended after {task.seen} steps")
-    tokens, flop = (sum(column) / task.timed for column in zip(*task.work, strict=True))
+    tokens, flop = (sum(column) / task.timed for column in zip(*task.loads, strict=True))
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
     more = {"warnings": [text for text in heard if "warning" in text]}

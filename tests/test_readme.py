@@ -79,7 +79,7 @@ def test_command_options_exist(capsys):
     texts = texts.replace("\\\n", " ")
     for command in re.findall(r"^bertfast (.+?)(?:\s+#.*)?$", texts, re.MULTILINE):
         words = [w for w in command.split() if re.fullmatch("[a-z]+", w)][:2]
-        words = words[:2] if words[0] in ("finetune", "evaluate", "predict") else words[:1]
+        words = words[:2] if words[0] in ("finetune", "evaluate", "predict", "audit") else words[:1]
         with pytest.raises(SystemExit) as stop:
             main([*words, "--help"])
         assert stop.value.code == 0

@@ -76,7 +76,7 @@ def test_report_and_info(capsys):
     model(**inputs_for())
     assert report.executors["encoder"].startswith("node")
     assert report.fallbacks["encoder"].startswith("attention.self.query: it has a hook")
-    assert main(["info"]) == 0
+    assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["executors"].keys() == EXECUTORS.keys()
 
 

@@ -251,10 +251,20 @@ def test_resumed_from_another_folder(fresh, base, tmp_path, monkeypatch):
     assert other.run() and other.weights()
 
 
+TIMED = ("seconds", "hours", "rate", "per_second", "energy")
+
+
+def figures(results):
+    """Without what a clock tells."""
+    cost = results["train"]["cost"]
+    cost = {k: v for k, v in cost.items() if not any(word in k for word in TIMED)}
+    return results | {"train": results["train"] | {"cost": cost}}
+
+
 def test_resumed_at_the_end(done, whole):
     """All figures are those of the first time: no epoch more, nothing logged again."""
     log = (done.out / "metrics.jsonl").read_bytes()
-    assert done.run() == whole.results
+    assert figures(done.run()) == figures(whole.results)
     assert (done.out / "metrics.jsonl").read_bytes() == log
 
 
@@ -263,7 +273,7 @@ def test_resumed_at_the_end(done, whole):
 def test_resumed_where_it_stopped_early(fresh, monkeypatch, options):
     scores(monkeypatch, [0.5, 0.4])
     first = fresh.run(**options)
-    assert fresh.run(**options) == first
+    assert figures(fresh.run(**options)) == figures(first)
 
 
 @BOTH

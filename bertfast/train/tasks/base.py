@@ -137,6 +137,8 @@ class FinetuneTask(Task):
         return self.products is None or self.products.whole
 
     def flops(self, batch) -> float:
+        if not isinstance(batch, Packed):
+            return 0.0
         lengths = np.diff(batch.cu_seqlens)
         rows = len(batch.input_ids if batch.positions is None else batch.positions)
         return self._flops(lengths, rows if self.head.per_token else len(lengths))
