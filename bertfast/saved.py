@@ -70,13 +70,13 @@ def sentences_class(folder: Path) -> str | None:
     """Which of sentence-transformers' classes a folder holds; None where it is no such folder."""
     about = folder / _SENTENCES
     if not about.is_file():
-        return "SentenceTransformer" if (folder / _MODULES).is_file() else None
+        return "SentenceTransformer" if has_modules(folder) else None
     return read_json(about).get("model_type") or "SentenceTransformer"
 
 
 def is_frozen(folder: Path) -> bool:
     """Whether `save_frozen` wrote it; of another folder below it nothing follows."""
-    if (folder / _MODULES).is_file():
+    if has_modules(folder):
         return any(folder.rglob(MANIFEST))
     return (folder / MANIFEST).is_file()
 

@@ -7,6 +7,7 @@ import torch
 
 from ..dropin import accelerate
 from ..train.networks import padded
+from ..train.ranking import spearman
 
 
 def untrained(model, seed: int = 0):
@@ -46,15 +47,3 @@ def _agreement(results, rivals, method) -> dict:
         "spearman_of_absolute": mean(absolute),
         "texts": int(np.isfinite(plain).sum()),
     }
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of ranks; NaN where all of one side are equal."""
-    a, b = _ranks(a), _ranks(b)
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else float("nan")
-
-
-def _ranks(values) -> np.ndarray:
-    """From 0; equal values have the mean of theirs."""
-    _, of, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[of]

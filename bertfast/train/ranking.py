@@ -46,15 +46,20 @@ def of_queries(scores: np.ndarray, labels: np.ndarray, groups: list[np.ndarray])
     }
 
 
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """The correlation of ranks; NaN where all of one side are equal."""
+    from scipy import stats
+
+    return float(stats.spearmanr(a, b)[0]) if np.ptp(a) and np.ptp(b) else float("nan")
+
+
 def agreement(scores: np.ndarray, labels: np.ndarray) -> dict:
     """Spearman's and Pearson's correlations and the mean squared error; NaN where either side's
     values are all equal."""
-    from scipy import stats
-
     varied = np.ptp(scores) > 0 and np.ptp(labels) > 0
     scores, labels = scores.astype(np.float64), labels.astype(np.float64)
     return {
-        "spearman": float(stats.spearmanr(scores, labels)[0]) if varied else float("nan"),
+        "spearman": spearman(scores, labels),
         "pearson": float(np.corrcoef(scores, labels)[0, 1]) if varied else float("nan"),
         "mse": float(np.mean((scores - labels) ** 2)),
     }
