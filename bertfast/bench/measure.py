@@ -208,11 +208,17 @@ def encoder_flop(config, lengths: list[int]) -> int:
 
 
 def cpu_name() -> str:
+    """As the kernel has it. A virtual machine's may be of many kinds ("AMD EPYC"): its family and
+    model then say which."""
     try:
-        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        models = []
-    return models[0] if models else platform.processor() or platform.machine()
+        text = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= found.keys():
+        return name
+    return f"{name} family {found['cpu family']} model {found['model']}"
 
 
 # What holds other libraries to an instruction set: torch and oneDNN, MKL, CTranslate2. ONNX Runtime

@@ -12,7 +12,7 @@ import transformers
 from helpers import ROOT
 
 import bertfast
-from bertfast.bench import parts
+from bertfast.bench import measure, parts
 from bertfast.bench.measure import held_to, random_batch
 from bertfast.ops.extension import C
 
@@ -81,6 +81,19 @@ def test_a_folder_for_each_instruction_set(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     folder = harness.result_file("sweep").parent.name
     assert folder == "intel-xeon-gold-6248-avx512_vnni-2-threads"
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("AMD EPYC", "AMD EPYC family 26 model 2"),
+        ("AMD EPYC 7B13 64-Core Processor", "AMD EPYC 7B13 64-Core Processor"),
+    ],
+)
+def test_a_nameless_cpu_says_its_family(monkeypatch, told, name):
+    text = f"vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {told}\n"
+    monkeypatch.setattr(measure.Path, "read_text", lambda path: 2 * text)
+    assert measure.cpu_name() == name
 
 
 def test_held_to():
