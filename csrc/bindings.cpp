@@ -109,6 +109,7 @@ py::dict build_info() {
   py::dict info;
   info["cpu_isa"] = kernels().isa;
   info["bf16_products"] = kernels().bf16;
+  info["int8_sums16"] = kernels().sums16;
   info["isas_built"] = built_isas();
 #ifdef BERTFAST_WITH_CUDA
   cuda::add_build_info(info);

@@ -185,7 +185,8 @@ void bind_encoder(py::module_& m) {
               optional("even", &Batch::even));
   bind_struct(m, "PackedLayer", field("qkv", &PackedLayer::qkv), field("out", &PackedLayer::out),
               field("up", &PackedLayer::up), field("down", &PackedLayer::down),
-              field("norm1", &PackedLayer::norm1), field("norm2", &PackedLayer::norm2));
+              field("norm1", &PackedLayer::norm1), field("norm2", &PackedLayer::norm2),
+              optional("smooth", &PackedLayer::smooth));
   py::class_<Encoder>(m, "Encoder")
       .def(py::init<std::vector<LayerSpec>, std::vector<PackedLayer>, int, ptr, const Tables&>(),
            py::arg("specs"), py::arg("packed"), py::arg("precision"), py::arg("center"),

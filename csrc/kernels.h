@@ -150,6 +150,7 @@ struct PackArgs {
 struct PackedLayer {
   const void *qkv, *out, *up, *down;  // packed; qkv in qkv_precision, a gate with up
   Parameter norm1, norm2;             // fp32
+  const float* smooth;  // [hidden], of int8: what qkv's input is multiplied by; or null
 };
 
 // A layer's embeddings of relative positions, fp32 [buckets, heads, head_dim] or null: keys' that
@@ -221,7 +222,8 @@ struct CrossEntropyArgs {
 
 struct Kernels {
   const char* isa;
-  bool bf16;  // whether it multiplies bf16, or floats that bf16 is widened to
+  bool bf16;    // whether it multiplies bf16, or floats that bf16 is widened to
+  bool sums16;  // whether it adds products of int8 in 16 bits, for which weights have fewer
   void (*gemm)(const GemmArgs&);
   void (*activation_backward)(const ActivationBackwardArgs&);
   void (*attention)(const AttentionArgs&);

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 
 from ..ops.extension import C
+from ..ops.library import call
 from .batch import Batch
 from .executors import operators
 from .executors.whole_cpu import forward
 
 # Of int8's noise in a layer's states, see `_noise`; above it the layer stays in bf16. A healthy
-# MiniLM's layers have 1.5 to 2.3%, bf16 has 0.3 to 0.4%. AVX2 projects queries, keys and values in
-# int8 too, with weights of fewer bits: twice the noise, and twice the limit.
-NOISE_LIMIT = 0.06 if C is None or C.qkv_precision(2) != 2 else 0.12
+# MiniLM's layers have 1.6 to 2.5%, bf16 has 0.3 to 0.4%. Where products are added in 16 bits,
+# weights have fewer: twice the noise, and twice the limit.
+NOISE_LIMIT = 0.12 if C is not None and C.build_info()["int8_sums16"] else 0.06
 COSINE_LIMIT = 0.97  # of a token's last states to those in fp32; MiniLM's least is 0.995
 
 
@@ -63,6 +64,19 @@ class Sample(NamedTuple):
         return torch.randint(
             *(0, vocabulary, (texts, seqlen)), generator=torch.Generator().manual_seed(0)
         )
+
+    @torch.no_grad()
+    def reach(self, layer, center):
+        """fp32 [hidden]: how far each channel of the layer's first product goes, of its input less
+        the bias of the norm before, the layer's own or `center`, which may be None; None where
+        there is no norm at all."""
+        spec, norm, x = layer.spec, layer.weights.norm1, self.hidden
+        if spec.pre_norm:
+            if norm.weight is None:
+                return None
+            x = call("add_layer_norm", x, None, *norm, spec.eps, None, 0.0, None, spec.rms)[0]
+            center = norm.bias
+        return (x if center is None else x - center).float().abs().amax(0)
 
     @torch.no_grad()
     def through(self, layer, packed):

@@ -7,10 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import registry
 from ..ops.extension import C
-from ..ops.library import CPU_DTYPES, is_bf16, plain, ptr, unwatched
-from .executors.whole_cpu import c_spec, even_limit, forward, positions_limit, relative_tables
+from ..ops.library import ptr
+from .executors.whole_cpu import (
+    c_spec,
+    even_limit,
+    forward,
+    positions_limit,
+    relative_tables,
+    texts,
+)
 from .noise import NOISE_LIMIT, Sample, complaints
 from .packed import PRECISIONS, Packed
 from .parts import ALIGNMENT, check, damaged, spec_of
@@ -22,8 +28,9 @@ _TABLES = ("c2p", "p2c")
 
 
 class PackedLayer(NamedTuple):
-    """A layer's weights by what kernels call them: packed matrices, uint8, and norms, tables of
-    relative positions and the bias of the norm before it, fp32."""
+    """A layer's weights by what kernels call them: packed matrices, uint8, and in fp32 norms,
+    tables of relative positions, the bias of the norm before it, and what int8's first input is
+    multiplied by."""
 
     spec: LayerSpec
     precision: str
@@ -31,9 +38,9 @@ class PackedLayer(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, layer: Layer, precision: str, center, relative):
+    def of(cls, layer: Layer, precision: str, center, relative, reach):
         """center: the bias of the LayerNorm before it. relative: the embeddings of relative
-        positions. Both may be None."""
+        positions. reach: see `Sample.reach`. All may be None."""
         spec, w = layer.spec, layer.apart()
         norms = {
             f"{role}.{part}": p.detach().float().clone()
@@ -46,8 +53,11 @@ class PackedLayer(NamedTuple):
         tables = relative_tables(layer, relative) if spec.relative else ()
         gate = (w.gate,) if spec.gated else ()
         qkv = PRECISIONS[C.qkv_precision(PRECISIONS.index(precision))]
+        first = w.query, w.key, w.value
+        smooth = _smooth(first, reach) if qkv == "int8" and reach is not None else None
         found = norms | {
-            "qkv": pack((w.query, w.key, w.value), qkv, center),
+            "qkv": pack(first, qkv, center, smooth),
+            "smooth": smooth,
             "out": pack((w.out,), precision),
             "up": pack((w.up, *gate), precision, behind, gated=spec.gated),
             "down": pack((w.down,), precision),
@@ -78,7 +88,7 @@ class PackedLayer(NamedTuple):
         needed |= set() if spec.pre_norm else {"norm1.weight"}
         sizes |= dict.fromkeys(_TABLES, buckets * width * floats)
         vectors = (f"{role}.{part}" for role in NORMS for part in ("weight", "bias"))
-        sizes |= dict.fromkeys([*vectors, "center"], hidden * floats)
+        sizes |= dict.fromkeys([*vectors, "center", "smooth"], hidden * floats)
         found = {name: t.nbytes for name, t in self.tensors.items()}
         for name in needed | set(found):
             at_least, there = sizes.get(name), found.get(name)
@@ -97,7 +107,8 @@ class PackedLayer(NamedTuple):
                 (at.get(f"{role}.weight", 0), at.get(f"{role}.bias", 0)) for role in NORMS
             )
             matrices = {name: at[name] for name in ("qkv", "out", "up", "down")}
-            layers.append(C.PackedLayer(**matrices, norm1=norm1, norm2=norm2))
+            smooth = at.get("smooth", 0)
+            layers.append(C.PackedLayer(**matrices, norm1=norm1, norm2=norm2, smooth=smooth))
             if w.spec.relative:
                 tables.append([at.get(name, 0) for name in _TABLES])
         specs = [c_spec(w.spec) for w in (self, *others)]
@@ -105,9 +116,22 @@ class PackedLayer(NamedTuple):
         return C.Encoder(specs, layers, code, center, tables)
 
 
-def pack(linears, precision: str, center=None, gated=False) -> torch.Tensor:
+def _smooth(linears, reach):
+    """fp32 [in_features]: factors of the linears' input, which their weights are divided by, that
+    share out how far both reach, so that fewer of the tokens' 8 bits go to outliers (SmoothQuant:
+    Xiao et al., arXiv:2211.10438, with its alpha of 0.5). None where one is not finite."""
+    weights = torch.stack([weight.detach().float().abs().amax(0) for weight, _ in linears]).amax(0)
+    least = [t.clamp(min=t.median() / 8) for t in (weights, reach)]  # of a sample alone
+    ratio = least[0] / least[1]
+    if not (ratio.isfinite().all() and (ratio > 0).all()):
+        return None
+    # In steps: last bits of the sample, which another way of embedding changes, change nothing.
+    return torch.exp2((ratio / ratio.median()).log2().round() / 2)
+
+
+def pack(linears, precision: str, center=None, smooth=None, gated=False) -> torch.Tensor:
     """Linear layers (weight, bias or None) side by side, or one and its gate, as uint8 [bytes]. In
-    int8 they take their input less `center`, [in_features] or None."""
+    int8 they take their input less `center`, times `smooth`: [in_features] or None."""
     parts = []
     for weight, bias in linears:
         weight = weight.detach().float().contiguous()
@@ -115,6 +139,8 @@ def pack(linears, precision: str, center=None, gated=False) -> torch.Tensor:
         if center is not None and precision == "int8":
             moved = weight @ center
             bias = moved if bias is None else bias + moved
+        if smooth is not None:
+            weight = weight / smooth
         parts.append((weight, bias))
     given = [(ptr(w), ptr(b), len(w)) for w, b in parts], parts[0][0].shape[1], gated
     given = *given, PRECISIONS.index(precision)
@@ -157,11 +183,11 @@ class PackedCpu(Packed):
 
     fp32: every product in fp32. bf16: weights and activations of products in bf16, sums, softmax,
     layer norm and the residual stream in fp32. int8: weights per output channel, activations in
-    uint8 between the least and the largest of a token as they come (no calibration; fp32 without
-    AVX2), after a layer norm before its bias is added, attention and its queries, keys and values
-    in bf16. Where the processor has no bf16 dot product, bf16 weights are widened as they are read
-    and attention is in fp32; int8 with AVX2 then projects queries, keys and values in int8 too.
-    Without VNNI int8 weights are scaled so that no sum in 16 bits overflows. A layer that int8 puts
+    uint8 between the least and the largest of a token as they come (no calibration data; fp32
+    without AVX2), after a layer norm before its bias is added, and for queries, keys and values
+    smoothed by factors from a sample; attention in bf16. Where the processor has no bf16 dot
+    product, bf16 weights are widened as they are read and attention is in fp32. Without VNNI int8
+    weights are scaled so that no sum in 16 bits overflows. A layer that int8 puts
     too much noise into, for its outliers, stays in bf16: `noise` has each layer's in int8 and
     `least_cosine` the whole's, see noise.py.
 
@@ -198,7 +224,8 @@ class PackedCpu(Packed):
         def packed(precision):
             key = precision, before, *map(id, layer.weights.present())
             if key not in made:  # else it runs several times
-                made[key] = PackedLayer.of(layer, precision, center, relative)
+                reach = None if sample is None else sample.reach(layer, center)
+                made[key] = PackedLayer.of(layer, precision, center, relative, reach)
             return made[key]
 
         while layers:
@@ -291,60 +318,9 @@ class PackedCpu(Packed):
                 batch = batch._replace(hidden=forward(encoder, a - start, b - start, given, dtype))
         return batch.hidden
 
-    def texts(self, tables, eps, ids, mask, types):
-        """A padded batch from its ids to its states by one call, for which Python's own time for
-        packing, embedding and unpacking is a third of a short text's.
-
-        Args:
-            tables: the words', positions' and types' embeddings, their LayerNorm's weight and bias.
-            eps: of that LayerNorm.
-            ids, mask, types: int64 [batch, seqlen]; the last two may be None.
-
-        Returns: [batch, seqlen, hidden], zeros at the padding; None where somebody watches the
-        operators or the arguments are others, for the modules to take or refuse.
-
-        Raises: IndexError for ids out of range.
-        """
-        words, positions, kinds = tables[:3]
-        given = [t for t in (ids, mask, types) if t is not None]
-        if not (
-            len(self._runs) == 1
-            and unwatched()
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and registry.forced() in (None, "cpu")
-            and words.dtype in CPU_DTYPES
-            and all(
-                type(t) is torch.Tensor
-                and plain(t)
-                and t.dtype == torch.int64
-                and t.device.type == "cpu"
-                and t.dim() == 2
-                and t.shape == ids.shape
-                and t.is_contiguous()
-                for t in given
-            )
-            and ids.numel()
-            and ids.shape[1] <= len(positions)
-            and all(
-                t.dtype == words.dtype
-                and plain(t)
-                and t.dim() == rank
-                and t.shape[-1] == self.size
-                and t.is_contiguous()
-                for t, rank in zip(tables, (2, 2, 2, 1, 1), strict=True)
-            )
-        ):
-            return None
-        shape = (*ids.shape, self.size)
-        x = torch.empty(shape, dtype=words.dtype, device="cpu")
-        packed, states = (torch.empty(shape, dtype=self.dtype, device="cpu") for _ in range(2))
-        self._runs[0][2].texts(
-            *([t.data_ptr() for t in tables], is_bf16(words), eps, len(words), len(kinds)),
-            *(ids.data_ptr(), *(0 if t is None else t.data_ptr() for t in (mask, types))),
-            *(*ids.shape, x.data_ptr(), packed.data_ptr(), states.data_ptr(), is_bf16(states)),
-        )
-        return states
+    def texts(self, *given):
+        """`whole_cpu.texts`; None where it takes several runs."""
+        return texts(self._runs[0][2], self.dtype, *given) if len(self._runs) == 1 else None
 
 
 def _of_arrays(about, arrays, config) -> PackedCpu:

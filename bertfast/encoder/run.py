@@ -10,7 +10,7 @@ from ..ops.registry import Forcing
 from . import watch
 from .batch import Batch
 from .executors import node, operators, whole_cpu, whole_cuda
-from .spec import Layer, of_layer
+from .spec import Layer, Unfit, of_layer
 
 EXECUTORS = {  # the fastest first
     "whole_cpu": whole_cpu,
@@ -91,6 +91,20 @@ def run(layers: list[Layer], batch: Batch, graphs=None):
         hidden, first = EXECUTORS[choice.name].run(part, own), last
         names[choice.name], declined = None, declined | choice.declined
     return hidden, Choice(" and ".join(names), declined)
+
+
+def texts(layers: list[Layer], tables, eps, ids, mask, types):
+    """`whole_cpu.texts` by live layers, whose call `texts_fit`; None where others are to run it."""
+    if not layers or any([isinstance(layer, Unfit) for layer in layers]):
+        return None
+    if not layers[0].spec.like_bert or tables[0].shape[1] != layers[0].spec.hidden:
+        return None
+    batch = Batch(tables[0], ids, ids.shape[1])  # stands for the call's: of its dtype and device
+    if forced() not in (None, "whole_cpu") or adapters_limit(layers):
+        return None
+    if whole_cpu.limit(layers, batch):
+        return None
+    return whole_cpu.live_texts(layers, tables, eps, ids, mask, types)
 
 
 def _parts(layers: list[Layer]) -> list[list[Layer]]:

@@ -11,7 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import PackedSequences, Packing, check_mask, lowered
+from ..encoder.executors.whole_cpu import texts_fit
 from ..encoder.packed_cpu import PackedCpu
+from ..encoder.run import texts
 from ..encoder.spec import DROPOUTS
 from ..families.family import rate
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
@@ -168,8 +170,7 @@ class BertModel(BertPreTrainedModel):
         output_hidden_states = _default(output_hidden_states, self.config, "output_hidden_states")
         last = states = attentions = None
         if (
-            isinstance(getattr(self.encoder, "packed", None), PackedCpu)
-            and type(self).encode is BertModel.encode
+            type(self).encode is BertModel.encode
             and type(input_ids) is torch.Tensor
             and input_ids.shape[-1] <= self._longest()
             and position_ids is None
@@ -199,16 +200,19 @@ class BertModel(BertPreTrainedModel):
         return finish(output, return_dict, self.config)
 
     def _texts(self, ids, mask, types):
-        """A frozen model's states by one call, or None; see `PackedCpu.texts`."""
+        """Inference's states by one call, or None; see `whole_cpu.texts`."""
         tables = self.embeddings.tables() if type(self.embeddings) is BertEmbeddings else None
         modules = self.encoder, self.embeddings
-        if tables is None or watch.global_hooks():
+        if tables is None or watch.global_hooks() or self.training:
             return None
         if watch.limit(modules, (BertEncoder, BertEmbeddings)) or rate(self.embeddings.dropout):
             return None
-        if self.encoder.training:
+        if self.encoder.training or not texts_fit(tables, ids, mask, types):
             return None
-        return self.encoder.packed.texts(tables, self.embeddings.LayerNorm.eps, ids, mask, types)
+        packed, given = self.encoder.packed, (self.embeddings.LayerNorm.eps, ids, mask, types)
+        if packed is None:
+            return texts(self.encoder.describe(), tables, *given)
+        return packed.texts(tables, *given) if isinstance(packed, PackedCpu) else None
 
     @watch.outside_graphs
     def encode(

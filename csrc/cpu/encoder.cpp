@@ -66,7 +66,11 @@ struct Encoder {
     const int64_t p0 = part.p0, panels = part.p1 - p0;
     part.p0 = p0 + team.begin(panels), part.p1 = p0 + team.end(panels);
     float* scratch = panel_memory.mine();
-    linear(w.packed, a, rows, part, scratch, MatrixPanels<p>{w, rows, scratch}, put);
+    bool done = false;
+    if constexpr (kLies<p>)
+      if ((done = w.lies(rows)))
+        LyingLinear<p>{w.live, w.packed, scratch}.multiply(a, rows, part, put);
+    if (!done) linear(w.packed, a, rows, part, scratch, MatrixPanels<p>{w, scratch}, put);
     team.meet();
   }
 
@@ -162,7 +166,8 @@ struct Encoder {
   void begin(int64_t m0, int64_t rows, const Block& s, const Team& team) const {
     const Vector given{batch.hidden, batch.dtype == kBf16};
     float* states = hidden + m0 * hidden_row;
-    const bool centred = is_int8(kQkv) && !spec.pre_norm && g.center;
+    const float* smooth = layers.smooth(0);
+    const bool aside = is_int8(kQkv) && !spec.pre_norm && (g.center || smooth);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m) {
       float* to = states + m * hidden_row;
       const int64_t at = (m0 + m) * spec.hidden;
@@ -170,12 +175,17 @@ struct Encoder {
         store(to + j, given.at(at + j, at + spec.hidden));
       if (spec.pre_norm) continue;
       float* less = s.sum + m * hidden_row;
-      for (int64_t j = 0; centred && j < spec.hidden; j += W)
-        store(less + j, load(to + j) - load_upto(g.center + j, spec.hidden - j));
-      put_row(s.qkv, m, centred ? less : to, spec.hidden);
+      for (int64_t j = 0; aside && j < spec.hidden; j += W) {
+        vf v = load(to + j);
+        if (g.center) v -= load_upto(g.center + j, spec.hidden - j);
+        if (smooth) v *= load_upto(smooth + j, spec.hidden - j);
+        store(less + j, v);
+      }
+      put_row(s.qkv, m, aside ? less : to, spec.hidden);
     }
     if (spec.pre_norm)  // each thread of its own rows
-      normalise(spec, layers.norm1(0), {states, nullptr, s.sum, hidden_row}, rows, s.qkv, team);
+      normalise(spec, layers.norm1(0), {states, nullptr, s.sum, hidden_row, smooth}, rows, s.qkv,
+                team);
     else
       team.meet();
     project_qkv(0, m0, rows, s, team);
@@ -201,20 +211,23 @@ struct Encoder {
       store(sum + at, v + load(states + at));
     });
     watch.reset();
-    const auto normalised = [&](const Parameter& norm, const Normed& from, const auto& to) {
+    const auto normalised = [&](const Parameter& norm, Normed from, const float* smooth,
+                                const auto& to) {
       const Watch watch(g, EncoderPart::norm);
+      from.smooth = smooth;
       normalise(spec, norm, from, rows, to, team);
     };
     const Normed post{sum, states, sum, hidden_row}, pre{states, nullptr, s.sum, hidden_row};
     const bool last = index + 1 == g.layers;
+    const float* smooth = last ? nullptr : layers.smooth(index + 1);
     if (spec.pre_norm) {
-      normalised(layers.norm2(index), pre, s.operand);
+      normalised(layers.norm2(index), pre, nullptr, s.operand);
       feed_forward(index, states, states, rows, s, team);
-      if (!last) normalised(layers.norm1(index + 1), pre, s.qkv);
+      if (!last) normalised(layers.norm1(index + 1), pre, smooth, s.qkv);
     } else {
-      normalised(layers.norm1(index), post, s.operand);
+      normalised(layers.norm1(index), post, nullptr, s.operand);
       feed_forward(index, states, sum, rows, s, team);
-      normalised(layers.norm2(index), post, s.qkv);
+      normalised(layers.norm2(index), post, smooth, s.qkv);
     }
     if (!last) return project_qkv(index + 1, m0, rows, s, team);
     for (int64_t m = team.begin(rows); m < team.end(rows); ++m)
@@ -261,8 +274,10 @@ struct Encoder {
   void each_block(float* shared, const Team& team, const Work& work) const {
     if (tokens <= kTogether)
       return work(0, tokens, Block(shared, kTogether, row_sizes(inner_row)), team);
+    // Alike in size, or a thread would wait for the one with the largest; the matrix unit's tiles
+    // are whole.
     const int64_t blocks = round_up(ceil_div(tokens, block_most()), team.size);
-    const int64_t rows = round_up(ceil_div(tokens, blocks), kTileRows<u>);
+    const int64_t rows = round_up(ceil_div(tokens, blocks), kMatrix<u> ? kTileRows<u> : 1);
     team.crew->share(ceil_div(tokens, rows), [&](int64_t block) {
       const int64_t m0 = block * rows;
       const Block own(block_memory.mine(), rows, row_sizes(block_columns));
@@ -291,7 +306,7 @@ struct Encoder {
     const PerThread<float> distance_rows(rows_of, g.relative ? distances[0].scratch_floats() : 0);
     const int64_t widest = max(spec.hidden, spec.inner);
     const int64_t split = 2 * max(split_panel<u>(widest), split_panel<kQkv>(widest));
-    panel_memory = {panels, max(split, g.live ? Matrix<u>::scratch(widest) : 0)};
+    panel_memory = {panels, max(split, g.live ? Matrix<u>::scratch(widest, tokens) : 0)};
     const int64_t tasks = batch.batch * spec.heads;
     const int64_t parts = tasks < 2 * threads ? ceil_div(2 * threads, tasks) : 1;
     Crew crew;

@@ -1,7 +1,7 @@
 // The encoder's layers: with weights packed once, or live ones, packed anew when their turn comes.
 #pragma once
 #include "crew.h"
-#include "pack_weights.h"
+#include "lying_linear.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
@@ -14,8 +14,12 @@ struct Matrix {
   LinearWeights live;
   bool late;
 
-  // Floats of one panel, and of its rows.
-  static int64_t scratch(int64_t k) { return Linear<u>(nullptr, NR, k).panel_bytes() / 4 + NR * k; }
+  bool lies(int64_t rows) const { return late && LyingLinear<u>::worth(live, packed.k, rows); }
+  // Floats for a late panel and its rows, or for `rows` that meet those that lie.
+  static int64_t scratch(int64_t k, int64_t rows) {
+    const int64_t panel = Linear<u>(nullptr, NR, k).panel_bytes() / 4;
+    return NR * k + max(panel, LyingLinear<u>::floats(k, rows));
+  }
   // The thread's share, of what is not made late; whoever reads it must meet the others first.
   void pack(const Team& team, float* scratch) const {
     if (late) return;
@@ -24,15 +28,10 @@ struct Matrix {
   }
 };
 
-// Its panels, see linear, for so many rows; scratch is the thread's.
+// Its panels, see linear; scratch is the thread's.
 template <Unit u>
 struct MatrixPanels {
-  // More rows pay for packing floats (an EPYC with AVX2: 32 rows cost as much either way), but not
-  // for rounding them too.
-  static constexpr int64_t kLie = 24;
-
   const Matrix<u>& m;
-  int64_t count;
   float* scratch;
 
   const Stored<u>* panel(int64_t p) const {
@@ -45,11 +44,6 @@ struct MatrixPanels {
   }
   Stretch from(int64_t p) const {
     return m.late ? rows_of(m.live, p, m.packed.k) : Panels<u>{m.packed}.from(p);
-  }
-  const float* rows(int64_t p) const {
-    if (!m.late || !(u == Unit::wide_bf16 || (u == Unit::fp32 && count <= kLie))) return nullptr;
-    pack_bias(m.live, m.packed, p);
-    return lying_rows(m.live, m.packed.k, p, u == Unit::wide_bf16, scratch);
   }
 };
 
@@ -82,6 +76,8 @@ class Layers {
   }
   const Parameter& norm1(int64_t i) const { return g.live ? g.live[i].norm1 : g.packed[i].norm1; }
   const Parameter& norm2(int64_t i) const { return g.live ? g.live[i].norm2 : g.packed[i].norm2; }
+
+  const float* smooth(int64_t i) const { return g.live ? nullptr : g.packed[i].smooth; }
 
   // For live weights, of one layer.
   void make_room(Buffer& buffer) {

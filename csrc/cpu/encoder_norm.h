@@ -13,6 +13,7 @@ struct Normed {
   float* states;  // null, or the normed rows
   float* spare;   // may be `from`
   int64_t row;
+  const float* smooth = nullptr;  // [hidden], or null: what int8's operand is multiplied by
 };
 
 // The next product's operand of the norm, for int8 weights less its bias. No weight is no norm.
@@ -38,7 +39,8 @@ void normalise(const LayerSpec& spec, const Parameter& norm, const Normed& g, in
       const int64_t left = spec.hidden - j;
       const vf v = (load(from + j) - mean - low) * rstd * load_upto(weight + j, left);
       const vf whole = bias ? v + load_upto(bias + j, left) : v;
-      if (aside) store(spare + j, is_int8(p) ? v : whole);
+      const vf bare = g.smooth ? v * load_upto(g.smooth + j, left) : v;
+      if (aside) store(spare + j, is_int8(p) ? bare : whole);
       if (states) store(states + j, whole);
     }
     put_row(operand, m, aside ? spare : states, spec.hidden);

@@ -30,7 +30,11 @@ void pack_rows(const Linear<u>& to, int64_t p, const T* rows, int64_t valid) {
   } else if constexpr (!bytes) {
     constexpr Unit packed = u == Unit::split ? Unit::fp32 : u;
     auto* out = reinterpret_cast<float*>(panel);
-    pack_panel<packed, NR>(out, rows, to.k, 1, valid, to.k);
+    if (std::is_same_v<T, bf16> && packed == Unit::bf16 && to.k % 2 == 0)  // a unit lies as it is
+      pack_panel<Unit::fp32, NR>(out, reinterpret_cast<const float*>(rows), to.k / 2, 1, valid,
+                                 to.k / 2);
+    else
+      pack_panel<packed, NR>(out, rows, to.k, 1, valid, to.k);
     const int64_t used = ceil_div(to.k, kPer<packed>);
     std::memset(out + used * NR, 0, (to.units - used) * NR * sizeof(float));
   }
@@ -82,17 +86,39 @@ inline int64_t columns(const LinearWeights& from) {
   return n;
 }
 
-// Rows [NR, k] of panel p as floats, where they lie or in scratch; rounded: to bf16's.
-inline const float* lying_rows(const LinearWeights& from, int64_t k, int64_t p, bool rounded,
-                               float* scratch) {
+// What rows of weights may be multiplied in as they lie: floats, bf16, or what becomes floats.
+template <Unit u>
+constexpr bool kLies = u == Unit::fp32 || u == Unit::bf16 || u == Unit::wide_bf16;
+// Whether these may: bf16 in whole units.
+template <Unit u>
+bool can_lie(const LinearWeights& from, int64_t k) {
+  if (u != Unit::bf16) return kLies<u>;
+  for (int i = 0; i < from.parts; ++i)
+    if (reinterpret_cast<uintptr_t>(from.part[i].weight) % sizeof(float)) return false;
+  return from.bf16 && k % kPer<u> == 0;
+}
+
+// Rows [NR, k] of panel p, bf16 in Unit::bf16 or else floats, where they lie or in scratch.
+template <Unit u>
+inline const float* lying_rows(const LinearWeights& from, int64_t k, int64_t p, float* scratch) {
+  constexpr bool halves = u == Unit::bf16, rounded = u == Unit::wide_bf16;
   const Source first = source(from, p * NR), last = source(from, (p + 1) * NR - 1);
   const bool there = first.part == last.part && last.row < from.rows[last.part];
-  if (there && !from.gated && !from.bf16 && !rounded)
-    return static_cast<const float*>(from.part[first.part].weight) + first.row * k;
+  const int64_t units = halves ? k / 2 : k;
+  if (there && !from.gated && from.bf16 == halves && !rounded)
+    return static_cast<const float*>(from.part[first.part].weight) + first.row * units;
   for (int64_t i = 0; i < NR; ++i) {
     const Source s = source(from, p * NR + i);
     const bool real = s.row < from.rows[s.part];
     const void* weight = from.part[s.part].weight;
+    float* to = scratch + i * units;
+    if (halves) {
+      if (real)
+        std::memcpy(to, static_cast<const float*>(weight) + s.row * units, units * sizeof(float));
+      else
+        std::memset(to, 0, units * sizeof(float));
+      continue;
+    }
     for (int64_t j = 0; j < k; j += W) {
       const int64_t at = s.row * k + j;
       vf v = {};
@@ -101,7 +127,7 @@ inline const float* lying_rows(const LinearWeights& from, int64_t k, int64_t p, 
       else if (real)
         v = load_upto(static_cast<const float*>(weight) + at, k - j);
       if (rounded && !from.bf16) v = (vf)(Isa::round_bf16(v) << 16);
-      store_upto(scratch + i * k + j, v, k - j);
+      store_upto(to + j, v, k - j);
     }
   }
   return scratch;

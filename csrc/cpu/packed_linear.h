@@ -1,17 +1,14 @@
 // A linear layer on weights packed once, and its operand.
 #pragma once
 #include "../kernels.h"
-#include "rows_dot.h"
+#include "rows_tile.h"
 
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-// Of the projection to queries, keys and values where the other weights are in u: there int8
-// activations cost most, for layer norm's outliers, so that it is in bf16 where that is quick.
+// Of the projection to queries, keys and values where the other weights are in u.
 constexpr Unit kBf16Unit = unit_of(Precision::bf16);
-constexpr Unit qkv_unit(Unit u) {
-  return u == Unit::wide_int8 || (u == Unit::int8 && kBf16Unit == Unit::bf16) ? kBf16Unit : u;
-}
+constexpr Unit qkv_unit(Unit u) { return u == Unit::wide_int8 ? kBf16Unit : u; }
 
 // f(a constant: the unit of the weights)
 template <class F>
@@ -105,8 +102,6 @@ struct Panels {
   Stretch from(int64_t p) const {
     return {reinterpret_cast<const char*>(w.panel(p)), w.panel_bytes()};
   }
-  // Floats [NR, k] that are taken in the panel's place, or null.
-  const float* rows(int64_t) const { return nullptr; }
 };
 
 // put(row, column, register) for all rows and the part's columns, which run on to the end of the
@@ -150,8 +145,7 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
   int current = 0;
   for (int64_t p = part.p0; p < part.p1; ++p) {
     splitter.take(splitter.end);
-    const float* lying = panels.rows(p);
-    const Stored<u>* weights = lying ? nullptr : panels.panel(p);
+    const Stored<u>* weights = panels.panel(p);
     const float* b = u == Unit::split ? splitter.to : reinterpret_cast<const float*>(weights);
     split(p + 1);
     // Never of what isn't there: a prefetch of no memory costs a walk through the page tables.
@@ -169,11 +163,9 @@ void linear(const Linear<u>& w, const Operand<u>& a, int64_t rows, const Part& p
                                  finish(ceil_div(kMatrixRows, pauses));
                                  splitter.take(share);
                                });
-      else if (const char* fetched = next.data + next.bytes * m / rows; lying)
-        dot_tile(lhs, a.row, valid, lying, w.k, tile, fetched, next.bytes * valid / rows);
       else
         multiply<u>(lhs, a.row / kPer<u>, valid, weights, int64_t(NR), w.units, tile, NR,
-                    {fetched, next.bytes * valid / (rows * w.units)});
+                    {next.data + next.bytes * m / rows, next.bytes * valid / (rows * w.units)});
       finish(kMaxTileRows);
       panel = p, row = m, end = m + valid, from = tile;
     }

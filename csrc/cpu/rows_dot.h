@@ -1,5 +1,5 @@
-// Products of rows as they lie in memory with weights that lie so too, [n][k]: vectors run along k,
-// and nothing is packed. For live weights that meet few rows, which would not pay for it.
+// Products of a few rows as they lie in memory with weights that lie so too, [n][k]: vectors run
+// along k, and nothing is packed.
 #pragma once
 #include "rows_tile.h"
 
@@ -54,29 +54,28 @@ void dot_block(const float* a, int64_t a_row, const float* b, int64_t k, float* 
   for (int i = 0; i < R; ++i) store_sums(acc[i], out + i * out_row);
 }
 
-// out[rows][NR] = a[rows][k] b[NR][k]^T; `fetched` bytes of `next` are fetched meanwhile.
+// out[rows][NR] = a[rows][k] b[NR][k]^T, rows <= kDotRows; `fetched` bytes of `next` are fetched
+// meanwhile.
 inline void dot_tile(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t k,
                      float* out, const char* next, int64_t fetched) {
-  const int64_t steps = NR / kDotColumns * ceil_div(rows, kDotRows) * max(k / W, 1);
-  Ahead ahead{next, fetched / steps};
-  for (int64_t c = 0; c < NR; c += kDotColumns)
-    for (int64_t m = 0; m < rows; m += kDotRows) {
-      const float *from = a + m * a_row, *columns = b + c * k;
-      float* to = out + m * NR + c;
-      switch (min(kDotRows, rows - m)) {
-        case 1:
-          dot_block<1>(from, a_row, columns, k, to, NR, ahead);
-          break;
-        case 2:
-          dot_block<2>(from, a_row, columns, k, to, NR, ahead);
-          break;
-        case 3:
-          dot_block<3>(from, a_row, columns, k, to, NR, ahead);
-          break;
-        default:
-          dot_block<4>(from, a_row, columns, k, to, NR, ahead);
-      }
+  Ahead ahead{next, fetched / (NR / kDotColumns * max(k / W, 1))};
+  for (int64_t c = 0; c < NR; c += kDotColumns) {
+    const float* columns = b + c * k;
+    float* to = out + c;
+    switch (rows) {
+      case 1:
+        dot_block<1>(a, a_row, columns, k, to, NR, ahead);
+        break;
+      case 2:
+        dot_block<2>(a, a_row, columns, k, to, NR, ahead);
+        break;
+      case 3:
+        dot_block<3>(a, a_row, columns, k, to, NR, ahead);
+        break;
+      default:
+        dot_block<4>(a, a_row, columns, k, to, NR, ahead);
     }
+  }
 }
 
 }  // namespace

@@ -34,9 +34,9 @@ struct Ahead {
   int64_t step;
 };
 
-// out[R][NR] = sum over units of a[R][units] b[units][NR]. Five base pointers serve all rows: with
-// one a row, they would not fit the registers.
-template <int R, Unit u>
+// out[R][V * W] = sum over units of a[R][units] b[units][V * W]. Five base pointers serve all rows:
+// with one a row, they would not fit the registers.
+template <int R, Unit u, int V = NV>
 void rows_tile(const float* a, int64_t a_row, const Stored<u>* b, int64_t b_row, int64_t units,
                float* out, int64_t out_row, Ahead ahead) {
   constexpr int bases = (R + 2) / 3, once = kSums16<u> ? 2 : 1;
@@ -44,25 +44,25 @@ void rows_tile(const float* a, int64_t a_row, const Stored<u>* b, int64_t b_row,
   const float* base[bases];
   for (int i = 0; i < bases; ++i) base[i] = a + 3 * i * a_row;
   for (int64_t start = 0; start == 0 || start < units; start += run) {
-    vf acc[R][NV];
+    vf acc[R][V];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] = vf{};
+      for (int j = 0; j < V; ++j) acc[i][j] = vf{};
     for (int64_t left = min(run, units - start); left > 0;
          left -= once, b += once * b_row, ahead.from += once * ahead.step) {
 #pragma GCC unroll 2
       for (int i = 0; i < once; ++i) __builtin_prefetch(ahead.from + i * ahead.step, 0, 2);
-      [[maybe_unused]] vf bu[NV];
+      [[maybe_unused]] vf bu[V];
       if constexpr (once == 1)
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) bu[j] = load(b + j * W);
+        for (int j = 0; j < V; ++j) bu[j] = load(b + j * W);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const float* from = base[i / 3] + i % 3 * a_row;
         const vf v = Isa::broadcast(from);
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j)
+        for (int j = 0; j < V; ++j)
           if constexpr (once == 1)
             acc[i][j] = dot<u>(acc[i][j], v, bu[j]);
           else
@@ -78,7 +78,7 @@ void rows_tile(const float* a, int64_t a_row, const Stored<u>* b, int64_t b_row,
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) {
+      for (int j = 0; j < V; ++j) {
         float* to = out + i * out_row + j * W;
         store(to, start ? load(to) + acc[i][j] : acc[i][j]);
       }
@@ -88,21 +88,21 @@ void rows_tile(const float* a, int64_t a_row, const Stored<u>* b, int64_t b_row,
 template <Unit u>
 using RowsTile = void (*)(const float*, int64_t, const Stored<u>*, int64_t, int64_t, float*,
                           int64_t, Ahead);
-template <Unit u, int... I>
+template <Unit u, int V, int... I>
 constexpr std::array<RowsTile<u>, sizeof...(I)> rows_tiles(std::integer_sequence<int, I...>) {
-  return {rows_tile<I + 1, u>...};
+  return {rows_tile<I + 1, u, V>...};
 }
 
-// out[rows][NR], rows <= kTileRows; up to kMaxTileRows rows of out may be written. On the matrix
-// unit b_row is NR, and nothing is fetched ahead.
-template <Unit u>
+// out[rows][V * W], rows <= kTileRows; up to kMaxTileRows rows of out may be written. On the matrix
+// unit V is NV, b_row is NR, and nothing is fetched ahead.
+template <Unit u, int V = NV>
 inline void multiply(const float* a, int64_t a_row, int64_t rows, const Stored<u>* b, int64_t b_row,
                      int64_t units, float* out, int64_t out_row, const Ahead& ahead) {
   if constexpr (kMatrix<u>) {
     Isa::matrix_product<u>({a, a_row, kStep}, rows, b, units / kStep, out, out_row, false, [] {});
   } else {
     using Rows = std::make_integer_sequence<int, kTileRows<u>>;
-    static constexpr auto tiles = rows_tiles<u>(Rows{});
+    static constexpr auto tiles = rows_tiles<u, V>(Rows{});
     tiles[rows - 1](a, a_row, b, b_row, units, out, out_row, ahead);
   }
 }

@@ -11,6 +11,7 @@ extern const Kernels table;
 const Kernels table = {
     BERTFAST_STRING(BERTFAST_ISA),
     unit_of(Precision::bf16) == Unit::bf16,
+    Isa::kSums16,
     gemm,
     activation_backward,
     attention,

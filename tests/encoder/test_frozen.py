@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import sys
 import warnings
 
 import pytest
@@ -12,7 +13,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import BertConfig
 
 import bertfast
+from bertfast.encoder import packed_cpu
 from bertfast.encoder.packed_cpu import PackedCpu
+from bertfast.ops.extension import C
 
 pytestmark = pytest.mark.filterwarnings("error:int8")  # or a fault's layer would stay in bf16
 SHAPES = {  # hidden, heads, inner: whole tiles, and sizes that fit no tile
@@ -119,6 +122,38 @@ def test_outliers_stay_in_bf16():
     close_to_truth(a, e, floor=BOUND["int8"])
 
 
+def noise_of(model) -> list[float]:
+    return frozen(model, "int8").encoder.packed.noise
+
+
+def test_outlying_channels_are_smoothed(monkeypatch):
+    """Of what comes to queries, keys and values: from the embeddings and from a layer."""
+    if C.qkv_precision(2) != 2:
+        pytest.skip("queries, keys and values are in another precision here")
+    model = build()
+    with torch.no_grad():
+        for norm in (model.embeddings.LayerNorm, model.encoder.layer[0].output.LayerNorm):
+            norm.weight[:3] *= 7
+        for layer in model.encoder.layer:
+            for linear in (layer.attention.self.query, layer.attention.self.key):
+                linear.weight[:, :3] /= 7
+    smoothed = noise_of(copy.deepcopy(model))
+    monkeypatch.setattr(packed_cpu, "_smooth", lambda *_: None)
+    plain = noise_of(model)
+    assert smoothed[1] < 0.75 * plain[1], (smoothed, plain)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_nothing_to_smooth_by(value):
+    linears = [(torch.randn(8, 4), None)]
+    reach = torch.tensor([1.0, 2.0, value, 3.0])
+    found = packed_cpu._smooth(linears, reach)
+    assert (found is None) == (value != 0)  # a channel that the sample left alone is bounded
+    linears[0][0][0, 1] = value or math.nan
+    assert packed_cpu._smooth(linears, torch.ones(4)) is None
+    assert packed_cpu._smooth(linears, torch.zeros(4)) is None
+
+
 def test_warnings_that_are_errors():
     """They come when the model is frozen, and leave it so."""
     model = with_outliers()
@@ -205,15 +240,19 @@ def test_company_and_threads_change_nothing(precision, threads):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.parametrize("precision", [*BOUND, "live fp32", "live bf16"])
 @pytest.mark.usefixtures("guarded")
 def test_ids_to_states_by_one_call(precision, lengths, monkeypatch):
     """The same bits as module after module, which serve whoever watches them or gives arguments
     that the call does not take."""
-    model, given = frozen(build(), precision), batch(lengths)
+    live, given = precision.startswith("live"), batch(lengths)
+    model = build() if live else frozen(build(), precision)
+    if precision == "live bf16":
+        model = model.to(torch.bfloat16)
+    place = sys.modules["bertfast.model.bert"] if live else PackedCpu
     ids, mask = given.values()
     types = torch.randint(2, ids.shape, generator=torch.Generator().manual_seed(3))
-    texts, taken = PackedCpu.texts, []
+    texts, taken = place.texts, []
 
     def counted(*args):
         states = texts(*args)
@@ -222,7 +261,7 @@ def test_ids_to_states_by_one_call(precision, lengths, monkeypatch):
 
     def run(function, case):
         with monkeypatch.context() as patch, torch.inference_mode():
-            patch.setattr(PackedCpu, "texts", function)
+            patch.setattr(place, "texts", function)
             return model(**case)
 
     def check(case, fits):

@@ -24,10 +24,16 @@ from bertfast.model.encoder import BertLayer
 
 @contextlib.contextmanager
 def counted():
-    """How many layers each call took."""
-    calls, run = [], whole_cpu.run
-    counting = lambda layers, batch: (calls.append(len(layers)), run(layers, batch))[1]
-    with mock.patch.object(whole_cpu, "run", counting):
+    """How many layers each call took, from states or from ids."""
+    calls = []
+
+    def counting(function):
+        return lambda layers, *given: (calls.append(len(layers)), function(layers, *given))[1]
+
+    with contextlib.ExitStack() as stack:
+        for name in ("run", "live_texts"):
+            one = counting(getattr(whole_cpu, name))
+            stack.enter_context(mock.patch.object(whole_cpu, name, one))
         yield calls
 
 
@@ -276,7 +282,8 @@ def test_packed_input(precision):
     encode = torch.no_grad()(model.encode_packed)
     whole = encode(ids, starts, 4)
     rows = torch.tensor([6, 6, 6, 0, 0, 0])[::3]
-    assert torch.equal(encode(ids, starts, 4, rows=rows), whole[[6, 0]])
+    few = encode(ids, starts, 4, rows=rows)  # of live weights by sums in another order
+    assert torch.equal(few, whole[[6, 0]]) or (not precision and apart(few, whole[[6, 0]]) < 2e-6)
     wide = torch.stack([starts, starts], 1)[:, 0]
     assert torch.equal(encode(ids, wide, 4), whole)
     assert encode(ids, starts, 4, rows=rows[:0]).shape == (0, model.config.hidden_size)

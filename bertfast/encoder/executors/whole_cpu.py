@@ -2,8 +2,9 @@
 comes to it and keeps none for the next call, so that none can be stale; packed.py keeps them."""
 
 import functools
+from array import array
 from itertools import compress
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,24 @@ import torch
 from ...ops import registry
 from ...ops.attention import bias_arguments, dense_last
 from ...ops.extension import C, error
-from ...ops.library import CPU_DTYPES, GPU_DTYPES, call, is_bf16, lazy, plain, ptr, real
+from ...ops.library import (
+    CPU_DTYPES,
+    GPU_DTYPES,
+    call,
+    is_bf16,
+    lazy,
+    plain,
+    ptr,
+    real,
+    unwatched,
+)
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
 from ..spec import Layer, LayerSpec
-from ..weights import IS_MATRIX, addresses, needed, shapes
+from ..weights import IS_MATRIX, needed, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_pointer = methodcaller("data_ptr")
 DEVICE = "cpu"
 EVEN = "rows of padding see all places alike"
 _ANGLES = 3  # tables of a call, see csrc/layer.h
@@ -98,6 +110,7 @@ def flat_weights(layers: list[Layer]) -> list[torch.Tensor]:
 class _Plan(NamedTuple):
     """Of `flat_weights`, all layers' in one list."""
 
+    there: tuple[bool, ...]  # of `LayerWeights.flat` of each layer
     missing: bool  # whether a layer lacks a weight that it can't do without
     matrices: list[bool]
     shapes: list[tuple[int, ...]]
@@ -108,6 +121,7 @@ def _plan(spec: LayerSpec, there: tuple[bool, ...]) -> _Plan:
     """there: of `LayerWeights.flat` of each layer, which parameters it has."""
     count = len(there) // len(IS_MATRIX)
     return _Plan(
+        there,
         not all([there[i + j] for i in range(0, len(there), len(IS_MATRIX)) for j in needed(spec)]),
         [*compress(IS_MATRIX * count, there)],
         [*compress(shapes(spec) * count, there)],
@@ -172,19 +186,33 @@ def run(layers: list[Layer], batch: Batch):
         rows = relative.embeddings[first : last + 1].to(hidden.dtype)
         batch = batch._replace(relative=Relative(rows, index - first))
         tables = [relative_tables(layer, rows) for layer in layers]
-    flat, plan = _planned(layers)
-    keep = [
-        p if matrix or p.dtype is torch.float32 else p.float()
-        for p, matrix in zip(flat, plan.matrices, strict=True)
-    ]
-    keep = [p if p.is_contiguous() else p.contiguous() for p in keep]
-    own = iter(keep)
-    at = addresses([layer.weights.filled(own) for layer in layers])
-    encoder = C.Encoder(
-        *([c_spec(layer.spec) for layer in layers], at.buffer_info()[0]),
-        *(is_bf16(keep[0]), int(is_bf16(hidden)), [list(map(ptr, two)) for two in tables]),
-    )
+    encoder, _kept = _live(layers, hidden.dtype, tables)
     return forward(encoder, 0, len(layers), batch, hidden.dtype)
+
+
+def _live(layers: list[Layer], dtype, tables=()):
+    """A `C.Encoder` on the weights as they are, and what it must not outlive."""
+    flat, plan = _planned(layers)
+    keep = [p if p.is_contiguous() else p.contiguous() for p in flat]
+    at = [*map(_pointer, keep)]
+    narrow = [
+        i
+        for i, (p, matrix) in enumerate(zip(keep, plan.matrices, strict=True))
+        if not matrix and p.dtype is not torch.float32
+    ]
+    if narrow:  # all by one call
+        wide = torch.cat([keep[i] for i in narrow]).float()
+        keep.append(wide)
+        first = wide.data_ptr()
+        for i in narrow:
+            at[i], first = first, first + wide.itemsize * len(keep[i])
+    given = iter(at)
+    slots = array("q", [next(given) if there else 0 for there in plan.there])
+    encoder = C.Encoder(
+        *([c_spec(layer.spec) for layer in layers], slots.buffer_info()[0]),
+        *(is_bf16(keep[0]), int(dtype == torch.bfloat16), [list(map(ptr, two)) for two in tables]),
+    )
+    return encoder, keep
 
 
 def _reached(batch: Batch):
@@ -251,3 +279,75 @@ def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None,
         rel_index=0 if index is None else index[len(index) // 2 :].data_ptr(),
         even=ptr(even),
     )
+
+
+def live_texts(layers: list[Layer], tables, *given):
+    """`texts` by layers whose weights may change."""
+    encoder, _kept = _live(_apart(layers), tables[0].dtype)
+    return texts(encoder, tables[0].dtype, tables, *given)
+
+
+def texts_fit(tables, ids, mask, types) -> bool:
+    """Whether `texts` may take a call's place: nobody watches, and memory is as C++ reads it."""
+    words, positions, *_ = tables
+    given = [t for t in (ids, mask, types) if t is not None]
+    return (
+        C is not None
+        and unwatched()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and registry.forced() in (None, "cpu")
+        and words.dtype in CPU_DTYPES
+        and all(
+            [
+                type(t) is torch.Tensor
+                and plain(t)
+                and t.dtype == torch.int64
+                and t.device.type == "cpu"
+                and t.dim() == 2
+                and t.shape == ids.shape
+                and t.is_contiguous()
+                for t in given
+            ]
+        )
+        and ids.numel() > 0
+        and ids.shape[1] <= len(positions)
+        and all(
+            [
+                t.is_cpu
+                and t.dtype == words.dtype
+                and plain(t)
+                and t.dim() == rank
+                and t.shape[-1] == words.shape[-1]
+                and t.is_contiguous()
+                for t, rank in zip(tables, (2, 2, 2, 1, 1), strict=True)
+            ]
+        )
+    )
+
+
+def texts(encoder, dtype, tables, eps, ids, mask, types):
+    """A padded batch from its ids to its states by one call, for which Python's own time for
+    packing, embedding and unpacking is a third of a short text's.
+
+    Args:
+        encoder: a `C.Encoder` without relative or rotary positions.
+        dtype: of the states.
+        tables: the words', positions' and types' embeddings, their LayerNorm's weight and bias.
+        eps: of that LayerNorm.
+        ids, mask, types: int64 [batch, seqlen]; the last two may be None. See `texts_fit`.
+
+    Returns: [batch, seqlen, hidden], zeros at the padding.
+
+    Raises: IndexError for ids out of range.
+    """
+    words, _, kinds, *_ = tables
+    shape = (*ids.shape, words.shape[1])
+    x = torch.empty(shape, dtype=words.dtype, device="cpu")
+    packed, states = (torch.empty(shape, dtype=dtype, device="cpu") for _ in range(2))
+    encoder.texts(
+        *([t.data_ptr() for t in tables], is_bf16(words), eps, len(words), len(kinds)),
+        *(ids.data_ptr(), *(0 if t is None else t.data_ptr() for t in (mask, types))),
+        *(*ids.shape, x.data_ptr(), packed.data_ptr(), states.data_ptr(), is_bf16(states)),
+    )
+    return states

@@ -146,6 +146,7 @@ extern const Kernels table;
 const Kernels table = {
     BERTFAST_STRING(BERTFAST_ISA),
     BERTFAST_STRING(BERTFAST_ISA) == std::string("neon_bf16"),
+    false,
     BERTFAST_FORWARD(0, gemm),
     BERTFAST_FORWARD(1, activation_backward),
     BERTFAST_FORWARD(2, attention),
