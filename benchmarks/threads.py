@@ -72,7 +72,8 @@ def main(argv=None):
                     cells.append(found)
                     print("\n" + table(task, found), flush=True)
     scaling(cells)
-    save("threads", {"cells": cells, "summary": []}, args.out)
+    torch.set_num_threads(max(args.threads))  # whose results these stand among
+    save("threads", {"cells": cells, "summary": summary(cells)}, args.out)
 
 
 def scaling(cells):
@@ -83,6 +84,22 @@ def scaling(cells):
     for c, row in timed:
         if key(c, row) in alone:
             row["scaling"] = round(alone[key(c, row)] / row["milliseconds"], 2)
+
+
+def summary(cells) -> list[dict]:
+    """Of each workload the most threads beside one, the fastest of ours."""
+    rows, most = [], max(c["threads"] for c in cells)
+    named = {(*c["workload"], c["threads"], r["name"]): r for c in cells for r in c["rows"]}
+    for c in cells:
+        ours = [r for r in c["rows"] if r["name"].startswith("bertfast") and "scaling" in r]
+        if c["threads"] == most > 1 and ours:
+            best = min(ours, key=lambda r: r["milliseconds"])
+            task = f"{', '.join(c['workload'])}: {most} threads beside one ({best['name']})"
+            row = {"task": task, "unit": "ms", "bertfast": best["milliseconds"]}
+            alone = named[(*c["workload"], 1, best["name"])]["milliseconds"]
+            row |= {"rival": alone, "rival_name": "one thread"}
+            rows.append(row | {"ratio": round(alone / best["milliseconds"], 3)})
+    return rows
 
 
 if __name__ == "__main__":

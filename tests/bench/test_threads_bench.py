@@ -64,7 +64,12 @@ def test_scaling(tmp_path, monkeypatch):
         threads.main(["--threads", "1", "2", "--rounds", "1", "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(before)
-    cells = json.loads((tmp_path / "threads.json").read_text())["cells"]
+    found = json.loads((tmp_path / "threads.json").read_text())
+    cells, rows = found["cells"], found["summary"]
+    assert found["device"]["threads"] == 2 and len(rows) == 2
+    assert all(
+        row["rival"] / row["bertfast"] == pytest.approx(row["ratio"], abs=1e-3) for row in rows
+    )
     assert [(c["workload"][1], c["threads"]) for c in cells] == [
         *[("fp32", 2), ("fp32", 1)],
         *[("int8", 2), ("int8", 1)],
