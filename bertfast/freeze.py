@@ -35,9 +35,9 @@ def freeze(model, precision: str = "fp32", texts=None):
             fp32 the embedding tables of a bertfast model become bf16 (fp16) as well, unless a
             language model's head shares them. "auto": the fastest of them here that keeps the
             states of `texts`, see encoder/choice.py; logged, and in `accelerate`'s report.
-        texts: for "auto" and int8's noise: strings, for the model's tokenizer, or what a tokenizer
-            returned, tensors by name. None: a sample of English, or tokens at random for a model
-            without a tokenizer.
+        texts: for "auto", and for int8's noise and what smooths its inputs: strings, for the
+            model's tokenizer, or what a tokenizer returned, tensors by name. None: a sample of
+            English, or tokens at random for a model without a tokenizer, and for "int8".
 
     The encoder's layers are gone: it can't be trained or moved any more, and is saved by
     `save_frozen`. Copies share the packed weights.

@@ -88,7 +88,7 @@ MUTANTS = [
     ("int8 projection of uncentred rows", "encoder.cpp", "aside ? less : to", "to", "frozen"),
     ("the first layer's input isn't smoothed", "encoder.cpp", "if (smooth) v *=", "if (false) v *=", "frozen"),
     ("a norm's result isn't smoothed", "encoder_norm.h", "g.smooth ? v *", "false ? v *", "frozen"),
-    ("int8 norm's bias taken twice", "encoder_norm.h", "is_int8(p) ? v : whole", "whole", "frozen"),
+    ("int8 norm's bias taken twice", "encoder_norm.h", "is_int8(p) ? bare : whole", "whole", "frozen"),
     ("bias of the encoder's scores ignored", "encoder_attention.h", "if (!bias.data) return scale;", "return scale;", "whole_cpu"),
     ("live queries for keys and values", "pack_weights.h", "static_cast<const T*>(from.part[s.part].weight)", "static_cast<const T*>(from.part[0].weight)", "whole_cpu"),
     ("lying queries for keys and values", "pack_weights.h", "weight = from.part[s.part].weight", "weight = from.part[0].weight", "whole_cpu"),

@@ -47,7 +47,8 @@ def test_fastest_within_the_bounds(monkeypatch, bf16, int8, best):
 
 @pytest.mark.parametrize("given", ["none", "texts", "tensors"])
 def test_auto(saved, given, caplog):
-    """On the built-in sample or one's own, told why; the states are those of the precision alone."""
+    """On the built-in sample or one's own, told why; the states are those of the precision asked
+    for with the same sample."""
     st = pytest.importorskip("sentence_transformers")
     model = st.SentenceTransformer(saved(initializer_range=0.05), device="cpu")
     texts = {"none": None, "texts": ["the cat sat", "a dog"], "tensors": inputs_for()}[given]
@@ -61,7 +62,7 @@ def test_auto(saved, given, caplog):
     }
     assert sizes[given] in caplog.text and packed.why in caplog.text
     other = st.SentenceTransformer(saved(initializer_range=0.05), device="cpu")
-    bertfast.freeze(other, packed.precision)
+    bertfast.freeze(other, packed.precision, choice.TEXTS if texts is None else texts)
     words = ["a cat", "far away from the sea"]
     assert (model.encode(words) == other.encode(words)).all()
     assert packed.why in str(bertfast.accelerate(model))
