@@ -19,10 +19,12 @@ struct LyingLinear {
   const Linear<u>& packed;  // its bias is made, not its panels
   float* scratch;
 
-  // Lanes past the last row are lost: as many rows more cost what packing does (Zen 5: 8).
+  // Lanes past the last row are lost: as many rows more cost what packing does (Zen 5: 8). Of more
+  // than two panels of rows packed weights are faster (Zen 5 held to AVX2: 100 rows 12% so).
   static bool worth(const LinearWeights& live, int64_t k, int64_t rows) {
     if (rows > kMost || !can_lie<u>(live, k)) return false;
-    return u == Unit::wide_bf16 || rows <= W || round_up(rows, W) - rows < 8;
+    if (u == Unit::wide_bf16 || rows <= W) return true;
+    return rows <= 2 * NR && round_up(rows, W) - rows < 8;
   }
   // Of scratch, besides [NR, k] for rows of weights.
   static int64_t floats(int64_t k, int64_t rows) {
