@@ -348,7 +348,7 @@ def main(argv=None) -> int:
     """Run the command; the exit code."""
     args = _parser().parse_args(argv)
     from .train.config import ConfigError
-    from .train.ranks import require_one_process
+    from .train.ranks import leave, require_one_process
 
     commands = {"finetune": _finetune, "evaluate": _evaluate, "predict": _predict, "info": _info}
     commands |= {"completion": _completion, "prepare": _prepare, "pretrain": _pretrain}
@@ -360,6 +360,7 @@ def main(argv=None) -> int:
             import_module(_OWN[args.command][0], __package__).run(args, _say)
         else:
             commands[args.command](args)
+        leave()
     except ConfigError as e:
         print(f"bertfast: {e}", file=sys.stderr)
         return 2

@@ -41,6 +41,14 @@ def join(device_type: str) -> None:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
+def leave() -> None:
+    """Leave the others after a success. Gloo's threads may still hold tensors of Python's when the
+    interpreter ends, and abort (pytorch/pytorch#190489); after a failure this could wait for
+    them."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 class Ranks:
     """This process's rank among `world`, and collectives that do nothing where it is alone.
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 from helpers import ROOT
 
-# These count calls, or name executors.
+# These count calls, name executors, or hold a replayed step, which sums padded rows, to a plain
+# one's bits.
 OTHER = "gradient_checkpointing or inference_and_training or who_runs"
 
 
