@@ -15,7 +15,6 @@ from there, and --minutes ends one after so many.
 import argparse
 import dataclasses
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from finetune_sections import Settings, logits, read, scores, train_bertfast, train_transformers
-from harness import ROOT, load, minilm, save
-from scipy import stats
+from harness import ROOT, interval, load, minilm, save
 
 from bertfast.data import batches, encode
 from bertfast.dropin import accelerate
@@ -131,17 +129,6 @@ def cross_entropy(logits, labels, id2label) -> float:
     known = [i for i, label in enumerate(labels) if label in ids]
     targets = torch.tensor([ids[labels[i]] for i in known])
     return torch.nn.functional.cross_entropy(logits[known].double(), targets).item()
-
-
-def interval(rows, key) -> dict:
-    """Means of both, the mean of their differences and its 95% interval."""
-    both = {n: [r[n][key] for r in rows] for n in ("bertfast", "transformers")}
-    d = [a - b for a, b in zip(*both.values(), strict=True)]
-    mean, error = statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5
-    reach = float(stats.t.ppf(0.975, len(d) - 1)) * error
-    found = {n: statistics.fmean(values) for n, values in both.items()}
-    found |= {f"{n}_sd": statistics.stdev(values) for n, values in both.items()}
-    return found | {"difference": mean, "interval_95": [mean - reach, mean + reach]}
 
 
 def main():

@@ -1,19 +1,22 @@
 """Translation: a BERT encoder and decoder trained by bertfast beside transformers' own, same CPU.
 
-    python benchmarks/finetune_translate.py [--data FOLDER] [--size mini] [--steps 400]
+    python benchmarks/finetune_translate.py [--data FOLDER] [--size mini] [--steps 400] [--seeds 5]
 
 English to French, Debian's package descriptions (en-fr.*.tsv.gz). Both begin with the same random
 weights and see the same pairs in the same order, packed on both sides here, padded there, by one
 loop and optimizer; transformers' loss is its Trainer's, with its label smoother. First, dropout
 off, the losses of some steps must be equal. Then steps take turns and their medians are compared;
-each model is trained on as many tokens and scored by BLEU and chrF on the test rows; decoding takes
-turns on the trained weights, and its tokens are compared. --only-decoding measures that again, of a
-model trained here alone, and keeps the rest of the result that is there.
+each model is trained on as many tokens and scored on the test rows by BLEU, chrF and the loss,
+which scatters least; decoding takes turns on the first seed's weights, and its tokens are compared.
+--only-decoding measures that again, of a model trained here alone, and keeps the rest of the result
+that is there. Each seed draws weights, order and dropout, and is written when it is done: a later
+call with the same settings goes on from there.
 """
 
 import argparse
 import copy
 import random
+import statistics
 import tempfile
 import time
 import types
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from harness import ROOT, interleave, load, median, origin, save
+from harness import ROOT, interleave, interval, load, median, origin, save
 from transformers.trainer_pt_utils import LabelSmoother
 
 from bertfast import BertEncoderDecoder, data
@@ -51,7 +54,7 @@ def arguments(given=None):
     parser.add_argument("--test-rows", type=int, default=1000, help="first test rows, for BLEU")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--batch-tokens", type=int, default=4096, help="of both sides, in a step")
-    parser.add_argument("--steps", type=int, default=400, help="of each training; 0 for none")
+    parser.add_argument("--steps", type=int, default=400, help="of each training")
     parser.add_argument("--loss-steps", type=int, default=10, help="without dropout, compared")
     parser.add_argument("--loss-batch-tokens", type=int, default=512, help="in each of them")
     parser.add_argument("--loss-lr", type=float, default=1e-4, help="larger ones part sooner")
@@ -62,7 +65,7 @@ def arguments(given=None):
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="how many trainings of each")
     parser.add_argument("--only-decoding", action="store_true", help="see above")
     parser.add_argument("--out", type=Path, help="folder (benchmarks/results/<device>)")
     args = parser.parse_args(given)
@@ -173,11 +176,11 @@ class Training:
         return loss.item()
 
 
-def batches(rows, args):
+def batches(rows, args, seed=0):
     """Lists of rows, epoch after epoch, in the order that `finetune` has."""
     lengths, epoch = [len(r["input_ids"]) + len(r["labels"]) for r in rows], 0
     while True:
-        for chosen in data.batches(lengths, 1, args.seed, epoch, args.batch_tokens):
+        for chosen in data.batches(lengths, 1, seed, epoch, args.batch_tokens):
             yield [rows[i] for i in chosen]
         epoch += 1
 
@@ -187,7 +190,7 @@ def equal_losses(args, config, rows):
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     few = {"batch_tokens": args.loss_batch_tokens, "lr": args.loss_lr}
     args = argparse.Namespace(**vars(args) | few)
-    runs = [Training(side, args, args.loss_steps) for side in both(args, config, args.seed, **off)]
+    runs = [Training(side, args, args.loss_steps) for side in both(args, config, 0, **off)]
     found, given = [], batches(rows, args)
     for _ in range(args.loss_steps):
         chosen = next(given)
@@ -213,10 +216,11 @@ def step_seconds(args, sides, rows):
     return {name: each(s) for name, s in found.items()}
 
 
-def trained(args, side, rows):
+def trained(args, side, rows, seed=0):
     """Trains on `steps` batches; the training's seconds, tokens and losses."""
-    run, given, losses, tokens = Training(side, args, args.steps), batches(rows, args), [], 0
-    torch.manual_seed(args.seed)
+    run, given = Training(side, args, args.steps), batches(rows, args, seed)
+    losses, tokens = [], 0
+    torch.manual_seed(seed)
     start = time.perf_counter()
     for i in range(args.steps):
         chosen = next(given)
@@ -229,18 +233,37 @@ def trained(args, side, rows):
 
 
 def quality(args, tokenizer, side, model, part, rows):
-    """BLEU and chrF of a side's weights, which `model`, ours, takes: transformers decodes the same
-    tokens, and takes longer."""
+    """BLEU, chrF and the loss (per token, not smoothed) of a side's weights, which `model`, ours,
+    takes: transformers decodes the same tokens, and takes longer."""
     model.load_state_dict(side.model.state_dict())
     model.eval()
-    found = {}
+    found = {"loss": token_loss(model, rows)}
     for name, beams in (("greedy", 1), ("beam", args.beams)):
         search = Search(beams, 1.0, args.max_length)
         texts = [text for text, _ in translated(model, tokenizer, rows, search, scored=False)]
         figures = scores(tokenizer, texts, part.targets)
-        found[name] = {k: round(figures[k], 3) for k in ("bleu", "chrf")}
+        found |= {name if k == "bleu" else f"{name}_{k}": figures[k] for k in ("bleu", "chrf")}
     print(f"{side.name}: {found}", flush=True)
     return found | {"examples": texts[:5]}
+
+
+@torch.inference_mode()
+def token_loss(model, rows):
+    start = model.config.decoder_start_token_id
+    found = [
+        [float(v) for v in model.loss_packed(*Pairs.of_rows(rows[i : i + 32], start))]
+        for i in range(0, len(rows), 32)
+    ]
+    return sum(total for total, _ in found) / sum(count for _, count in found)
+
+
+def one_seed(args, config, tokenizer, parts, rows, seed):
+    """Both sides, trained and scored, and their figures."""
+    sides, keeper, row = both(args, config, seed), BertEncoderDecoder(config), {"seed": seed}
+    for side in sides:
+        row[side.name] = trained(args, side, rows["train"], seed)
+        row[side.name] |= quality(args, tokenizer, side, keeper, parts["test"], rows["test"])
+    return row, sides
 
 
 def decoding(args, sides, rows, ends):
@@ -250,7 +273,7 @@ def decoding(args, sides, rows, ends):
     stock.model.load_state_dict(ours.model.state_dict())
     for side in sides:
         side.model.eval()
-    r = random.Random(args.seed)
+    r = random.Random(0)
     chosen = [r.sample(rows, min(args.decode_batch, len(rows))) for _ in range(3)]
     given = [padded(c, ours.model.config.pad_token_id)[:2] for c in chosen]
     found = {}
@@ -297,32 +320,40 @@ def main(given=None):
     if args.only_decoding:
         decoding_again(args, config, rows, {tokenizer.sep_token_id})
         return
-    result = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
-    result["equal_losses"] = equal_losses(args, config, rows["train"])
-    result["steps"] = step_seconds(args, both(args, config, args.seed), rows["train"])
-    sides = both(args, config, args.seed)
-    keeper = BertEncoderDecoder(config)
-    result["training"], result["quality"] = {}, {}
-    for side in sides if args.steps else ():
-        result["training"][side.name] = trained(args, side, rows["train"])
-        result["quality"][side.name] = quality(
-            *(args, tokenizer, side, keeper, parts["test"], rows["test"])
-        )
-    result["decoding"] = decoding(args, sides, rows["test"], {tokenizer.sep_token_id})
+    once = ("seeds", "only_decoding", "out")
+    settings = {k: v for k, v in vars(args).items() if k not in once}
+    settings |= {k: v and Path(v).name for k, v in settings.items() if k in ("data", "tokenizer")}
+    result = load("finetune_translate", args.out) or {}
+    if result.get("settings") != settings:
+        result = {"settings": settings, "decoding": {}, "runs": []}
+        result["equal_losses"] = equal_losses(args, config, rows["train"])
+        result["steps"] = step_seconds(args, both(args, config, 0), rows["train"])
+    for seed in range(len(result["runs"]), args.seeds):
+        row, sides = one_seed(args, config, tokenizer, parts, rows, seed)
+        result["runs"].append(row)
+        if not result["decoding"]:
+            result["decoding"] = decoding(args, sides, rows["test"], {tokenizer.sep_token_id})
+        write(args, result)
+
+
+def write(args, result):
+    runs, figures = result["runs"], ("loss", "greedy", "beam", "beam_chrf")
+    if len(runs) > 1:  # one has no spread
+        result["quality"] = {key: interval(runs, key) for key in figures}
+        print(result["quality"], flush=True)
     save("finetune_translate", result | {"summary": summary(args, result)}, args.out)
 
 
 def decoding_again(args, config, rows, ends):
     """Into the result that is there, with a commit of its own."""
     result = load("finetune_translate", args.out)
-    if result is None:
+    if "runs" not in (result or {}):
         raise SystemExit("--only-decoding: no finetune_translate.json is there; run it whole first")
-    sides = both(args, config, args.seed)
+    sides = both(args, config, 0)
     trained(args, sides[0], rows["train"])
     result["decoding"] = decoding(args, sides, rows["test"], ends)
     result["decoding_again"] = {"steps": args.steps} | {k: origin()[k] for k in ("commit", "date")}
-    given = argparse.Namespace(**result["settings"])
-    save("finetune_translate", result | {"summary": summary(given, result)}, args.out)
+    write(args, result)
 
 
 def summary(args, result):
@@ -333,9 +364,12 @@ def summary(args, result):
         beams = "greedy" if name == "greedy" else f"{args.beams} beams"
         task = f"translating 3 x {args.decode_batch} texts, {beams}, {of}"
         rows.append((task, "ms", {n: 1e3 * s for n, s in found["seconds"].items()}))
-    for n in ("bleu", "chrf") if result["quality"] else ():
-        values = {side: found["beam"][n] for side, found in result["quality"].items()}
-        rows.append((f"test {n} after {args.steps} steps, {args.beams} beams, {of}", "", values))
+    of_seeds = f"mean of {len(result['runs'])} seeds, {of}"
+    for name, key in (("bleu", "beam"), ("chrf", "beam_chrf")):
+        sides = ("bertfast", "transformers")
+        values = {side: statistics.fmean(r[side][key] for r in result["runs"]) for side in sides}
+        task = f"test {name} after {args.steps} steps, {args.beams} beams, {of_seeds}"
+        rows.append((task, "", values))
     return [
         {
             "task": task,

@@ -6,9 +6,11 @@ import inspect
 import json
 import os
 import re
+import statistics
 from pathlib import Path
 
 import torch
+from scipy import stats
 
 from bertfast import build_info
 from bertfast.bench.command import say
@@ -16,7 +18,16 @@ from bertfast.bench.measure import cpu_name, emulated, interleave, median, natur
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-__all__ = ["ROOT", "interleave", "load", "median", "minilm", "natural_lengths", "origin"]
+__all__ = [
+    "ROOT",
+    "interleave",
+    "interval",
+    "load",
+    "median",
+    "minilm",
+    "natural_lengths",
+    "origin",
+]
 __all__ += ["real_batch", "real_text", "result_file", "save", "torch_runs"]
 
 
@@ -93,3 +104,15 @@ def save(name: str, result: dict, folder: Path | None = None) -> Path:
     path.write_text(json.dumps({"benchmark": name, **about, **result}, indent=2) + "\n")
     print(f"wrote {path}")
     return path
+
+
+def interval(rows: list[dict], key: str) -> dict:
+    """Of paired runs, each {"bertfast": {key: ...}, "transformers": {key: ...}}: means and standard
+    deviations, the mean of the differences and its 95% interval by Student's t."""
+    both = {n: [r[n][key] for r in rows] for n in ("bertfast", "transformers")}
+    d = [a - b for a, b in zip(*both.values(), strict=True)]
+    mean, error = statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5
+    reach = float(stats.t.ppf(0.975, len(d) - 1)) * error
+    found = {n: statistics.fmean(values) for n, values in both.items()}
+    found |= {f"{n}_sd": statistics.stdev(values) for n, values in both.items()}
+    return found | {"difference": mean, "interval_95": [mean - reach, mean + reach]}

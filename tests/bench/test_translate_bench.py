@@ -32,9 +32,10 @@ def test_runs(options, tmp_path):
     result = json.loads((tmp_path / "finetune_translate.json").read_text())
     for search in result["decoding"].values():
         assert search["same"] == search["of"] == 9
-    assert {len(run["losses"]) for run in result["training"].values()} == {2}
-    tokens = [run["tokens"] for run in result["training"].values()]
-    assert tokens[0] == tokens[1] > 0
+    (run,) = result["runs"]
+    sides = run["bertfast"], run["transformers"]
+    assert {len(side["losses"]) for side in sides} == {2}
+    assert sides[0]["tokens"] == sides[1]["tokens"] > 0
     assert [set(row) for row in result["summary"]] == [
         {"task", "unit", "bertfast", "rival", "rival_name", "ratio"}
     ] * 5
@@ -46,6 +47,14 @@ def test_runs(options, tmp_path):
     assert {search["same"] for search in again["decoding"].values()} == {9}
     assert again["commit"] == result["commit"] and again["decoding_again"]["steps"] == 2
     assert again["summary"][0]["bertfast"] == 7000
+
+    finetune_translate.main([*options, "--seeds", "3"])  # goes on
+    more = json.loads((tmp_path / "finetune_translate.json").read_text())
+    assert [r["seed"] for r in more["runs"]] == [0, 1, 2] and more["runs"][0] == run
+    assert more["steps"] == again["steps"] and more["decoding"] == again["decoding"]
+    assert more["runs"][1]["bertfast"]["losses"] != run["bertfast"]["losses"]
+    losses = [r["bertfast"]["loss"] - r["transformers"]["loss"] for r in more["runs"]]
+    assert more["quality"]["loss"]["difference"] == pytest.approx(sum(losses) / 3)
 
 
 def test_losses_that_differ(options, monkeypatch):
