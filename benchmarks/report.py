@@ -1,10 +1,11 @@
-"""Writes what is generated from benchmarks/results/*/*.json: each device's report.md and plots,
-the README's table and docs/performance.md's.
+"""Writes what is generated from benchmarks/results/*/*.json: each device's report.md and plots, the
+README's two tables, and those of docs/performance.md and docs/finetuning.md.
 
     python benchmarks/report.py            (tests/test_readme.py fails where they disagree)
 """
 
 import argparse
+import fnmatch
 import json
 from pathlib import Path
 
@@ -15,13 +16,27 @@ from bertfast.bench.command import COLUMNS
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
 BEGIN_TASKS = "<!-- benchmarks/report.py, tasks -->"
+GENERATED = ("README.md", "docs/performance.md", "docs/finetuning.md")  # in part
+HEADLINES = {  # what a reader has, and the task (a pattern) of the newest result that has it
+    "a `SentenceTransformer`, accelerated, fp32": "drop-in MiniLM, fp32: SentenceTransformer.*",
+    "the same, frozen to int8": "SentenceTransformer.encode, MiniLM, *(bertfast frozen, int8)",
+    "one short text, int8": "MiniLM inference, 1 x 32 tokens, int8",
+    "a batch of sentences, BERT-base, int8": "BERT-base inference, 16 natural-length *, int8",
+    "full batches of 128 tokens, BERT-base, fp32": "BERT-base inference, 8 x 128 tokens, fp32",
+    "ModernBERT, a batch of texts, fp32": "ModernBERT-base inference, 16 *(bertfast frozen, fp32)",
+    "fine-tuning by transformers' Trainer, fp32": "drop-in MiniLM, fp32: transformers Trainer, *",
+    "inference on a GPU, texts of up to 512": "BERT-base inference, 32 natural to 512, bf16*",
+    "fine-tuning on a GPU, the same": "BERT-base training (classify), 32 natural to 512, bf16*",
+    "pre-training on a GPU, the same": "BERT-base training (mlm), 32 natural to 512, bf16*",
+}
 TASKS = ("sections", "quality", "tokens", "qa", "pairs", "translate")  # of finetune_*.json
-DETAIL = (
-    "sweep",
-    "breakdown",
-    "gpu_operators",
-    "host_time",
-)  # in report.md, and too much for the README
+KINDS = {  # finetune's kinds: where their time stands, where their figure, and how its row begins
+    "classify": ("sections", "quality", "test macro F1"),
+    "tokens": ("tokens", "tokens", "test micro F1"),
+    "qa": ("qa", "qa", "test F1"),
+    "pairs --goal ranking": ("pairs", "pairs", "test MRR@10"),
+    "translate": ("translate", "translate", "test bleu"),
+}
 SECTIONS = {  # benchmark: its title in report.md, and its plots
     "encoder_inference": ("Encoder inference", ("speed", "latency")),
     "model_families": ("Other families", ()),
@@ -78,9 +93,30 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def readme_table(found: list[dict]) -> str:
-    others = [r for r in found if not r["benchmark"].startswith("finetune_")]
-    return table([result for result in others if result["benchmark"] not in DETAIL])
+def figures(row: dict) -> list[str]:
+    """What bertfast, the rival and the ratio between them come to."""
+    ours, rival = (f"{plots.short(row[k])} {row['unit']}".strip() for k in ("bertfast", "rival"))
+    return [ours, rival, f"{row['ratio']:.2f}x" if row["ratio"] is not None else ""]
+
+
+def headlines(found: list[dict]) -> str:
+    """A row for each thing that a reader may have, for the README."""
+    rows = []
+    for have, pattern in HEADLINES.items():
+        of = [(r, row) for r in newest(found) for row in r["summary"] if fits(row, pattern)]
+        for result, row in of[:1]:
+            ours, rival, ratio = figures(row)
+            shown = f"{row['rival_name']}: {rival}"
+            rows.append([have, ours, shown, ratio, plots.device(result)])
+    return grid(["", "bertfast", "rival", "ratio", "device"], rows)
+
+
+def newest(found: list[dict]) -> list[dict]:
+    return sorted(found, key=lambda result: result["date"], reverse=True)
+
+
+def fits(row: dict, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(row["task"], pattern)
 
 
 def replace(text: str, block: str, begin: str = BEGIN) -> str:
@@ -95,14 +131,32 @@ def task_table(found: list[dict]) -> str:
     for name in TASKS:
         for result in found:
             if result["benchmark"] == f"finetune_{name}":
-                for row in result["summary"]:
-                    ours, rival = (
-                        f"{plots.short(row[key])} {row['unit']}".strip()
-                        for key in ("bertfast", "rival")
-                    )
-                    ratio = f"{row['ratio']:.2f}x" if row["ratio"] is not None else ""
-                    rows.append([row["task"], ours, rival, ratio, plots.device(result)])
+                rows += [
+                    [row["task"], *figures(row), plots.device(result)] for row in result["summary"]
+                ]
     return grid(["", "bertfast", "stock", "ratio", "device"], rows)
+
+
+def kind_table(found: list[dict]) -> str:
+    """A row for each kind, of the newest results: training, and a figure of quality after it."""
+    rows = []
+    for kind, (times, scores, start) in KINDS.items():
+        timed, scored = (
+            [
+                row
+                for r in newest(found)
+                if r["benchmark"] == f"finetune_{n}"
+                for row in r["summary"]
+            ]
+            for n in (times, scores)
+        )
+        timed = [row for row in timed if row["ratio"] is not None]
+        scored = [row for row in scored if row["task"].startswith(start)]
+        if timed and scored:
+            name = start.removeprefix("test ")
+            rows.append([f"`{kind}`", *figures(timed[0]), name, *figures(scored[0])[:2]])
+    titles = ["`finetune`", "training", "stock", "ratio", "test figure", "bertfast", "stock"]
+    return grid(titles, rows)
 
 
 def cell_table(cell: dict) -> str:
@@ -204,16 +258,18 @@ def report(found: dict[str, dict]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def generated(folder: Path, readme: str, performance: str) -> dict[str, str]:
-    """Every text that follows from the results in `folder`: name, or path below it, to content."""
+def generated(folder: Path, texts: dict[str, str]) -> dict[str, str]:
+    """Every text that follows from the results in `folder`: name to content. texts: what the files
+    in GENERATED hold now."""
     every = results(folder)
-    readme = replace(readme, task_table(every), BEGIN_TASKS)
-    texts = {"README.md": replace(readme, readme_table(every))}
-    texts["docs/performance.md"] = replace(performance, layers(every))
+    readme = replace(texts["README.md"], kind_table(every), BEGIN_TASKS)
+    made = {"README.md": replace(readme, headlines(every))}
+    made["docs/performance.md"] = replace(texts["docs/performance.md"], layers(every))
+    made["docs/finetuning.md"] = replace(texts["docs/finetuning.md"], task_table(every))
     for device in sorted({path.parent for path in folder.glob("*/*.json")}):
         found = {r["benchmark"]: r for r in results_of(device)}
-        texts[f"benchmarks/results/{device.name}/report.md"] = report(found)
-    return texts
+        made[f"benchmarks/results/{device.name}/report.md"] = report(found)
+    return made
 
 
 def results_of(device: Path) -> list[dict]:
@@ -223,8 +279,8 @@ def results_of(device: Path) -> list[dict]:
 def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     folder = ROOT / "benchmarks" / "results"
-    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/performance.md")]
-    for name, text in generated(folder, *texts).items():
+    texts = {name: (ROOT / name).read_text() for name in GENERATED}
+    for name, text in generated(folder, texts).items():
         (ROOT / name).write_text(text)
         print(f"wrote {name}")
     for device in sorted({path.parent for path in folder.glob("*/*.json")}):

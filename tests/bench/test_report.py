@@ -78,6 +78,25 @@ def test_layer_table(found):
     assert "| layer | 2 | 8 | 3 | 8 | 38% | 20 | 2.50x |" in text
 
 
+def test_kind_table():
+    """The newest results' time, and its figure, of another benchmark where that has it."""
+    row = {"unit": "s", "bertfast": 2.0, "rival": 5.0, "rival_name": "r", "ratio": 2.5}
+    figure = row | {"unit": "", "bertfast": 0.5, "rival": 0.25, "ratio": None}
+    more = {"sections": 1, "quality": 2, "tokens": 3}
+    found = [
+        ORIGIN | {"benchmark": f"finetune_{name}", "date": f"2026-0{month}-01", "summary": rows}
+        for name, month in more.items()
+        for rows in [[row | {"task": "training"}, figure | {"task": "test macro F1"}]]
+    ]
+    found[0]["summary"][1]["bertfast"] = 0.75  # another run's
+    old = found[0] | {
+        "date": "2025-01-01",
+        "summary": [row | {"bertfast": 4.0, "task": "training"}],
+    }
+    (line,) = report.kind_table([old, *found]).splitlines()[2:]
+    assert line == "| `classify` | 2 s | 5 s | 2.50x | macro F1 | 0.5 | 0.25 |"
+
+
 def test_pictures(found, tmp_path):
     written = plots.draw(found, tmp_path)
     assert {p.stem for p in written} == set(plots.PLOTS)
