@@ -42,6 +42,7 @@ void rows_tile(const float* a, int64_t a_row, const Stored<u>* b, int64_t b_row,
   constexpr int bases = (R + 2) / 3, once = kSums16<u> ? 2 : 1;
   const int64_t run = u == Unit::int8 ? units : kRun;
   const float* base[bases];
+#pragma GCC unroll 5  // or it would be an array in memory
   for (int i = 0; i < bases; ++i) base[i] = a + 3 * i * a_row;
   for (int64_t start = 0; start == 0 || start < units; start += run) {
     vf acc[R][V];
