@@ -44,6 +44,14 @@ def test_reference_has_every_public_name():
     assert {*bertfast.ops.__all__} - documented == {"registry"}
 
 
+def test_reference_has_every_environment_variable():
+    code = [*(ROOT / "bertfast").rglob("*.py"), ROOT / "setup.py", ROOT / "csrc" / "dispatch.cpp"]
+    read = re.compile(r"(?:environ|getenv).*?(BERTFAST_[A-Z_]+)")
+    found = {name for path in code for name in read.findall(path.read_text())}
+    text = (DOCS / "reference" / "environment.md").read_text()
+    assert found == {*re.findall(r"^\| `(BERTFAST_\w+)`", text, re.MULTILINE)}
+
+
 class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
