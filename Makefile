@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 OPERATOR_TESTS = $(wildcard $(addprefix tests/*/test_,fuzz.py frozen.py node.py whole_cpu.py whole_kinds.py attention_*.py *_cuda.py cuda_*.py $(notdir $(wildcard bertfast/ops/*.py))))
@@ -12,7 +13,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report lint format build clean
+.PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report docs lint format build clean
 
 demo: build ## fine-tune MiniLM on docstrings and compare with transformers
 	$(BIN)/python examples/docstrings.py --out build/demo
@@ -55,6 +56,9 @@ bench: build $(BENCH_INSTALLED) ## what a CPU can show beside its rivals, and th
 report: build ## tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
+docs: $(DOCS_INSTALLED) ## the site, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,6 +89,11 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 # The rivals' packages, which nothing else needs.
 $(BENCH_INSTALLED): $(INSTALLED)
 	$(INSTALL) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+# The extra `docs`, by its names: '.[docs]' would build the extension anew.
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 clean: ## everything built; the environment stays

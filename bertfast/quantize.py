@@ -116,15 +116,14 @@ def report(
         limit: rows to read, evenly spread over the table; None for all.
         say: called with a line of progress, now and then.
 
-    Returns:
-        {"model", "data", "task", "texts", "tokens", "batches", "batch_size", "threads", "warnings",
-        "rows"}; warnings are `freeze`'s, of layers that int8 suits ill;
-        a row for the checkpoint as it is ("precision": "not frozen"), the reference of all others,
-        then one for each precision. "milliseconds" a batch and "speedup". "cosine" (mean),
-        "percentile_1" and "least_cosine" of mean-pooled last hidden states to the reference's, and
-        "max_error" of last hidden states. With a classifier "agreement", the share of texts with
-        the same prediction ("max_difference" of the values for a regression), and with labels the
-        two first metrics of `bertfast evaluate`. The models take turns on every batch.
+    Returns: {"model", "data", "task", "texts", "tokens", "batches", "batch_size", "threads",
+    "warnings", "rows"}; warnings are `freeze`'s, of layers that int8 suits ill; a row for the
+    checkpoint as it is ("precision": "not frozen"), the reference of all others, then one for each
+    precision. "milliseconds" a batch and "speedup". "cosine" (mean), "percentile_1" and
+    "least_cosine" of mean-pooled last hidden states to the reference's, and "max_error" of last
+    hidden states. With a classifier "agreement", the share of texts with the same prediction
+    ("max_difference" of the values for a regression), and with labels the two first metrics of
+    `bertfast evaluate`. The models take turns on every batch.
 
     Raises: ConfigError, data.DataError, model.CheckpointError; RuntimeError without the compiled
     extension.

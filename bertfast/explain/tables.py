@@ -76,7 +76,8 @@ def explain_table(
     """`explain` for the rows of a table ("-": JSON lines on standard input).
 
     Args:
-        out: file for the page of HTML. json: file for JSON lines, "-" for stdout, as they come.
+        out: file for the page of HTML.
+        json: file for JSON lines, "-" for stdout, as they come.
         text_column, text_pair_column: None: those trained with, else "text", and none.
         limit: explain the first rows alone.
         sanity: compare with the same model with random weights: `sanity.randomisation`.

@@ -40,8 +40,10 @@ def embedding_layer_norm(
     Args:
         input_ids, position_ids, token_type_ids: int64 [tokens]; the last may be None with
             token_type None (families without types).
-        word [vocabulary, hidden], position [positions, hidden], token_type [types, hidden],
-        weight, bias [hidden]: one dtype.
+        word: [vocabulary, hidden]; all tables and weights are of one dtype.
+        position: [positions, hidden].
+        token_type: [types, hidden].
+        weight, bias: [hidden].
         dropout_p, seed: see `ops.dropout`; row = token, column = hidden index.
 
     Returns: [tokens, hidden] in word's dtype.

@@ -32,12 +32,11 @@ def pack(x, attention_mask, tokens=None):
             to learn it. A wrong number raises ValueError on a CPU; on a GPU it loses the last
             tokens or repeats position 0.
 
-    Returns:
-        packed [tokens, ...], indices [tokens] int64 (into batch * seqlen), cu_seqlens [batch + 1]
-        int32, and max_seqlen: the padded length, a bound that needs no host synchronisation.
+    Returns: packed [tokens, ...], indices [tokens] int64 (into batch * seqlen), cu_seqlens
+    [batch + 1] int32, and max_seqlen: the padded length, a bound that needs no host
+    synchronisation.
 
-    Raises:
-        ValueError: the mask is not [batch, seqlen] of x.
+    Raises: ValueError where the mask is not [batch, seqlen] of x.
     """
     _PACK.check((x, attention_mask, tokens))
     indices, cu_seqlens = call("pack_indices", attention_mask, tokens)
