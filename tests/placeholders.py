@@ -21,9 +21,7 @@ PLACES = ["France", "China", "Germany", "Japan"]
 
 def checkpoint(path: Path, head="Model"):
     words = [*tiny.WORDS, *tiny_qa.WORDS, *(p for p, _ in PEOPLE), *map(str.lower, PLACES)]
-    return tiny_families.checkpoint(
-        path, "Bert", head, words, vocab_size=200, max_position_embeddings=128
-    )
+    return tiny_families.checkpoint(path, "Bert", head, words, max_position_embeddings=512)
 
 
 def texts(n=64, seed=0) -> list[dict]:
@@ -142,7 +140,9 @@ MAKERS = {
     "MODEL": checkpoint,
     "bert": lambda path: checkpoint(path, "ForMaskedLM"),
     "bert_model_folder": google,
-    "config.json": lambda path: path.write_text(json.dumps(tiny_pretrain.SIZES)),
+    "config.json": lambda path: path.write_text(
+        json.dumps(tiny_pretrain.SIZES | {"max_position_embeddings": 128})
+    ),
     "corpus.txt.gz": corpus,
     "corpus": lambda path: corpus(path / "a.txt.gz"),
     "crows_pairs_anonymized.csv": stereotypes,
