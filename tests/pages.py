@@ -43,7 +43,9 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> list[str]:
-    """The lines of a shell block, continued ones whole, without comments and prompts."""
+    """The lines of a shell block, continued ones whole, without comments, prompts and the texts that
+    it writes into files."""
+    text = re.sub(r"(<<'EOF')\n.*?\nEOF$", r"\1", text, flags=re.DOTALL | re.MULTILINE)
     lines = text.replace("\\\n", " ").splitlines()
     lines = [" ".join(re.sub(r"(^|\s)#.*", "", line).removeprefix("$ ").split()) for line in lines]
     return [line for line in lines if line]
