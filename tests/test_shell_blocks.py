@@ -158,10 +158,12 @@ def test_page(page, tmp_path, monkeypatch, capfd):
         if block.skipped:
             left.append(f"line {block.line}: {block.skipped}")
             continue
-        for name in re.findall(WRITTEN, block.text):  # another block may have written it, too
+        written = re.findall(WRITTEN, block.text)
+        for name in written:  # another block may have written it, too
             shutil.rmtree(tmp_path / name, ignore_errors=True)
         if block.language == "python":
-            placeholders.given(tmp_path, *re.findall(r'"([^"]+)"', block.text))
+            named = re.findall(r'"([^"]+)"', block.text)
+            placeholders.given(tmp_path, *(name for name in named if name not in written))
             exec(compile("\n" * block.line + block.text, page, "exec"), session)
             count += 1
         elif block.language in pages.SHELL:
