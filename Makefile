@@ -58,6 +58,7 @@ report: build ## tables and plots from benchmarks/results
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(INSTALLED)
