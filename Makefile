@@ -62,6 +62,7 @@ docs: $(DOCS_INSTALLED) ## the site, in build/docs
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(INSTALLED)

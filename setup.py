@@ -63,6 +63,7 @@ setup(
     version=version(),
     packages=[*packages, "bertfast.kernels"],
     package_dir={"bertfast": "bertfast", "bertfast.kernels": "kernels"},
+    package_data={"bertfast": ["py.typed"]},  # its annotations are for others' checkers, too
     ext_modules=[Extension("bertfast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
-def nearest(name: str, known) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message that names what is nearest of the known, or nothing."""
     found = difflib.get_close_matches(name, [*known], n=1)
     return f"; did you mean {found[0]}?" if found else ""
@@ -13,7 +15,9 @@ def nearest(name: str, known) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors name the nearest option or choice."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         found, rest = super().parse_known_args(args, namespace)
         if rest:  # here, not in the outermost parser, which doesn't know a command's options
             near = nearest(rest[0].partition("=")[0], self._option_string_actions)

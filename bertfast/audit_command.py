@@ -1,6 +1,9 @@
 """`bertfast audit`: its arguments, and the calls of `bertfast.audit`."""
 
+import argparse
+
 from .audit.lexicons import BUILT_IN, DEFAULT
+from .progress import Say
 
 _KINDS = {
     "groups": "a classifier's figures by group: a column's values, or whose terms the text has",
@@ -9,7 +12,7 @@ _KINDS = {
 }
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     own = {"groups": _groups_arguments, "swaps": _swaps_arguments, "pairs": lambda parser: None}
     for kind, text in _KINDS.items():
@@ -58,7 +61,7 @@ def _classifier(parser, labelled):
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=text)
 
 
-def run(args, say) -> None:
+def run(args: argparse.Namespace, say: Say) -> None:
     from . import audit
     from .audit import tables
     from .files import json_text

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 from . import __version__
@@ -344,7 +345,7 @@ def _completion(args):
     print(shtab.complete(_parser(), args.shell))
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     args = _parser().parse_args(argv)
     from .train.config import ConfigError

@@ -2,18 +2,20 @@
 
 import secrets
 import shutil
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from .data.errors import ConfigError
-from .files import check_folder, put, sync
+from .files import StrPath, check_folder, put, sync
 from .model.config import CONFIG
 from .model.foreign import classes, names, source, vocabulary, weights, write
 from .model.foreign.classes import some
 from .model.foreign.stored import FLOATS
 from .model.tensors import SAFETENSORS, opened
+from .progress import Say
 
 _GELU = (
     "hidden_act gelu is by erf, as in transformers and the first BERT; google-research's code has "
@@ -27,15 +29,15 @@ _TEXTS = (
 
 
 def convert(
-    src,
-    out,
+    src: StrPath,
+    out: StrPath,
     *,
-    config=None,
-    vocab=None,
+    config: StrPath | None = None,
+    vocab: StrPath | None = None,
     lowercase: bool | None = None,
     architecture: str | None = None,
-    ignore=(),
-    say=lambda text: None,
+    ignore: Sequence[str] = (),
+    say: Say = lambda text: None,
 ) -> dict:
     """Write a checkpoint of TensorFlow (google-research's BERT), or of transformers' former Flax
     and Keras classes, as model.safetensors, config.json and a tokenizer, without these frameworks.

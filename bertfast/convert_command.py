@@ -1,6 +1,9 @@
 """`bertfast convert`: its arguments, and the call of `bertfast.convert.convert`."""
 
+import argparse
 import json
+
+from .progress import Say
 
 _ABOUT = (
     "A checkpoint of TensorFlow (google-research's BERT), or of transformers' former Flax and "
@@ -9,7 +12,7 @@ _ABOUT = (
 )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _ABOUT
     text = (
         "its folder, or in it bert_model.ckpt (what stands before .index), flax_model.msgpack or "
@@ -36,7 +39,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--ignore", nargs="+", default=(), metavar="NAME", help=text)
 
 
-def run(args, say) -> None:
+def run(args: argparse.Namespace, say: Say) -> None:
     from .convert import convert
 
     skipped = ("command", "debug")

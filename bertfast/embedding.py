@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,13 +16,17 @@ from .data.errors import ConfigError, DataError
 from .data.examples import Cells
 from .data.vectors import COLUMN, DTYPES, SUFFIXES, Vectors, ranges_file, vectors
 from .encoder import packed
-from .files import sha256
+from .files import StrPath, sha256
 from .model import checkpoint
-from .progress import Progress
+from .progress import Progress, Say
 from .saved import is_frozen
 from .text_encoder import TASKS, TextEncoder
 from .train.outputs import check_result
 
+if TYPE_CHECKING:
+    from .encoder.packed import Precision
+
+Dtype: TypeAlias = Literal["fp32", "fp16", "int8", "uint8", "binary", "ubinary"]
 PRECISIONS = (*packed.PRECISIONS, "auto")
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 SYNC = 1.0  # seconds between two times that what is done is made sure of
@@ -39,23 +43,23 @@ class Chunk(NamedTuple):
 
 
 def embed(
-    model: str,
-    input: str,
-    output: str,
+    model: StrPath,
+    input: StrPath,
+    output: StrPath,
     *,
     text_column: str = "text",
     id_column: str | None = None,
     prompt: str | None = None,
     prompt_name: str | None = None,
-    task: str | None = None,
-    precision: str | None = None,
-    dtype: str = "fp32",
+    task: Literal["query", "document"] | None = None,
+    precision: "Precision | None" = None,
+    dtype: Dtype = "fp32",
     truncate_dim: int | None = None,
     normalize: bool = False,
     batch_tokens: int | None = None,
     device: str | None = None,
     restart: bool = False,
-    say=None,
+    say: Say | None = None,
 ) -> dict:
     """Write the embeddings of a table's texts, one row a text, as sentence-transformers' `encode`
     gives them: prompts, pooling and normalisation are those of the model's configuration.

@@ -1,8 +1,10 @@
 """`bertfast embed`: its arguments, and the call of `bertfast.embed`."""
 
+import argparse
 import json
 
 from .data.vectors import DTYPES
+from .progress import Say
 
 _ABOUT = (
     "Vectors of the texts of a table of any size, as sentence-transformers' encode gives them. "
@@ -11,7 +13,7 @@ _ABOUT = (
 )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _ABOUT
     text = "folder or hub name: of sentence-transformers, or of transformers (mean pooling)"
     parser.add_argument("--model", required=True, help=text)
@@ -49,7 +51,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--restart", action="store_true", help=text)
 
 
-def run(args, say) -> None:
+def run(args: argparse.Namespace, say: Say) -> None:
     from .embedding import embed
 
     skipped = ("command", "debug")

@@ -1,6 +1,9 @@
 """`bertfast explain`: its arguments, and the call of `bertfast.explain.explain_table`."""
 
+import argparse
 import json
+
+from .progress import Say
 
 _ABOUT = (
     "Words' scores for what a fine-tuned classifier (or regressor) says of each text of a table, "
@@ -9,7 +12,7 @@ _ABOUT = (
 )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from .explain.occlusion import WAYS
     from .explain.settings import BASELINES, METHODS, Settings
     from .train.tasks.classify_inference import inference_arguments
@@ -46,7 +49,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--batch-tokens", type=int, default=own.batch_tokens, help=text)
 
 
-def run(args, say) -> None:
+def run(args: argparse.Namespace, say: Say) -> None:
     from .explain import Settings, explain_table
 
     given = {k: v for k, v in vars(args).items() if k not in ("command", "debug", "input")}

@@ -5,13 +5,17 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 try:
     import fcntl
 except ImportError:  # no POSIX: nothing is locked
     fcntl = None
+
+StrPath: TypeAlias = str | os.PathLike[str]
 
 _held = set()  # handles of locks, which a forked worker must not keep after this process
 
@@ -27,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def locked(folder: Path, option: str = "--out"):
+def locked(folder: Path, option: str = "--out") -> Iterator[None]:
     """`folder`, made where it isn't there, for this process alone; a killed process holds nothing.
 
     Raises BlockingIOError where another run has it; `option` gives another.
@@ -59,7 +63,7 @@ def _lock(handle, folder, option):
     os.write(handle, f"{os.getpid()}\n".encode())
 
 
-def regular(path) -> Path:
+def regular(path: StrPath) -> Path:
     """`path`, which is a file or a link to one. OSError for what would be waited for or read for
     ever (a pipe, a device), and for a folder."""
     path = Path(path)
@@ -69,7 +73,7 @@ def regular(path) -> Path:
     return path
 
 
-def sha256(path) -> str:
+def sha256(path: StrPath) -> str:
     """A file's checksum. Raises OSError."""
     with open(regular(path), "rb") as f:
         digest = hashlib.sha256()
@@ -78,7 +82,7 @@ def sha256(path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path):
+def read_json(path: StrPath) -> Any:
     """The value in a JSON file. Raises OSError, and ValueError where it is no JSON."""
     try:
         return json.loads(regular(path).read_text(encoding="utf-8"))
@@ -86,7 +90,7 @@ def read_json(path):
         raise ValueError(f"{path} is no JSON: {e}") from None
 
 
-def check_file(path) -> None:
+def check_file(path: StrPath) -> None:
     """OSError where no file can be written at `path`: before the work whose result goes there."""
     path = Path(path)
     if path.is_dir():
@@ -107,7 +111,7 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def os_errors(path):
+def os_errors(path: StrPath) -> Iterator[None]:
     """A full disk as OSError also from safetensors and tokenizers, which raise their own kinds."""
     try:
         yield
@@ -119,7 +123,7 @@ def os_errors(path):
         raise OSError(f"{path} can't be written: {e}") from None
 
 
-def sync(path) -> None:
+def sync(path: StrPath) -> None:
     """A file, or the names in a folder, on disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -128,7 +132,7 @@ def sync(path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, write) -> None:
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
     """`write(temporary path)`, then fsync and rename: `path` is the old file or the whole new."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
@@ -143,13 +147,13 @@ def write_whole(path: Path, write) -> None:
         raise
 
 
-def put(temporary, path: Path) -> None:
+def put(temporary: StrPath, path: Path) -> None:
     """Rename a file that is on disk to `path`, for good."""
     os.replace(temporary, path)
     sync(path.parent)
 
 
-def json_text(value, indent: int | None = None) -> str:
+def json_text(value: object, indent: int | None = None) -> str:
     """`value` as JSON that every reader takes: a number that is not finite is null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
@@ -162,7 +166,7 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_text(path, text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     """UTF-8, whole or not at all; straight into what is no file (a pipe, a terminal), or is in a
     folder that takes no other."""
     path = Path(path)

@@ -3,15 +3,16 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from . import heap
 from .encoder import Layer, Unfit, adapters, choice, watch
 from .encoder.noise import Sample
-from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable, Lost
+from .encoder.packed import CUDA_PRECISIONS, PRECISIONS, Freezable, Lost, Precision
 from .encoder.packed_cpu import PackedCpu
 from .encoder.packed_cuda import PackedCuda
 from .encoder.weights import FLAT, shapes
@@ -19,10 +20,13 @@ from .ops import registry
 from .ops.extension import C, error
 from .ops.library import CPU_DTYPES, CUDA_DEVICE, cuda_limit
 
+M = TypeVar("M")
+Texts: TypeAlias = str | Iterable[str] | Mapping[str, torch.Tensor]
+
 _TEXTS, _TOKENS = 64, 512  # of a sample: how many, and how long at most
 
 
-def freeze(model, precision: str = "fp32", texts=None):
+def freeze(model: M, precision: Precision = "fp32", texts: Texts | None = None) -> M:
     """Make a model an inference model, in place, and return it.
 
     Args:

@@ -1,7 +1,11 @@
 """How far a long run is."""
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeAlias
+
+Say: TypeAlias = Callable[[str], object]  # is told a line
 
 
 class Progress:
@@ -14,7 +18,7 @@ class Progress:
 
     EVERY = 5.0  # seconds
 
-    def __init__(self, say, done: int = 0):
+    def __init__(self, say: Say | None, done: int = 0) -> None:
         self.say, self.done, self.before = say, done, done
         self.start = self.said = time.monotonic()
 
@@ -34,5 +38,5 @@ class Progress:
         """Texts a second of this run."""
         return max(self.done - self.before, 1) / max(time.monotonic() - self.start, 1e-9)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.done:,} texts, {self.rate():,.0f} texts/s"

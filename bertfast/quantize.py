@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ import torch
 
 from . import data
 from .bench.measure import aligned
-from .encoder.packed import PRECISIONS, Freezable
+from .encoder.packed import PRECISIONS, Freezable, Precision
 from .files import check_folder, regular
 from .freeze import freeze
 from .model import BertForSequenceClassification, checkpoint
 from .model.errors import unreadable
 from .model.tokenizer import load_tokenizer
+from .progress import Say
 from .saved import check_out, is_frozen, save_frozen, sentences_class
 from .train import inputs, metrics
 from .train.config import METRICS, ConfigError
@@ -29,7 +31,11 @@ from .verify import write_rest
 
 
 def save(
-    model: str, out: str, precision: str = "auto", texts=None, allow_pickle: bool = False
+    model: str,
+    out: str,
+    precision: Precision = "auto",
+    texts: Sequence[str] | Mapping[str, torch.Tensor] | None = None,
+    allow_pickle: bool = False,
 ) -> str:
     """Freezes a checkpoint and writes it to a folder, see `bertfast.save_frozen`.
 
@@ -94,7 +100,7 @@ def report(
     model: str,
     check: str,
     *,
-    precisions=PRECISIONS,
+    precisions: Sequence[str] = PRECISIONS,
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
@@ -102,7 +108,7 @@ def report(
     batch_size: int = 32,
     limit: int | None = None,
     allow_pickle: bool = False,
-    say=lambda text: None,
+    say: Say = lambda text: None,
 ) -> dict:
     """Runs a BERT checkpoint over a table of texts, as it is stored and frozen in each precision.
 

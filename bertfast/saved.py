@@ -9,23 +9,28 @@ Transformers where it keeps these, and its own files.
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from .encoder.packed import PADDING, PRECISIONS, Freezable
 from .encoder.packed_cpu import PackedCpu, layout
 from .encoder.parts import damaged, padded, save_aligned
-from .files import locked, read_json, sha256, write_text, write_whole
+from .files import StrPath, locked, read_json, sha256, write_text, write_whole
 from .ops.extension import C, error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MANIFEST, CONFIG, REST = "bertfast_frozen.json", "config.json", "frozen.safetensors"
 _FORMAT = 1
 _SENTENCES, _MODULES = "config_sentence_transformers.json", "modules.json"
 
 
-def save_frozen(model, folder) -> Path:
+def save_frozen(model: object, folder: StrPath) -> Path:
     """Write a frozen model to a folder, for `load_frozen`; the folder.
 
     Where the folder has the same model as another instruction set packed it (another processor, or
@@ -114,7 +119,7 @@ def check_out(folder: Path, sentences: bool) -> None:
         )
 
 
-def load_frozen(folder):
+def load_frozen(folder: StrPath) -> Any:
     """What `save_frozen` has written, of the same class, on the CPU and in eval mode.
 
     The files are mapped, not read: they may not be changed while a process has the model.
@@ -132,7 +137,7 @@ def load_frozen(folder):
     return load(folder, name)
 
 
-def write(model, folder: Path) -> None:
+def write(model: nn.Module, folder: Path) -> None:
     """`save_frozen` of a model of transformers or bertfast."""
     with locked(folder):
         _write(model, folder)
@@ -188,7 +193,7 @@ def _others(folder: Path, manifest: dict) -> dict:
         return {}
 
 
-def read(folder: Path, config=None):
+def read(folder: Path, config: "PreTrainedConfig | None" = None) -> nn.Module:
     """`load_frozen` of a model of transformers or bertfast; config: in place of the folder's."""
     if C is None:
         raise RuntimeError(f"load_frozen needs the C++ kernels: {error}")

@@ -1,6 +1,8 @@
 """A SentenceTransformer's `encode` in two halves: token ids of texts, and their vectors."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +15,9 @@ from .freeze import freeze
 from .model import checkpoint
 from .saved import is_frozen, load_frozen, sentences_class
 
+if TYPE_CHECKING:
+    from .encoder.packed import Precision
+
 KIND = "SentenceTransformer"
 TASKS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # and their prompts
 _TOKENS = 1 << 20  # of a chunk, at most
@@ -20,7 +25,7 @@ _LONGEST = 8192  # tokens of a text, where the model says no limit
 _LISTS = {"text": {"padding": False}, "common": {"return_tensors": None}}
 
 
-def load(folder: Path, precision: str | None, device: str):
+def load(folder: Path, precision: "Precision | None", device: str) -> Any:
     """A SentenceTransformer on our kernels."""
     try:
         from sentence_transformers import SentenceTransformer
@@ -46,7 +51,7 @@ def load(folder: Path, precision: str | None, device: str):
 class TextEncoder:
     """A SentenceTransformer's `encode` in two halves, which can run at the same time."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict) -> None:
         precision = settings["precision"]
         self.model = load(folder, precision, settings["device"])
         frozen = {
@@ -95,7 +100,7 @@ class TextEncoder:
         return torch.from_numpy(out)
 
     @torch.inference_mode()
-    def vectors(self, batches, step) -> np.ndarray:
+    def vectors(self, batches: Iterable[Any], step: Callable[[int], object]) -> np.ndarray:
         """fp32 [texts, dim]; `step` is called with how many texts of a batch are done."""
         found = None
         for rows, part in batches:

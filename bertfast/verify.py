@@ -5,11 +5,12 @@ to be kept elsewhere.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import __version__
-from .files import json_text, read_json, regular, sha256, write_text
+from .files import StrPath, json_text, read_json, regular, sha256, write_text
 from .saved import MANIFEST as FROZEN
 from .saved import has_modules, recorded
 
@@ -28,7 +29,7 @@ class Bad(NamedTuple):
     expected: str | None
     found: str | None
 
-    def __str__(self):
+    def __str__(self) -> str:
         expected = self.expected or "no such file"
         return f"{self.path}: expected {expected}, found {self.found or 'no file'}"
 
@@ -42,12 +43,12 @@ class Verdict(NamedTuple):
     manifests: dict[str, str]  # the hash of each file that holds hashes
 
 
-def entry(role: str, path, digest: str | None = None) -> dict:
+def entry(role: str, path: StrPath, digest: str | None = None) -> dict:
     """An input of a run, for `write`: what it is there, and its file. digest: where it is known."""
     return {"role": role, "path": os.path.abspath(path), "sha256": digest or sha256(path)}
 
 
-def write(folder: Path, names, inputs=()) -> None:
+def write(folder: Path, names: Iterable[str], inputs: Iterable[Any] = ()) -> None:
     """manifest.json, of those of the files `names` that are there and of `inputs`, see `entry`."""
     there = sorted(name for name in {*names} - {MANIFEST} if (folder / name).is_file())
     files = {
@@ -77,7 +78,7 @@ def read(folder: Path) -> dict | None:
     return found
 
 
-def verify(folder, inputs: bool = False) -> Verdict:
+def verify(folder: StrPath, inputs: bool = False) -> Verdict:
     """Compare the files of a run, or of a frozen model, with the hashes recorded of them.
 
     A file that changed or is gone is bad, and one of weights, of a tokenizer or a configuration

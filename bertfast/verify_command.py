@@ -1,5 +1,9 @@
 """`bertfast verify`: its arguments, and the call of `bertfast.verify.verify`."""
 
+import argparse
+
+from .progress import Say
+
 _ABOUT = (
     "Compares the files of a run of finetune or pretrain, or of a frozen model, with the SHA-256 "
     "sums that were recorded when it was written. Each file that changed, is gone, or was added "
@@ -7,14 +11,14 @@ _ABOUT = (
 )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _ABOUT
     parser.add_argument("run", metavar="RUN", help="the folder")
     text = "compare the run's input files too, those that are still where they were"
     parser.add_argument("--inputs", action="store_true", help=text)
 
 
-def run(args, say) -> None:
+def run(args: argparse.Namespace, say: Say) -> None:
     from .verify import verify
 
     found = verify(args.run, args.inputs)

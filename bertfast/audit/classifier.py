@@ -1,12 +1,14 @@
 """A fine-tuned classifier and the texts that an audit gives it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .. import data
 from ..data.examples import Cells
-from ..files import regular
+from ..files import StrPath, regular
 from ..model import checkpoint
 from ..train import metrics
 from ..train.inputs import as_trained
@@ -25,17 +27,23 @@ class Audited:
     def names(self) -> tuple[str, ...]:
         return self.given.labels.names
 
-    def rows(self, examples, warn=True) -> list[dict]:
+    def rows(self, examples: data.Examples, warn: bool = True) -> list[dict]:
         """Encoded, without labels."""
         return self.given.encoded(examples, None, self.max_length, warn)
 
-    def probabilities(self, examples, rows) -> np.ndarray:
+    def probabilities(self, examples: data.Examples, rows: list[dict]) -> np.ndarray:
         """fp64 [examples, classes]"""
         return metrics.probabilities(self.given.logits(examples, rows), "single_label")
 
 
 def opened(
-    model, path, labelled, allow_pickle=False, device=None, precision=None, **columns
+    model: str,
+    path: StrPath,
+    labelled: bool,
+    allow_pickle: bool = False,
+    device: str | None = None,
+    precision: str | None = None,
+    **columns: Any,
 ) -> Audited:
     """columns: as of `train.evaluate`, and `max_length`. Raises ConfigError, CheckpointError,
     data.DataError."""
@@ -56,6 +64,6 @@ def opened(
     return Audited(given, examples, max_length)
 
 
-def column(path, name: str, parse) -> list:
+def column(path: StrPath, name: str, parse: Callable[[Any], Any]) -> list:
     """A column's cells, parsed; DataError names the row of a bad one."""
     return Cells(path, data.read_table(path, [name])).parse(name, parse)

@@ -1,6 +1,8 @@
 """Figures of a classifier by group: fairlearn's, with bootstrap intervals."""
 
+from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 
@@ -10,7 +12,7 @@ SMALL = 30  # rows that a figure is of, below which it is said to be weak
 RATES = ("selection_rate", "true_positive_rate", "false_positive_rate")
 
 
-def fairlearn():
+def fairlearn() -> ModuleType:
     """fairlearn.metrics. RuntimeError where it isn't installed."""
     try:
         from fairlearn import metrics
@@ -19,7 +21,14 @@ def fairlearn():
     return metrics
 
 
-def by_group(truth, said, group, classes, samples=intervals.SAMPLES, seed=0) -> dict:
+def by_group(
+    truth: np.ndarray,
+    said: np.ndarray,
+    group: np.ndarray,
+    classes: Sequence[int],
+    samples: int = intervals.SAMPLES,
+    seed: int = 0,
+) -> dict:
     """Figures of each group, of all rows, and how far apart the groups are.
 
     Args:

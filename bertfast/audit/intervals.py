@@ -1,6 +1,8 @@
 """95% intervals: percentiles of a bootstrap (Efron 1979), and Wilson's of a share (1927)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +22,16 @@ def percentiles(samples: np.ndarray) -> np.ndarray:
     return out
 
 
-def check(**settings) -> None:
+def check(**settings: Any) -> None:
     """ConfigError where a number is below 1."""
     for name, value in settings.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more")
 
 
-def resampled(counts: np.ndarray, figures, samples: int, seed: int) -> np.ndarray:
+def resampled(
+    counts: np.ndarray, figures: Callable[[np.ndarray], Any], samples: int, seed: int
+) -> np.ndarray:
     """`figures` of tables drawn with replacement from one whose kinds of rows occur `counts`
     times: of int64 [n, kinds] fp64 [n, ...], together [samples, ...]."""
     rng, total = np.random.default_rng(seed), int(counts.sum())

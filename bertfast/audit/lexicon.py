@@ -17,6 +17,7 @@ words stands with any space between them, and where terms begin alike the longes
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class Lexicon:
     rows: list[tuple[list[str], ...]]
     ignore_case: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._where, words = {}, set()
         for r, row in enumerate(self.rows):
             for g, term in ((g, term) for g, terms in enumerate(row) for term in terms):
@@ -108,7 +109,7 @@ def _cased(found: str, term: str, new: str) -> str:
     return new[:1].upper() + new[1:] if found[:1].isupper() else new
 
 
-def load(names, ignore_case: bool = False) -> Lexicon:
+def load(names: Sequence[str], ignore_case: bool = False) -> Lexicon:
     """A lexicon of built-in names and files, whose groups must be the same. DataError names file
     and line of what is wrong in one, ConfigError what doesn't fit together; OSError."""
     names = [names] if isinstance(names, str | Path) else list(names)

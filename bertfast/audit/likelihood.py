@@ -1,6 +1,8 @@
 """Pseudo-log-likelihoods by a masked language model (Salazar et al. 2020, "Masked Language Model
 Scoring"): each token's log-probability where it alone is masked, summed over a sentence."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
@@ -33,7 +35,7 @@ class MaskedLM:
     Raises: CheckpointError where it is no masked language model; ConfigError.
     """
 
-    def __init__(self, model, allow_pickle=False, device=None):
+    def __init__(self, model: str, allow_pickle: bool = False, device: str | None = None) -> None:
         self.folder = checkpoint.resolve(model)
         opening.verify(self.folder, allow_pickle)
         self.model = opening.trained(self.folder, HEAD, allow_pickle).to(choose_device(device))
@@ -44,7 +46,7 @@ class MaskedLM:
                 "needs: give it the one that it was trained with"
             )
 
-    def encoded(self, texts, place) -> list[dict]:
+    def encoded(self, texts: Sequence[str], place: Callable[[int], str]) -> list[dict]:
         """Rows of ids; place(i) says where a text is from. DataError of one that is too long for
         the model: what is cut off would have no likelihood."""
         rows = data.encode(self.tokenizer, texts)
@@ -57,12 +59,14 @@ class MaskedLM:
                 )
         return rows
 
-    def own(self, row) -> list[int]:
+    def own(self, row: dict) -> list[int]:
         """The places of a row that are no special tokens."""
         special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
         return [i for i, token in enumerate(row["input_ids"]) if token not in special]
 
-    def log_probabilities(self, rows, places, tokens: int | None = None) -> list[np.ndarray]:
+    def log_probabilities(
+        self, rows: Sequence[dict], places: Sequence[Sequence[int]], tokens: int | None = None
+    ) -> list[np.ndarray]:
         """Of each row's `places` the log-probability of its token there, masked alone: fp64. The
         variants of all rows share packed batches of so many `tokens`, whatever their row."""
         variants = [(r, p) for r, own in enumerate(places) for p in own]

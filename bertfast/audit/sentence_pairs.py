@@ -9,7 +9,7 @@ from .. import data
 from ..data import cells
 from ..data.errors import DataError
 from ..data.examples import Cells
-from ..files import regular
+from ..files import StrPath, regular
 from . import intervals
 from .likelihood import MaskedLM
 
@@ -25,7 +25,9 @@ CAVEAT = (
 )
 
 
-def pairs(model: str, path: str, *, allow_pickle: bool = False, device: str | None = None) -> dict:
+def pairs(
+    model: str, path: StrPath, *, allow_pickle: bool = False, device: str | None = None
+) -> dict:
     """How often a masked language model prefers the sentence with more of a stereotype.
 
     Args:

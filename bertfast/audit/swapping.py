@@ -1,5 +1,6 @@
 """What a classifier says when terms of a group become those of another: counterfactual swaps."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ def swaps(
     model: str,
     path: str,
     *,
-    lexicon: str | list[str] = DEFAULT,
+    lexicon: str | Sequence[str] = DEFAULT,
     ignore_case: bool = False,
     worst: int = 10,
     samples: int = intervals.SAMPLES,

@@ -1,22 +1,29 @@
 """`bertfast bench`: the table to stdout, progress to stderr, all of it to a JSON file."""
 
+import argparse
 import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..files import json_text
 from ..model.presets import PRESETS, bert_config
 from ..ops.registry import BACKENDS
+from ..progress import Say
 from ..train.config import ConfigError
 from ..train.outputs import check_result, write_result
 from . import encoder, memory, ops, train
 from .measure import aligned, origin, padded_lengths, random_batch
-from .rivals import IMPLEMENTATIONS
+from .rivals import IMPLEMENTATIONS, Rival
+
+if TYPE_CHECKING:
+    from ..model.bert import BertModel
 
 KINDS = ("encoder", "train", "ops")
 CHOICES = {
@@ -47,7 +54,7 @@ COLUMNS = {  # of the table: the rows' key, its title, the format
 }
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", nargs="?", choices=KINDS, default="encoder")
     kinds = "; ".join(f"{kind}: {' '.join(names)}" for kind, names in CHOICES.items())
     parser.add_argument("--impl", nargs="+", metavar="NAME", help=f"of {kinds}")
@@ -68,7 +75,7 @@ def add_arguments(parser):
     parser.add_argument("--json", metavar="FILE", help="write rows, settings and versions here")
 
 
-def check(args) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raises ConfigError for settings that don't go together."""
     args.impl = args.impl or DEFAULTS[args.kind]
     for name in args.impl:
@@ -102,11 +109,11 @@ def check(args) -> None:
         )
 
 
-def say(text):
+def say(text: str) -> None:
     print(f"bertfast bench: {text}", file=sys.stderr, flush=True)
 
 
-def load(model: str, head: str):
+def load(model: str, head: str) -> "BertModel":
     """transformers' model with this head, of a folder or of a preset with random weights."""
     import transformers
 
@@ -118,7 +125,7 @@ def load(model: str, head: str):
 
 
 @contextmanager
-def checkpoint(model: str):
+def checkpoint(model: str) -> Iterator[str]:
     """The model's folder; a preset's is temporary."""
     if model not in PRESETS:
         yield model
@@ -129,11 +136,11 @@ def checkpoint(model: str):
         yield folder
 
 
-def on(device, batch):
+def on(device: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def shapes(args):
+def shapes(args: argparse.Namespace) -> Iterator[tuple[str, list[int], int]]:
     """Each title, lengths and seqlen that is asked for."""
     for batch, seq, ratio in itertools.product(args.batch, args.seq, args.pad_ratio):
         title = f"{batch} x {seq}, {ratio:.0%} padding"
@@ -141,7 +148,7 @@ def shapes(args):
 
 
 @torch.inference_mode()
-def encoder_cells(args):
+def encoder_cells(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     classes = [IMPLEMENTATIONS[name] for name in args.impl]
     with checkpoint(args.model) as folder:
         reference = load(folder, "BertModel")
@@ -165,7 +172,15 @@ def encoder_cells(args):
                 )
 
 
-def memory_rows(args, classes, folder, precision, lengths, seq, reference):
+def memory_rows(
+    args: argparse.Namespace,
+    classes: Iterable[type[Rival]],
+    folder: str,
+    precision: str,
+    lengths: Sequence[int],
+    seq: int,
+    reference: Any,
+) -> list[dict]:
     rows = []
     for cls in classes:
         note = cls.available()
@@ -182,7 +197,7 @@ def memory_rows(args, classes, folder, precision, lengths, seq, reference):
     return rows
 
 
-def train_cells(args):
+def train_cells(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     reference = load(args.model, train.TASKS[args.task]).to(args.device)
     for precision in args.dtype:
         for title, lengths, seq in shapes(args):
@@ -195,7 +210,7 @@ def train_cells(args):
             )
 
 
-def ops_cells(args):
+def ops_cells(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     config = bert_config(args.model)
     for title, lengths, seq in shapes(args):
         shape = ops.Shape.of(config, lengths, seq, args.device)
@@ -227,7 +242,7 @@ def table(title: str, found: dict) -> str:
     return "\n".join(out)
 
 
-def run(args, say=say) -> dict:
+def run(args: argparse.Namespace, say: Say = say) -> dict:
     """All cells that `add_arguments`' arguments ask for, printed as they come; the result."""
     check(args)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

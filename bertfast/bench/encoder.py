@@ -1,10 +1,18 @@
 """A cell of encoder inference: rivals checked against transformers in fp32, then timed in turns."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..progress import Say
 from .measure import emulated, encoder_flop, product, take_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .rivals import Rival
 
 PRECISIONS = ("fp32", "bf16", "int8")
 # Least cosine of mean-pooled sequences to fp32's: of ours in int8 what random ids, which are no
@@ -13,7 +21,11 @@ COSINE = {"fp32": 0.99999, "bf16": 0.999, "int8": 0.9}
 OURS_COSINE = COSINE | {"int8": 0.99}
 
 
-def agreement(run, batches, expected) -> dict:
+def agreement(
+    run: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    batches: Sequence[dict[str, torch.Tensor]],
+    expected: Sequence[torch.Tensor],
+) -> dict:
     """Largest error over real tokens, mean and least cosine of mean-pooled sentences."""
     error, cosines = 0.0, []
     for batch, states in zip(batches, expected, strict=True):
@@ -30,7 +42,7 @@ def agreement(run, batches, expected) -> dict:
     }
 
 
-def wrong(cls, precision, found) -> str | None:
+def wrong(cls: "type[Rival]", precision: str, found: Mapping[str, float]) -> str | None:
     """Why these outputs aren't the model's, if so."""
     bounds = OURS_COSINE if cls.ours else COSINE
     if precision == "fp32" and not found["max_error"] <= cls.tolerance:
@@ -40,7 +52,14 @@ def wrong(cls, precision, found) -> str | None:
     return None
 
 
-def build(classes, folder, precision, threads, device="cpu", say=lambda text: None):
+def build(
+    classes: "Iterable[type[Rival]]",
+    folder: str,
+    precision: str,
+    threads: int,
+    device: str = "cpu",
+    say: Say = lambda text: None,
+) -> "tuple[dict[type[Rival], Rival], list[dict]]":
     """The rivals that can run here, and rows for those that can't."""
     rivals, rows = {}, []
     for cls in classes:
@@ -60,12 +79,22 @@ def build(classes, folder, precision, threads, device="cpu", say=lambda text: No
     return rivals, rows
 
 
-def first_line(error) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def cell(rivals, rows, batches, expected, precision, config, rounds, device="cpu", say=None):
+def cell(
+    rivals: "dict[type[Rival], Rival]",
+    rows: list[dict],
+    batches: Sequence[dict[str, torch.Tensor]],
+    expected: Sequence[torch.Tensor],
+    precision: str,
+    config: "PreTrainedConfig",
+    rounds: int,
+    device: str = "cpu",
+    say: Say | None = None,
+) -> dict:
     """Every rival checked, then timed over all `batches`: `rows` with times added, best first.
 
     Raises: RuntimeError where an implementation of ours is wrong; a rival's row says so.

@@ -6,11 +6,16 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLE, LONG = 0.25, 0.5  # seconds
@@ -19,7 +24,9 @@ GATED = ("modernbert", "nomic_bert", "gte", "eurobert")  # three products in a f
 BENCHED = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # rivals that may be installed
 
 
-def natural_lengths(batch: int, seed: int = 0, median=24, sigma=0.8, longest=128) -> list[int]:
+def natural_lengths(
+    batch: int, seed: int = 0, median: float = 24, sigma: float = 0.8, longest: int = 128
+) -> list[int]:
     """Sentence lengths in tokens, [CLS] and [SEP] included: log-normal, cut at `longest`."""
     draw = torch.empty(batch).log_normal_(
         torch.tensor(float(median)).log().item(),
@@ -61,7 +68,7 @@ def random_batch(lengths: list[int], seqlen: int, vocabulary: int, seed: int = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def turns(names: list, rounds: int):
+def turns(names: list, rounds: int) -> Iterator[tuple[int, Any]]:
     """(round, name): every round has each name once, starting with another each time."""
     for i in range(rounds):
         first = i % len(names)
@@ -87,7 +94,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def burst(run, seconds: float, device: str = "cpu"):
+def burst(
+    run: Callable[[], object], seconds: float, device: str = "cpu"
+) -> tuple[Callable[[], None], int, float]:
     """A call that repeats run() for about `seconds`, how often it does, and the seconds of one."""
     synchronize(device)
     start = time.perf_counter()
@@ -105,7 +114,12 @@ def burst(run, seconds: float, device: str = "cpu"):
 
 
 def take_turns(
-    runs: dict, rounds: int, device: str = "cpu", seconds=0.1, warm=False, one_openmp=False
+    runs: dict,
+    rounds: int,
+    device: str = "cpu",
+    seconds: float = 0.1,
+    warm: bool = False,
+    one_openmp: bool = False,
 ) -> dict:
     """Median seconds of each run(), in interleaved bursts of so many seconds, each after others
     that don't count, or a pause where one call takes longer than they would: OpenMP's threads of
@@ -144,11 +158,11 @@ def aligned(lines: list[list[str]]) -> list[str]:
     ]
 
 
-def median(values) -> float:
+def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
-def product(precision: str, device: str = "cpu"):
+def product(precision: str, device: str = "cpu") -> tuple[Callable[[], object], float]:
     """torch's own square product, the yardstick of `share_of_peak`, and its operations. In int8 it
     is no ceiling: weights that are packed already can pass it."""
     # The first side that takes long enough: where torch is slow, a large one takes a minute.
@@ -185,14 +199,14 @@ def emulated(precision: str) -> str | None:
     return f"left out: torch's own product runs at {rates}"
 
 
-def copy(device: str = "cpu"):
+def copy(device: str = "cpu") -> tuple[Callable[[], object], float]:
     """torch's own copy of 256 MB, the yardstick of memory traffic, and its bytes."""
     a = torch.zeros(64 * 2**20, device=device)
     b = torch.ones_like(a)
     return lambda: a.copy_(b), 2 * 4 * a.numel()  # read and written
 
 
-def encoder_flop(config, lengths: list[int]) -> int:
+def encoder_flop(config: "PreTrainedConfig", lengths: list[int]) -> int:
     """Operations of the encoder's products, a multiply-add being two, over real tokens only, and
     inside a window; those of relative positions not counted."""
     hidden, tokens = config.hidden_size, sum(lengths)

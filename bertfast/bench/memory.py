@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +48,16 @@ def main(spec: dict) -> dict:
     }
 
 
-def measure(cls, folder, precision, threads, lengths, seqlen, vocabulary, path=()) -> dict:
+def measure(
+    cls: type,
+    folder: str,
+    precision: str,
+    threads: int,
+    lengths: Sequence[int],
+    seqlen: int,
+    vocabulary: int,
+    path: Sequence[str] = (),
+) -> dict:
     """MB above what the imports take: the peak while it loads, and of a second call.
 
     cls: a `Rival`; path: folders where its module is found. Raises: RuntimeError with the last

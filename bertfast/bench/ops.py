@@ -3,75 +3,26 @@
 "forward" is inference; "training" is forward and backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .. import ops
+from ..progress import Say
 from .encoder import first_line
 from .measure import copy, product, take_turns
 from .rivals import torch_dtype
+from .shape import Shape
+
+if TYPE_CHECKING:
+    pass
 
 STEPS = ("forward", "training")
 PLAIN = "torch"  # what transformers' layers run: plain PyTorch, padding included
 DROPOUT = 0.1
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch, and the sizes of a BERT."""
-
-    lengths: tuple[int, ...]
-    hidden: int = 384  # the defaults are MiniLM's
-    heads: int = 12
-    inner: int = 1536
-    vocabulary: int = 30522
-    seqlen: int = 0  # of the padded batch; 0 for the longest
-    device: str = "cpu"
-
-    @classmethod
-    def of(cls, config, lengths, seqlen=0, device="cpu"):
-        sizes = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
-        return cls(tuple(lengths), *sizes, config.vocab_size, seqlen, device)
-
-    @cached_property
-    def tokens(self):
-        return sum(self.lengths)
-
-    @cached_property
-    def longest(self):
-        return self.seqlen or max(self.lengths)
-
-    @cached_property
-    def cu_seqlens(self):
-        return torch.tensor([0, *self.lengths]).cumsum(0).int().to(self.device)
-
-    @property
-    def positions(self):
-        return torch.cat([torch.arange(n) for n in self.lengths])
-
-    @cached_property
-    def mask(self):
-        """int64 [batch, longest]"""
-        lengths = torch.tensor(self.lengths)[:, None]
-        return (torch.arange(self.longest) < lengths).long().to(self.device)
-
-    def pad(self, x):
-        """[tokens, ...] -> [batch, longest, ...]"""
-        out = x.new_zeros(*self.mask.shape, *x.shape[1:])
-        out[self.mask.bool()] = x
-        return out
-
-    def linear_flop(self, into, out):
-        return 2 * self.tokens * into * out
-
-    def attention_flop(self):
-        return 4 * self.hidden * sum(n * n for n in self.lengths)
 
 
 class Case(NamedTuple):
@@ -83,15 +34,15 @@ class Case(NamedTuple):
     elements: int | None = None  # read and written by a forward; None for all leaves and the output
 
 
-def draw(*shape, scale=1.0):
+def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64) * scale
 
 
-def weight(out, into):
+def weight(out: int, into: int) -> torch.Tensor:
     return draw(out, into, scale=into**-0.5)
 
 
-def attention(s):
+def attention(s: Shape) -> Case:
     mask = None if min(s.lengths) == s.longest else s.mask.bool()[:, None, None, :]
 
     def plain(qkv, p):
@@ -106,7 +57,7 @@ def attention(s):
     )
 
 
-def qkv_linear(s):
+def qkv_linear(s: Shape) -> Case:
     parts = [p for _ in range(3) for p in (weight(s.hidden, s.hidden), draw(s.hidden))]
 
     def plain(x, wq, bq, wk, bk, wv, bv, p):
@@ -121,7 +72,7 @@ def qkv_linear(s):
     )
 
 
-def linear(s):
+def linear(s: Shape) -> Case:
     return Case(
         [draw(s.tokens, s.hidden), weight(s.hidden, s.hidden)],
         lambda x, w, **_: ops.linear_act(x, w),
@@ -131,7 +82,7 @@ def linear(s):
     )
 
 
-def linear_act(s):
+def linear_act(s: Shape) -> Case:
     return Case(
         [draw(s.tokens, s.hidden), weight(s.inner, s.hidden), draw(s.inner)],
         lambda x, w, b, **_: ops.linear_act(x, w, b, "gelu"),
@@ -141,7 +92,7 @@ def linear_act(s):
     )
 
 
-def feed_forward(s):
+def feed_forward(s: Shape) -> Case:
     up = weight(s.inner, s.hidden), draw(s.inner)
     down = weight(s.hidden, s.inner), draw(s.hidden)
     return Case(
@@ -153,7 +104,7 @@ def feed_forward(s):
     )
 
 
-def add_layer_norm(s):
+def add_layer_norm(s: Shape) -> Case:
     def plain(x, residual, w, b, x_bias, p):
         x = residual + F.dropout(x + x_bias, p)
         return F.layer_norm(x, x.shape[-1:], w, b, 1e-12)
@@ -169,12 +120,12 @@ def add_layer_norm(s):
     )
 
 
-def gated_act(s):
+def gated_act(s: Shape) -> Case:
     leaves = [draw(s.tokens, s.inner) for _ in range(2)]
     return Case(leaves, ops.gated_act, lambda up, gate, p: F.dropout(F.gelu(up) * gate, p), 2, 0)
 
 
-def rotary(s):
+def rotary(s: Shape) -> Case:
     dim = s.hidden // s.heads
     angles = torch.outer(s.positions, 1e4 ** (-torch.arange(0, dim, 2) / dim)).to(s.device)
     angles = torch.stack([angles.cos(), angles.sin()], 1)
@@ -190,7 +141,7 @@ def rotary(s):
     return Case(leaves, lambda qkv, **_: ops.rotary(qkv, angles), plain, 1, 0)
 
 
-def embedding_layer_norm(s):
+def embedding_layer_norm(s: Shape) -> Case:
     ids = torch.randint(s.vocabulary, (s.tokens,)).to(s.device)
     positions, types = s.positions.to(s.device), torch.zeros_like(ids)
     padded = [s.pad(x) for x in (ids, positions, types)]
@@ -213,7 +164,7 @@ def embedding_layer_norm(s):
     )
 
 
-def masked_cross_entropy(s):
+def masked_cross_entropy(s: Shape) -> Case:
     labels = torch.randint(s.vocabulary, (s.tokens,))
     labels[torch.rand(s.tokens) > 0.15] = -100
     labels[0] = 0  # there is always one
@@ -230,7 +181,7 @@ def masked_cross_entropy(s):
     )
 
 
-def pack(s):
+def pack(s: Shape) -> Case:
     real = s.mask.bool()
     return Case(
         [draw(*s.mask.shape, s.hidden)],
@@ -240,7 +191,7 @@ def pack(s):
     )
 
 
-def unpack(s):
+def unpack(s: Shape) -> Case:
     indices = s.mask.flatten().nonzero()[:, 0]
     return Case(
         [draw(s.tokens, s.hidden)],
@@ -265,7 +216,14 @@ def make(operator: str, shape: Shape) -> Case:
     return OPERATORS[operator](shape)
 
 
-def build(case, shape, step, dtype, dropout=0.0, plain=False):
+def build(
+    case: Case,
+    shape: Shape,
+    step: str,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    plain: bool = False,
+) -> Callable[[], Any]:
     """A call without arguments that gives the output and, in training, every gradient; of the
     real tokens alone. `.raw` is the same without that last selection, for timing."""
     training, padded = step == "training", plain and case.rows is not None
@@ -303,7 +261,7 @@ def build(case, shape, step, dtype, dropout=0.0, plain=False):
     return run
 
 
-def errors(got, exact):
+def errors(got: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> list[float]:
     """Of each tensor the largest error, relative to its largest value."""
     return [
         ((g.double() - e.view_as(g)).abs().max() / e.abs().max()).item()
@@ -311,17 +269,25 @@ def errors(got, exact):
     ]
 
 
-def bounds(dtype, plain):
+def bounds(dtype: torch.dtype, plain: Iterable[float]) -> list[float]:
     """DESIGN's: fp32 within 1e-5, bf16 within twice the error of PyTorch's own kernels."""
     return [max(1e-5, 2 * e) if dtype == torch.bfloat16 else 1e-5 for e in plain]
 
 
-def cosine(got, exact) -> float:
+def cosine(got: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> float:
     a, b = (torch.cat([t.double().flatten() for t in parts]) for parts in (got, exact))
     return torch.cosine_similarity(a, b, dim=0).item()
 
 
-def cell(operator, step, precision, implementations, shape, rounds, say=lambda text: None) -> dict:
+def cell(
+    operator: str,
+    step: str,
+    precision: str,
+    implementations: Sequence[str],
+    shape: Shape,
+    rounds: int,
+    say: Say = lambda text: None,
+) -> dict:
     """One operator in one precision: each implementation (a backend's name, or "torch") held
     against the reference in fp64, then timed in turns.
 

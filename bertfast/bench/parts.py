@@ -1,12 +1,20 @@
 """Where whole_cpu's time goes: an encoder's layers by part, beside the rate of registers alone."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from ..encoder.packed import PRECISIONS
 from ..ops.extension import C
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CALLS = 3
 
 
-def layer_parts(call, config, lengths: list[int], precision: str) -> list[dict]:
+def layer_parts(
+    call: Callable[[], object], config: "PreTrainedConfig", lengths: list[int], precision: str
+) -> list[dict]:
     """Of CALLS calls of `call`, which runs an encoder of `config` on sequences of `lengths` tokens:
     a row for each part with the milliseconds of a call, as one of the threads sees them; of
     products GFLOP, GFLOP/s, and the share of what all threads reach with operands in their L1

@@ -1,5 +1,6 @@
 """Ways to run a BERT checkpoint: bertfast's, and transformers' own."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -34,10 +35,10 @@ class Rival:
         missing = [name for name in cls.packages if find_spec(name) is None]
         return f"not installed: {', '.join(missing)} (pip install '.[bench]')" if missing else None
 
-    def __init__(self, folder: str, precision: str, threads: int):
+    def __init__(self, folder: str, precision: str, threads: int) -> None:
         raise NotImplementedError
 
-    def __call__(self, batch):
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -52,7 +53,7 @@ class Sdpa(Rival):
     on_torch = True
     attention = "sdpa"
 
-    def __init__(self, folder, precision, threads, device="cpu"):
+    def __init__(self, folder: str, precision: str, threads: int, device: str = "cpu") -> None:
         import transformers
 
         model = transformers.BertModel.from_pretrained(
@@ -60,7 +61,7 @@ class Sdpa(Rival):
         )
         self.model = model.eval().to(device)
 
-    def __call__(self, batch):
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self.model(**batch).last_hidden_state
 
 
@@ -75,7 +76,7 @@ class Compiled(Sdpa):
     name = "transformers compiled"
     options: dict | None = None
 
-    def __init__(self, folder, precision, threads, device="cpu"):
+    def __init__(self, folder: str, precision: str, threads: int, device: str = "cpu") -> None:
         super().__init__(folder, precision, threads, device)
         self.model = torch.compile(self.model, dynamic=True, options=self.options)
 
@@ -95,11 +96,11 @@ class Loaded(Rival):
     devices = ("cpu", "cuda")
     ours = True
 
-    def __init__(self, folder, precision, threads, device="cpu"):
+    def __init__(self, folder: str, precision: str, threads: int, device: str = "cpu") -> None:
         model = bertfast.BertModel.from_pretrained(folder)
         self.model = model.eval().to(device, torch_dtype(precision))
 
-    def __call__(self, batch):
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self.model(**batch).last_hidden_state
 
 
@@ -109,10 +110,10 @@ class Frozen(Loaded):
     devices = ("cpu",)
 
     @classmethod
-    def available(cls):
+    def available(cls) -> str | None:
         return None if extension.C else f"no C++ extension: {extension.error}"
 
-    def __init__(self, folder, precision, threads):
+    def __init__(self, folder: str, precision: str, threads: int) -> None:
         super().__init__(folder, "fp32", threads)
         bertfast.freeze(self.model, precision)
 
@@ -123,7 +124,7 @@ class DropIn(Sdpa):
     name = "bertfast drop-in"
     ours, on_torch = True, False
 
-    def __init__(self, folder, precision, threads, device="cpu"):
+    def __init__(self, folder: str, precision: str, threads: int, device: str = "cpu") -> None:
         super().__init__(folder, precision, threads, device)
         bertfast.accelerate(self.model)
 

@@ -3,15 +3,22 @@
 In bf16 the weights stay fp32 and the forward runs under autocast, as people train.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 import bertfast
 
+from ..progress import Say
 from .encoder import first_line
 from .measure import emulated, encoder_flop, product, take_turns
 from .rivals import IMPLEMENTATIONS as RIVALS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 TASKS = {"classify": "BertForSequenceClassification", "mlm": "BertForMaskedLM"}
 PRECISIONS = ("fp32", "bf16")
@@ -22,7 +29,7 @@ IMPLEMENTATIONS = {  # as `--impl` calls them: the names in tables
 COSINE = {"fp32": 0.99999, "bf16": 0.99}
 
 
-def model_of(implementation: str, task: str, reference):
+def model_of(implementation: str, task: str, reference: nn.Module) -> nn.Module:
     """A model with the reference's weights."""
     import transformers
 
@@ -53,14 +60,16 @@ def labels_of(task: str, batch: dict, vocabulary: int) -> torch.Tensor:
     return labels.to(batch["attention_mask"].device)
 
 
-def loss_of(model, batch, precision):
+def loss_of(model: nn.Module, batch: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
     device = batch["input_ids"].device.type
     cast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
     with cast:
         return model(**batch).loss
 
 
-def gradients(model, batch, precision) -> tuple[float, dict]:
+def gradients(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], precision: str
+) -> tuple[float, dict]:
     """The loss and every parameter's gradient, dropout off."""
     model.zero_grad()
     loss = loss_of(model.eval(), batch, precision)
@@ -70,7 +79,7 @@ def gradients(model, batch, precision) -> tuple[float, dict]:
     return loss.item(), found
 
 
-def agreement(found, expected) -> dict:
+def agreement(found: tuple[float, dict], expected: tuple[float, dict]) -> dict:
     """Of all gradients together; and the largest error of one, relative to the largest value."""
     (loss, ours), (exact_loss, exact) = found, expected
     dot = norm = exact_norm = error = largest = 0.0
@@ -88,7 +97,9 @@ def agreement(found, expected) -> dict:
     }
 
 
-def step_of(model, batch, precision):
+def step_of(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], precision: str
+) -> Callable[[], None]:
     """A call that makes one optimizer step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model.train()
@@ -101,7 +112,7 @@ def step_of(model, batch, precision):
     return step
 
 
-def useful_flop(config, batch) -> int:
+def useful_flop(config: "PreTrainedConfig", batch: Mapping[str, torch.Tensor]) -> int:
     """Of the products of forward and backward over real tokens, and of the labelled ones' head."""
     flop = encoder_flop(config, batch["attention_mask"].sum(1).tolist())
     labels = batch["labels"]
@@ -111,7 +122,15 @@ def useful_flop(config, batch) -> int:
     return 3 * flop
 
 
-def cell(reference, task, implementations, batch, precision, rounds, say=lambda text: None) -> dict:
+def cell(
+    reference: nn.Module,
+    task: str,
+    implementations: Sequence[str],
+    batch: Mapping[str, torch.Tensor],
+    precision: str,
+    rounds: int,
+    say: Say = lambda text: None,
+) -> dict:
     """Each implementation's gradients held against transformers' in fp32, then its step timed.
 
     reference: transformers' model in fp32 with the task's head. batch: with labels.

@@ -1,6 +1,7 @@
 """Tagged words as windows of tokens that know their words, and predictions of them put together."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,6 +9,9 @@ from .errors import DataError
 from .tagged import Tagged
 from .text_spans import joined
 from .windows import Window, windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 _CHUNK = 1024  # rows in one call of the tokenizer, which bounds its memory
@@ -74,7 +78,12 @@ class Aligned:
 
 
 def align(
-    tokenizer, rows: Tagged, *, max_length: int, stride: int, spaced: bool | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Tagged,
+    *,
+    max_length: int,
+    stride: int,
+    spaced: bool | None = None,
 ) -> Aligned:
     """Windows of the rows' tokens.
 

@@ -5,7 +5,8 @@ import math
 import re
 import reprlib
 from ast import literal_eval
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
@@ -16,13 +17,13 @@ class Answer(NamedTuple):
     context: int = 0
 
 
-def plain(value) -> bool:
+def plain(value: Any) -> bool:
     """Whether a cell is a text, or texts, without their places."""
     items = value if isinstance(value, list) else [value]
     return all(v is None or isinstance(v, str) for v in items)
 
 
-def beside(value, start) -> list[tuple]:
+def beside(value: Any, start: Any) -> list[tuple]:
     """Texts with their places in a column of their own."""
     texts = value if isinstance(value, list) else [value] * (value not in (None, ""))
     starts = start if isinstance(start, list) else [start] * (not _missing(start))
@@ -35,7 +36,7 @@ def _missing(value) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def listed(value) -> list[tuple]:
+def listed(value: Any) -> list[tuple]:
     """(text, start, context or None) of the answers in a cell."""
     shown = reprlib.repr(value)
     if isinstance(value, str):
@@ -94,7 +95,7 @@ def _whole(value, what) -> int:
         ) from None
 
 
-def placed(answer, contexts) -> Answer:
+def placed(answer: Answer, contexts: Sequence[str]) -> Answer:
     """The answer, which must stand where it says."""
     text, start, number = answer
     if not isinstance(text, str) or not text.strip():

@@ -1,13 +1,24 @@
 """Token ids, batches of positions and padded tensors."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1024  # texts in one call of the tokenizer, which bounds its memory
 UNKNOWN = 0.05  # share of unknown tokens above which users are warned: emoji alone give less
 
 
-def encode(tokenizer, texts, pairs=None, max_length: int | None = None) -> list[dict]:
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    max_length: int | None = None,
+) -> list[dict]:
     """Token ids of each text (or pair), specials included, cut to max_length tokens (None: whole).
 
     A pair loses tokens of its longer side first. Each row: input_ids and, where the tokenizer
@@ -37,7 +48,7 @@ def encode(tokenizer, texts, pairs=None, max_length: int | None = None) -> list[
     return rows
 
 
-def unknown_share(tokenizer, rows: list[dict], pairs: bool) -> float:
+def unknown_share(tokenizer: "PreTrainedTokenizerBase", rows: list[dict], pairs: bool) -> float:
     """The share of tokens, without the specials, of which the tokenizer knows nothing."""
     specials = tokenizer.num_special_tokens_to_add(pair=pairs)
     tokens = sum(len(row["input_ids"]) - specials for row in rows)
@@ -75,7 +86,7 @@ def collate(batch: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 def batches(
-    lengths,
+    lengths: Sequence[int] | np.ndarray,
     batch_size: int,
     seed: int | None = None,
     epoch: int = 0,

@@ -4,9 +4,11 @@ import math
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ..files import StrPath
 from . import cells
 from .clean import clean_text
 from .errors import DataError
@@ -28,11 +30,11 @@ class Candidates(Examples):
     task: str = "regression"
     listed: bool = False
 
-    def keys(self):
+    def keys(self) -> list[tuple]:
         """A query's documents stand in one part of a split."""
         return [(clean_text(text).casefold(),) for text in self.texts]
 
-    def strata(self):
+    def strata(self) -> list:
         return [0] * len(self)
 
     def groups(self) -> list[np.ndarray]:
@@ -44,7 +46,10 @@ class Candidates(Examples):
 
 
 def load_candidates(
-    path, query_column="query", document_column="document", label_column: str | None = "label"
+    path: StrPath,
+    query_column: str = "query",
+    document_column: str = "document",
+    label_column: str | None = "label",
 ) -> Candidates:
     """A table with a row for a query and a document, or for a query and lists of documents:
     "positive" and "negative", or "documents" with "labels".
@@ -59,7 +64,11 @@ def load_candidates(
 
 
 def read_candidates(
-    path, query_column="query", document_column="document", label_column=None, **limits
+    path: StrPath,
+    query_column: str = "query",
+    document_column: str = "document",
+    label_column: str | None = None,
+    **limits: Any,
 ) -> Iterator[Candidates]:
     """`load_candidates` in the chunks of `read_chunks`, which has the `limits`."""
     for chunk in read_chunks(path, None, **limits):

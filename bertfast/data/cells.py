@@ -6,6 +6,7 @@ import re
 import reprlib
 from ast import literal_eval
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Flags(list):
     """Names that were written as a bare vector of flags, "0 1 0"."""
 
 
-def text(value, clean: bool = True, needed: bool = True) -> str:
+def text(value: Any, clean: bool = True, needed: bool = True) -> str:
     """Where it isn't `needed`, a missing text is an empty one."""
     if value is None and not needed:
         return ""
@@ -49,7 +50,7 @@ def normal(name: str) -> str:
     return (whole[1] or whole[2]) if whole else _TRUTH.get(name.lower(), name)
 
 
-def name(value) -> str:
+def name(value: Any) -> str:
     """A class's name, the same of 1, 1.0, "1" and "1.0", and of true, "true" and "TRUE"."""
     if isinstance(value, float | Decimal):
         if math.isnan(value):
@@ -70,7 +71,7 @@ def name(value) -> str:
     return found
 
 
-def names(value) -> list[str]:
+def names(value: Any) -> list[str]:
     """The names in a cell, repeats too: of a list, also as JSON, Python or NumPy write it; of a
     string with "|" between; of a vector of flags with spaces or commas between (as `Flags`)."""
     if not isinstance(value, str | list):
@@ -112,7 +113,7 @@ def _items(written: str) -> list | None:
     return out
 
 
-def number(value) -> float:
+def number(value: Any) -> float:
     """A number that float32 holds."""
     try:
         if isinstance(value, bool):

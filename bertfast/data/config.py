@@ -39,7 +39,7 @@ class PrepareConfig:
     shard_mb: float = _setting(4.0, "megabytes of text in a shard")
     processes: int = _setting(os.cpu_count() or 1, "processes")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, good, expected in (
             ("corpus", len(self.corpus) > 0, "one file or more: give --corpus"),
             ("out", bool(self.out), "a folder: give --out"),

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import StrPath
 from .errors import DataError
 from .formats import Source, _lines, open_stream
 
@@ -13,12 +14,12 @@ SUFFIXES = (".conll", ".txt", ".iob", ".bio")
 _SPACES = re.compile("[ \t]+")  # a no-break space is part of a word
 
 
-def is_conll(path) -> bool:
+def is_conll(path: StrPath) -> bool:
     suffixes = [s.lower() for s in Path(path).suffixes if s.lower() != ".gz"]
     return bool(suffixes) and suffixes[-1] in SUFFIXES
 
 
-def read(path, tagged: bool, rows: float, characters: float) -> Iterator[tuple]:
+def read(path: StrPath, tagged: bool, rows: float, characters: float) -> Iterator[tuple]:
     """Chunks of up to `rows` rows and about `characters` of text: words and tags (None where not
     `tagged`) a row, the line of each one's first word, the first one's number, and the share of the
     file that is read. Raises DataError."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..files import StrPath
 from .clean import DROP, UNSPACED
 from .errors import DataError
 from .formats import open_stream
@@ -39,7 +40,7 @@ class Words(NamedTuple):
     counts: dict[str, int]  # what was dropped and why
 
 
-def blocks(path, size: int) -> Iterator[bytes]:
+def blocks(path: StrPath, size: int) -> Iterator[bytes]:
     """Consecutive blocks of about `size` bytes, cut between documents, gzip'd or not.
 
     .jsonl files are cut between lines, all others where a document ends. A document of more than
@@ -69,7 +70,7 @@ def blocks(path, size: int) -> Iterator[bytes]:
         yield rest
 
 
-def is_jsonl(path) -> bool:
+def is_jsonl(path: StrPath) -> bool:
     return ".jsonl" in Path(path).suffixes[-2:]
 
 
@@ -152,7 +153,7 @@ def _offsets(lengths) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
 
 
-def sums(values, offsets) -> np.ndarray:
+def sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Sums of values[offsets[i]:offsets[i + 1]], 0 for an empty range."""
     total = np.concatenate([[0], np.cumsum(values)])
     return total[offsets[1:]] - total[offsets[:-1]]

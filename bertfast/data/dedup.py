@@ -5,6 +5,8 @@ Rajaraman, Ullman, "Mining of massive datasets", chapter 3.
 """
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +100,9 @@ def _groups(parts, wanted=None):
         yield hashes[order], positions[order]
 
 
-def repeats(parts, wanted=None):
+def repeats(
+    parts: Iterable[np.ndarray], wanted: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(first, later) positions, int64 arrays: each later one has the hash of its first."""
     for hashes, positions in _groups(parts, wanted):
         if len(hashes):
@@ -107,7 +111,9 @@ def repeats(parts, wanted=None):
             yield first[~new], positions[~new]
 
 
-def frequent(parts, limit: int, wanted=None) -> np.ndarray:
+def frequent(
+    parts: Iterable[np.ndarray], limit: int, wanted: np.ndarray | None = None
+) -> np.ndarray:
     """The hashes that occur more than `limit` times, sorted."""
     out = [np.zeros(0, np.uint64)]
     for hashes, _ in _groups(parts, wanted):
@@ -116,7 +122,9 @@ def frequent(parts, limit: int, wanted=None) -> np.ndarray:
     return np.sort(np.concatenate(out))
 
 
-def similarity(pairs, batches, load) -> np.ndarray:
+def similarity(
+    pairs: tuple[np.ndarray, np.ndarray], batches: np.ndarray, load: Callable[[int], Any]
+) -> np.ndarray:
     """Estimated Jaccard similarity of documents pairs[0][i] and pairs[1][i].
 
     batches: offsets of each batch's first document; load(b): its signatures.

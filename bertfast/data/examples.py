@@ -1,15 +1,17 @@
 """Labelled texts of a classification or regression task."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from ..files import StrPath
 from . import cells
 from .clean import clean_text
 from .errors import DataError
-from .tables import read_chunks, read_table
+from .tables import Table, read_chunks, read_table
 
 TASKS = ("single_label", "multi_label", "regression")
 
@@ -34,7 +36,7 @@ class Examples:
     width: int | None = None
     share: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
         self.rows = self.rows or list(range(1, len(self.texts) + 1))
@@ -43,10 +45,10 @@ class Examples:
             if values is not None and len(values) != len(self.texts):
                 raise ValueError(f"{len(values)} {name} for {len(self.texts)} texts")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.texts)
 
-    def select(self, indices) -> "Examples":
+    def select(self, indices: Iterable[int]) -> "Examples":
         """The examples at these positions, in this order."""
         take = lambda values: None if values is None else [values[i] for i in indices]
         names = ("texts", "pairs", "labels", "rows", "lines")
@@ -86,7 +88,7 @@ def _place(path, row, line) -> str:
 
 
 def load_classification(
-    path,
+    path: StrPath,
     text_column: str = "text",
     text_pair_column: str | None = None,
     label_column: str | None = "label",
@@ -124,7 +126,7 @@ def load_classification(
 
 
 def read_texts(
-    path, text_column: str = "text", text_pair_column: str | None = None, **limits
+    path: StrPath, text_column: str = "text", text_pair_column: str | None = None, **limits: Any
 ) -> Iterator[Examples]:
     """`load_classification` without labels, in the chunks of `read_chunks`, which has the `limits`.
     An error tells of the rows of one chunk."""
@@ -151,13 +153,19 @@ def _texts(table: "Cells", text_column, text_pair_column, clean):
 class Cells:
     """The columns of a file's rows, or of some of them, parsed cell by cell."""
 
-    def __init__(self, path, table):
+    def __init__(self, path: StrPath, table: Table) -> None:
         self.name = "standard input" if str(path) == "-" else str(path)
         self.table, self.lines = table, table.lines
         size = max(map(len, table.values()), default=0)
         self.rows = list(range(table.first, table.first + size))
 
-    def parse(self, column, parse, needed=True, values=None) -> list:
+    def parse(
+        self,
+        column: str | None,
+        parse: Callable[[Any], Any],
+        needed: bool = True,
+        values: Sequence[Any] | None = None,
+    ) -> list:
         """Parse every cell, or these values; the error names the first bad row and how many there
         are."""
         parsed, bad, reason = [], [], None

@@ -10,11 +10,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from typing import IO
 
+from ..files import StrPath
 from .errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -22,7 +24,7 @@ _BATCH = 256  # rows of Parquet that are decoded together
 
 
 @contextmanager
-def open_stream(path):
+def open_stream(path: StrPath) -> Iterator[IO[bytes]]:
     """Binary stream; gzip is recognised by its first bytes, whatever the file is called."""
     with nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as raw:
         raw = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
@@ -30,7 +32,7 @@ def open_stream(path):
 
 
 @contextmanager
-def seekable(raw):
+def seekable(raw: IO[bytes]) -> Iterator[IO[bytes]]:
     """`raw`, or a temporary file of all it gives where it can't go back: gzip, a pipe."""
     if not isinstance(raw, gzip.GzipFile) and raw.seekable():
         yield raw
@@ -46,12 +48,12 @@ class Source:
     """A table's stream, its name in errors, the columns that are wanted (None: all), and how many
     rows it has, where the format says so."""
 
-    raw: object
+    raw: IO[bytes]
     name: str
     columns: list[str] | None
     rows: int | None = None
 
-    def check(self, there) -> None:
+    def check(self, there: Iterable[str]) -> None:
         """Raises DataError where a wanted column is not `there`."""
         for column in self.columns or ():
             if column not in there:

@@ -41,10 +41,10 @@ class LabelSet:
             raise DataError(f"{of}the labels are {sorted(names)}; expected {least} or more classes")
         return cls(_order(names), task)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def encode(self, examples) -> np.ndarray:
+    def encode(self, examples: Examples) -> np.ndarray:
         """int64 [n] ids; for multi_label float32 [n, classes] of 0 and 1; for a regression
         float32 [n]. Of `Examples` or of labels alone. Vectors of flags have a place for each class,
         in the order of ids. DataError names the place of a label that is unknown."""
@@ -74,7 +74,7 @@ class LabelSet:
                 single[i] = ids[name]
         return out if self.task == "multi_label" else single
 
-    def decode(self, values) -> list:
+    def decode(self, values: np.ndarray) -> list:
         """Names of ids [n]; lists of names of flags [n, classes]; plain floats for a regression."""
         if self.task == "regression":
             return [float(v) for v in values]

@@ -6,13 +6,16 @@ Spans: after Joshi et al., SpanBERT, arXiv:1907.10529. Entities: after Sun et al
 arXiv:1904.09223.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..files import regular
+from ..files import StrPath, regular
 from .dedup import mix
 from .errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KINDS = ("token", "whole_word", "span", "entity")
 _SPAN_START = 0.2  # a word starts a new span with this probability: lengths are geometric
@@ -33,7 +36,7 @@ class Vocabulary(NamedTuple):
     regular: np.ndarray  # int64: ids that are no special tokens
 
 
-def vocabulary(tokenizer) -> Vocabulary:
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
     """Of a transformers tokenizer of BERT's kind."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     special = set(tokenizer.all_special_ids)
@@ -56,7 +59,9 @@ def uniform(keys: np.ndarray, positions: np.ndarray, purpose: int) -> np.ndarray
 class Lexicon:
     """Phrases to be masked as a whole: a UTF-8 file of one a line, in the tokenizer's pieces."""
 
-    def __init__(self, path, tokenizer, inner: np.ndarray):
+    def __init__(
+        self, path: StrPath, tokenizer: "PreTrainedTokenizerBase", inner: np.ndarray
+    ) -> None:
         try:
             lines = regular(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
@@ -88,7 +93,16 @@ class Lexicon:
         return found
 
 
-def mask(ids, offsets, special, keys, words: Vocabulary, kind: str, share: float, lexicon=None):
+def mask(
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    special: np.ndarray,
+    keys: np.ndarray,
+    words: Vocabulary,
+    kind: str,
+    share: float,
+    lexicon: Lexicon | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Hide `share` of each sequence's tokens, one or more.
 
     Args:

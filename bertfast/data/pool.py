@@ -1,26 +1,27 @@
 """Jobs in processes, a bounded number at a time; and one thread that works ahead."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from typing import Any
 
 
 class Pool:
     """Runs jobs in processes, a bounded number at a time; one process is this one."""
 
-    def __init__(self, processes: int):
+    def __init__(self, processes: int) -> None:
         self.processes, self.pool = processes, None
 
-    def __enter__(self):
+    def __enter__(self) -> "Pool":
         if self.processes > 1:
             self.pool = ProcessPoolExecutor(self.processes, initializer=_start_worker)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def run(self, function, jobs):
+    def run(self, function: Callable[..., Any], jobs: Iterable[tuple]) -> Iterator[Any]:
         """function(*job) of each; results as they come."""
         if self.pool is None:
             for job in jobs:

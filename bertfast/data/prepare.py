@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import check_folder, locked, os_errors
+from ..progress import Say
 from . import corpus, dedup, wordpiece
 from .config import PrepareConfig
 from .errors import DataError
@@ -34,7 +35,7 @@ from .statistics import remarks, statistics, total_counts
 from .work import batch_file, read_batch, save_arrays
 
 
-def prepare(config: PrepareConfig, say=print) -> dict:
+def prepare(config: PrepareConfig, say: Say = print) -> dict:
     """Make `config.out` from the corpus; goes on where a run before it stopped.
 
     Returns the statistics that stand in index.json. Raises DataError; OSError where `out` can't be

@@ -1,6 +1,7 @@
 """What questions and their contexts look like, before anything is trained on them."""
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
@@ -8,6 +9,9 @@ import regex
 from .batching import UNKNOWN, unknown_text
 from .questions import Questions
 from .spans import QuestionWindows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _QUANTILES = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
 # Two letters or digits, of scripts that put spaces between words.
@@ -66,7 +70,7 @@ class QuestionReport:
                 out.append(f"{name}: {unknown_text(part.unknown)}")
         return out
 
-    def __str__(self):
+    def __str__(self) -> str:
         table = [["", *self.parts]]
         row = lambda title, value: table.append([title, *map(value, self.parts.values())])
         row("questions", lambda p: f"{p.questions:,}")
@@ -94,7 +98,7 @@ class QuestionReport:
 def question_report(
     parts: dict[str, Questions],
     windows: dict[str, QuestionWindows],
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     max_answer_length: int,
 ) -> QuestionReport:

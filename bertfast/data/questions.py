@@ -1,10 +1,12 @@
 """Questions over contexts, with the answers that stand in them: SQuAD's JSON, and tables."""
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from ..files import StrPath
 from . import answer_cells, cells
 from .answer_cells import Answer
 from .clean import clean_text
@@ -32,17 +34,17 @@ class Questions:
     path: str = ""
     share: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.rows = self.rows or list(range(1, len(self.questions) + 1))
         for name in ("ids", "contexts", "answers", "rows", "lines"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.questions):
                 raise ValueError(f"{len(values)} {name} for {len(self.questions)} questions")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.questions)
 
-    def select(self, indices) -> "Questions":
+    def select(self, indices: Iterable[int]) -> "Questions":
         """The questions at these positions, in this order."""
         take = lambda values: None if values is None else [values[i] for i in indices]
         names = ("ids", "questions", "contexts", "answers", "rows", "lines")
@@ -98,7 +100,7 @@ class Questions:
 
 
 def load_questions(
-    path,
+    path: StrPath,
     question_column: str = "question",
     context_column: str | None = None,
     answers_column: str | None = None,
@@ -131,11 +133,11 @@ def load_questions(
 
 
 def read_questions(
-    path,
+    path: StrPath,
     question_column: str = "question",
     context_column: str | None = None,
     id_column: str = "id",
-    **limits,
+    **limits: Any,
 ) -> Iterator[Questions]:
     """`load_questions` without answers in the chunks of `read_chunks`, which has the `limits`; of
     JSON, which is read whole, in as many rows. Ids may repeat."""

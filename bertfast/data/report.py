@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,6 +10,9 @@ from .batching import UNKNOWN, encode, unknown_share, unknown_text
 from .examples import Examples
 from .noise import suspects
 from .splitting import MIN_TEXTS_TO_SPLIT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SHOWN, _JUDGED = 5, 20_000  # suspects, and rows evenly spread of which they are
 _QUANTILES = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
@@ -66,7 +70,7 @@ class Report:
                 out.append(f"{name}: classes that train lacks: {', '.join(unseen)}")
         return out
 
-    def __str__(self):
+    def __str__(self) -> str:
         names = list(self.parts)
         table = [["", *names]]
         row = lambda title, value: table.append([title, *(value(p) for p in self.parts.values())])
@@ -98,7 +102,11 @@ class Report:
 
 
 def dataset_report(
-    train: Examples, valid: Examples | None, test: Examples | None, tokenizer, max_length: int
+    train: Examples,
+    valid: Examples | None,
+    test: Examples | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
 ) -> Report:
     """Classes, lengths in tokens, repeated texts and leakage between the parts; None is left out.
 

@@ -68,7 +68,7 @@ class Sequences:
         lexicon: Lexicon | None = None,
         seed: int = 0,
         window_tokens: int = WINDOW_TOKENS,
-    ):
+    ) -> None:
         if length < 8:
             raise ValueError(f"length is {length}, expected 8 tokens or more")
         self.shards, self.words = shards, words

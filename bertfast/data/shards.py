@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import read_json, sha256, write_whole
+from ..files import StrPath, read_json, sha256, write_whole
 from .errors import DataError
 
 INDEX = "index.json"
@@ -25,7 +25,7 @@ class Shard(NamedTuple):
     documents: np.ndarray  # int64 [documents + 1], offsets into sentences
 
 
-def token_dtype(vocab_size: int):
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
@@ -45,20 +45,20 @@ def write_shard(folder: Path, name: str, shard: Shard) -> dict:
     return {"name": name, **sizes, "documents": len(shard.documents) - 1, "sha256": sums}
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: object) -> None:
     write_whole(path, lambda p: Path(p).write_text(json.dumps(value, indent=1) + "\n"))
 
 
 class Shards:
     """The shards of one part ("train" or "valid") of a prepared folder."""
 
-    def __init__(self, folder, part: str):
+    def __init__(self, folder: StrPath, part: str) -> None:
         self.folder, self.part = Path(folder), part
         self.index = read_index(folder)
         self.entries = self.index["shards"][part]
         self._checked = set()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.entries)
 
     @property
@@ -75,7 +75,7 @@ class Shards:
         return Shard(*(np.load(path, mmap_mode="r") for path in files))
 
 
-def read_index(folder) -> dict:
+def read_index(folder: StrPath) -> dict:
     """index.json of a prepared folder. Raises DataError."""
     path = Path(folder) / INDEX
     try:
@@ -90,7 +90,7 @@ def read_index(folder) -> dict:
     return index
 
 
-def verify(folder, entry: dict) -> None:
+def verify(folder: StrPath, entry: dict) -> None:
     """Check a shard's files against the index. Raises DataError naming the file."""
     for name, expected in entry["sha256"].items():
         path = Path(folder) / name

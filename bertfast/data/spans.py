@@ -1,12 +1,16 @@
 """Windows of questions over their contexts, and between which of their tokens an answer stands."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import ConfigError
 from .questions import Questions
 from .windows import Window, windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 256  # contexts in one call of the tokenizer, whose encodings are large
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()])
@@ -35,12 +39,17 @@ class QuestionWindows:
     targets: np.ndarray | None
     cut: list[int]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
 
 def question_windows(
-    tokenizer, questions: Questions, *, max_length: int, stride: int, max_query_length: int = 64
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Questions,
+    *,
+    max_length: int,
+    stride: int,
+    max_query_length: int = 64,
 ) -> QuestionWindows:
     """Every context in windows of up to `max_length` tokens behind the whole question, of which
     the first `max_query_length` tokens are kept, each sharing `stride` tokens with the one before.

@@ -1,6 +1,8 @@
 """A stratified split that keeps duplicates of a text together."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from .errors import DataError
 MIN_TEXTS_TO_SPLIT = 3
 
 
-def split(examples, fractions=(0.8, 0.1, 0.1), seed: int = 0) -> tuple:
+def split(examples: Any, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0) -> tuple:
     """Train, validation and test parts, the same for the same seed, rows in their old order.
 
     examples: `Examples`, or another that has its `keys`, `strata`, `select` and length.

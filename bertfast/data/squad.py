@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Iterator
 
+from ..files import StrPath
 from .errors import DataError
 from .formats import _object, open_stream
 from .tables import Table
@@ -12,7 +13,7 @@ _SHAPE = '{"data": [{"paragraphs": [{"context": "...", "qas": [{"id": ..., "ques
 _COLUMNS = ("id", "question", "context", "answers", "is_impossible")
 
 
-def read_squad(path) -> Table:
+def read_squad(path: StrPath) -> Table:
     """A row a question: id, question, context, answers, is_impossible, each only where a question
     has it; plausible_answers are no answers. Raises DataError, which says where in the JSON."""
     rows = [

@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sized
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +15,7 @@ _MANY = 0.1  # share of sentences or documents left out
 _UNKNOWN = 0.01  # share of [UNK]
 
 
-def total_counts(work, n) -> dict:
+def total_counts(work: Path, n: int) -> dict:
     """What was read and dropped in cleaning; `undecoded`: such documents of each file."""
     total, files = Counter(), Counter()
     for i in range(n):
@@ -23,7 +25,9 @@ def total_counts(work, n) -> dict:
     return dict(total) | {"undecoded": {name: n for name, n in files.items() if n}}
 
 
-def statistics(out, work, batches, shards, vocab_size) -> dict:
+def statistics(
+    out: Path, work: Path, batches: Sized, shards: Mapping[str, list], vocab_size: int
+) -> dict:
     """What was read, dropped and kept."""
     from tokenizers import Tokenizer
 

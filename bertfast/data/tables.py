@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..files import StrPath
 from .errors import DataError
 from .formats import READERS, SEEKING, Source, open_stream, seekable
 
@@ -25,7 +26,7 @@ class Table(dict):
     share: float | None = None
 
 
-def read_table(path, columns: Iterable[str] | None = None) -> Table:
+def read_table(path: StrPath, columns: Iterable[str] | None = None) -> Table:
     """Read a table into lists of equal length, one a column.
 
     `path` ends in .jsonl, .csv, .tsv or .parquet, with .gz or not; "-" is JSONL on standard input.
@@ -39,7 +40,10 @@ def read_table(path, columns: Iterable[str] | None = None) -> Table:
 
 
 def read_chunks(
-    path, columns: Iterable[str] | None = None, rows: float = ROWS, characters: float = CHARACTERS
+    path: StrPath,
+    columns: Iterable[str] | None = None,
+    rows: float = ROWS,
+    characters: float = CHARACTERS,
 ) -> Iterator[Table]:
     """The table of `read_table` in chunks of up to `rows` rows, each ended by the row with which it
     has `characters` of text. What is read is cut in the same places from whichever chunk on.

@@ -12,7 +12,7 @@ _FORCE = "or name the scheme (scheme: iob1, iob2, bioes, bilou; plain: tags that
 class SchemeError(ValueError):
     """Tags of no scheme; `row` and `word` say where, counted from 0."""
 
-    def __init__(self, row: int, word: int, message: str):
+    def __init__(self, row: int, word: int, message: str) -> None:
         super().__init__(message)
         self.row, self.word = row, word
 

@@ -5,7 +5,9 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from ..files import StrPath
 from . import cells, conll
 from .clean import clean_text
 from .errors import DataError
@@ -37,17 +39,17 @@ class Tagged:
     path: str = ""
     share: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.rows = self.rows or list(range(1, len(self.words) + 1))
         for name in ("tags", "texts", "rows", "lines"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.words):
                 raise ValueError(f"{len(values)} {name} for {len(self.words)} rows of words")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.words)
 
-    def select(self, indices) -> "Tagged":
+    def select(self, indices: Iterable[int]) -> "Tagged":
         """The rows at these positions, in this order."""
         take = lambda values: None if values is None else [values[i] for i in indices]
         names = ("words", "tags", "texts", "rows", "lines")
@@ -87,7 +89,9 @@ class Tagged:
         return [min(row, key=lambda k: (counts[k], k), default="") for row in kinds]
 
 
-def load_tagged(path, scheme: str | None = None, forms: Iterable[str] = (), **columns) -> Tagged:
+def load_tagged(
+    path: StrPath, scheme: str | None = None, forms: Iterable[str] = (), **columns: Any
+) -> Tagged:
     """Read a file of tagged words, or of texts with their entities.
 
     CoNLL (.conll, .txt, .iob, .bio, gzip'd or not): a word a line, its tag in the last column, a
@@ -115,11 +119,11 @@ def load_tagged(path, scheme: str | None = None, forms: Iterable[str] = (), **co
 
 
 def read_tagged(
-    path,
+    path: StrPath,
     rows: float = ROWS,
     characters: float = CHARACTERS,
     forms: Iterable[str] = (),
-    **columns,
+    **columns: Any,
 ) -> Iterator[Tagged]:
     """`load_tagged` without tags, in the chunks of `read_chunks`. Rows may be empty. An error tells
     of the rows of one chunk."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from .batching import UNKNOWN, unknown_text
 from .report import _QUANTILES
 from .tag_schemes import entities_of
 from .tagged import Tagged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 20  # surface forms in the list of what may be noise
 _PLACES = 3  # of each
@@ -72,7 +76,7 @@ class Report:
             ]
         return out
 
-    def __str__(self):
+    def __str__(self) -> str:
         table = [["", *self.parts]]
         row = lambda title, value: table.append([title, *(value(p) for p in self.parts.values())])
         row("rows", lambda p: f"{p.rows:,}")
@@ -101,7 +105,10 @@ class Report:
 
 
 def tagged_report(
-    parts: dict[str, Tagged], aligned: dict[str, Aligned], tokenizer, max_length: int
+    parts: dict[str, Tagged],
+    aligned: dict[str, Aligned],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
 ) -> Report:
     """Types, lengths in tokens, repeated rows, leakage between the parts, and what of the tags may
     be noise. Rows are the same when their words are, up to case, whitespace and Unicode form."""

@@ -5,6 +5,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Container, Iterable
 from contextlib import suppress
+from typing import Any
 
 import regex
 
@@ -55,7 +56,7 @@ def joined(words: list[str]) -> list[tuple[int, int]]:
     return spans
 
 
-def tags_of(text: str, words: list[tuple[int, int]], entities) -> list[str]:
+def tags_of(text: str, words: list[tuple[int, int]], entities: Iterable[Any]) -> list[str]:
     """IOB2 tags of a text's words from spans of its characters."""
     if isinstance(entities, str):
         with suppress(ValueError, RecursionError):

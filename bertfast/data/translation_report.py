@@ -1,12 +1,16 @@
 """What pairs of texts and translations look like, before anything is trained on them."""
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .batching import UNKNOWN, encode, unknown_share, unknown_text
 from .report import _QUANTILES
 from .translations import Translations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SIDES = "source", "target"
 
@@ -48,7 +52,7 @@ class PairReport:
                 out.append(f"{name}: {part.copied} targets are their source")
         return out
 
-    def __str__(self):
+    def __str__(self) -> str:
         table = [["", *self.parts]]
         row = lambda title, value: table.append([title, *(value(p) for p in self.parts.values())])
         row("rows", lambda p: f"{p.rows:,}")
@@ -70,7 +74,9 @@ class PairReport:
         return "\n".join(lines + [f"warning: {w}" for w in self.warnings()])
 
 
-def pair_report(parts: dict[str, Translations], tokenizer, max_length: int) -> PairReport:
+def pair_report(
+    parts: dict[str, Translations], tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> PairReport:
     """Lengths in tokens, what is cut, repeated sources and leakage between the parts."""
     keys, names = {name: part.keys() for name, part in parts.items()}, list(parts)
     leakage = {

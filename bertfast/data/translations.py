@@ -2,11 +2,12 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from ..files import StrPath
 from . import cells
 from .clean import clean_text
 from .errors import DataError
@@ -30,10 +31,10 @@ class Translations:
     path: str = ""
     share: float | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.sources)
 
-    def select(self, indices) -> "Translations":
+    def select(self, indices: Iterable[int]) -> "Translations":
         """Those at these positions, in this order."""
         take = lambda values: None if values is None else [values[i] for i in indices]
         names = ("sources", "targets", "rows", "lines")
@@ -56,7 +57,9 @@ class Translations:
         return [0] * len(self)
 
 
-def load_translations(path, source_column: str | None = None, target_column: str | None = None):
+def load_translations(
+    path: StrPath, source_column: str | None = None, target_column: str | None = None
+) -> Translations:
     """Read pairs of texts, cleaned, into `Translations`.
 
     Without columns a .tsv (gzip'd or not) has no header: a source, a tab and its target a line;
@@ -91,7 +94,7 @@ def load_translations(path, source_column: str | None = None, target_column: str
     return Translations(*sides, given.rows, table.lines, given.name)
 
 
-def read_sources(path, source_column: str | None = None, rows: int = ROWS) -> Iterator:
+def read_sources(path: StrPath, source_column: str | None = None, rows: int = ROWS) -> Iterator:
     """The sources alone, in chunks of so many rows, as `Translations`; of a line without a header
     what stands before its first tab. A .txt is read line by line as well."""
     if _headless(path, source_column) or _suffix(path) == ".txt":

@@ -40,7 +40,7 @@ class Vectors:
         settings they were made with.
     """
 
-    def __init__(self, folder: Path, output: Path, settings: dict):
+    def __init__(self, folder: Path, output: Path, settings: dict) -> None:
         self.folder, self.output, self.settings = folder, output, settings
         self.dtype = settings["dtype"]
         self.stored = np.dtype(np.float32 if self.dtype in _RANGED else DTYPES[self.dtype])

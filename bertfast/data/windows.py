@@ -1,10 +1,15 @@
 """Token ids of texts of any length, in overlapping windows that know where tokens come from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -27,7 +32,13 @@ class Window:
 
 
 def windows(
-    tokenizer, texts, pairs=None, *, max_length: int, stride: int, split: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    max_length: int,
+    stride: int,
+    split: bool = False,
 ) -> list[Window]:
     """Windows of up to `max_length` tokens, those of a text in their order, each sharing `stride`
     tokens with the one before.

@@ -5,12 +5,18 @@ import re
 import unicodedata
 from collections import Counter
 from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..files import os_errors
+from ..files import StrPath, os_errors
 from .clean import UNSPACED
 from .errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _MOST_WORDS = 4_000_000  # distinct words counted; the rarest go beyond it, so memory stays flat
@@ -32,10 +38,10 @@ _UNSPACED_SHARE = 0.001  # of the words, from which on that pays
 class WordCounts:
     """How often each word occurs; beyond a limit the rarest are forgotten (lossy counting)."""
 
-    def __init__(self, limit: int = _MOST_WORDS):
+    def __init__(self, limit: int = _MOST_WORDS) -> None:
         self.counts, self.limit = Counter(), limit
 
-    def add(self, table: list[str], counts: np.ndarray):
+    def add(self, table: list[str], counts: np.ndarray) -> None:
         for word, n in zip(table, counts.tolist(), strict=True):
             if n:
                 self.counts[word] += n
@@ -75,7 +81,9 @@ def _bert_settings(tokenizer) -> dict:
     return last if mine else {}
 
 
-def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequency: int = 2):
+def train_tokenizer(
+    counts: Counter, vocab_size: int, lowercase: bool, min_frequency: int = 2
+) -> "Tokenizer":
     """A `tokenizers.Tokenizer` as BERT's, its vocabulary learnt from words and their counts.
 
     Three things are for other scripts than BERT's: accents go with the case, as BERT's do, unless
@@ -146,7 +154,7 @@ def train_tokenizer(counts: Counter, vocab_size: int, lowercase: bool, min_frequ
     return tokenizer
 
 
-def save_tokenizer(tokenizer, folder, max_length: int = 512) -> None:
+def save_tokenizer(tokenizer: "Tokenizer", folder: Path, max_length: int = 512) -> None:
     """tokenizer.json, tokenizer_config.json and vocab.txt, as transformers reads them: as its
     BertTokenizer where that, whose words have up to 100 characters and any Unicode form, tokenizes
     alike."""
@@ -170,7 +178,7 @@ def save_tokenizer(tokenizer, folder, max_length: int = 512) -> None:
     (folder / "vocab.txt").write_text(text, encoding="utf-8")
 
 
-def check_tokenizer(tokenizer, name) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: StrPath) -> None:
     """Only BERT's splits text at every space, which tokenizing distinct words relies on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     found = backend and (type(backend.model).__name__, type(backend.pre_tokenizer).__name__)
@@ -181,7 +189,7 @@ def check_tokenizer(tokenizer, name) -> None:
 class WordTable:
     """Token ids of words; those seen before, in the same process, come from a table."""
 
-    def __init__(self, tokenizer_file, limit: int = _MOST_WORDS // 2):
+    def __init__(self, tokenizer_file: StrPath, limit: int = _MOST_WORDS // 2) -> None:
         from tokenizers import Tokenizer
 
         self.backend = Tokenizer.from_file(str(tokenizer_file))

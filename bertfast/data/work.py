@@ -1,6 +1,7 @@
 """What `prepare` keeps on disk between its stages."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +12,12 @@ def batch_file(work: Path, i: int) -> Path:
     return work / f"clean-{i:06d}.npz"
 
 
-def read_batch(work, i, name):
+def read_batch(work: Path, i: int, name: str) -> np.ndarray:
     with np.load(batch_file(work, i)) as f:
         return f[name]
 
 
-def save_arrays(target, values):
+def save_arrays(target: Path, values: Any) -> None:
     """One array, or a dict of them, in a file."""
 
     def write(temporary):

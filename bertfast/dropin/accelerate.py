@@ -5,17 +5,20 @@ name, so checkpoints, deepcopy, Trainer and gradient checkpointing see the model
 holds the stock model.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
+from typing import Any, Literal
 
 from torch import nn
 
 from .. import families, ops
 from ..encoder import Unfit
-from ..encoder.packed import PADDING, Freezable
+from ..encoder.packed import PADDING, Freezable, Padding
 from ..encoder.replay import NO_GRAPHS, Counts, Graphs
 from ..encoder.watch import Seen, class_name, kernel_limit
 from ..ops import registry
+from ..ops.registry import Backend
 from .classes import fused
 from .fused import FOREIGN, FusedEncoder, FusedLayer
 from .holders import modules
@@ -29,7 +32,7 @@ class Report:
     """What `accelerate` did. It looks at the model when asked or printed, so it knows what has
     changed since."""
 
-    def __init__(self, encoders: dict[str, FusedEncoder], models: dict[str, nn.Module]):
+    def __init__(self, encoders: dict[str, FusedEncoder], models: dict[str, nn.Module]) -> None:
         self._encoders, self._models = encoders, models
 
     @property
@@ -69,7 +72,7 @@ class Report:
         """How many layers can run fused."""
         return sum(reason is None for reason in self.layers.values())
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self._encoders:
             return _unknown(self._models)
         layers = self.layers
@@ -132,10 +135,10 @@ def _unknown(models: dict[str, nn.Module]) -> str:
 
 
 def accelerate(
-    model,
-    backend: str = "auto",
+    model: object,
+    backend: Backend | Literal["auto"] = "auto",
     strict: bool = False,
-    padding: str = "auto",
+    padding: Padding = "auto",
     graphs: bool = True,
 ) -> Report:
     """Run the BERT-family encoders inside `model` on bertfast's kernels, in place.
@@ -195,7 +198,7 @@ def _inside(models: dict[str, nn.Module]) -> list[nn.Module]:
     return [*dict.fromkeys(chain.from_iterable(m.modules() for m in models.values()))]
 
 
-def restore(model) -> None:
+def restore(model: object) -> None:
     """The exact inverse of `accelerate`; harmless on a model that isn't accelerated.
 
     Raises: ValueError where another class has been laid over ours since (FSDP2's `fully_shard`), or
@@ -222,13 +225,13 @@ def _restore(candidates):
         module.__class__ = type(module).stock
 
 
-def is_accelerated(model) -> bool:
+def is_accelerated(model: object) -> bool:
     """Whether an encoder inside is accelerated."""
     return any(isinstance(m, FusedEncoder) for m in _inside(modules(model)))
 
 
 @contextmanager
-def accelerated(model, *args, **options):
+def accelerated(model: object, *args: Any, **options: Any) -> Iterator[Report]:
     """`with accelerated(model) as report:` accelerates inside the block; arguments as there."""
     was = is_accelerated(model)
     report = accelerate(model, *args, **options)

@@ -4,7 +4,10 @@ Importing `bertfast.dropin` registers it. It replaces the attention alone, on pa
 `accelerate` gains more; what it can't serve (causal, other lengths of keys) is left to SDPA.
 """
 
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -16,8 +19,16 @@ NAME = "bertfast"
 
 
 def attention_forward(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **kwargs
-):
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface.
 
     query, key, value: [batch, heads, seqlen, head_dim], of key and value a part of the heads where

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -12,7 +14,7 @@ from .fused import FusedEncoder, FusedGroups, FusedLayer
 from .stack import FusedStack
 
 
-def fused(module: nn.Module):
+def fused(module: nn.Module) -> Iterator[tuple[nn.Module, type]]:
     """(module, the class in the place of its own), for it or for the layers in it."""
     family, stock = families.of(type(module)), type(module)
     if family is None:
@@ -50,7 +52,7 @@ class Swapped:
     """In a file (pickle, torch.save) it is the stock module, which loads where bertfast isn't; a
     copy is accelerated, and so is what `multiprocessing` sends to another process."""
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         if getattr(self, "packed", None) is not None:  # stock modules couldn't do with it
             raise TypeError("a frozen model can't be pickled: write it by bertfast.save_frozen")
         made, (cls, *rest), state = object.__reduce_ex__(self, 0)  # 2's takes no other class
@@ -59,12 +61,12 @@ class Swapped:
             cls, state = cls.stock, {k: v for k, v in state.items() if k not in own}
         return made, (cls, *rest), state
 
-    def __copy__(self):
+    def __copy__(self) -> Any:
         new = type(self).__new__(type(self))
         new.__setstate__(self.__getstate__())
         return new
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new

@@ -1,7 +1,8 @@
 """What takes the place of a family's classes: one pack and one unpack, and the guards of a call."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -9,13 +10,16 @@ from torch import nn
 from .. import ops
 from ..encoder import Batch, Layer, Unfit, run
 from ..encoder.batch import Packing, PaddedPacking, ZerosPacking, lowered
-from ..encoder.packed import Freezable
+from ..encoder.packed import Freezable, Mixed
 from ..encoder.run import Choice
 from ..encoder.spec import DROPOUTS, of_layer
 from ..encoder.watch import call_limit, class_name, hooked, outside_graphs, untouched
 from ..families import Family
 from . import readers
 from .guards import asked, key_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FOREIGN = "{} is not a layer that bertfast knows"
 
@@ -38,7 +42,7 @@ class Last(NamedTuple):
     padded: str | None = None  # what padded rows are, and why; None without any
 
 
-class FusedLayer:
+class FusedLayer(Mixed):
     """Mixed into a family's layer class.
 
     Within a fused encoder's forward (`bertfast_call`) it takes hidden states in either form,
@@ -48,7 +52,13 @@ class FusedLayer:
 
     family: Family
 
-    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         call = kwargs.pop("bertfast_call", None)
         seeds = kwargs.pop("bertfast_seeds", None)
         if call is None:
@@ -79,14 +89,26 @@ class FusedEncoder(Freezable):
     bertfast_last = Last()
 
     @outside_graphs
-    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         out = self.fused(hidden_states, attention_mask, args, kwargs)
         if out is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         hidden, states = out
         return self.family.output(hidden, states, kwargs)
 
-    def fused(self, hidden_states, attention_mask, args, kwargs):
+    def fused(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """(hidden states, those of all layers where they were asked for), or None for a call that
         the stock class must serve."""
         forced = self.bertfast_backend
@@ -108,7 +130,7 @@ class FusedEncoder(Freezable):
                 raise RuntimeError(f"a frozen encoder can't serve this call: {why}")
             return None
 
-    def states_asked(self, kwargs) -> bool:
+    def states_asked(self, kwargs: dict[str, Any]) -> bool:
         """Whether somebody gets the states of all layers."""
         read = self.family.reads_states
         if read is None:
@@ -212,11 +234,13 @@ class FusedEncoder(Freezable):
         why = last and untouched(self.get_submodule(last), nn.LayerNorm)
         return f"its {last}: {why}" if why else None
 
-    def more(self, hidden, packing, kwargs) -> dict:
+    def more(self, hidden: torch.Tensor, packing: Packing, kwargs: dict[str, Any]) -> dict:
         """What the family's `Batch` has besides the packed states."""
         return self.family.more(self, hidden)
 
-    def arguments(self, attention_mask, more, kwargs):
+    def arguments(
+        self, attention_mask: torch.Tensor | None, more: dict[str, Any], kwargs: dict[str, Any]
+    ) -> Callable[[int], tuple[tuple, dict]]:
         """What the stock encoder gives a layer after the states, as a function of the layer."""
         args, own = self.family.arguments(self, attention_mask, more)
         return lambda layer: (args, own or kwargs)
@@ -229,11 +253,17 @@ class FusedEncoder(Freezable):
             or any([m.training and getattr(m, "gradient_checkpointing", False) for m in self.layer])
         )
 
-    def settings(self):
+    def settings(self) -> "PreTrainedConfig":
         """The model's configuration."""
         return self.family.config(self) if self.packed is None else self.packed.config
 
-    def limit(self, hidden_states, attention_mask, args, kwargs):
+    def limit(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[str | None, torch.Tensor | None]:
         """(why this call can't be fused, None), or (None, the mask [batch, seqlen] or None)."""
         if not len(self.layer) and self.packed is None:
             return "it has no layers", None
@@ -270,11 +300,11 @@ class FusedGroups(FusedEncoder):
     """Of a family with `Family.order`: `layer` has a layer as often as it runs."""
 
     @property
-    def layer(self):
+    def layer(self) -> list[nn.Module]:
         return [layer for _, layer in self.family.order(self)]
 
-    def sizes(self):
+    def sizes(self) -> list[tuple[int, ...]]:
         return [place for place, _ in self.family.order(self)]
 
-    def path(self, name, *layer):
+    def path(self, name: str, *layer: int) -> str:
         return super().path(name, *[step for i in layer for step in self.sizes()[i]])

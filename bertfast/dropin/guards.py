@@ -1,17 +1,25 @@
 """What of a call to a transformers encoder keeps kernels from running; what of its modules does is
 in ../encoder/watch.py."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def asked(config, kwargs, name) -> bool:
+
+def asked(config: "PreTrainedConfig", kwargs: Mapping[str, Any], name: str) -> bool:
     """Whether the call, or else the configuration, asks for an output."""
     value = kwargs.get(name)
     value = getattr(config, name, False) if value is None else value
     return value is not False and value is not None  # a list of layers counts, too
 
 
-def key_mask(attention_mask, hidden_states):
+def key_mask(
+    attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
+) -> tuple[str | None, torch.Tensor | None]:
     """The 0/1 mask [batch, seqlen] that transformers made `attention_mask` from.
 
     Returns (None, mask or None for no padding), or (why not, None) for a mask that is none of

@@ -8,7 +8,7 @@ from torch import nn
 _DEPTH = 2  # a LangChain pipeline has a transformers pipeline, which has the model
 
 
-def modules(holder) -> dict[str, nn.Module]:
+def modules(holder: object) -> dict[str, nn.Module]:
     """The torch modules in an object's attributes or in their attributes, each once, by path; a
     module itself is the only one, at "".
 

@@ -8,12 +8,18 @@ at padding, or reads it. Whatever is not known here reads it.
 
 import inspect
 import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..encoder.packed import Freezable
 from ..encoder.watch import hooked, untouched
+
+if TYPE_CHECKING:
+    from ..encoder.batch import Packing
+    from ..families.family import Family
 
 # Modules whose functions hand a result on as it is.
 _PASSING = {
@@ -50,7 +56,7 @@ _BASE, _FIRST, _TOKENS = range(3)
 _FORWARDS = {}  # place of a forward -> what becomes of the states there, and by which module
 
 
-def register(family) -> None:
+def register(family: "Family") -> None:
     """A `Family`'s `Readers`."""
 
     def place(name):
@@ -75,12 +81,12 @@ def _place(code):
     return code.co_filename, code.co_firstlineno, code.co_name
 
 
-def runs(frame, cls: type) -> bool:
+def runs(frame: FrameType, cls: type) -> bool:
     """Whether a frame runs a class's forward."""
     return _place(frame.f_code) == _place(_code(cls))
 
 
-def states_read(base: type, read) -> bool:
+def states_read(base: type, read: Any) -> bool:
     """Whether whoever called an encoder reads the states of all layers; of the family's model its
     forward's variables tell, by `Family.reads_states`."""
     for frame in _callers():
@@ -93,7 +99,7 @@ def states_read(base: type, read) -> bool:
     return True
 
 
-def reader(packing) -> str | None:
+def reader(packing: "Packing") -> str | None:
     """Who may read padded rows of what this call of an encoder returns, or None.
 
     packing: the call's `Packing`, which drops some rows.
@@ -159,7 +165,7 @@ def _callers():
         frame = frame.f_back
 
 
-def variables(frame) -> dict:
+def variables(frame: FrameType) -> dict:
     """The frame's variables. Python before 3.13 keeps those that it shows alive on the frame."""
     shown = frame.f_locals
     found = dict(shown)

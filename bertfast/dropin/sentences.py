@@ -1,6 +1,7 @@
 """sentence-transformers' models whose Transformer modules are frozen."""
 
 from pathlib import Path
+from typing import Any
 
 import sentence_transformers
 from sentence_transformers.base.modules import Transformer
@@ -12,7 +13,9 @@ from .. import saved
 class FrozenTransformer(Transformer):
     """Saved and loaded by bertfast/saved.py; else as theirs."""
 
-    def save(self, output_path: str, *args, safe_serialization: bool = True, **kwargs) -> None:
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
         saved.write(self.model, Path(output_path))
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)

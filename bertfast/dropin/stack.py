@@ -2,6 +2,8 @@
 place steps that run them all at once."""
 
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -9,6 +11,10 @@ from torch import nn
 from ..ops.library import wide
 from . import readers
 from .fused import FusedEncoder, Last
+
+if TYPE_CHECKING:
+    from ..encoder.batch import Packing
+    from ..encoder.spec import Layer, Unfit
 
 
 class FusedStack(FusedEncoder):
@@ -22,13 +28,13 @@ class FusedStack(FusedEncoder):
     bertfast_kinds = ()  # of the layers, while they are there
 
     @property
-    def layer(self):
+    def layer(self) -> nn.ModuleList:
         return self
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return self._steps() if self._asked() else super().__iter__()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return super().__getitem__(index)
         whole = range(len(self))[index] == range(len(self))
@@ -54,19 +60,19 @@ class FusedStack(FusedEncoder):
         if step is None or not step.done:
             yield from super().__iter__()
 
-    def read_kinds(self):
+    def read_kinds(self) -> None:
         if self.packed is None:  # or they are gone
             self.bertfast_kinds = tuple(dict.fromkeys(map(self.family.kind, super().__iter__())))
 
-    def empty(self):
+    def empty(self) -> None:
         self.read_kinds()
         super().empty()
 
-    def read(self):
+    def read(self) -> "list[Layer | Unfit]":
         self.read_kinds()
         return super().read()
 
-    def run(self, hidden_states, told):
+    def run(self, hidden_states: torch.Tensor, told: Any) -> Any:
         """The states behind the last layer, or None where the layers must run themselves.
 
         told: each kind's (attention mask, keywords); the first kind's mask is of keys alone.
@@ -76,7 +82,13 @@ class FusedStack(FusedEncoder):
         out = self.fused(hidden_states, mask, (), {**kwargs, "told": told, "use_cache": False})
         return out and out[0]
 
-    def limit(self, hidden_states, attention_mask, args, kwargs):
+    def limit(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[str | None, torch.Tensor | None]:
         why, keys = super().limit(hidden_states, attention_mask, args, kwargs)
         told = kwargs["told"]
         if self.family.kinds[0] not in told:
@@ -91,7 +103,7 @@ class FusedStack(FusedEncoder):
                 why = why or "rotary positions are of another batch"
         return why, keys
 
-    def more(self, hidden_states, packing, kwargs):
+    def more(self, hidden_states: torch.Tensor, packing: "Packing", kwargs: dict[str, Any]) -> dict:
         told, first = kwargs["told"], self.family.kinds[0]
         tables = [
             table(*told.get(kind, told[first])[1]["position_embeddings"], hidden_states, packing)
@@ -99,7 +111,9 @@ class FusedStack(FusedEncoder):
         ]
         return {"angles": tuple(tables)}
 
-    def arguments(self, attention_mask, more, kwargs):
+    def arguments(
+        self, attention_mask: torch.Tensor | None, more: dict[str, Any], kwargs: dict[str, Any]
+    ) -> Any:
         def told(layer):
             mask, own = kwargs["told"][self.family.kind(layer)]
             return (mask,), own
@@ -107,7 +121,9 @@ class FusedStack(FusedEncoder):
         return told
 
 
-def table(cos, sin, hidden_states, packing):
+def table(
+    cos: torch.Tensor, sin: torch.Tensor, hidden_states: torch.Tensor, packing: "Packing"
+) -> torch.Tensor:
     """One of `Batch.angles`, of cosines and sines [batch or 1, seqlen, head_dim], halves equal."""
     half, dtype = cos.shape[-1] // 2, wide(hidden_states.dtype)
     angles = torch.stack([cos[..., :half], sin[..., :half]], -2).to(dtype)
@@ -121,10 +137,12 @@ class Step:
 
     done = False
 
-    def __init__(self, stack: FusedStack, kind, told):
+    def __init__(self, stack: FusedStack, kind: Any, told: Any) -> None:
         self.stack, self.attention_type, self.told = stack, kind, told
 
-    def __call__(self, hidden_states, attention_mask=None, **kwargs):
+    def __call__(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         self.told[self.attention_type] = attention_mask, kwargs
         if len(self.told) < len(self.stack.bertfast_kinds):
             return hidden_states

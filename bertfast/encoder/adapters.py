@@ -3,6 +3,7 @@ row the same, whatever rows are beside it, and so take packed ones.
 """
 
 import sys
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -64,7 +65,9 @@ def limit(m: nn.Module, path: str) -> Unfit | None:
     return None
 
 
-def split(modules: tuple[nn.Module, ...], paths):
+def split(
+    modules: tuple[nn.Module, ...], paths: Sequence[str]
+) -> tuple[tuple[nn.Module, ...] | Unfit, dict[int, nn.Module]]:
     """(the modules, with what each adapter is over in its place; by index the adapters that do
     something now), or (why not, {})."""
     if _peft() is None or not any(map(is_adapter, modules)):

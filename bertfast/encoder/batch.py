@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     even: "Even | None" = None  # what padding sees
 
     @classmethod
-    def of(cls, hidden, packing, **rest):
+    def of(cls, hidden: torch.Tensor, packing: "Packing | PackedSequences", **rest: Any) -> "Batch":
         """packing: a `Packing`, or `PackedSequences`."""
         return cls(
             hidden,
@@ -86,7 +86,7 @@ class PackedSequences(NamedTuple):
     even: Even | None = None
 
 
-def lowered(hidden):
+def lowered(hidden: torch.Tensor) -> torch.Tensor:
     """In autocast's dtype where that is on: our operators take the dtype they are given."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -94,7 +94,7 @@ def lowered(hidden):
     return hidden
 
 
-def check_mask(attention_mask, batch: int, seqlen: int):
+def check_mask(attention_mask: torch.Tensor | None, batch: int, seqlen: int) -> None:
     if attention_mask is not None and attention_mask.shape != (batch, seqlen):
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}, expected "
@@ -111,7 +111,13 @@ class Packing:
     seqused_k = even = None
     captured = False
 
-    def __init__(self, batch: int, seqlen: int, attention_mask, device):
+    def __init__(
+        self,
+        batch: int,
+        seqlen: int,
+        attention_mask: torch.Tensor | None,
+        device: torch.device | str,
+    ) -> None:
         self.batch, self.seqlen, self.mask = batch, seqlen, attention_mask
         if attention_mask is None:  # nothing to move, and no number of tokens to wait for
             self.indices = None
@@ -124,35 +130,35 @@ class Packing:
             )
         self.indices, self.cu_seqlens = call("pack_indices", attention_mask, None)
 
-    def pack(self, x):
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, seqlen, ...] -> [tokens, ...]"""
         if self.indices is None:
             return x.reshape(self.batch * self.seqlen, *x.shape[2:])
         return gather(x, self.indices)
 
-    def unpack(self, x):
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
         if self.indices is None:
             return x.view(self.batch, self.seqlen, *x.shape[1:])
         return ops.unpack(x, self.indices, self.batch, self.seqlen)
 
-    def columns(self):
+    def columns(self) -> torch.Tensor:
         """int64 [tokens]: which of its row each token is."""
         if self.indices is None:
             return torch.arange(self.seqlen, device=self.cu_seqlens.device).repeat(self.batch)
         return self.indices % max(self.seqlen, 1)
 
-    def first_rows(self, tokens: int):
+    def first_rows(self, tokens: int) -> torch.Tensor:
         """int64 [batch]: where column 0 is among the tokens; any row where it is padding."""
         return self.cu_seqlens[:-1].long().clamp(max=tokens - 1)
 
-    def zero_padded(self, first):
+    def zero_padded(self, first: torch.Tensor) -> torch.Tensor:
         """[batch, hidden], rows of `first_rows` -> the same, zeros where column 0 is padding."""
         if self.mask is None:
             return first
         return torch.where((self.mask[:, 0] != 0).unsqueeze(1), first, 0)
 
-    def first(self, x):
+    def first(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [batch, hidden]: column 0 of `unpack`, without making the rest."""
         if not torch.compiler.is_compiling() and x.shape[0] == 0:
             return x.new_zeros((self.batch, x.shape[1]))
@@ -166,7 +172,7 @@ class PaddedPacking(Packing):
     packing: that of the real tokens. even: whether they are `Even`.
     """
 
-    def __init__(self, packing: Packing, even: bool = False):
+    def __init__(self, packing: Packing, even: bool = False) -> None:
         self.batch, self.seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
         self.seqused_k = packing.cu_seqlens.diff()
         padding = (self.mask == 0).to(torch.uint8)
@@ -187,7 +193,7 @@ class ZerosPacking(Packing):
     packing: that of the real tokens.
     """
 
-    def __init__(self, packing: Packing):
+    def __init__(self, packing: Packing) -> None:
         self.batch, seqlen, self.mask = packing.batch, packing.seqlen, packing.mask
         self.seqlen, self.seqused_k = seqlen + 1, packing.cu_seqlens.diff()
         self.indices, device = packing.indices, packing.indices.device
@@ -200,10 +206,10 @@ class ZerosPacking(Packing):
         share = 1 - (self.seqused_k.double() + 1) / seqlen
         self.even = Even(rows, one, 1, share)
 
-    def pack(self, x):
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
         x = super().pack(x)
         rows = x.new_zeros(len(x) + self.batch, *x.shape[1:])
         return rows.index_copy(0, self.tokens, x)
 
-    def unpack(self, x):
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self.places).unflatten(0, (self.batch, self.seqlen - 1))

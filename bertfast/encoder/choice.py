@@ -2,8 +2,12 @@
 
 import time
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .batch import Batch
 
 COSINE = 0.998  # the mean, of mean-pooled sequences to those in fp32
 LEAST = 0.99  # of any sequence
@@ -33,7 +37,7 @@ TEXTS = (
 
 
 @torch.no_grad()
-def choose(packed: dict, batch) -> tuple[str, str]:
+def choose(packed: dict, batch: "Batch") -> tuple[str, str]:
     """(the name of the fastest that keeps to the bounds, why).
 
     packed: `Packed` encoders by precision, fp32 first. batch: what comes to their first layer.

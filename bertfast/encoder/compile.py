@@ -1,6 +1,9 @@
 """What `watch.outside_graphs` needs of torch's compiler; imported while that traces, for it brings
 200 MB."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -13,5 +16,5 @@ def unbroken() -> bool:
 
 
 @torch.compiler.disable
-def outside(method, *args, **kwargs):
+def outside(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return method(*args, **kwargs)

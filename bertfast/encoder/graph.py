@@ -9,10 +9,10 @@ the rest filled with sequences of padding, in buffers that stay.
 import operator
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,7 +65,7 @@ class CudaGraph:
     result: what it returned, in memory that a replay writes anew. bytes: by how much the pool grew.
     """
 
-    def __init__(self, function: Callable, pool):
+    def __init__(self, function: Callable, pool: Any) -> None:
         graph, stream, device = torch.cuda.CUDAGraph(), _side(), torch.cuda.current_device()
         # thread_local: other threads may allocate meanwhile, as those that pin memory do.
         options = dict(pool=pool, stream=stream, capture_error_mode="thread_local")
@@ -82,7 +82,7 @@ class CudaGraph:
         self.bytes, self.replay = torch.cuda.memory_reserved() - before, graph.replay
 
     @staticmethod
-    def pool():
+    def pool() -> Any:
         """Memory for graphs of which one runs at a time: what none gives out they share."""
         return torch.cuda.graph_pool_handle()
 
@@ -114,16 +114,16 @@ class CudaGraph:
         """`with turn:` around each use of memory that graphs share: on whatever streams, one waits
         for the one before."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             self.stream, self.done = None, torch.cuda.Event()
 
-        def __enter__(self):
+        def __enter__(self) -> None:
             current = torch.cuda.current_stream()
             if self.stream not in (None, current):
                 current.wait_event(self.done)
             self.stream = current
 
-        def __exit__(self, *_):
+        def __exit__(self, *_: object) -> None:
             self.done.record(self.stream)
 
         def finish(self) -> None:
@@ -133,7 +133,7 @@ class CudaGraph:
 
 
 @contextmanager
-def uncached():
+def uncached() -> Iterator[None]:
     """A block to record in: autocast keeps no copy of a weight, which a replay would find as it was
     or gone."""
     before = torch.is_autocast_cache_enabled()
@@ -159,7 +159,7 @@ def settings() -> tuple:
 class Memory:
     """Where tensors lie, and how. While this is kept nothing else gets their memory."""
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.tensors, self.matrices = tensors, [t for t in tensors if t.dim() > 1]
         self.kept = [t.detach() for t in tensors]
         self.pointers, self.forms = [*map(_pointer, tensors)], self._forms()
@@ -175,7 +175,7 @@ class Memory:
         """Whether they have the strides, dtypes and shapes that they had."""
         return self.forms == self._forms()
 
-    def holds(self, tensors) -> bool:
+    def holds(self, tensors: list[torch.Tensor]) -> bool:
         """Whether these are the tensors, where and as they were."""
         mine = tensors is self.tensors or all(map(operator.is_, tensors, self.tensors))
         return mine and self.there() and self.formed()
@@ -186,13 +186,13 @@ RECORDERS = {"cuda": CudaGraph}  # by type of device; on others everything is la
 recording = threading.Lock()
 
 
-def recorder(device: torch.device):
+def recorder(device: torch.device) -> type[CudaGraph] | None:
     """Of the device's type, or None where there is none or `BERTFAST_GRAPHS` is 0."""
     return None if os.environ.get("BERTFAST_GRAPHS") == "0" else RECORDERS.get(device.type)
 
 
 @contextmanager
-def paused():
+def paused() -> Iterator[None]:
     """A block in which encoders launch, in this thread: whoever calls them records more."""
     before, _thread.paused = is_paused(), True
     try:

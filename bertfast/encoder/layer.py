@@ -4,7 +4,9 @@
 dispatcher's.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from ..ops.dropout import as_seed
 from ..ops.library import wide
 from ..ops.linear_act import _DB, _DW, _DX, ACTIVATIONS
 from .batch import Batch
-from .spec import DROPOUTS, Layer, LayerSpec, of_layer
+from .spec import DROPOUTS, Layer, LayerSpec, Seeds, of_layer
 from .weights import NONE, LayerWeights
 
 _ACTIVATE = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -21,13 +23,13 @@ _ACTIVATE["silu"] = F.silu
 _QKV = "query", "key", "value"
 
 
-def seeds_of(layer: Layer, seeds, device) -> list[torch.Tensor | None]:
+def seeds_of(layer: Layer, seeds: Seeds | None, device: torch.device) -> list[torch.Tensor | None]:
     """Of its dropouts; None of one that doesn't drop. seeds: int64 [DROPOUTS, 2], or None."""
     seeds = (None,) * DROPOUTS if seeds is None else seeds
     return [as_seed(s, p, device) if p else None for s, p in zip(seeds, layer.dropout, strict=True)]
 
 
-def each(layers: list[Layer], batch: Batch, one):
+def each(layers: list[Layer], batch: Batch, one: Callable[..., torch.Tensor]) -> torch.Tensor:
     """`one(layer, batch, hidden, seeds, rows)`, layer after layer: [tokens or rows, hidden]."""
     hidden, seeds = batch.hidden, batch.seeds
     seeds = seeds.unbind() if isinstance(seeds, torch.Tensor) else seeds
@@ -38,7 +40,7 @@ def each(layers: list[Layer], batch: Batch, one):
     return hidden
 
 
-def picked(rows, *tensors):
+def picked(rows: torch.Tensor | None, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
     return tensors if rows is None else [t.index_select(0, rows) for t in tensors]
 
 
@@ -125,7 +127,15 @@ def _attention(k, layer: Layer, batch: Batch, qkv, seed, relative_seed):
     return context.index_copy(0, even.rows, mean), lse
 
 
-def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
+def forward(
+    k: Any,
+    layer: Layer,
+    batch: Batch,
+    hidden: torch.Tensor,
+    seeds: Sequence[torch.Tensor | None],
+    rows: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """One layer on packed tokens.
 
     Args:
@@ -162,8 +172,18 @@ def forward(k, layer: Layer, batch: Batch, hidden, seeds, rows, save: bool):
 
 
 def backward(
-    k, spec: LayerSpec, w: LayerWeights, batch: Batch, drops, rows, saved, hidden, grad, needs, wide
-):
+    k: Any,
+    spec: LayerSpec,
+    w: LayerWeights,
+    batch: Batch,
+    drops: tuple[Any, ...],
+    rows: torch.Tensor | None,
+    saved: Sequence[Any],
+    hidden: torch.Tensor,
+    grad: torch.Tensor,
+    needs: LayerWeights,
+    wide: int,
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients of `forward`.
 
     Args:

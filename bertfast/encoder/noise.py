@@ -1,16 +1,24 @@
 """What int8 does to a layer, tried on texts or tokens at random when a model is frozen."""
 
 import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import signature
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..ops.extension import C
 from ..ops.library import call
 from .batch import Batch
 from .executors import operators
 from .executors.whole_cpu import forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .packed import Freezable
+    from .spec import Layer
 
 # Of int8's noise in a layer's states, see `_noise`; above it the layer stays in bf16. A healthy
 # MiniLM's layers have 1.6 to 2.5%, bf16 has 0.3 to 0.4%. Where products are added in 16 bits,
@@ -40,7 +48,14 @@ class Sample(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, owner, encoder, config, inputs=None, texts=4):
+    def of(
+        cls,
+        owner: nn.Module,
+        encoder: "Freezable",
+        config: "PreTrainedConfig",
+        inputs: Mapping[str, Any] | None = None,
+        texts: int = 4,
+    ) -> "Sample":
         """What `owner`, the base model, gives its encoder for `inputs`, its arguments by name."""
         if inputs is None:
             inputs = {"input_ids": cls._at_random(owner, config, texts)}
@@ -66,7 +81,7 @@ class Sample(NamedTuple):
         )
 
     @torch.no_grad()
-    def reach(self, layer, center):
+    def reach(self, layer: "Layer", center: torch.Tensor | None) -> torch.Tensor | None:
         """fp32 [hidden]: how far each channel of the layer's first product goes, of its input less
         the bias of the norm before, the layer's own or `center`, which may be None; None where
         there is no norm at all."""
@@ -79,7 +94,7 @@ class Sample(NamedTuple):
         return (x if center is None else x - center).float().abs().amax(0)
 
     @torch.no_grad()
-    def through(self, layer, packed):
+    def through(self, layer: "Layer", packed: Any) -> "tuple[Sample, float]":
         """-> the sample behind the layer, and the noise of `packed`'s."""
         batch = self.batch._replace(hidden=self.hidden)
         expected = operators.run([layer], batch)
@@ -87,7 +102,7 @@ class Sample(NamedTuple):
         return self._replace(hidden=expected), _noise(states, expected.float())
 
     @torch.no_grad()
-    def least_cosine(self, run) -> float:
+    def least_cosine(self, run: Callable[[Batch], torch.Tensor]) -> float:
         """Of a token's states by `run`, all of the frozen layers, to those here."""
         states = run(self.batch)
         return torch.cosine_similarity(states.float(), self.hidden.float(), dim=1).min().item()
@@ -107,7 +122,7 @@ class _Caught(Exception):  # noqa: N818  nobody sees it
     pass
 
 
-def complaints(noise, kept, least_cosine):
+def complaints(noise: Sequence[float], kept: Collection[int], least_cosine: float) -> Iterator[str]:
     """What to warn of: layers `kept` in bf16, and what the others still do."""
     if kept:
         names = ", ".join(f"encoder.layer.{i} ({noise[i]:.1%})" for i in kept)

@@ -1,6 +1,8 @@
 """Weights laid out once, for inference alone: what has them in the place of layers."""
 
 import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 
@@ -10,30 +12,43 @@ from .run import Choice
 from .spec import Layer, LayerSpec, Unfit
 from .watch import Seen
 
+if TYPE_CHECKING:
+    from torch.nn import Module as Mixed  # what it is mixed into
+    from transformers import PreTrainedConfig
+else:
+    Mixed = object
+
 PRECISIONS = ("fp32", "bf16", "int8")
-PADDING = ("auto", "stock", "zeros")  # see `accelerate`
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "auto"]
+Padding: TypeAlias = Literal["auto", "stock", "zeros"]  # see `accelerate`
+PADDING: tuple[Padding, ...] = get_args(Padding)
 CUDA_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Freezable:
+class Freezable(Mixed):
     """Mixed into an encoder's class: what was read off its layers, and their graphs.
     `bertfast.freeze` takes the layers and sets `packed`."""
 
     LAYERS = "layer"  # where they are
-    packed = None  # a `Packed`: the encoder's layers are gone
+    layer: Any
+    packed: Any = None  # a `Packed`: the encoder's layers are gone
     bertfast_padding = "auto"  # one of `PADDING`; bertfast's own models have zeros there
     bertfast_graphs: Graphs | None = None  # None: it is never replayed
     bertfast_seen: Seen | None = None  # what was read off the layers
+
+    def settings(self) -> "PreTrainedConfig":
+        """The model's configuration."""
+        raise NotImplementedError
 
     def read(self) -> list[Layer | Unfit]:
         """What kernels take in the layers' places, or why they can't."""
         raise NotImplementedError
 
-    def path(self, name: str, *layer) -> str:
+    def path(self, name: str, *layer: int) -> str:
         """Of its layers, or of one, where `name` is the encoder's."""
         return ".".join(map(str, [*filter(None, (name, self.LAYERS)), *layer]))
 
-    def sizes(self):
+    def sizes(self) -> object:
         """What `read` depends on besides the layers."""
 
     def describe(self) -> list[Layer | Unfit]:
@@ -79,11 +94,19 @@ class Packed:
     choice: Choice
     why: str | None = None
 
-    def __init__(self, specs: list[LayerSpec], precision: str, dtype, config):
+    def __init__(
+        self, specs: list[LayerSpec], precision: str, dtype: torch.dtype, config: "PreTrainedConfig"
+    ) -> None:
         self.precision, self.dtype, self.config = precision, dtype, config
         self.size, self.count = specs[0].hidden, len(specs)
 
-    def run(self, batch: Batch, training: bool, collect=None, graphs=None):
+    def run(
+        self,
+        batch: Batch,
+        training: bool,
+        collect: Callable[[torch.Tensor], object] | None = None,
+        graphs: Graphs | None = None,
+    ) -> torch.Tensor:
         """[tokens or rows, hidden]; `collect(hidden)` sees each layer's; graphs: see `run.run`.
 
         Raises: RuntimeError in training mode, or where gradients are wanted.
@@ -106,25 +129,25 @@ class Packed:
         """What the precision does to this model that its user should know."""
         return []
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
         new = object.__new__(type(self))
         new.__dict__ |= self.__dict__ | {"config": copy.deepcopy(self.config, memo)}
         return new
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.count} layers, {self.precision}" + (f" ({self.why})" if self.why else "")
 
 
 class Lost:
     """In the place of layers that `freeze` had taken out to pack when it was stopped."""
 
-    def __init__(self, config):
+    def __init__(self, config: "PreTrainedConfig") -> None:
         self.config = config
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "stopped before its layers were packed: load the model anew"
 
-    def run(self, *_):
+    def run(self, *_: object) -> NoReturn:
         raise RuntimeError(
             "bertfast.freeze was stopped while it packed these layers, which are gone: load the "
             "model anew"

@@ -1,9 +1,10 @@
 """Weights for inference on a CPU, laid out in the order of the kernels, in fp32, bf16 or int8."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,7 +23,11 @@ from .packed import PRECISIONS, Packed
 from .parts import ALIGNMENT, check, damaged, spec_of
 from .run import Choice
 from .spec import Layer, LayerSpec
-from .weights import NORMS
+from .weights import NORMS, Parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 _TABLES = ("c2p", "p2c")
 
@@ -38,7 +43,14 @@ class PackedLayer(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, layer: Layer, precision: str, center, relative, reach):
+    def of(
+        cls,
+        layer: Layer,
+        precision: str,
+        center: torch.Tensor | None,
+        relative: torch.Tensor | None,
+        reach: torch.Tensor | None,
+    ) -> "PackedLayer":
         """center: the bias of the LayerNorm before it. relative: the embeddings of relative
         positions. reach: see `Sample.reach`. All may be None."""
         spec, w = layer.spec, layer.apart()
@@ -66,7 +78,7 @@ class PackedLayer(NamedTuple):
         }
         return cls(spec, precision, _bits(w), {k: t for k, t in found.items() if t is not None})
 
-    def check(self, i, buckets):
+    def check(self, i: int, buckets: int) -> None:
         """Raises ValueError where layer `i` lacks a tensor, or one has another size."""
         spec, code = self.spec, PRECISIONS.index(self.precision)
         if code and spec.head_dim % 2:
@@ -98,7 +110,7 @@ class PackedLayer(NamedTuple):
                     "damaged or of another version"
                 )
 
-    def encoder(self, others=()):
+    def encoder(self, others: "Sequence[PackedLayer]" = ()) -> Any:
         """Of this layer and those behind it; whoever holds it must hold them."""
         layers, tables = [], []
         for w in (self, *others):
@@ -129,7 +141,13 @@ def _smooth(linears, reach):
     return torch.exp2((ratio / ratio.median()).log2().round() / 2)
 
 
-def pack(linears, precision: str, center=None, smooth=None, gated=False) -> torch.Tensor:
+def pack(
+    linears: Sequence[Parameters],
+    precision: str,
+    center: torch.Tensor | None = None,
+    smooth: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
     """Linear layers (weight, bias or None) side by side, or one and its gate, as uint8 [bytes]. In
     int8 they take their input less `center`, times `smooth`: [in_features] or None."""
     parts = []
@@ -196,8 +214,15 @@ class PackedCpu(Packed):
     """
 
     def __init__(
-        self, layers: list[PackedLayer], precision, dtype, config, buckets, noise, least_cosine=None
-    ):
+        self,
+        layers: list[PackedLayer],
+        precision: str,
+        dtype: torch.dtype,
+        config: "PreTrainedConfig",
+        buckets: int,
+        noise: Sequence[float],
+        least_cosine: float | None = None,
+    ) -> None:
         super().__init__([layer.spec for layer in layers], precision, dtype, config)
         self.noise: list[float] = noise
         self.least_cosine: float | None = least_cosine
@@ -212,8 +237,15 @@ class PackedCpu(Packed):
 
     @classmethod
     def pack(
-        cls, layers: list[Layer], precision, dtype, config, center, sample: Sample | None, relative
-    ):
+        cls,
+        layers: list[Layer],
+        precision: str,
+        dtype: torch.dtype,
+        config: "PreTrainedConfig",
+        center: torch.Tensor | None,
+        sample: Sample | None,
+        relative: torch.Tensor | None,
+    ) -> "PackedCpu":
         """layers: are taken out of the list, so that each can be freed. center: [hidden], the bias
         of the LayerNorm before the first, or None. sample: for int8. relative: [buckets, hidden],
         the embeddings of relative positions, or None."""
@@ -262,7 +294,9 @@ class PackedCpu(Packed):
         return about, {f"{i}.{name}": t for i, name, t in named}
 
     @classmethod
-    def of_parts(cls, about: dict, tensors: dict[str, torch.Tensor], config):
+    def of_parts(
+        cls, about: dict, tensors: dict[str, torch.Tensor], config: "PreTrainedConfig"
+    ) -> "PackedCpu":
         """Raises ValueError for what `parts` never gives: tensors of another size, say."""
         with damaged("a file of packed layers"):
             unique = [PackedLayer(spec_of(spec), *own, {}) for spec, *own in about["layers"]]
@@ -281,7 +315,7 @@ class PackedCpu(Packed):
         self.why = about["why"]
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # As arrays: multiprocessing would move tensors to shared memory, from under the kernels.
         about, tensors = self.parts()
         return _of_arrays, (about, {name: t.numpy() for name, t in tensors.items()}, self.config)
@@ -294,7 +328,7 @@ class PackedCpu(Packed):
     def complaints(self) -> list[str]:
         return [*complaints(self.noise, self.kept, self.least_cosine)] if self.noise else []
 
-    def __str__(self):
+    def __str__(self) -> str:
         return super().__str__() + (f", {len(self.kept)} in bf16" if self.kept else "")
 
     def _run(self, first, last, batch, graphs=None):
@@ -318,7 +352,7 @@ class PackedCpu(Packed):
                 batch = batch._replace(hidden=forward(encoder, a - start, b - start, given, dtype))
         return batch.hidden
 
-    def texts(self, *given):
+    def texts(self, *given: Any) -> torch.Tensor | None:
         """`whole_cpu.texts`; None where it takes several runs."""
         return texts(self._runs[0][2], self.dtype, *given) if len(self._runs) == 1 else None
 

@@ -1,6 +1,9 @@
 """Weights for inference on a GPU, in bf16 or fp16."""
 
 from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..ops.extension import C
 from . import watch
@@ -11,11 +14,18 @@ from .run import Choice, forced
 from .run import run as run_layers
 from .weights import addresses
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .spec import Layer
+
 
 class PackedCuda(Packed):
     """Everything in bf16 or fp16. A few tokens take one call, more the layers one by one."""
 
-    def __init__(self, layers, precision: str, dtype, config):
+    def __init__(
+        self, layers: "list[Layer]", precision: str, dtype: torch.dtype, config: "PreTrainedConfig"
+    ) -> None:
         super().__init__([layer.spec for layer in layers], precision, dtype, config)
         self.low, self.device = CUDA_PRECISIONS[precision], layers[0].weights.query.weight.device
         flat = [layer.weights.present() for layer in layers]
@@ -28,7 +38,7 @@ class PackedCuda(Packed):
         self._why_not_whole = whole_cuda.weights_limit(self.layers, self.low, self.device)
         self._addresses = addresses([layer.weights for layer in self.layers])
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an encoder frozen on a GPU can't be pickled: pickle it before freezing")
 
     def _run(self, first, last, batch, graphs=None):

@@ -1,7 +1,9 @@
 """Packed layers in a file, and what it says of them, checked here, for kernels trust it."""
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +20,7 @@ _DTYPES = [str(dtype).removeprefix("torch.") for dtype in CPU_DTYPES]
 
 
 @contextmanager
-def damaged(what):
+def damaged(what: object) -> Iterator[None]:
     """ValueError for whatever values of other types and missing ones raise."""
     try:
         yield
@@ -77,7 +79,7 @@ def _expect(fit, name, value):
         )
 
 
-def padded(t) -> torch.Tensor:
+def padded(t: torch.Tensor) -> torch.Tensor:
     """Its bytes, a multiple of `ALIGNMENT`."""
     if t.dtype == torch.uint8:
         return t
@@ -86,7 +88,7 @@ def padded(t) -> torch.Tensor:
     return out
 
 
-def save_aligned(tensors, path, metadata):
+def save_aligned(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Each at a multiple of `ALIGNMENT` in the file, behind a header that spaces fill up."""
     save_file(tensors, path, metadata | {"": ""})
     with open(path, "rb") as f:

@@ -1,6 +1,6 @@
 """What a CUDA graph of an encoder's layers is recorded on: buffers that stay."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,12 @@ from torch._utils import _unflatten_dense_tensors as unflatten
 from ..ops.dropout import draw_seeds
 from .batch import Batch, Even, Relative
 from .executors.node import is_batched
-from .graph import Bucket
+from .graph import Bucket, CudaGraph
 from .run import EXECUTORS, Choice, choose
-from .spec import DROPOUTS
+from .spec import DROPOUTS, Layer
+
+if TYPE_CHECKING:
+    from .replay import Lane, Use
 
 
 class Key(NamedTuple):
@@ -29,7 +32,7 @@ class Key(NamedTuple):
     wants: tuple[bool, ...] | None  # gradients of `inputs` and parameters; None for inference
 
 
-def inputs(batch: Batch):
+def inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """What may have gradients besides parameters."""
     return batch.hidden, batch.bias, None if batch.relative is None else batch.relative.embeddings
 
@@ -42,7 +45,15 @@ class Graph:
 
     replays = 0  # counted by who replays it
 
-    def __init__(self, record, lane, key: Key, layers, batch, flat):
+    def __init__(
+        self,
+        record: type[CudaGraph],
+        lane: "Lane",
+        key: Key,
+        layers: list[Layer],
+        batch: Batch,
+        flat: list[torch.Tensor],
+    ) -> None:
         (tokens, sequences, longest), hidden = key.size, batch.hidden
         training, device = key.wants is not None, hidden.device
         with torch.inference_mode(False), torch.no_grad():
@@ -177,14 +188,14 @@ class Graph:
                 given[len(given) // 2 - n :][: 2 * n + 1]
             )
 
-    def forward(self, batch):
+    def forward(self, batch: Batch) -> torch.Tensor:
         """[tokens or rows, hidden], in memory of its own."""
         self._fill(batch)
         self._forward.replay()
         count = len(batch.hidden if batch.rows is None else batch.rows)
         return self.out[:count].clone()
 
-    def backward(self, use, grad):
+    def backward(self, use: "Use", grad: torch.Tensor) -> list[torch.Tensor | None]:
         """The gradients of `inputs` and parameters."""
         found = [None] * len(self.leaves)
         if is_batched(grad):

@@ -10,7 +10,7 @@ import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from .batch import Batch
 from .graph import (
     MAX_GRAPHS,
     MAX_TOKENS,
+    CudaGraph,
     Memory,
     bucket,
     is_paused,
@@ -29,7 +30,7 @@ from .graph import (
     settings,
 )
 from .recorded import Graph, Key, inputs
-from .run import adapters_limit, forced
+from .run import Choice, adapters_limit, forced
 from .spec import Layer
 
 LANES = 4  # forwards that may wait for their backward
@@ -59,16 +60,16 @@ class Sight:
 
     WAIT = 1
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.wait, self.next, self.why = self.WAIT, self.WAIT, "the first batch of this size"
 
-    def dropped(self, replays: int):
+    def dropped(self, replays: int) -> None:
         """Its graph went with all others, for a weight that was replaced, say. Where that comes
         often the next one must be worth its recording."""
         self.wait = self.WAIT if replays >= WORTH else self.next
         self.next, self.why = 16 * max(self.wait, 1), "its graph was of a model that has changed"
 
-    def made_room(self):
+    def made_room(self) -> None:
         self.wait = max(self.next, 16)
         self.next, self.why = 16 * self.wait, "its graph had to make room"
 
@@ -77,7 +78,7 @@ class Lane:
     """Graphs that share memory, one of which is in use: in training from a forward, which leaves
     its activations there, to its backward."""
 
-    def __init__(self, record):
+    def __init__(self, record: type[CudaGraph]) -> None:
         self.pool, self.turn, self.grown = record.pool(), record.Turn(), 0
         self.graphs: OrderedDict[Key, Graph] = OrderedDict()  # the last used at the end
         self.use = None  # a weakref to the `Use`
@@ -94,7 +95,7 @@ class Lane:
 class Use:
     """Of a graph, from a forward to the end of its backward. Autograd holds it."""
 
-    def __init__(self, graph, lane, batch, read):
+    def __init__(self, graph: Graph, lane: Lane, batch: Batch, read: list[torch.Tensor]) -> None:
         self.graph, self.lane, self.read = graph, lane, read
         self.tokens = len(batch.hidden)
         self.bias = None if batch.bias is None else batch.bias.shape
@@ -104,7 +105,7 @@ class Use:
 class Graphs:
     """Of one encoder. A copy or a pickle starts without any."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GRAPHS):
+    def __init__(self, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GRAPHS) -> None:
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
         self.hits = self.captures = self.misses = 0
         self._lock, self._layers, self._memory = threading.RLock(), None, None
@@ -114,13 +115,13 @@ class Graphs:
         with _guard:
             _every.add(self)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
         return type(self)(self.max_tokens, self.max_graphs)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.max_tokens, self.max_graphs)
 
-    def __str__(self):
+    def __str__(self) -> str:
         n = self.counts()
         return (
             f"{n.hits} calls replayed, {n.captures} recorded, {n.misses} the first of their size; "
@@ -151,7 +152,7 @@ class Graphs:
             for key, count in replays.items():
                 self._sight(key).dropped(count)
 
-    def run(self, layers: list[Layer], batch: Batch):
+    def run(self, layers: list[Layer], batch: Batch) -> tuple[torch.Tensor, Choice] | str | None:
         """([tokens or rows, hidden], the `Choice` of who was recorded), or why the layers must be
         launched; None where a device has no graphs."""
         record = recorder(batch.hidden.device)

@@ -1,7 +1,9 @@
 """Who runs an encoder's layers: the first executor, in the order of `EXECUTORS`, whose `limit` lets
 it."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -12,7 +14,11 @@ from .batch import Batch
 from .executors import node, operators, whole_cpu, whole_cuda
 from .spec import Layer, Unfit, of_layer
 
-EXECUTORS = {  # the fastest first
+if TYPE_CHECKING:
+    from .replay import Graphs
+
+Executor: TypeAlias = Literal["whole_cpu", "whole_cuda", "node", "operators"]
+EXECUTORS: dict[Executor, Any] = {  # the fastest first
     "whole_cpu": whole_cpu,
     "whole_cuda": whole_cuda,
     "node": node,
@@ -21,7 +27,7 @@ EXECUTORS = {  # the fastest first
 _forcing = Forcing("executor", tuple(EXECUTORS))
 
 
-def executor(name: str):
+def executor(name: Executor) -> AbstractContextManager[None]:
     """A block in which one executor runs every encoder of this thread.
 
     name: "whole_cpu", "whole_cuda" (all layers by one call, for inference), "node" (a node of
@@ -40,7 +46,7 @@ class Choice(NamedTuple):
     name: str
     declined: dict[str, str]  # why each faster one can't
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "; ".join([self.name, *(f"{n}: {why}" for n, why in self.declined.items())])
 
 
@@ -64,7 +70,9 @@ def choose(layers: list[Layer], batch: Batch) -> Choice:
     raise RuntimeError(f"executor {wanted!r} can't run these layers: {declined[wanted]}")
 
 
-def run(layers: list[Layer], batch: Batch, graphs=None):
+def run(
+    layers: list[Layer], batch: Batch, graphs: "Graphs | None" = None
+) -> tuple[torch.Tensor, Choice]:
     """Packed tokens through all layers.
 
     graphs: the `replay.Graphs` of an encoder, whose calls may be replayed.
@@ -93,7 +101,14 @@ def run(layers: list[Layer], batch: Batch, graphs=None):
     return hidden, Choice(" and ".join(names), declined)
 
 
-def texts(layers: list[Layer], tables, eps, ids, mask, types):
+def texts(
+    layers: list[Layer],
+    tables: Sequence[torch.Tensor],
+    eps: float,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    types: torch.Tensor | None,
+) -> torch.Tensor | None:
     """`whole_cpu.texts` by live layers, whose call `texts_fit`; None where others are to run it."""
     if not layers or any([isinstance(layer, Unfit) for layer in layers]):
         return None

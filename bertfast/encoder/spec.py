@@ -1,16 +1,18 @@
 """What a layer of an encoder is: post-norm (Devlin et al., arXiv:1810.04805) or pre-norm (Xiong et
 al., arXiv:2002.04745)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import starmap
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from ..ops.attention import default_scale
 from .weights import LayerWeights, Parameters
+
+Seeds: TypeAlias = torch.Tensor | Sequence[torch.Tensor | None]  # None of what drops nothing
 
 
 class LayerSpec(NamedTuple):
@@ -72,7 +74,7 @@ class DropoutRates(NamedTuple):
 DROPOUTS = len(DropoutRates._fields)
 
 
-def of_layer(seeds, first: int, last: int | None = None):
+def of_layer(seeds: Seeds, first: int, last: int | None = None) -> Seeds:
     """Those of a layer, or of layers [first, last), among all layers'."""
     return seeds[DROPOUTS * first : DROPOUTS * (first + 1 if last is None else last)]
 
@@ -113,5 +115,5 @@ class Unfit(NamedTuple):
     where: str  # the path of a module in it, "" for the layer itself
     why: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.where}: {self.why}" if self.where else self.why

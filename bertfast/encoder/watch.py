@@ -3,8 +3,10 @@ result. Native models and the drop-in ask here, at every forward: a model can ch
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, contains
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from ..ops.library import PLAIN, unwatched
 from ..ops.library import plain as plain_tensor
 from .spec import Unfit
 
+F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 _hooks = attrgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
@@ -29,7 +33,7 @@ _PARAMETERS[nn.Embedding] = ("weight",)
 _OPERATORS = ("attention", "qkv_linear", "linear_act", "add_layer_norm", "gather_rows")
 
 
-def hooked(m: nn.Module, but=_COLLECTOR) -> bool:
+def hooked(m: nn.Module, but: str | tuple[str, ...] = _COLLECTOR) -> bool:
     """Whether anyone has a hook on this module, but hooks from such files."""
     found = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
     return any(found) and any(
@@ -49,7 +53,7 @@ def looked_into(m: nn.Module) -> bool:
     return any(hooked(one, (_COLLECTOR, _FSDP)) for one in found)
 
 
-def class_name(m) -> str:
+def class_name(m: object) -> str:
     return f"{type(m).__module__}.{type(m).__qualname__}"
 
 
@@ -90,7 +94,10 @@ def _count(types) -> int:
 
 
 def limit(
-    modules: tuple[nn.Module, ...], types: tuple[type, ...], names=None, biased: bool = True
+    modules: tuple[nn.Module, ...],
+    types: tuple[type, ...],
+    names: Sequence[str] | None = None,
+    biased: bool = True,
 ) -> Unfit | None:
     """Why not each of the modules is `plain`, of its type; None where all are, which is found out
     by functions in C alone. biased: whether no bias may be missing."""
@@ -116,27 +123,27 @@ class Seen:
     """What was last read off modules, for as long as they are as they were. A copy or a pickle has
     seen nothing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last = None
 
-    def get(self, root: nn.Module, also, read):
+    def get(self, root: nn.Module, also: object, read: Callable[[], R]) -> R:
         """`read()`, which looks at nothing but the modules in `root` and what is in `also`."""
         last = self._last
         if last is None or last.root is not root or last.also != also or not last.holds():
             last = self._last = Snapshot(root, also, read())
         return last.found
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Seen":
         return type(self)()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
 class Snapshot:
     """Modules, of which another class, attribute, child, parameter or hook is a change."""
 
-    def __init__(self, root, also=None, found=None):
+    def __init__(self, root: nn.Module, also: object = None, found: Any = None) -> None:
         self.root, self.also, self.found = root, also, found
         self.modules = list(root.modules())
         self.types, self.vars = [*map(type, self.modules)], [*map(vars, self.modules)]
@@ -152,7 +159,7 @@ class Snapshot:
         self.named = [m._parameters for m in self.modules if m._parameters]
         self.parameters = self.ids()
 
-    def ids(self):  # == of tensors would compare their values
+    def ids(self) -> list[int]:  # == of tensors would compare their values
         return [*map(id, chain.from_iterable(map(dict.values, self.named)))]
 
     def holds(self) -> bool:
@@ -168,7 +175,7 @@ class Snapshot:
             return False
 
 
-def outside_graphs(method):
+def outside_graphs(method: F) -> F:
     """A method that runs as ever while torch compiles its callers, which would take it apart: the
     graph breaks around it, where it may."""
 
@@ -184,7 +191,7 @@ def outside_graphs(method):
     return call
 
 
-def dispatch_limit(hidden) -> str | None:
+def dispatch_limit(hidden: torch.Tensor) -> str | None:
     """What keeps kernels from running without torch's dispatcher."""
     if not unwatched():
         return "a dispatch mode, a transform, tracing or compilation watches the operators"
@@ -193,7 +200,7 @@ def dispatch_limit(hidden) -> str | None:
     return None
 
 
-def call_limit(hidden_states) -> str | None:
+def call_limit(hidden_states: torch.Tensor) -> str | None:
     """What in torch's state or in the input keeps an encoder's kernels from running."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "the model is being exported"
@@ -208,7 +215,7 @@ def call_limit(hidden_states) -> str | None:
     return kernel_limit(hidden_states.device.type, hidden_states.dtype)
 
 
-def kernel_limit(device: str, dtype) -> str | None:
+def kernel_limit(device: str, dtype: torch.dtype) -> str | None:
     """Why no kernel takes states of a dtype, or what autocast makes of it, on a type of device."""
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

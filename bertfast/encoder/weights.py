@@ -1,13 +1,17 @@
 """What a layer's parameters are called, the one place that knows their order."""
 
 from array import array
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..ops.extension import C
+
+if TYPE_CHECKING:
+    from .spec import LayerSpec
 
 
 class Parameters(NamedTuple):
@@ -36,14 +40,14 @@ class LayerWeights(NamedTuple):
     pos_query: Parameters = NONE  # and keys; or the query
 
     @classmethod
-    def of(cls, parameters):
+    def of(cls, parameters: Iterable[torch.Tensor | None]) -> "LayerWeights":
         """From all of them, in the order of `flat`."""
         return cls(*map(Parameters, *[iter(parameters)] * 2))
 
     def flat(self) -> list[torch.Tensor | None]:
         return list(chain.from_iterable(self))
 
-    def filled(self, tensors) -> "LayerWeights":
+    def filled(self, tensors: Iterator[torch.Tensor | None]) -> "LayerWeights":
         """With the next of the tensors, an iterator, for each parameter that is there."""
         return self.of([None if p is None else next(tensors) for p in self.flat()])
 
@@ -62,7 +66,7 @@ BERT = 16  # of `flat`, the first: the parameters of a layer as BERT's
 
 
 @cache
-def shapes(spec) -> list[tuple[int, ...]]:
+def shapes(spec: "LayerSpec") -> list[tuple[int, ...]]:
     """In the order of `LayerWeights.flat`, of all that a layer may have."""
     hidden, inner, width = spec.hidden, spec.inner, spec.width
     weights = dict.fromkeys(("key", "value"), (width // spec.groups, hidden))
@@ -72,14 +76,14 @@ def shapes(spec) -> list[tuple[int, ...]]:
     return list(chain.from_iterable((weights[r], weights[r][:1]) for r in LayerWeights._fields))
 
 
-def fit(spec, weights: LayerWeights) -> bool:
+def fit(spec: "LayerSpec", weights: LayerWeights) -> bool:
     """Whether the shapes of what is there are a layer's."""
     both = zip(weights.flat(), shapes(spec), strict=True)
     return all([p is None or p.shape == shape for p, shape in both])
 
 
 @cache
-def needed(spec) -> list[int]:
+def needed(spec: "LayerSpec") -> list[int]:
     """Of `LayerWeights.flat`: the weights that a layer can't do without."""
     absent = {"pos_key", "pos_query"}  # which may be shared
     absent |= set() if spec.gated else {"gate"}

@@ -1,6 +1,7 @@
 """A fine-tuned classifier, and what its decision for each text rests on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from .occlusion import occlusion
 from .settings import Settings
 from .words import Text, read
 
+if TYPE_CHECKING:
+    from .. import data
+
 _TEXTS = 32  # in a chunk, of which every word's occlusion is one call
 
 
@@ -24,7 +28,14 @@ class Explainer(Classifier):
     captum where that is needed.
     """
 
-    def __init__(self, model, settings: Settings, allow_pickle=False, device=None, precision=None):
+    def __init__(
+        self,
+        model: str,
+        settings: Settings,
+        allow_pickle: bool = False,
+        device: str | None = None,
+        precision: str | None = None,
+    ) -> None:
         self.settings = settings
         if "integrated_gradients" in settings.methods:
             gradients.required()
@@ -60,11 +71,13 @@ class Explainer(Classifier):
                 f"{', '.join(needing)}: give --method occlusion, or {other}"
             )
 
-    def explained(self, *args) -> list[dict]:
+    def explained(self, *args: Any) -> list[dict]:
         """All of `chunks`' results."""
         return [result for chunk in self.chunks(*args) for result in chunk]
 
-    def chunks(self, examples, max_length: int, targets=None) -> Iterator[list[dict]]:
+    def chunks(
+        self, examples: "data.Examples", max_length: int, targets: Sequence[int] | None = None
+    ) -> Iterator[list[dict]]:
         """A result (see `explain`) for each of the examples, whose texts are raw. targets: classes
         in place of the settings', names (None of a regression)."""
         for start in range(0, len(examples), _TEXTS):

@@ -1,8 +1,11 @@
 """Integrated gradients (Sundararajan, Taly and Yan 2017), by captum."""
 
+from collections.abc import Callable
 from inspect import signature
 
+import numpy as np
 import torch
+from torch import nn
 
 from ..data.errors import ConfigError
 from ..train.networks import takes_types
@@ -12,7 +15,7 @@ TOKENS = 2048  # in a batch at most, of which the states of all layers are kept
 TOLERANCE = 0.01  # of completeness: the error beside the change of the output
 
 
-def required():
+def required() -> type:
     """captum's class. Raises RuntimeError where it is not installed."""
     try:
         from captum.attr import IntegratedGradients
@@ -24,11 +27,13 @@ def required():
     return IntegratedGradients
 
 
-def takes_embeddings(model) -> bool:
+def takes_embeddings(model: nn.Module) -> bool:
     return "inputs_embeds" in signature(type(model).forward).parameters
 
 
-def embedded(model, ids, row: dict):
+def embedded(
+    model: nn.Module, ids: torch.Tensor, row: dict
+) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
     """(word embeddings [n, tokens, hidden] of ids, the function from such to logits [n, outputs]);
     ids: int64 [n, tokens], of one length, in place of the row's."""
     if not takes_embeddings(model):
@@ -53,7 +58,9 @@ def baseline(text: Text, token: int) -> list[int]:
     return [token if w >= 0 else i for i, w in zip(ids, text.word, strict=True)]
 
 
-def integrated_gradients(model, text: Text, target: int, token: int, steps, most, tokens: int):
+def integrated_gradients(
+    model: nn.Module, text: Text, target: int, token: int, steps: int, most: int, tokens: int
+) -> tuple[np.ndarray, dict]:
     """Scores of a text's tokens, whose sum is the change of the target's logit from a baseline.
 
     x_i - x'_i times the mean gradient at x_i along the line from the baseline x' to the word

@@ -7,11 +7,13 @@ context = A V, hence dA = dcontext Vᵀ. Of a model of transformers they are its
 attention.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from .. import data
 from ..data.errors import ConfigError
@@ -20,10 +22,15 @@ from ..train import networks
 from ..train.packed import Packed
 from .gradients import TOKENS, embedded
 
+if TYPE_CHECKING:
+    from .words import Text
+
 Map = tuple[torch.Tensor, torch.Tensor | None]  # [heads, queries, keys], and its gradient
 
 
-def scores(model, texts, targets, gradients: bool) -> list[np.ndarray]:
+def scores(
+    model: nn.Module, texts: "Sequence[Text]", targets: Sequence[int], gradients: bool
+) -> list[np.ndarray]:
     """Of each text's tokens, fp64 [tokens]: `gradient_attention` of the target's logit, or
     `attention_rollout`. targets: int, of each text."""
     rule, mean, found = gradient_attention if gradients else attention_rollout, _mean(model), {}
@@ -34,7 +41,9 @@ def scores(model, texts, targets, gradients: bool) -> list[np.ndarray]:
     return [found[i] for i in range(len(texts))]
 
 
-def maps(model, texts, targets, gradients: bool) -> Iterator[Iterator[Map]]:
+def maps(
+    model: nn.Module, texts: "Sequence[Text]", targets: Sequence[int], gradients: bool
+) -> Iterator[Iterator[Map]]:
     """For each text its layers' maps, the first layer's first; with `gradients` also those of the
     target's logit."""
     if isinstance(model, BertPreTrainedModel):
@@ -95,7 +104,7 @@ def _stock(model, text, target, gradients):
 
 
 @contextmanager
-def eager(model):
+def eager(model: nn.Module) -> Iterator[None]:
     """A model of transformers with the attention that makes maps."""
     was = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -105,7 +114,7 @@ def eager(model):
         model.set_attn_implementation(was)
 
 
-def attention_rollout(layers: Iterator[Map], mean: bool):
+def attention_rollout(layers: Iterator[Map], mean: bool) -> np.ndarray:
     """fp32 [tokens]: the product of all layers' (mean over heads A + I) / 2, as the decision reads
     it: the row of column 0, or with `mean` the mean of all rows. It is the same for every class."""
     rolled = None
@@ -115,7 +124,7 @@ def attention_rollout(layers: Iterator[Map], mean: bool):
     return _row(rolled, mean)
 
 
-def gradient_attention(layers: Iterator[Map], mean: bool):
+def gradient_attention(layers: Iterator[Map], mean: bool) -> np.ndarray:
     """fp32 [tokens]: R = I, then of each layer R += mean over heads of max(0, dA * A), times R; of
     R - I the row that the decision reads, see `attention_rollout`."""
     relevance = one = None

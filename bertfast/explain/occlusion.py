@@ -1,11 +1,19 @@
 """Occlusion: what a model says of a text without each of its words."""
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from .words import Text
 
 WAYS = ("mask", "delete")
 
 
-def variants(texts, way: str, token: int | None) -> tuple[list[dict], list[int], list[int]]:
+def variants(
+    texts: "Sequence[Text]", way: str, token: int | None
+) -> tuple[list[dict], list[int], list[int]]:
     """(rows, of which text each is, and which word it lacks).
 
     way: "mask", where `token` stands at each of the word's tokens, or "delete", where they are
@@ -27,7 +35,13 @@ def variants(texts, way: str, token: int | None) -> tuple[list[dict], list[int],
     return rows, of, lacks
 
 
-def occlusion(texts, way: str, token: int | None, whole: np.ndarray, values) -> list[np.ndarray]:
+def occlusion(
+    texts: "Sequence[Text]",
+    way: str,
+    token: int | None,
+    whole: np.ndarray,
+    values: Callable[..., np.ndarray],
+) -> list[np.ndarray]:
     """Each text's scores [words]: how much the target's probability falls without the word.
 
     All texts' variants are one call. whole: fp64 [texts], the probability with all words.

@@ -1,16 +1,22 @@
 """Whether explanations depend on what a model has learnt (Adebayo et al. 2018)."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..dropin import accelerate
 from ..train.networks import padded
 from ..train.ranking import spearman
 
+if TYPE_CHECKING:
+    from .. import data
+    from .explainer import Explainer
 
-def untrained(model, seed: int = 0):
+
+def untrained(model: nn.Module, seed: int = 0) -> nn.Module:
     """One of the same class and sizes, its weights as the class draws them, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -20,7 +26,9 @@ def untrained(model, seed: int = 0):
     return plain.to(model.device).eval().requires_grad_(False)
 
 
-def randomisation(explainer, examples, results: list[dict], max_length: int) -> dict:
+def randomisation(
+    explainer: "Explainer", examples: "data.Examples", results: list[dict], max_length: int
+) -> dict:
     """For each method the mean over texts of Spearman's correlation of the words' scores with those
     that the same model with random weights gets, and of their absolute values: near 0 where
     scores come of the learnt weights, near 1 where they come of the text alone. Texts of fewer

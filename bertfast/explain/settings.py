@@ -1,10 +1,14 @@
 """How to explain."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..data.errors import ConfigError
 from ..train.networks import EVAL_TOKENS
 from .occlusion import WAYS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 METHODS = ("integrated_gradients", "occlusion", "gradient_attention", "attention_rollout")
 BASELINES = ("mask", "pad")
@@ -33,7 +37,7 @@ class Settings:
     max_steps: int = 512
     batch_tokens: int = EVAL_TOKENS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown or not self.methods or len({*self.methods}) < len(self.methods):
             raise ConfigError(
@@ -51,7 +55,7 @@ class Settings:
         if self.steps > self.max_steps:
             raise ConfigError(f"steps is {self.steps}, above max_steps, {self.max_steps}")
 
-    def token(self, setting: str, tokenizer) -> int | None:
+    def token(self, setting: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
         """The id that stands in a word's place by `baseline` or `occlusion`; None where it is
         deleted."""
         name = getattr(self, setting)

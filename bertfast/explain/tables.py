@@ -2,11 +2,12 @@
 
 from dataclasses import asdict
 from itertools import islice
+from typing import Any
 
 from .. import data
 from ..data.errors import ConfigError, DataError
 from ..files import json_text
-from ..progress import Progress
+from ..progress import Progress, Say
 from ..train import outputs
 from ..train.inputs import as_trained
 from .explainer import Explainer
@@ -24,7 +25,7 @@ def explain(
     allow_pickle: bool = False,
     device: str | None = None,
     precision: str | None = None,
-    **settings,
+    **settings: Any,
 ) -> list[dict]:
     """What the decision for each text (or pair) rests on.
 
@@ -70,8 +71,8 @@ def explain_table(
     allow_pickle: bool = False,
     device: str | None = None,
     precision: str | None = None,
-    say=None,
-    **settings,
+    say: Say | None = None,
+    **settings: Any,
 ) -> dict:
     """`explain` for the rows of a table ("-": JSON lines on standard input).
 

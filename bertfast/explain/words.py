@@ -2,7 +2,8 @@
 
 import re
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import regex
@@ -10,6 +11,9 @@ import regex
 from ..data.clean import DROP, clean_text
 from ..data.errors import ConfigError
 from ..data.text_spans import split_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1024  # texts in one call of the tokenizer, which bounds its memory
 _CLUSTER = regex.compile(r"\X")
@@ -33,7 +37,12 @@ class Text(NamedTuple):
         return np.isin(np.arange(len(self.spans)), self.word)
 
 
-def read(tokenizer, texts, pairs, max_length: int) -> list[Text]:
+def read(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    max_length: int,
+) -> list[Text]:
     """Raw texts (and pairs, or None) cleaned and encoded as `predict` does, with their words.
 
     Words are `data.text_spans.split_words`'s; those that one token covers count as one.

@@ -2,12 +2,22 @@
 Data2Vec's text model: their embeddings differ, their layers don't. And bertfast's own model, which
 has the same names."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from .family import Family, Readers
 
 _DROPOUTS = "attention.self.dropout", "attention.output.dropout", "output.dropout"
 
 
-def bert_like(module: str, prefix: str, readers=None, norms=(), dropouts=_DROPOUTS, **more):
+def bert_like(
+    module: str,
+    prefix: str,
+    readers: Readers | None = None,
+    norms: Mapping[str, str] | tuple[()] = (),
+    dropouts: tuple[str | None, ...] = _DROPOUTS,
+    **more: Any,
+) -> Family:
     """module: where classes of such a layer are; prefix: of their names; norms: paths, by role."""
     return Family(
         module=module,
@@ -39,7 +49,7 @@ def bert_like(module: str, prefix: str, readers=None, norms=(), dropouts=_DROPOU
     )
 
 
-def theirs(name: str, prefix: str, first: dict[str, tuple[str, str]], **more) -> Family:
+def theirs(name: str, prefix: str, first: dict[str, tuple[str, str]], **more: Any) -> Family:
     """Of transformers. first: {"ForTask": (path, "Class")}, see `Readers`; without prefixes."""
     readers = Readers(
         f"{prefix}Model",
@@ -54,11 +64,11 @@ CLASSIFIER = {"ForSequenceClassification": ("classifier", "ClassificationHead")}
 _POOLED = "ForSequenceClassification", "ForMultipleChoice"
 
 
-def choice(model: str):
+def choice(model: str) -> dict[str, tuple[str, str]]:
     return {"ForMultipleChoice": (f"{model}.pooler", "Pooler")}
 
 
-def pooled(model: str, *more: str):
+def pooled(model: str, *more: str) -> dict[str, tuple[str, str]]:
     return dict.fromkeys((*_POOLED, *more), (f"{model}.pooler", "Pooler"))
 
 

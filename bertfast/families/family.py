@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import isclose
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -58,21 +59,21 @@ def rate(dropout: nn.Module | None, user: nn.Module | None = None) -> float:
     return getattr(dropout, "p", 0.0) if (user or dropout).training else 0.0  # nn.Identity's
 
 
-def no_holes(keys):
+def no_holes(keys: torch.Tensor) -> str | None:
     """`Family.mask_limit` where distances count: a kernel's are those among real tokens."""
     real = keys != 0
     starts = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(1)
     return "the attention mask has holes" if bool((starts > 1).any()) else None
 
 
-def padding_last(keys):
+def padding_last(keys: torch.Tensor) -> str | None:
     """And `Family.padding_limit`: padded rows come last, at the positions that they have."""
     if bool((keys[:, 1:] != 0).logical_and(keys[:, :-1] == 0).any()):
         return "padded rows are read and are not on the right"
     return None
 
 
-def states_output(default: bool):
+def states_output(default: bool) -> Callable[..., Any]:
     """A `Family.output` with hidden states, of an encoder that takes `output_hidden_states` and
     `return_dict`, both of one default."""
 

@@ -1,6 +1,6 @@
 """`BertModel`: transformers' interface and state-dict keys over the packed encoder."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from ..encoder.packed_cpu import PackedCpu
 from ..encoder.run import texts
 from ..encoder.spec import DROPOUTS
 from ..families.family import rate
+from ..files import StrPath
 from ..ops.declare import LENGTH, Below, Declaration, Offsets, Tensor
 from ..ops.library import unwatched
 from . import checkpoint
+from .asked import default, finish, refuse
 from .config import check
 from .encoder import (
     BertEmbeddings,
@@ -27,6 +29,9 @@ from .encoder import (
     attention_probabilities,
     looked_into,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class BertPreTrainedModel(nn.Module):
@@ -40,12 +45,12 @@ class BertPreTrainedModel(nn.Module):
     base_model_prefix = "bert"
     tied: dict[str, str] = {}  # parameter name -> the name it shares  # noqa: RUF012
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
         check(config)
         self.config = config
 
-    def post_init(self):
+    def post_init(self) -> None:
         """BERT's initialisation: normal weights, zero biases."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -57,14 +62,14 @@ class BertPreTrainedModel(nn.Module):
                         module.weight[module.padding_idx].zero_()
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(self.parameters()).device
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def gradient_checkpointing_enable(self, enabled: bool = True):
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute each layer in backward instead of keeping its activations."""
         for module in self.modules():
             if isinstance(module, BertEncoder):
@@ -75,19 +80,26 @@ class BertPreTrainedModel(nn.Module):
         """Without this, peft puts a hook on the embeddings in any case."""
         return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, BertEncoder))
 
-    def gradient_checkpointing_disable(self):
+    def gradient_checkpointing_disable(self) -> None:
         self.gradient_checkpointing_enable(False)
 
     @property
-    def base_model(self):
+    def base_model(self) -> nn.Module:
         """The encoder of a model with a head; of one without, itself."""
         return getattr(self, self.base_model_prefix, self)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embeddings.word_embeddings
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, *, allow_pickle=False, dtype=None, **config):
+    def from_pretrained(
+        cls,
+        name_or_folder: StrPath,
+        *,
+        allow_pickle: bool = False,
+        dtype: torch.dtype | None = None,
+        **config: Any,
+    ) -> "Self":
         """A model from a local folder or a hub name, in eval mode.
 
         Weights may come with or without the "bert." prefix; a checkpoint of another task gives its
@@ -99,7 +111,7 @@ class BertPreTrainedModel(nn.Module):
         """
         return checkpoint.load(cls, name_or_folder, allow_pickle, dtype, config)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: StrPath) -> None:
         """config.json and model.safetensors, each written whole or not at all, as transformers
         reads them. The configuration says what the modules are now, where those were changed.
 
@@ -118,6 +130,11 @@ class PackedInputs(NamedTuple):
     embeds: torch.Tensor | None = None  # [tokens, hidden] in place of ids
 
 
+# The states of all layers and their attention maps, where they were asked for.
+Encoded: TypeAlias = tuple[
+    Packing, torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None
+]
+
 _PACKED = Declaration(
     "encode_packed(Tensor input_ids, Tensor cu_seqlens, SymInt max_seqlen, Tensor? position_ids, "
     "Tensor? token_type_ids, Tensor? rows) -> Tensor",
@@ -133,7 +150,7 @@ _PACKED = Declaration(
 class BertModel(BertPreTrainedModel):
     """The encoder, as transformers' BertModel; padded positions of its outputs are zeros."""
 
-    def __init__(self, config, add_pooling_layer=True):
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
@@ -143,16 +160,16 @@ class BertModel(BertPreTrainedModel):
     @watch.outside_graphs
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        **unused,
-    ):
+        input_ids: "torch.Tensor | PackedInputs | None" = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
         """
         Args:
             input_ids: int64 [batch, seqlen]; or inputs_embeds [batch, seqlen, hidden].
@@ -165,9 +182,9 @@ class BertModel(BertPreTrainedModel):
 
         Raises: ValueError for arguments that don't fit, IndexError for ids out of range.
         """
-        _refuse(unused)
-        output_attentions = _default(output_attentions, self.config, "output_attentions")
-        output_hidden_states = _default(output_hidden_states, self.config, "output_hidden_states")
+        refuse(unused)
+        output_attentions = default(output_attentions, self.config, "output_attentions")
+        output_hidden_states = default(output_hidden_states, self.config, "output_hidden_states")
         last = states = attentions = None
         if (
             type(self).encode is BertModel.encode
@@ -217,15 +234,15 @@ class BertModel(BertPreTrainedModel):
     @watch.outside_graphs
     def encode(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        first_only=False,
-    ):
+        input_ids: "torch.Tensor | PackedInputs | None" = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        first_only: bool = False,
+    ) -> Encoded:
         """forward, but packed: (packing, hidden [tokens, hidden], hidden_states, attentions).
 
         first_only: hidden is column 0 alone [batch, hidden], zeros where that is padding; the last
@@ -261,13 +278,13 @@ class BertModel(BertPreTrainedModel):
     @watch.outside_graphs
     def encode_packed(
         self,
-        input_ids,
-        cu_seqlens,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        position_ids=None,
-        token_type_ids=None,
-        rows=None,
-    ):
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Encode sequences that are already packed, without padding or unpacking.
 
         Args:
@@ -372,20 +389,3 @@ class BertModel(BertPreTrainedModel):
         ids = None if input_ids is None else packed(input_ids, "input_ids")
         embeds = None if inputs_embeds is None else packing.pack(inputs_embeds)
         return PackedInputs(packing, ids, positions, types, embeds)
-
-
-def _refuse(arguments):
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise ValueError(f"{name} is not supported: bertfast runs encoders without a cache")
-
-
-def _default(value, config, name):
-    return bool(getattr(config, name, False) if value is None else value)
-
-
-def finish(output, return_dict, config):
-    """A ModelOutput, or its tuple where that is asked for."""
-    if return_dict is None:
-        return_dict = getattr(config, "return_dict", True)
-    return output if return_dict else output.to_tuple()

@@ -1,18 +1,31 @@
 """How a padded batch gets into the buffer of a CUDA graph's bucket."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..ops.declare import check_range
+
+if TYPE_CHECKING:
+    from .graphs import Static
 
 
 class OnCPU:
     """A batch whose inputs are there: packed by numpy, whose calls cost less than torch's, so that
     one copy takes it to the GPU."""
 
-    def __init__(self, inner, shape, ids, mask, types, positions):
+    def __init__(
+        self,
+        inner: nn.Module,
+        shape: tuple[int, int],
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        types: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> None:
         self.sequences, self.seqlen = shape
         kept = np.ones(shape, bool) if mask is None else (mask.detach() != 0).numpy()
         self.lengths, self.first = kept.sum(1), kept[:, :1]
@@ -38,7 +51,7 @@ class OnCPU:
             types = packed("token_type_ids", types, embeddings.token_type_embeddings)
         self.rows = ids, positions, types
 
-    def fill(self, static):
+    def fill(self, static: "Static") -> None:
         size, count, buffer = static.size, self.sequences, static.buffer
         # From pinned memory, which torch gives out again once it is copied, the host goes on.
         pinned = buffer.device.type == "cuda"
@@ -63,7 +76,15 @@ class OnGPU:
     """A batch whose inputs are there: packed by one kernel. Only how many tokens a mask keeps has
     to be waited for."""
 
-    def __init__(self, inner, shape, ids, mask, types, positions):
+    def __init__(
+        self,
+        inner: nn.Module,
+        shape: tuple[int, int],
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        types: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> None:
         self.sequences, self.seqlen = shape
         self.tokens, self.longest, self.indices = shape[0] * shape[1], shape[1], None
         if mask is not None:
@@ -75,6 +96,6 @@ class OnGPU:
             for t in (ids, positions, types)
         ]
 
-    def fill(self, static):
+    def fill(self, static: "Static") -> None:
         kernel = importlib.import_module("bertfast.kernels.bucket")
         kernel.fill(static.buffer, self.indices, *self.rows, self.tokens, static.size)

@@ -3,17 +3,23 @@
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from ..files import write_whole
+from ..files import StrPath, write_whole
 from .config import CONFIG, DTYPES
 from .config import read as read_config
 from .described import described
 from .errors import CheckpointError, unreadable
 from .tensors import PICKLE, SAFETENSORS, by_name, canonical, files, opened, read
 
+if TYPE_CHECKING:
+    from .bert import BertPreTrainedModel
+
+M = TypeVar("M", bound="BertPreTrainedModel")
 _SIZES = {  # of a configuration -> the weight that has it, and its dimension
     "vocab_size": ("embeddings.word_embeddings.weight", 0),
     "hidden_size": ("embeddings.word_embeddings.weight", 1),
@@ -24,7 +30,7 @@ _BUFFERS = {"embeddings.position_ids", "embeddings.token_type_ids"}  # floats wh
 _INNER = {"intermediate_size": ("encoder.layer.0.intermediate.dense.weight", 0)}
 
 
-def resolve(name_or_folder, weights: bool = True) -> Path:
+def resolve(name_or_folder: StrPath, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub name is fetched (or found in the hub's cache)."""
     folder = Path(name_or_folder)
     with unreadable(f"{str(name_or_folder)!r:.200} is no name of a folder"):
@@ -39,7 +45,7 @@ def resolve(name_or_folder, weights: bool = True) -> Path:
         return Path(snapshot_download(str(name_or_folder), allow_patterns=patterns))
 
 
-def verify(folder, allow_pickle: bool = False) -> None:
+def verify(folder: StrPath, allow_pickle: bool = False) -> None:
     """Check a local checkpoint without building a model: configuration, index, and that every
     safetensors file is whole. Raises CheckpointError."""
     folder = Path(folder)
@@ -109,7 +115,13 @@ def _check_encoder(folder, config, own, found, spelled) -> None:
         )
 
 
-def load(cls, name_or_folder, allow_pickle, dtype, overrides):
+def load(
+    cls: type[M],
+    name_or_folder: StrPath,
+    allow_pickle: bool,
+    dtype: torch.dtype | None,
+    overrides: dict[str, Any],
+) -> M:
     """The body of `from_pretrained`."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(map(str, DTYPES))}")
@@ -144,7 +156,7 @@ def load(cls, name_or_folder, allow_pickle, dtype, overrides):
     return (model if dtype is None else model.to(dtype)).eval()
 
 
-def check_finite(model, folder) -> None:
+def check_finite(model: nn.Module, folder: StrPath) -> None:
     """CheckpointError where a weight is NaN or infinite: a class, the largest of the logits, comes
     out of those all the same."""
     for name, t in model.state_dict().items():
@@ -155,7 +167,7 @@ def check_finite(model, folder) -> None:
             )
 
 
-def save(model, folder) -> None:
+def save(model: nn.Module, folder: StrPath) -> None:
     """The body of `save_pretrained`."""
     config = described(model)
     folder = Path(folder)

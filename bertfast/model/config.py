@@ -8,6 +8,7 @@ import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig
@@ -120,7 +121,7 @@ def check(config: BertConfig) -> None:
         raise ValueError(f"pad_token_id is {pad}, expected less than vocab_size, {words}")
 
 
-def read(path: Path, config_class: type[BertConfig] = BertConfig, **overrides) -> BertConfig:
+def read(path: Path, config_class: type[BertConfig] = BertConfig, **overrides: Any) -> BertConfig:
     """The configuration in a JSON file, with `overrides`. Raises CheckpointError."""
     if not path.exists():
         raise CheckpointError(f"{path} is not there: is this a checkpoint's folder?")

@@ -6,7 +6,7 @@ there; a kernel takes the place of plain linear layers and norms alone (watch.py
 """
 
 import copy
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -16,11 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..encoder import watch
 from ..encoder.batch import lowered
+from ..encoder.spec import Seeds
 from ..families.family import kernel_of, rate
 from .bert import BertPreTrainedModel
 from .config import check
 from .encoder import BertEmbeddings, BertIntermediate, BertOutput, BertSelfAttention, Dropout
 from .heads import BertLMPredictionHead, BertOnlyMLMHead
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 _DROPOUTS = 5  # of a layer: probabilities and output of both attentions, output
 IGNORED = -100  # a label that counts for nothing
@@ -48,7 +52,7 @@ def plain(modules: tuple, *types: type) -> bool:
     return not watch.global_hooks() and watch.limit(modules, types) is None
 
 
-def side_by_side(x, *linears):
+def side_by_side(x: torch.Tensor, *linears: nn.Linear) -> torch.Tensor:
     """[n, in] -> [n, len(linears), out]: several linear layers as one product."""
     if not plain(linears, nn.Linear):
         return torch.stack([linear(x) for linear in linears], 1)
@@ -63,7 +67,9 @@ _PARTS = "weight", "bias"
 
 
 class BertCausalSelfAttention(BertSelfAttention):
-    def forward(self, hidden, targets: Sequences, seed):
+    def forward(
+        self, hidden: torch.Tensor, targets: Sequences, seed: torch.Tensor | None
+    ) -> torch.Tensor:
         """[tokens, hidden] -> the same"""
         qkv = side_by_side(hidden, self.query, self.key, self.value)
         context = ops.attention(
@@ -76,7 +82,13 @@ class BertCausalSelfAttention(BertSelfAttention):
 
 
 class BertCrossAttention(BertSelfAttention):
-    def forward(self, hidden, targets: Sequences, sources: Sequences, seed):
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: Sequences,
+        sources: Sequences,
+        seed: torch.Tensor | None,
+    ) -> torch.Tensor:
         """[tokens, hidden], and the encoder's states in `sources` -> [tokens, hidden]"""
         query = side_by_side(hidden, self.query).unflatten(2, (-1, self.attention_head_size))
         context = ops.cross_attention(
@@ -87,14 +99,16 @@ class BertCrossAttention(BertSelfAttention):
         )
         return context.flatten(1)
 
-    def keys_values(self, states):
+    def keys_values(self, states: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, 2, heads, head_dim]"""
         kv = side_by_side(states, self.key, self.value)
         return kv.unflatten(2, (-1, self.attention_head_size))
 
 
 class BertDecoderOutput(BertOutput):
-    def forward(self, x, residual, seed):
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor | None
+    ) -> torch.Tensor:
         """[n, size_in], [n, hidden] -> [n, hidden]"""
         dense, norm = self.dense, self.LayerNorm
         if not plain((dense, norm, self.dropout), nn.Linear, nn.LayerNorm, Dropout):
@@ -110,18 +124,18 @@ class BertDecoderOutput(BertOutput):
 class BertDecoderAttention(nn.Module):
     """Attention, its output layer and the norm behind the residual."""
 
-    def __init__(self, config, kind: type):
+    def __init__(self, config: "BertConfig", kind: type) -> None:
         super().__init__()
         self.self = kind(config)
         self.output = BertDecoderOutput(config.hidden_size, config)
 
-    def forward(self, hidden, *sequences, seeds):
+    def forward(self, hidden: torch.Tensor, *sequences: Sequences, seeds: Seeds) -> torch.Tensor:
         context = self.self(hidden, *sequences, seeds[0])
         return self.output(context, hidden, seeds[1])
 
 
 class BertDecoderIntermediate(BertIntermediate):
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, inner]"""
         dense, act = self.dense, self.intermediate_act_fn
         if kernel_of(act) is None or not plain((dense, act), nn.Linear, type(act)):
@@ -130,14 +144,20 @@ class BertDecoderIntermediate(BertIntermediate):
 
 
 class BertDecoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.attention = BertDecoderAttention(config, BertCausalSelfAttention)
         self.crossattention = BertDecoderAttention(config, BertCrossAttention)
         self.intermediate = BertDecoderIntermediate(config)
         self.output = BertDecoderOutput(config.intermediate_size, config)
 
-    def forward(self, hidden, targets: Sequences, sources: Sequences, seeds):
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: Sequences,
+        sources: Sequences,
+        seeds: Seeds,
+    ) -> torch.Tensor:
         """hidden [tokens, hidden] of `targets` -> the same; seeds int64 [_DROPOUTS, 2]."""
         hidden = self.attention(hidden, targets, seeds=seeds[:2])
         hidden = self.crossattention(hidden, targets, sources, seeds=seeds[2:4])
@@ -145,13 +165,19 @@ class BertDecoderLayer(nn.Module):
 
 
 class BertDecoder(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         layers = (BertDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layer = nn.ModuleList(layers)
         self.gradient_checkpointing = False
 
-    def forward(self, hidden, targets: Sequences, sources: Sequences, seeds):
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: Sequences,
+        sources: Sequences,
+        seeds: Seeds,
+    ) -> torch.Tensor:
         """hidden [tokens, hidden] -> the same; seeds int64 [_DROPOUTS * layers, 2]."""
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layer):
@@ -165,12 +191,14 @@ class BertDecoder(nn.Module):
 
 
 class BertDecoderModel(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertDecoder(config)  # transformers' name of the layers
 
-    def forward(self, targets: Sequences, sources: Sequences, positions=None):
+    def forward(
+        self, targets: Sequences, sources: Sequences, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The states of target ids [tokens] beside the encoder's: [tokens, hidden].
 
         positions: int64 [tokens], each sequence's own 0, 1, ... where it is None.
@@ -194,7 +222,7 @@ class BertLMHeadModel(nn.Module):
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
 
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         check(as_encoder(config))
         self.config = config
@@ -203,21 +231,23 @@ class BertLMHeadModel(nn.Module):
         BertPreTrainedModel.post_init(self)
         self.tie_weights()
 
-    def tie_weights(self):
+    def tie_weights(self) -> None:
         predictions = self.cls.predictions
         if self.config.tie_word_embeddings:
             predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
         predictions.decoder.bias = predictions.bias
 
 
-def as_encoder(config):
+def as_encoder(config: "BertConfig") -> "BertConfig":
     """A decoder's configuration with what makes it one taken off: its sizes are an encoder's."""
     config = copy.deepcopy(config)
     config.is_decoder = config.add_cross_attention = False
     return config
 
 
-def summed_loss(head: BertLMPredictionHead, hidden, labels, smoothing: float):
+def summed_loss(
+    head: BertLMPredictionHead, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `BertEncoderDecoder.loss_packed`; hidden [tokens, hidden].
 
     -mean(log p) is lse - mean(logits), and -log p[label] is lse - logits[label]: smoothing adds

@@ -4,11 +4,15 @@ A step costs what is still undecided: sequences that have ended leave the batch.
 and values are made once, and all beams of a source read them where they are.
 """
 
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .steps import Steps
+
+if TYPE_CHECKING:
+    from .steps_cpu import CpuSteps
 
 _FEWER = 0.85  # rows move together once at most this share of them goes on
 _NEVER = -1e9  # a score that is below any sequence's
@@ -22,7 +26,7 @@ class Generated(NamedTuple):
     # length_penalty; None of greedy search, where it wasn't asked for
     scores: torch.Tensor | None
 
-    def tokens(self, ends) -> list[list[int]]:
+    def tokens(self, ends: Collection[int]) -> list[list[int]]:
         """Of each sequence, without its start, its end and padding."""
         found = []
         for row in self.sequences[:, 1:].tolist():
@@ -50,7 +54,9 @@ class Search(NamedTuple):
 
 
 @torch.inference_mode()
-def greedy(steps: Steps, rules: Rules, scored: bool = False, length_penalty=1.0) -> Generated:
+def greedy(
+    steps: "Steps | CpuSteps", rules: Rules, scored: bool = False, length_penalty: float = 1.0
+) -> Generated:
     """The likeliest token each time."""
     count, device = steps.count, steps.device
     found = torch.full((count, 1 + rules.most), rules.pad, device=device)
@@ -113,7 +119,7 @@ def _chosen(t, places):
 
 
 @torch.inference_mode()
-def beam(steps: Steps, rules: Rules, search: Search) -> Generated:
+def beam(steps: "Steps | CpuSteps", rules: Rules, search: Search) -> Generated:
     """The best of `num_beams` sequences that are followed side by side.
 
     A source is decided when its finished sequences can't be beaten any more, as transformers

@@ -2,6 +2,7 @@
 
 import copy
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,6 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..families.family import ACTIVATIONS, kernel_of
 from .encoder import BertEmbeddings, BertEncoder, BertIntermediate
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 _NAMES = {kernel: name for name, kernel in reversed(ACTIVATIONS.items())}
 _TABLES = {
@@ -18,7 +22,7 @@ _TABLES = {
 }
 
 
-def described(model):
+def described(model: nn.Module) -> "BertConfig":
     """A copy of model.config that says what the modules are: the numbers of layers, rows of the
     tables, inner units and classes, eps, activation, and whether a decoder is tied. A model made
     of it takes the model's weights and computes the same; rates of dropout stay the config's.

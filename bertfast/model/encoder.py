@@ -4,6 +4,9 @@ Calling the modules one by one, in plain PyTorch, is the definition; kernels tak
 nobody could tell (watch.py). A hook or an adapter sees [tokens, hidden], without the padding.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +24,11 @@ from ..families.family import ACTIVATIONS, rate
 from ..ops.dropout import dropped
 from ..ops.library import unwatched
 
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
-def activation(config) -> nn.Module:
+
+def activation(config: "BertConfig") -> nn.Module:
     kernel = ACTIVATIONS[config.hidden_act]
     return nn.ReLU() if kernel == "relu" else nn.GELU("tanh" if kernel == "gelu_tanh" else "none")
 
@@ -30,7 +36,9 @@ def activation(config) -> nn.Module:
 class Dropout(nn.Dropout):
     """Its mask is the kernels', drawn by a seed."""
 
-    def forward(self, x, seed=None, number=None):
+    def forward(
+        self, x: torch.Tensor, seed: torch.Tensor | None = None, number: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x [n, hidden], seed int64 [2], number int64 [n]: see `BertLayer.forward`."""
         return dropped(x, rate(self), seed, number)
 
@@ -41,7 +49,7 @@ def _dropped(dropout, x, *seed):
 
 
 class BertEmbeddings(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         size = config.hidden_size
         self.word_embeddings = nn.Embedding(
@@ -52,7 +60,7 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def tables(self):
+    def tables(self) -> tuple[torch.Tensor, ...] | None:
         """The parameters of the tables and of the norm, where kernels may read them and do what
         calling the modules would; or None."""
         modules = tuple([self._modules[name] for name in _EMBEDDINGS])
@@ -64,7 +72,14 @@ class BertEmbeddings(nn.Module):
         weights = [t._parameters["weight"] for t in tables]
         return *weights, norm._parameters["weight"], norm._parameters["bias"]
 
-    def forward(self, input_ids, position_ids, token_type_ids, seed, inputs_embeds=None):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        seed: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """ids int64 [tokens] (inputs_embeds [tokens, hidden] for input_ids) -> [tokens, hidden]"""
         by_modules = inputs_embeds is not None or watch.global_hooks()
         tables = None if by_modules else self.tables()
@@ -90,7 +105,7 @@ _EMBEDDINGS = {
 
 
 class BertSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.config = config
         for name in ("query", "key", "value"):
@@ -101,7 +116,14 @@ class BertSelfAttention(nn.Module):
     def attention_head_size(self) -> int:
         return self.config.hidden_size // self.config.num_attention_heads
 
-    def forward(self, hidden, cu_seqlens, max_seqlen, seed, seqused_k=None):
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        seed: torch.Tensor | None,
+        seqused_k: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> [tokens, heads * head_dim], and qkv [tokens, 3, heads, head_dim]"""
         qkv = torch.stack([self.query(hidden), self.key(hidden), self.value(hidden)], 1)
         qkv = qkv.unflatten(2, (-1, self.attention_head_size))
@@ -114,13 +136,19 @@ class BertSelfAttention(nn.Module):
 class BertOutput(nn.Module):
     """A linear layer and the LayerNorm behind its residual."""
 
-    def __init__(self, size_in, config):
+    def __init__(self, size_in: int, config: "BertConfig") -> None:
         super().__init__()
         self.dense = nn.Linear(size_in, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x, residual, seed, number=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        seed: torch.Tensor | None,
+        number: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[n, size_in], [n, hidden] -> [n, hidden]"""
         x = _dropped(self.dropout, self.dense(x), seed, number)
         return self.LayerNorm(x + residual).to(residual.dtype)  # autocast may give it in fp32
@@ -131,14 +159,21 @@ class BertSelfOutput(BertOutput):
 
 
 class BertAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config.hidden_size, config)
 
     def forward(
-        self, hidden, cu_seqlens, max_seqlen, seeds, rows=None, number=None, seqused_k=None
-    ):
+        self,
+        hidden: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        seeds: Sequence[torch.Tensor | None],
+        rows: torch.Tensor | None = None,
+        number: torch.Tensor | None = None,
+        seqused_k: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> [tokens or rows, hidden], and qkv [tokens, 3, heads, head_dim]"""
         context, qkv = self.self(hidden, cu_seqlens, max_seqlen, seeds[0], seqused_k)
         context, hidden = arithmetic.picked(rows, context, hidden)
@@ -146,18 +181,18 @@ class BertAttention(nn.Module):
 
 
 class BertIntermediate(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = activation(config)
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, inner]"""
         return self.intermediate_act_fn(self.dense(hidden))
 
 
 class BertLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
@@ -165,15 +200,15 @@ class BertLayer(nn.Module):
 
     def forward(
         self,
-        hidden,
-        cu_seqlens,
-        max_seqlen,
-        seeds,
-        rows=None,
-        keep_qkv=False,
-        number=None,
-        seqused_k=None,
-    ):
+        hidden: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        seeds: Sequence[torch.Tensor | None],
+        rows: torch.Tensor | None = None,
+        keep_qkv: bool = False,
+        number: torch.Tensor | None = None,
+        seqused_k: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """hidden, cu_seqlens, max_seqlen, rows, seqused_k: see `Batch`; seeds: int64 [DROPOUTS, 2].
 
         number: int64 [tokens], by which tokens draw their dropout behind the attention; None for
@@ -200,7 +235,7 @@ FAMILY = bert_like(__name__, "Bert", dropout=Dropout)
 
 
 class BertEncoder(Freezable, nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.config = config
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
@@ -209,14 +244,14 @@ class BertEncoder(Freezable, nn.Module):
 
     def forward(
         self,
-        hidden,
+        hidden: torch.Tensor,
         packing: Packing | PackedSequences,
-        seeds,
-        collect=None,
-        rows=None,
-        keep_qkv=False,
-        number=None,
-    ):
+        seeds: torch.Tensor | Sequence[torch.Tensor | None] | None,
+        collect: Callable[..., object] | None = None,
+        rows: torch.Tensor | None = None,
+        keep_qkv: bool = False,
+        number: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """hidden [tokens, hidden] -> the same; `collect(hidden, qkv)` sees each layer's result.
 
         seeds: int64 [DROPOUTS * layers, 2]. rows: those of the result that are wanted, None for
@@ -252,7 +287,7 @@ class BertEncoder(Freezable, nn.Module):
                 collect(hidden, qkv)
         return hidden if self.layer or rows is None else hidden[rows]
 
-    def sizes(self):
+    def sizes(self) -> tuple[int, int]:
         return self.config.hidden_size, self.config.num_attention_heads
 
     def read(self) -> list[Layer | Unfit]:
@@ -260,31 +295,31 @@ class BertEncoder(Freezable, nn.Module):
         why = watch.limit(layers, (BertLayer,) * len(layers))
         return [why or FAMILY.read(layer) for layer in layers]
 
-    def settings(self):
+    def settings(self) -> "BertConfig":
         return self.config
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return "" if self.packed is None else f"frozen: {self.packed}"
 
 
-def looked_into(encoder) -> bool:
+def looked_into(encoder: BertEncoder) -> bool:
     """Whether anyone could see which rows of an encoder's result aren't computed."""
     inside = [*encoder.layer.children()][-1:] if isinstance(encoder, BertEncoder) else []
     return watch.global_hooks() or watch.hooked(encoder) or any(map(watch.looked_into, inside))
 
 
 class BertPooler(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = nn.Tanh()
 
-    def forward(self, first):
+    def forward(self, first: torch.Tensor) -> torch.Tensor:
         """first [batch, hidden], the hidden state of column 0 -> [batch, hidden]"""
         return self.activation(self.dense(first))
 
 
-def attention_probabilities(qkv, packing: Packing):
+def attention_probabilities(qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
     """softmax(Q K^T / sqrt(d)) [batch, heads, seqlen, seqlen] for who asks to see it; zeros in
     padded rows. qkv [tokens, 3, heads, head_dim]. Before dropout."""
     query, key, _ = packing.unpack(qkv).unbind(2)

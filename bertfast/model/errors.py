@@ -1,5 +1,6 @@
 """The one exception of what is read of a checkpoint."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -9,7 +10,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def unreadable(what=""):
+def unreadable(what: object = "") -> Iterator[None]:
     """Whatever a reader of another library raises, as the one documented kind, in one line, `what`
     before it."""
     try:

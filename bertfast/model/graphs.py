@@ -12,8 +12,11 @@ import operator
 import threading
 from collections import OrderedDict
 from itertools import pairwise
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from torch import nn
 
 from .. import ops
 from ..encoder import watch
@@ -23,6 +26,7 @@ from ..encoder.graph import (
     MAX_TOKENS,
     RECORDERS,
     Bucket,
+    CudaGraph,
     Memory,
     bucket,
     recording,
@@ -30,13 +34,16 @@ from ..encoder.graph import (
     uncached,
 )
 from ..ops.library import HAS_TRITON
-from .bert import BertModel, BertPreTrainedModel, PackedInputs, _default, finish
+from .asked import default, finish
+from .bert import BertModel, BertPreTrainedModel, PackedInputs
 from .bucket import OnCPU, OnGPU
 
 OUTPUTS = 4 * 2**30  # bytes of results that graphs may keep; those unused for longest make room
 
 
-def cuda_graphs(model, *, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GRAPHS):
+def cuda_graphs(
+    model: nn.Module, *, max_tokens: int = MAX_TOKENS, max_graphs: int = MAX_GRAPHS
+) -> "GraphedModel":
     """`model`'s forward in inference, replayed from CUDA graphs.
 
         fast = bertfast.cuda_graphs(model.eval().cuda())
@@ -70,16 +77,19 @@ def _recorder(device):
     return RECORDERS[device.type]
 
 
+B = TypeVar("B", torch.Tensor, np.ndarray)
+
+
 class StaticPacking(Packing):
     """A bucket's tokens, which stay packed in the model's results; `kept` are those results."""
 
     captured = True
 
-    def __init__(self, cu_seqlens, longest: int, first):
+    def __init__(self, cu_seqlens: torch.Tensor, longest: int, first: torch.Tensor) -> None:
         self.cu_seqlens, self.seqlen, self.batch = cu_seqlens, longest, first.shape[0]
         self.mask, self.kept = first.unsqueeze(1), []
 
-    def unpack(self, x):
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
         self.kept.append(x)
         return x
 
@@ -88,14 +98,14 @@ class Static:
     """A bucket's buffers and, once captured, its graph."""
 
     @torch.inference_mode(False)  # they would refuse to be written outside
-    def __init__(self, model, size: Bucket, device):
+    def __init__(self, model: nn.Module, size: Bucket, device: torch.device | str) -> None:
         self.model, self.size, self.graph = model, size, None
         # One buffer, so that a batch from the CPU takes one copy.
         self.buffer = torch.zeros(
             4 * size.tokens + 2 * size.sequences + 1, dtype=torch.int64, device=device
         )
 
-    def views(self, buffer):
+    def views(self, buffer: B) -> list[B]:
         """ids, positions and types [tokens], offsets [sequences + 1], which sequences have their
         column 0 [sequences]; where the tokens are in a padded batch that came from the CPU."""
         t, s = self.size.tokens, self.size.sequences
@@ -104,7 +114,7 @@ class Static:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self):
+    def forward(self) -> Any:
         ids, positions, types, offsets, first, _ = self.views(self.buffer)
         packing = StaticPacking(offsets.int(), self.size.longest, first)
         output = self.model(
@@ -116,17 +126,17 @@ class Static:
         self.by_token = {k for k, v in output.items() if any(v is kept for kept in packing.kept)}
         return output
 
-    def capture(self, record, pool):
+    def capture(self, record: type[CudaGraph], pool: Any) -> None:
         with recording, uncached():
             record.warm_up(self.forward)
             self.graph = record(self.forward, pool)
         self.output = self.graph.result
 
-    def replay(self, batch):
+    def replay(self, batch: Any) -> None:
         batch.fill(self)
         self.graph.replay()
 
-    def result(self, batch):
+    def result(self, batch: Any) -> Any:
         """The outputs for the batch, in memory of their own: the next replay overwrites these."""
         shape = batch.sequences, batch.seqlen
 
@@ -156,11 +166,11 @@ def _tables(model):
 class Baked:
     """What a capture takes from a model besides the batch: `unchanged` since `take`?"""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.take()
 
-    def take(self):
+    def take(self) -> None:
         self.modules = watch.Snapshot(self.model)
         # What decides over an adapter (which one, its scale) is in attributes that nobody compares.
         self.foreign = [
@@ -185,7 +195,7 @@ class Baked:
         same = self.modules.holds() and self.memory.formed()
         return same and self.state == self._state()
 
-    def unfit(self):
+    def unfit(self) -> list[nn.Module]:
         """The modules that a graph can't stand for, as they are."""
         modules = self.model.modules()
         return [m for m in modules if m.training or watch.hooked(m, ())]
@@ -202,7 +212,7 @@ class Baked:
 class GraphedModel:
     """See `cuda_graphs`."""
 
-    def __init__(self, model, max_tokens, max_graphs):
+    def __init__(self, model: nn.Module, max_tokens: int, max_graphs: int) -> None:
         record = _recorder(model.device)
         for name, value in (("max_tokens", max_tokens), ("max_graphs", max_graphs)):
             if value < 1:
@@ -214,12 +224,12 @@ class GraphedModel:
 
     def __call__(
         self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         model, given = self.model, (input_ids, attention_mask, token_type_ids, position_ids)
         inner = model if isinstance(model, BertModel) else model.bert
         shape = inner._sizes(*given, None)
@@ -262,7 +272,7 @@ class GraphedModel:
                 "merge the adapter first (peft's merge_and_unload) or call the model itself"
             )
         for name in ("output_attentions", "output_hidden_states"):
-            if _default(None, self.model.config, name):
+            if default(None, self.model.config, name):
                 raise RuntimeError(f"config.{name} is set; call the model itself for those")
 
     def _run(self, size: Bucket, batch, device):

@@ -1,7 +1,7 @@
 """BERT with a head: masked language model, pre-training, sequence classification."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,8 +12,12 @@ from .. import ops
 from ..encoder import watch
 from ..encoder.batch import Packing
 from ..families.family import kernel_of
-from .bert import BertModel, BertPreTrainedModel, _default, finish
+from .asked import default, finish
+from .bert import BertModel, BertPreTrainedModel
 from .encoder import activation
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 
 @dataclass
@@ -28,13 +32,13 @@ class BertForPreTrainingOutput(ModelOutput):
 
 
 class BertPredictionHeadTransform(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.transform_act_fn = activation(config)
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> the same"""
         dense, act, norm = self.dense, self.transform_act_fn, self.LayerNorm
         types, kernel = (nn.Linear, type(act), nn.LayerNorm), kernel_of(act)
@@ -45,21 +49,21 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder.bias = self.bias
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, vocabulary]"""
         hidden, decoder = self.transform(hidden), self.decoder
         if watch.global_hooks() or watch.limit((decoder,), (nn.Linear,)):
             return decoder(hidden)
         return ops.linear_act(hidden, decoder.weight, decoder.bias)
 
-    def loss(self, hidden, labels):
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean cross entropy of hidden [tokens, hidden] and labels int64 [tokens], nearly all
         of them targets (-100 of others): without the logits in memory where nobody could tell."""
         decoder, types = self.decoder, (BertLMPredictionHead, nn.Linear)
@@ -72,21 +76,23 @@ class BertLMPredictionHead(nn.Module):
 
 
 class BertOnlyMLMHead(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, vocabulary]"""
         return self.predictions(hidden)
 
 
 class BertPreTrainingHeads(BertOnlyMLMHead):
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
-    def forward(self, hidden, pooled):
+    def forward(
+        self, hidden: torch.Tensor, pooled: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, hidden], [batch, hidden] -> [tokens, vocabulary], [batch, 2]"""
         return self.predictions(hidden), self.seq_relationship(pooled)
 
@@ -117,12 +123,18 @@ class _Encoded(NamedTuple):
     attentions: tuple[torch.Tensor, ...] | None
 
 
-def encoded(model, output_attentions, output_hidden_states, given, first_only=False):
+def encoded(
+    model: nn.Module,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+    given: dict[str, torch.Tensor | None],
+    first_only: bool = False,
+) -> _Encoded:
     """Arguments as of `BertModel.encode`, the inputs of a head in a dict."""
     bert, config = model.bert, model.config
     wanted = {
-        "output_attentions": _default(output_attentions, config, "output_attentions"),
-        "output_hidden_states": _default(output_hidden_states, config, "output_hidden_states"),
+        "output_attentions": default(output_attentions, config, "output_attentions"),
+        "output_hidden_states": default(output_hidden_states, config, "output_hidden_states"),
     }
     if watch.global_hooks() or watch.untouched(bert, BertModel):
         last, pooled, states, attentions = _called(bert, given | wanted)
@@ -143,7 +155,9 @@ def _called(bert, arguments):
     return [getattr(output, name, None) for name in names]
 
 
-def token_loss(scores, labels, packing):
+def token_loss(
+    scores: torch.Tensor, labels: torch.Tensor | None, packing: Packing
+) -> torch.Tensor | None:
     if labels is None:
         return None
     if labels.shape != (packing.batch, packing.seqlen):
@@ -156,7 +170,7 @@ def token_loss(scores, labels, packing):
 class BertForMaskedLM(_MaskedLMBase):
     """labels [batch, seqlen], -100 where nothing is to predict; padding is never a target."""
 
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
@@ -165,16 +179,16 @@ class BertForMaskedLM(_MaskedLMBase):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple[Any, ...]:
         arguments = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         found = encoded(self, output_attentions, output_hidden_states, arguments)
         scores = self.cls(found.hidden)
@@ -188,13 +202,13 @@ class BertForMaskedLM(_MaskedLMBase):
 
     def packed_logits(
         self,
-        input_ids,
-        cu_seqlens,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        position_ids=None,
-        token_type_ids=None,
-        rows=None,
-    ):
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[tokens, vocabulary] of packed sequences, or of the tokens `rows`; see
         `BertModel.encode_packed`."""
         packed = input_ids, cu_seqlens, max_seqlen, position_ids, token_type_ids
@@ -204,7 +218,7 @@ class BertForMaskedLM(_MaskedLMBase):
 class BertForPreTraining(_MaskedLMBase):
     """labels as in BertForMaskedLM; next_sentence_label [batch], 0 where B follows A."""
 
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__(config)
         self.bert = BertModel(config)
         self.cls = BertPreTrainingHeads(config)
@@ -213,17 +227,17 @@ class BertForPreTraining(_MaskedLMBase):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        next_sentence_label=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BertForPreTrainingOutput | tuple[Any, ...]:
         arguments = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         found = encoded(self, output_attentions, output_hidden_states, arguments)
         scores, relation = self.cls(found.hidden, found.pooled)
@@ -248,7 +262,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
     The loss follows config.problem_type, which the labels decide where it is unset.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config)
@@ -259,16 +273,16 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
         arguments = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         found = encoded(self, output_attentions, output_hidden_states, arguments, first_only=True)
         logits = self.classifier(self.dropout(found.pooled))
@@ -281,8 +295,13 @@ class BertForSequenceClassification(BertPreTrainedModel):
         return finish(output, return_dict, self.config)
 
     def packed_logits(
-        self, input_ids, cu_seqlens, max_seqlen: int, position_ids=None, token_type_ids=None
-    ):
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[sequences, num_labels] of packed sequences; see `BertModel.encode_packed`."""
         first = cu_seqlens[:-1].long().clamp(max=len(input_ids) - 1)  # any token, of an empty one
         packed = input_ids, cu_seqlens, max_seqlen, position_ids, token_type_ids
@@ -305,7 +324,13 @@ class BertForSequenceClassification(BertPreTrainedModel):
         return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
-def inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds):
+def inputs(
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+) -> dict[str, torch.Tensor | None]:
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -2,6 +2,7 @@
 (Turc et al., arXiv:1908.08962)."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import BertConfig
 
@@ -16,7 +17,7 @@ PRESETS = {  # layers, hidden size, attention heads
 }
 
 
-def bert_config(name_or_file: str, **overrides) -> BertConfig:
+def bert_config(name_or_file: str, **overrides: Any) -> BertConfig:
     """The configuration of a preset, or of a config.json (or its folder), with `overrides`.
 
     Raises: ValueError for what is neither.

@@ -4,6 +4,7 @@ A step launches as little as it can: on a CPU half of a small model's is Python.
 layers and norms are called as functions, read once when decoding begins; others as modules.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,7 +27,7 @@ class Steps:
     weight may change meanwhile.
     """
 
-    def __init__(self, decoder: BertLMHeadModel, sources: Sequences, each: int, most: int):
+    def __init__(self, decoder: BertLMHeadModel, sources: Sequences, each: int, most: int) -> None:
         """each: rows of a source. most: steps at most."""
         lengths = sources.cu_seqlens.diff().long()
         self.count, self.device = count, device = len(lengths), lengths.device
@@ -44,7 +45,7 @@ class Steps:
         self.embed, self.head = embedding(bert.embeddings), _head(decoder.cls)
         self.heads = heads
 
-    def select(self, rows, sources=None):
+    def select(self, rows: torch.Tensor, sources: torch.Tensor | None = None) -> None:
         """Goes on with these rows, int64 [n], some perhaps twice; and with these sources, int64
         [n / each], in the order of their rows; None for all."""
         for layer in self.layers:
@@ -54,7 +55,7 @@ class Steps:
         if sources is not None and self.mask is not None:
             self.mask = self.mask[sources]
 
-    def __call__(self, ids):
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [rows], the last token of each -> logits [rows, vocabulary]"""
         hidden = self.embed(ids, self.done)
         rows, size = hidden.shape
@@ -75,7 +76,7 @@ class Steps:
         self.done = end
         return self.head(hidden)
 
-    def best(self, ids):
+    def best(self, ids: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row, int64 [rows], the first of several."""
         return self(ids).argmax(1)
 
@@ -147,7 +148,7 @@ def _output(output):
     return _product(output.dense), lambda x, residual: norm(x + residual)
 
 
-def embedding(embeddings: nn.Module):
+def embedding(embeddings: nn.Module) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """(ids int64 [rows], the position of all of them) -> [rows, hidden]"""
     tables = embeddings.tables() if type(embeddings) is BertEmbeddings else None
     if tables is None:

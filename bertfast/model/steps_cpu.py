@@ -1,6 +1,7 @@
 """A decoder's steps on a CPU in fp32, each of which is one call into C++ on packed weights."""
 
 from array import array
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ from .heads import BertLMPredictionHead, BertOnlyMLMHead, BertPredictionHeadTran
 from .steps import ROOM, Steps, embedding
 
 
-def steps_of(decoder: BertLMHeadModel, sources: Sequences, each: int, most: int):
+def steps_of(
+    decoder: BertLMHeadModel, sources: Sequences, each: int, most: int
+) -> "Steps | CpuSteps":
     """The quickest that the decoder allows; see `Steps`."""
     modules = _modules(decoder, sources.values)
     if modules is None:
@@ -70,7 +73,9 @@ class CpuSteps:
     of what was decoded stay where they are: a row knows in which slot each of its tokens is, so
     that beams move for free."""
 
-    def __init__(self, decoder: BertLMHeadModel, modules, sources: Sequences, each, most):
+    def __init__(
+        self, decoder: BertLMHeadModel, modules: Any, sources: Sequences, each: int, most: int
+    ) -> None:
         *layers, head = modules
         self.count, self.device = len(sources.cu_seqlens) - 1, sources.values.device
         self.each, self.most, self.done = each, most, 0
@@ -113,15 +118,15 @@ class CpuSteps:
             parts |= {f"norm{i}.{name}": self._keep(p) for name, p in norm.named_parameters()}
         return parts
 
-    def select(self, rows, sources=None):
+    def select(self, rows: torch.Tensor, sources: torch.Tensor | None = None) -> None:
         self.origin, self.source = self.origin[rows], self.source[rows]
 
-    def __call__(self, ids):
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         logits = torch.empty((len(ids), self.words))
         self._step(ids, logits, None)
         return logits
 
-    def best(self, ids):
+    def best(self, ids: torch.Tensor) -> torch.Tensor:
         found = torch.empty_like(ids)
         self._step(ids, None, found)
         return found

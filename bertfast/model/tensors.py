@@ -1,8 +1,10 @@
 """The weights of a checkpoint's files, by the name that each has whoever wrote it."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -56,7 +58,7 @@ def _index(folder, name) -> dict[str, str]:
 
 
 @contextmanager
-def opened(path):
+def opened(path: Path) -> Iterator[Any]:
     with unreadable(f"{path} is corrupt or truncated"), safe_open(path, framework="pt") as f:
         yield f
 
@@ -97,7 +99,7 @@ def canonical(name: str, prefix: str) -> str:
     return ".".join(p for p in name.split(".") if p not in _WRAPPERS).removeprefix(f"{prefix}.")
 
 
-def by_name(folder, tensors, prefix) -> tuple[dict, dict]:
+def by_name(folder: Path, tensors: Any, prefix: str) -> tuple[dict, dict]:
     """(tensors, names in the file) by canonical name."""
     found, spelled = {}, {}
     for name, t in tensors.items():

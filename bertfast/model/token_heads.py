@@ -1,12 +1,18 @@
 """BERT with a head on every token: tagging, and extractive question answering."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 
-from .bert import BertModel, BertPreTrainedModel, finish
+from .asked import finish
+from .bert import BertModel, BertPreTrainedModel
 from .heads import encoded, inputs, token_loss
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 
 class _TokenHead(BertPreTrainedModel):
@@ -43,28 +49,28 @@ class BertForTokenClassification(_TokenHead):
 
     outputs = "classifier"
 
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__(config)
         dropout = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def scores(self, hidden):
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(hidden))
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
         given = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         found = encoded(self, output_attentions, output_hidden_states, given)
         logits = self.scores(found.hidden)
@@ -84,24 +90,24 @@ class BertForQuestionAnswering(_TokenHead):
 
     outputs = "qa_outputs"
 
-    def __init__(self, config):
+    def __init__(self, config: "BertConfig") -> None:
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        start_positions=None,
-        end_positions=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         given = inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         found = encoded(self, output_attentions, output_hidden_states, given)
         start, end = found.packing.unpack(self.scores(found.hidden)).unbind(-1)

@@ -1,14 +1,18 @@
 """A checkpoint's tokenizer, its faults of one kind and found when it is read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..files import regular
+from ..files import StrPath, regular
 from .errors import CheckpointError, unreadable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: StrPath) -> "PreTrainedTokenizerBase":
     """transformers' tokenizer of a local folder; code in the folder is never run.
 
     Raises CheckpointError where it can't be read or lacks what an encoder needs.

@@ -3,6 +3,8 @@ transformers' `EncoderDecoderModel` of the two, packed on both sides in training
 decoding.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,11 +12,16 @@ from transformers import EncoderDecoderConfig
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ..encoder.batch import Packing, check_mask
+from ..files import StrPath
 from . import decoding, translation_checkpoint
-from .bert import BertModel, BertPreTrainedModel, finish
+from .asked import finish
+from .bert import BertModel, BertPreTrainedModel
 from .decoder import IGNORED, BertDecoder, BertLMHeadModel, Sequences, summed_loss
 from .encoder import BertEncoder
 from .steps_cpu import steps_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class BertEncoderDecoder(BertPreTrainedModel):
@@ -24,7 +31,7 @@ class BertEncoderDecoder(BertPreTrainedModel):
     config_class = EncoderDecoderConfig
     base_model_prefix = "encoder"
 
-    def __init__(self, config):
+    def __init__(self, config: EncoderDecoderConfig) -> None:
         nn.Module.__init__(self)
         translation_checkpoint.check(config)
         self.config = config
@@ -38,7 +45,13 @@ class BertEncoderDecoder(BertPreTrainedModel):
         self.tie_weights()
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, *, allow_pickle=False, dtype=None):
+    def from_pretrained(
+        cls,
+        name_or_folder: StrPath,
+        *,
+        allow_pickle: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "Self":
         """A model from a local folder or a hub name, in eval mode: one of `save_pretrained`, or of
         transformers' `EncoderDecoderModel`.
 
@@ -50,7 +63,7 @@ class BertEncoderDecoder(BertPreTrainedModel):
     @classmethod
     def from_encoder(
         cls,
-        name_or_folder,
+        name_or_folder: StrPath,
         *,
         decoder_start_token_id: int,
         eos_token_id: int,
@@ -58,7 +71,7 @@ class BertEncoderDecoder(BertPreTrainedModel):
         fresh: bool = False,
         tie_embeddings: bool = True,
         allow_pickle: bool = False,
-    ):
+    ) -> "Self":
         """A model to be trained, of a BERT checkpoint; in eval mode.
 
         Args:
@@ -78,7 +91,7 @@ class BertEncoderDecoder(BertPreTrainedModel):
             *(decoder_layers, fresh, tie_embeddings, allow_pickle),
         )
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: StrPath) -> None:
         """config.json, generation_config.json and model.safetensors, each written whole or not at
         all, as `transformers.EncoderDecoderModel` reads them.
 
@@ -86,20 +99,20 @@ class BertEncoderDecoder(BertPreTrainedModel):
         """
         translation_checkpoint.save(self, folder)
 
-    def tie_weights(self):
+    def tie_weights(self) -> None:
         if getattr(self.config, "tie_embeddings", False):
             theirs, own = self.encoder.embeddings, self.decoder.bert.embeddings
             for name in translation_checkpoint.TABLES:
                 getattr(own, name).weight = getattr(theirs, name).weight
         self.decoder.tie_weights()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.encoder.get_input_embeddings()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Linear:
         return self.decoder.cls.predictions.decoder
 
-    def gradient_checkpointing_enable(self, enabled: bool = True):
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute each layer in backward instead of keeping its activations."""
         for module in self.modules():
             if isinstance(module, BertEncoder | BertDecoder):
@@ -110,14 +123,14 @@ class BertEncoderDecoder(BertPreTrainedModel):
 
     def forward(
         self,
-        input_ids,
-        attention_mask=None,
-        decoder_input_ids=None,
-        decoder_attention_mask=None,
-        labels=None,
-        token_type_ids=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Seq2SeqLMOutput | tuple[Any, ...]:
         """
         Args:
             input_ids: int64 [batch, seqlen], the sources.
@@ -164,7 +177,7 @@ class BertEncoderDecoder(BertPreTrainedModel):
         )
         return finish(output, return_dict, self.config)
 
-    def shifted(self, labels):
+    def shifted(self, labels: torch.Tensor) -> torch.Tensor:
         """int64 [batch, length] -> the decoder's inputs that go with such labels."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
@@ -191,15 +204,15 @@ class BertEncoderDecoder(BertPreTrainedModel):
 
     def loss_packed(
         self,
-        input_ids,
-        cu_seqlens,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        decoder_input_ids,
-        decoder_cu_seqlens,
+        decoder_input_ids: torch.Tensor,
+        decoder_cu_seqlens: torch.Tensor,
         decoder_max_seqlen: int,
-        labels,
+        labels: torch.Tensor,
         label_smoothing: float = 0.0,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of sequences that are packed on both sides: no padding is computed.
 
         Args:
@@ -226,15 +239,17 @@ class BertEncoderDecoder(BertPreTrainedModel):
         if length > limit:
             raise ValueError(f"a target has {length} tokens, the model takes up to {limit}")
 
-    def generate(self, input_ids, attention_mask=None, **options):
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """The sequences of `decode`, int64 [batch, 1 + longest]."""
         return self.decode(input_ids, attention_mask, **options).sequences
 
     @torch.inference_mode()
     def decode(
         self,
-        input_ids,
-        attention_mask=None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         *,
         max_new_tokens: int = 128,
         min_new_tokens: int = 0,

@@ -6,12 +6,14 @@ import re
 import reprlib
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import BertConfig, EncoderDecoderConfig
 
-from ..files import read_json, write_whole
+from ..files import StrPath, read_json, write_whole
 from .bert import BertModel
 from .checkpoint import _check_parameter, resolve
 from .config import CONFIG, _check_values
@@ -21,6 +23,10 @@ from .described import _Undrawn, described
 from .errors import CheckpointError, unreadable
 from .tensors import SAFETENSORS, by_name, read
 
+if TYPE_CHECKING:
+    from .translation import BertEncoderDecoder
+
+M = TypeVar("M", bound="BertEncoderDecoder")
 GENERATION = "generation_config.json"
 _TOKENS = "decoder_start_token_id", "eos_token_id", "pad_token_id"
 TABLES = "word_embeddings", "position_embeddings", "token_type_embeddings"
@@ -36,7 +42,7 @@ _OPTIONAL = re.compile(r"encoder\.pooler\.").match  # nothing here reads it
 _BUFFERS = re.compile(r".*embeddings\.(position|token_type)_ids$").match
 
 
-def check(config) -> None:
+def check(config: EncoderDecoderConfig) -> None:
     """Raises ValueError for what no encoder and decoder of BERT can be built with."""
     for name in ("encoder", "decoder"):
         own = getattr(config, name, None)
@@ -91,7 +97,16 @@ def make_config(
     return config
 
 
-def from_encoder(cls, name, start, end, decoder_layers, fresh, tie_embeddings, allow_pickle):
+def from_encoder(
+    cls: type[M],
+    name: StrPath,
+    start: int,
+    end: int,
+    decoder_layers: int | None,
+    fresh: bool,
+    tie_embeddings: bool,
+    allow_pickle: bool,
+) -> M:
     """The body of `BertEncoderDecoder.from_encoder`."""
     folder = resolve(name)
     with warnings.catch_warnings():
@@ -181,7 +196,7 @@ def _read_ends(config, path):
             setattr(config, name, given.get(name))
 
 
-def load(cls, name_or_folder, allow_pickle, dtype):
+def load(cls: type[M], name_or_folder: StrPath, allow_pickle: bool, dtype: torch.dtype | None) -> M:
     """The body of `from_pretrained`."""
     folder = resolve(name_or_folder)
     config = read_config(folder)
@@ -225,7 +240,7 @@ def _check_names(folder, expected, found, spelled, tied) -> None:
         )
 
 
-def save(model, folder) -> None:
+def save(model: nn.Module, folder: StrPath) -> None:
     """The body of `save_pretrained`."""
     config = copy.deepcopy(model.config)
     config.encoder = described(model.encoder)

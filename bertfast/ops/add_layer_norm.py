@@ -21,8 +21,17 @@ from .registry import register
 
 
 def add_layer_norm(
-    x, residual, weight, bias, eps, *, x_bias=None, dropout_p=0.0, seed=None, rms=False
-):
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    x_bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    rms: bool = False,
+) -> torch.Tensor:
     """LN(residual + dropout(x + x_bias)) over the last dimension, statistics in fp32.
 
     Args:
@@ -44,7 +53,9 @@ def add_layer_norm(
     )[0]
 
 
-def statistics_of(x, weight):
+def statistics_of(
+    x: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """mean and rstd to be filled, fp32 [tokens] each; [0] without a norm."""
     n = 0 if weight is None else x.shape[0]
     return tuple(torch.empty(n, dtype=wide(x.dtype), device=x.device) for _ in range(2))
@@ -55,7 +66,7 @@ def _fake(x, residual, weight, bias, eps, x_bias, dropout_p, seed, rms):
     return y, *statistics_of(x, weight)
 
 
-def two_gradients(residual, seed):
+def two_gradients(residual: torch.Tensor | None, seed: torch.Tensor | None) -> bool:
     """Whether backward has two gradients: without dropout residual's is x's, and ds is empty."""
     return residual is not None and seed is not None
 
@@ -70,7 +81,7 @@ def _fake_backward(grad, x, residual, weight, mean, rstd, x_bias, dropout_p, see
     return like(x), ds, like(weight), like(weight), like(x_bias)
 
 
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Tensor | Number] = {
     "x": Tensor("tokens, hidden", FLOATS),
     "residual": Tensor("tokens, hidden", "as x"),
     "weight": Tensor("hidden", "as x or float32"),
@@ -113,7 +124,7 @@ def _sum(x, residual, x_bias, dropout_p, seed):
     return s if residual is None else s + residual
 
 
-def centre(s, mean):
+def centre(s: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """s - mean [tokens]; then less what the mean's rounding left, which the mean's size decides."""
     s = s - mean[:, None]
     return s - s.mean(1, keepdim=True)

@@ -8,6 +8,7 @@ storing them (Dao et al., arXiv:2205.14135).
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from .declare import (
     Tensor,
     UpToLengths,
 )
-from .dropout import as_seed, dropout_arguments
+from .dropout import Seed, as_seed, dropout_arguments
 from .extension import C
 from .library import (
     DECLARED,
@@ -38,25 +39,25 @@ from .library import (
     triton_limit,
     wide,
 )
-from .registry import register
+from .registry import Limit, register
 
 
 def attention(
-    qkv,
-    cu_seqlens,
-    max_seqlen,
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
     *,
-    scale=None,
-    dropout_p=0.0,
-    seed=None,
-    causal=False,
-    bias=None,
-    seqused_k=None,
-    window=None,
-    rel_key=None,
-    rel_query=None,
-    rel_index=None,
-):
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    window: int | None = None,
+    rel_key: torch.Tensor | None = None,
+    rel_query: torch.Tensor | None = None,
+    rel_index: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Self-attention within each packed sequence, dropout on the probabilities.
 
     Args:
@@ -88,7 +89,7 @@ def attention(
     )[0]
 
 
-def default_scale(head_dim):
+def default_scale(head_dim: int) -> float:
     return 1 / math.sqrt(head_dim) if head_dim else 1.0
 
 
@@ -112,7 +113,7 @@ _OPTIONS = (
     "int? window, Tensor? rel_key, Tensor? rel_query, Tensor? rel_index"
 )
 _REL = Tensor("buckets, heads, head_dim", "as qkv")
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Tensor | Number] = {
     "qkv": Tensor("tokens, 3, heads, head_dim", FLOATS),
     "cu_seqlens": Tensor("batch + 1", torch.int32, Offsets("tokens", "max_seqlen")),
     "max_seqlen": LENGTH,
@@ -157,11 +158,11 @@ def _reference_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *options):
     return torch.cat([dq.unsqueeze(1), dkv], 1), *others
 
 
-def dense_last(t):
+def dense_last(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def bias_arguments(bias):
+def bias_arguments(bias: torch.Tensor | None) -> tuple[int, ...]:
     """What C++'s Bias takes: pointer, the batch, head and query strides (0 where broadcast), and
     dtype."""
     if bias is None:
@@ -201,7 +202,7 @@ def _made_dense(q, kv, starts_q, starts_k, o):
     return dense_last(q), dense_last(kv), dense(starts_q), dense(starts_k), o
 
 
-def cpu(*arguments):
+def cpu(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference`."""
     q, *_ = arguments = _made_dense(*arguments)
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -210,7 +211,19 @@ def cpu(*arguments):
     return out, lse
 
 
-def cpu_backward(grad, q, kv, lse, starts_q, starts_k, o, need_dbias, dq, dkv, need_drel=False):
+def cpu_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    lse: torch.Tensor,
+    starts_q: torch.Tensor,
+    starts_k: torch.Tensor,
+    o: Options,
+    need_dbias: bool,
+    dq: torch.Tensor,
+    dkv: torch.Tensor,
+    need_drel: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """Fills dq and dkv, whose heads are dense; -> dbias, drel_key and drel_query as what they are
     of, or empty."""
     grad, lse = dense(grad), dense(lse)
@@ -233,7 +246,7 @@ def cpu_backward(grad, q, kv, lse, starts_q, starts_k, o, need_dbias, dq, dkv, n
     )
 
 
-def full_and_plain(operator, limit):
+def full_and_plain(operator: str, limit: Limit) -> Limit:
     """`limit` of a backend of attention that has neither windows nor relative positions."""
     at = DECLARED[operator].names.index("window")
 
@@ -281,7 +294,9 @@ def _backward(ctx, grad, _):
 autograd("attention", _backward, _setup)
 
 
-def triton_attention_limit(device, dtype, arguments):
+def triton_attention_limit(
+    device: str, dtype: torch.dtype, arguments: tuple[Any, ...]
+) -> str | None:
     head_dim = arguments[0].shape[-1] if arguments else 0
     if head_dim > 128:
         return f"head_dim is {head_dim}, it takes up to 128"

@@ -2,6 +2,7 @@
 against. It has the scores of a whole sequence in memory."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Options(NamedTuple):
     rel_query: torch.Tensor | None = None
     rel_index: torch.Tensor | None = None
 
-    def given(self, need_dbias, need_drel):
+    def given(self, need_dbias: bool, need_drel: bool) -> tuple[torch.Tensor | None, ...]:
         """The bias, rel_key and rel_query, None where there is no gradient to find."""
         rel = (self.rel_key, self.rel_query) if need_drel else (None, None)
         return self.bias if need_dbias else None, *rel
@@ -55,7 +56,7 @@ def _relative(s, q, k, o):
     return s
 
 
-def scores(q, k, b, o):
+def scores(q: torch.Tensor, k: torch.Tensor, b: int, o: Options) -> torch.Tensor:
     """[heads, queries, keys] of sequence b."""
     s = torch.einsum("qhd,khd->hqk", q, k)
     if o.rel_index is not None:
@@ -90,7 +91,9 @@ def _sequences(cu_q, cu_k, seqused_k):
     return enumerate(zip(pairwise(cu_q.tolist()), keys, strict=True))
 
 
-def reference(q, kv, cu_q, cu_k, o):
+def reference(
+    q: torch.Tensor, kv: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, o: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q [tokens_q, heads, dim], kv [tokens_k, 2, heads, dim] -> out as q, lse [heads, tokens_q]"""
     tokens, heads, _ = q.shape
     dtype = wide(q.dtype)
@@ -108,12 +111,22 @@ def reference(q, kv, cu_q, cu_k, o):
     return out, lse
 
 
-def empty_or_zeros(seqused_k):
+def empty_or_zeros(seqused_k: torch.Tensor | None) -> Callable[..., torch.Tensor]:
     """What makes dkv: a kernel writes no gradient of a key that isn't used."""
     return torch.empty if seqused_k is None else torch.zeros
 
 
-def reference_backward(grad, q, kv, lse, cu_q, cu_k, o, need_dbias, need_drel=False):
+def reference_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    lse: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    o: Options,
+    need_dbias: bool,
+    need_drel: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """dq and dkv as q and kv; dbias, drel_key and drel_query as what they are of, or empty"""
     heads, dtype = q.shape[1], wide(q.dtype)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

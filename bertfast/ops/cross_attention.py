@@ -6,25 +6,25 @@ import torch
 from .attention import cpu, cpu_backward, default_scale, triton_attention_limit
 from .attention_reference import Options, reference, reference_backward
 from .declare import FLOATS, LENGTH, PROBABILITY, SEED, Number, Offsets, Tensor
-from .dropout import as_seed
+from .dropout import Seed, as_seed
 from .library import autograd, cpu_limit, define, register_triton, wide
 from .registry import register
 
 
 def cross_attention(
-    q,
-    kv,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     *,
-    scale=None,
-    dropout_p=0.0,
-    seed=None,
-    causal=False,
-    bias=None,
-):
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention of each packed sequence's queries to its own keys, dropout on the probabilities.
 
     Args:
@@ -67,7 +67,7 @@ _OPTIONS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float scale, float dropout_p, Tensor? seed, bool causal, Tensor? bias"
 )
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Tensor | Number] = {
     "q": Tensor("tokens_q, heads, head_dim", FLOATS),
     "kv": Tensor("tokens_k, 2, heads, head_dim", "as q"),
     "cu_seqlens_q": Tensor("batch + 1", torch.int32, Offsets("tokens_q", "max_seqlen_q")),

@@ -2,8 +2,9 @@
 tests/ops/test_fuzz.py makes arguments of it and damages them."""
 
 import re
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,7 +41,7 @@ class Number(NamedTuple):
     high: float = float("inf")
     needs: str | None = None  # the tensor without which it must be 0 or False
 
-    def check(self, name, value):
+    def check(self, name: str, value: Any) -> None:
         if isinstance(value, torch.SymInt):
             return
         if not isinstance(value, Real):
@@ -56,7 +57,7 @@ class Below(NamedTuple):
     size: str
     unless: str | None = None
 
-    def check(self, name, t, sizes):
+    def check(self, name: str, t: torch.Tensor, sizes: dict[str, Any]) -> None:
         rows, unless = sizes[self.size], sizes.get(self.unless)
         if unless is not None:
             t = t[t != unless]
@@ -64,7 +65,7 @@ class Below(NamedTuple):
             check_range(name, *(int(v) for v in t.aminmax()), rows, unless)
 
 
-def check_range(name, low, high, rows, unless=None):
+def check_range(name: str, low: int, high: int, rows: int, unless: int | None = None) -> None:
     if low < 0 or high >= rows:
         other = "" if unless is None else f" or {unless}"
         raise IndexError(f"{name} run from {low} to {high}, expected 0 to {rows - 1}{other}")
@@ -76,7 +77,7 @@ class Offsets(NamedTuple):
     size: str
     longest: str
 
-    def check(self, name, t, sizes):
+    def check(self, name: str, t: torch.Tensor, sizes: dict[str, Any]) -> None:
         total, longest = sizes[self.size], sizes[self.longest]
         sizes[name] = lengths = t.diff()  # for `UpToLengths`
         low, high = (int(v) for v in lengths.aminmax()) if len(t) > 1 else (0, 0)
@@ -94,7 +95,7 @@ class UpToLengths(NamedTuple):
 
     offsets: str
 
-    def check(self, name, t, sizes):
+    def check(self, name: str, t: torch.Tensor, sizes: dict[str, Any]) -> None:
         lengths = sizes[self.offsets]
         if bool(((t < 0) | (t > lengths)).any()):
             raise ValueError(
@@ -115,7 +116,7 @@ class Declaration:
     and the numbers that matter to memory.
     """
 
-    def __init__(self, schema: str, **arguments):
+    def __init__(self, schema: str, **arguments: Tensor | Number) -> None:
         parsed = torch._C.parse_schema(schema)
         self.name, self.arguments = parsed.name, arguments
         self.names = [a.name for a in parsed.arguments]
@@ -133,7 +134,7 @@ class Declaration:
         self._by_name = {a.name: a for a in tensors}
         self._valued = [a for a in tensors if a.values]
 
-    def check(self, args, values=True):
+    def check(self, args: Sequence[Any], values: bool = True) -> None:
         """Raises TypeError, ValueError or IndexError where `args`, in the schema's order, are not
         as declared; `values`: whether the tensors are real, so that their values may be read."""
         sizes, device = {}, None
@@ -165,7 +166,7 @@ class Declaration:
                 if args[a.position] is not None:
                     a.values.check(a.name, args[a.position], sizes)
 
-    def shape_of(self, name, t):
+    def shape_of(self, name: str, t: torch.Tensor) -> torch.Size:
         """The shape of an argument that is declared without others, checked alone."""
         self._by_name[name].check(t, (), {})
         return t.shape
@@ -176,7 +177,7 @@ _PART = re.compile(r"(\w+) / (\d+)")
 _DISTANCES = "2n - 1 for n >= "
 
 
-def late_size(dim: str):
+def late_size(dim: str) -> Callable[[int, dict[str, Any]], bool] | None:
     """`fits(size, sizes)` of a dimension in terms of others; None for one that isn't."""
     if dim.startswith(_DISTANCES):
         longest = dim[len(_DISTANCES) :]

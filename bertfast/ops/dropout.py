@@ -1,23 +1,27 @@
 """Counter-based dropout: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011), so that a mask is never stored and is the same in every backend."""
 
+from typing import TypeAlias
+
 import torch
 
 from .library import check, ptr
+
+Seed: TypeAlias = int | torch.Tensor  # int64 [2], with an offset
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 
-def draw_seeds(n: int, device=None) -> torch.Tensor:
+def draw_seeds(n: int, device: torch.device | str | None = None) -> torch.Tensor:
     """`n` (seed, offset) pairs, int64 [n, 2]: one seed from torch's default generator for
     `device`, offsets 0 to n - 1."""
     seed = torch.randint(2**63 - 1, (1, 1), dtype=torch.int64, device=device)
     return torch.cat([seed.expand(n, 1), torch.arange(n, device=device).unsqueeze(1)], 1)
 
 
-def as_seed(seed, dropout_p: float, device) -> torch.Tensor | None:
+def as_seed(seed: Seed | None, dropout_p: float, device: torch.device | str) -> torch.Tensor | None:
     """The seed argument of an operator as int64 [2] (seed, offset), None where p is 0."""
     check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p is {dropout_p}, expected 0 <= p < 1")
     if dropout_p == 0.0:
@@ -40,7 +44,7 @@ def threshold(dropout_p: float) -> int:
     return min(int(dropout_p * 2**32 + 0.5), _MASK)
 
 
-def dropout_arguments(dropout_p: float, seed) -> tuple[int, float, int]:
+def dropout_arguments(dropout_p: float, seed: torch.Tensor | None) -> tuple[int, float, int]:
     """What C++'s Dropout takes: the seed's pointer, the scale of what is kept, the threshold."""
     if seed is None:
         return 0, 1.0, 0
@@ -73,14 +77,18 @@ def _mul(a, m: int):
     return ((high >> 16) + (total >> 32)) & _MASK, total & _MASK
 
 
-def keep_mask(seed, rows: torch.Tensor, columns: int, dropout_p: float) -> torch.Tensor:
+def keep_mask(
+    seed: torch.Tensor, rows: torch.Tensor, columns: int, dropout_p: float
+) -> torch.Tensor:
     """Bool [*rows.shape, columns], true where a value is kept; `rows` int64."""
     blocks = torch.arange((columns + 3) // 4, device=rows.device)
     bits = philox(seed, rows.unsqueeze(-1), blocks)
     return bits.flatten(-2)[..., :columns] >= threshold(dropout_p)
 
 
-def dropped(x, dropout_p: float, seed, rows=None):
+def dropped(
+    x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """dropout(x) by plain PyTorch: the mask that a kernel draws for x [n, columns].
 
     rows: int64 [n], the rows of the mask; None for 0 to n - 1.

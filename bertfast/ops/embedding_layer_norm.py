@@ -3,8 +3,8 @@
 import torch
 
 from .add_layer_norm import centre
-from .declare import FLOATS, PROBABILITY, SEED, Below, Tensor
-from .dropout import as_seed, dropout_arguments, keep_mask
+from .declare import FLOATS, PROBABILITY, SEED, Below, Number, Tensor
+from .dropout import Seed, as_seed, dropout_arguments, keep_mask
 from .extension import C
 from .library import (
     autograd,
@@ -22,19 +22,19 @@ from .registry import register
 
 
 def embedding_layer_norm(
-    input_ids,
-    position_ids,
-    token_type_ids,
-    word,
-    position,
-    token_type,
-    weight,
-    bias,
-    eps,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    token_type_ids: torch.Tensor,
+    word: torch.Tensor,
+    position: torch.Tensor,
+    token_type: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
     *,
-    dropout_p=0.0,
-    seed=None,
-):
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+) -> torch.Tensor:
     """dropout(LN(word[input_ids] + position[position_ids] + token_type[token_type_ids])).
 
     Args:
@@ -88,7 +88,7 @@ _IDS = (
     "Tensor input_ids, Tensor position_ids, Tensor? token_type_ids, ",
     "Tensor position, Tensor? token_type, Tensor weight, ",
 )
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Tensor | Number] = {
     "word": Tensor("vocabulary, hidden", FLOATS),
     "input_ids": Tensor("tokens", torch.int64, Below("vocabulary")),
     "position_ids": Tensor("tokens", torch.int64, Below("positions")),

@@ -4,8 +4,8 @@ SiLU."""
 import torch
 
 from .attention import dense_last
-from .declare import FLOATS, PROBABILITY, SEED, Tensor
-from .dropout import as_seed, dropout_arguments, dropped
+from .declare import FLOATS, PROBABILITY, SEED, Number, Tensor
+from .dropout import Seed, as_seed, dropout_arguments, dropped
 from .extension import C
 from .library import (
     autograd,
@@ -21,7 +21,14 @@ from .linear_act import ACTIVATION, activate, activation_index, derivative
 from .registry import register
 
 
-def gated_act(up, gate, activation="gelu", *, dropout_p=0.0, seed=None):
+def gated_act(
+    up: torch.Tensor,
+    gate: torch.Tensor,
+    activation: str = "gelu",
+    *,
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+) -> torch.Tensor:
     """dropout(activation(up) * gate).
 
     Args:
@@ -44,7 +51,7 @@ def _like(t):
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, Tensor | Number] = {
     "up": Tensor("tokens, inner", FLOATS),
     "gate": Tensor("tokens, inner", "as up"),
     "activation": ACTIVATION,

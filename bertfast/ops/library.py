@@ -4,13 +4,16 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from . import registry
-from .declare import Declaration
+from .declare import Declaration, Number, Tensor
 from .extension import C, error
+from .registry import Limit
 
 LIBRARY = torch.library.Library("bertfast", "DEF")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -21,7 +24,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DECLARED: dict[str, Declaration] = {}  # of every operator
 
 
-def define(schema: str, fake, **arguments) -> Declaration:
+def define(schema: str, fake: Callable[..., Any], **arguments: Tensor | Number) -> Declaration:
     """Define an operator whose calls go to the registry's backend; its first argument decides.
 
     `arguments` declares them: whoever calls, by whatever way, they are checked before a backend
@@ -42,7 +45,7 @@ def define(schema: str, fake, **arguments) -> Declaration:
     return declared
 
 
-def serve(name: str, *args):
+def serve(name: str, *args: Any) -> Any:
     DECLARED[name].check(args)
     return registry.select(name, *args)(*args)
 
@@ -50,20 +53,20 @@ def serve(name: str, *args):
 _FLAGS = tuple(getattr(torch._C.TensorBase, f) for f in ("is_neg", "is_conj", "_is_zerotensor"))
 
 
-def lazy(*tensors) -> bool:
+def lazy(*tensors: torch.Tensor) -> bool:
     """Whether one is negated, conjugated or zero by a flag that its memory knows nothing of; the
     dispatcher makes it real."""
     return any(True in map(flag, tensors) for flag in _FLAGS)
 
 
-def real(t):
+def real(t: torch.Tensor | None) -> torch.Tensor | None:
     """`t` dense and in memory: itself where it is, for who takes a pointer past the dispatcher."""
     if t is None or not lazy(t):
         return dense(t)
     return torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
 
 
-def plain(t) -> bool:
+def plain(t: torch.Tensor) -> bool:
     """Whether a tensor's values lie where its pointer says, and its type hides no behaviour."""
     return (
         type(t) in PLAIN
@@ -84,7 +87,7 @@ def unwatched() -> bool:
     )
 
 
-def call(name: str, *args):
+def call(name: str, *args: Any) -> Any:
     """torch.ops.bertfast.<name>(*args), all of them given; straight to the backend where the
     dispatcher would do nothing else. On a GPU's host its Python is longer than most kernels."""
     tensors = [args[i] for i in DECLARED[name].tensor_positions if args[i] is not None]
@@ -97,7 +100,7 @@ def call(name: str, *args):
     return getattr(torch.ops.bertfast, name)(*args)
 
 
-def autograd(name: str, backward, setup_context):
+def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Backward of an operator, on the backend that its forward was forced to, if on any."""
 
     def setup(ctx, inputs, output):
@@ -113,7 +116,7 @@ def autograd(name: str, backward, setup_context):
     )
 
 
-def once(name: str, backward):
+def once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward(ctx, *grads)`, whose own derivatives raise: the backward operators have none, and
     torch would take zeros for them."""
 
@@ -135,7 +138,7 @@ def once(name: str, backward):
     return checked
 
 
-def cpu_limit(device, dtype, arguments):
+def cpu_limit(device: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> str | None:
     """The limits that all C++ CPU kernels share."""
     if C is None:
         return error
@@ -149,7 +152,7 @@ def cpu_limit(device, dtype, arguments):
     return None
 
 
-def triton_limit(device, dtype, arguments):
+def triton_limit(device: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> str | None:
     """The limits that all Triton kernels share."""
     if not HAS_TRITON:
         return "triton is not installed"
@@ -162,7 +165,7 @@ def triton_limit(device, dtype, arguments):
     return None
 
 
-def triton_row_limit(device, dtype, arguments):
+def triton_row_limit(device: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> str | None:
     """Of kernels that keep a row in registers: the last dimension of the first argument."""
     hidden = arguments[0].shape[-1] if arguments else 0
     if hidden > TRITON_ROW:
@@ -170,7 +173,7 @@ def triton_row_limit(device, dtype, arguments):
     return triton_limit(device, dtype, arguments)
 
 
-def register_triton(operator: str, function: str, limit=triton_limit):
+def register_triton(operator: str, function: str, limit: Limit = triton_limit) -> None:
     """Backend "triton" of `operator` is `function`, "<file>.<name>" in kernels/; it and triton
     are imported at the first call."""
     file, name = function.split(".")
@@ -193,7 +196,7 @@ def register_triton(operator: str, function: str, limit=triton_limit):
 CUDA_DEVICE = "cpu" if C is not None and C.build_info().get("cuda_host") else "cuda"
 
 
-def cuda_limit(device, dtype, arguments):
+def cuda_limit(device: str, dtype: torch.dtype | None, arguments: tuple[Any, ...]) -> str | None:
     """The limits that all CUDA kernels share."""
     if C is None:
         return error
@@ -202,7 +205,7 @@ def cuda_limit(device, dtype, arguments):
     return None if device == CUDA_DEVICE else f"the tensors are on {device}"
 
 
-def cuda_float_limit(device, dtype, arguments):
+def cuda_float_limit(device: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> str | None:
     """`cuda_limit`, for kernels whose tensors are floats."""
     for d in (dtype, *(a.dtype for a in _floats(arguments))):
         if d not in GPU_DTYPES:
@@ -210,7 +213,7 @@ def cuda_float_limit(device, dtype, arguments):
     return cuda_limit(device, dtype, arguments)
 
 
-def cuda_queue(t):
+def cuda_queue(t: torch.Tensor) -> tuple[int, int]:
     """The device index and stream that a CUDA launcher takes last."""
     if CUDA_DEVICE == "cpu":
         return 0, 0
@@ -221,16 +224,16 @@ def _floats(arguments):
     return (a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point())
 
 
-def dense(t):
+def dense(t: torch.Tensor | None) -> torch.Tensor | None:
     """Contiguous, or the tensor itself: what a kernel without strides reads."""
     return None if t is None else t.contiguous()
 
 
-def ptr(t):
+def ptr(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def is_bf16(t):
+def is_bf16(t: torch.Tensor | None) -> bool:
     return t is not None and t.dtype == torch.bfloat16
 
 
@@ -239,6 +242,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check(condition, message, error=ValueError):
+def check(
+    condition: object, message: str | Callable[[], str], error: type[Exception] = ValueError
+) -> None:
     if not condition:
         raise error(message() if callable(message) else message)

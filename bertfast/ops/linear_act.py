@@ -10,17 +10,7 @@ import torch
 
 from .declare import FLOATS, Number, Tensor
 from .extension import C
-from .library import (
-    autograd,
-    check,
-    cpu_limit,
-    define,
-    dense,
-    is_bf16,
-    ptr,
-    register_triton,
-    wide,
-)
+from .library import autograd, check, cpu_limit, define, dense, is_bf16, ptr, register_triton, wide
 from .registry import register
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")  # an operator passes the index
@@ -28,7 +18,12 @@ _DX, _DW, _DB = 1, 2, 4  # which gradients a backward is asked for
 _WIDE = 8  # of a GPU's backward: weights' gradients in fp32, whatever the weights are
 
 
-def linear_act(x, weight, bias=None, activation=None):
+def linear_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
     """activation(x @ weight.T + bias).
 
     Args:
@@ -50,13 +45,28 @@ def linear_act(x, weight, bias=None, activation=None):
     return y.reshape(*x.shape[:-1], y.shape[1]) if flat else y
 
 
-def feed_forward(x, w1, b1, w2, b2, activation="gelu"):
+def feed_forward(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str = "gelu",
+) -> torch.Tensor:
     """activation(x @ w1.T + b1) @ w2.T + b2: x [..., hidden], w1 [inner, hidden],
     w2 [hidden, inner]; b1 and b2 may be None. See `linear_act`."""
     return linear_act(linear_act(x, w1, b1, activation), w2, b2)
 
 
-def qkv_linear(x, wq, bq, wk, bk, wv, bv):
+def qkv_linear(
+    x: torch.Tensor,
+    wq: torch.Tensor,
+    bq: torch.Tensor | None,
+    wk: torch.Tensor,
+    bk: torch.Tensor | None,
+    wv: torch.Tensor,
+    bv: torch.Tensor | None,
+) -> torch.Tensor:
     """The query, key and value projections as one product, from the weights where they are.
 
     x [tokens, in], each weight [out, in], each bias [out] (all or none) -> [tokens, 3 * out].
@@ -65,7 +75,7 @@ def qkv_linear(x, wq, bq, wk, bk, wv, bv):
     return torch.ops.bertfast.qkv_linear(x, wq, bq, wk, bk, wv, bv)
 
 
-def activation_index(activation) -> int:
+def activation_index(activation: str | None) -> int:
     """Of a name in `ACTIVATIONS`: what an operator passes."""
     check(
         activation in ACTIVATIONS,
@@ -74,7 +84,7 @@ def activation_index(activation) -> int:
     return ACTIVATIONS.index(activation)
 
 
-def needs_grad(*tensors) -> bool:
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
@@ -96,7 +106,7 @@ def _fake_backward(grad, x, weight, bias, z, activation, need):
 
 
 ACTIVATION = Number(0, len(ACTIVATIONS))
-_LINEAR = {
+_LINEAR: dict[str, Tensor | Number] = {
     "x": Tensor("rows, in", FLOATS),
     "weight": Tensor("out, in", "as x or float32"),
     "bias": Tensor("out", "as x or float32"),
@@ -116,7 +126,7 @@ define(
     grad=Tensor("rows, out", "as x"),
     z=Tensor("rows, out", "as x"),
 )
-_QKV = {
+_QKV: dict[str, Tensor | Number] = {
     "x": Tensor("tokens, in", FLOATS),
     "wq": Tensor("out, in", "as x or float32"),
     "wk": Tensor("out, in", "as wq"),
@@ -154,7 +164,7 @@ define(
 # --- reference ---
 
 
-def activate(z, activation):
+def activate(z: torch.Tensor, activation: int) -> torch.Tensor:
     """activation(z) of an index in `ACTIVATIONS`, by plain PyTorch."""
     if activation in (1, 2, 4):
         z = torch.where(z == -math.inf, -1e9, z)  # the limit 0, not -inf * 0
@@ -167,7 +177,7 @@ def activate(z, activation):
     return torch.where(z < 0, 0, z) if activation == 3 else z
 
 
-def derivative(z, activation):
+def derivative(z: torch.Tensor, activation: int) -> torch.Tensor:
     """activation'(z)."""
     if activation == 1:
         density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)

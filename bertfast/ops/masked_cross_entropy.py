@@ -17,6 +17,9 @@ gradient: backward does both in fp32, so that fp16 with a loss scale keeps small
 and may run twice.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .declare import FLOATS, Below, Number, Tensor
@@ -38,7 +41,13 @@ _DHIDDEN, _DWEIGHT, _DBIAS = 1, 2, 4  # which gradients are asked for
 
 
 def masked_cross_entropy(
-    hidden, weight, bias, labels, *, ignore_index=-100, labelled_only=False
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    labelled_only: bool = False,
 ) -> torch.Tensor:
     """Mean of -log softmax(hidden @ weight.T + bias)[label] over the rows that have a label.
 
@@ -106,7 +115,7 @@ def _inverse_count(labels, ignore_index, dtype):
     return (labels != ignore_index).sum().clamp(min=1).to(dtype).reciprocal()
 
 
-def row_chunks(rows: int, vocabulary: int, most: int, values: int):
+def row_chunks(rows: int, vocabulary: int, most: int, values: int) -> list[tuple[int, int]]:
     """(start, stop) of chunks alike in size, at most `most` rows and about `values` logits each."""
     most = max(1, min(most, max(64, values // max(1, vocabulary))))
     n = -(-rows // most)
@@ -180,7 +189,15 @@ def _cpu(hidden, weight, bias, labels, ignore_index, need):
 _LOGITS = 2**26  # of a chunk on a GPU: 128 MB in bf16
 
 
-def by_chunks(cross_entropy, hidden, weight, bias, labels, ignore_index, need):
+def by_chunks(
+    cross_entropy: Callable[..., Any],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    ignore_index: int,
+    need: int,
+) -> tuple[torch.Tensor, ...]:
     """The operator on a GPU: cuBLAS for the three products, a backend's kernel between.
 
     Per chunk of rows: logits = x @ weight.T; the kernel makes them softmax - onehot in their

@@ -22,7 +22,9 @@ _C_LIMIT = lambda device, dtype, arguments: cpu_limit(device, torch.float32, ())
 _TRITON_LIMIT = lambda device, dtype, arguments: triton_limit(device, torch.float32, ())
 
 
-def pack(x, attention_mask, tokens=None):
+def pack(
+    x: torch.Tensor, attention_mask: torch.Tensor, tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Drop the padding of a batch.
 
     Args:
@@ -43,12 +45,12 @@ def pack(x, attention_mask, tokens=None):
     return gather(x, indices), indices, cu_seqlens, attention_mask.shape[1]
 
 
-def gather(x, indices):
+def gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Rows `indices` of x [batch, seqlen, ...] seen as [batch * seqlen, ...]."""
     return call("gather_rows", x.flatten(0, 1), indices)
 
 
-def unpack(packed, indices, batch: int, seqlen: int):
+def unpack(packed: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
     """The inverse of `pack`: [tokens, ...] -> [batch, seqlen, ...], zeros at the padding."""
     _UNPACK.check((packed, indices, batch, seqlen), values=False)
     rows = call("scatter_rows", packed, indices, batch * seqlen)

@@ -7,25 +7,30 @@ Each operator file registers one function per backend; all have the operator's o
 import functools
 import os
 import threading
-from collections.abc import Callable
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+Backend: TypeAlias = Literal["reference", "cpu", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+# (device, dtype, all arguments) -> why a backend can't serve them, or None
+Limit: TypeAlias = Callable[[str, torch.dtype, tuple[Any, ...]], str | None]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Entry(NamedTuple):
     function: Callable
-    limit: Callable  # (device, dtype, all arguments) -> why it can't serve, or None
+    limit: Limit
 
 
 class Forcing:
     """A choice that blocks force in their thread, or else an environment variable in all."""
 
-    def __init__(self, kind: str, names: tuple[str, ...]):
+    def __init__(self, kind: str, names: tuple[str, ...]) -> None:
         self.kind, self.names, self.variable = kind, names, f"BERTFAST_{kind.upper()}"
         self._thread = threading.local()  # .blocks: the choices of those that it is in
 
@@ -37,7 +42,7 @@ class Forcing:
         return name
 
     @contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str) -> Iterator[None]:
         blocks = vars(self._thread).setdefault("blocks", [])
         blocks.append(self._check(name))
         try:
@@ -58,7 +63,7 @@ _forcing = Forcing("backend", BACKENDS)
 _remembered = threading.local()  # .name: what the forward was forced to, while its backward runs
 
 
-def backend(name: str):
+def backend(name: Backend) -> AbstractContextManager[None]:
     """Force every operator that the block runs, in its thread, to one backend; their backward, too,
     wherever it runs.
 
@@ -69,7 +74,7 @@ def backend(name: str):
 
 
 @contextmanager
-def remembered(name: str | None):
+def remembered(name: str | None) -> Iterator[None]:
     """For a backward: what its forward was forced to (None: nothing) stays forced."""
     before, _remembered.name = getattr(_remembered, "name", None), name
     try:
@@ -82,7 +87,7 @@ def forced() -> str | None:
     return getattr(_remembered, "name", None) or _forcing.name()
 
 
-def register(operator: str, name: str, limit: Callable | None = None):
+def register(operator: str, name: str, limit: Callable | None = None) -> Callable[[F], F]:
     """Decorator: the function serves `operator` as backend `name` where `limit` gives None."""
 
     def add(function):
@@ -93,7 +98,7 @@ def register(operator: str, name: str, limit: Callable | None = None):
     return add
 
 
-def select(operator: str, tensor: torch.Tensor, *arguments) -> Callable:
+def select(operator: str, tensor: torch.Tensor, *arguments: Any) -> Callable:
     """The function that serves this call; `tensor` decides device and dtype."""
     return find(operator, tensor.device.type, tensor.dtype, (tensor, *arguments))
 

@@ -8,7 +8,7 @@ from .library import autograd, check, cpu_limit, define, dense, is_bf16, ptr, re
 from .registry import register
 
 
-def rotary(qkv, angles):
+def rotary(qkv: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Queries and keys turned by their positions' angles, as transformers' `rotate_half` does.
 
     Of a head each pair (x[j], x[j + head_dim / 2]) becomes

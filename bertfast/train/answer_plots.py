@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from ..files import StrPath
 from .plots import _figure
 
 
-def score_diffs(diffs: np.ndarray, answerable: np.ndarray, threshold: float, path) -> None:
+def score_diffs(diffs: np.ndarray, answerable: np.ndarray, threshold: float, path: StrPath) -> None:
     """By how much no answer scores above the best span: of questions that have an answer, of those
     that have none, and the threshold above which none is given."""
     shown = np.isfinite(diffs)

@@ -3,8 +3,9 @@
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -182,7 +183,9 @@ def normalize(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def raw_scores(predicted, answers, null: bool) -> tuple[np.ndarray, np.ndarray]:
+def raw_scores(
+    predicted: Sequence[Any], answers: Sequence[Any], null: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Exact match and F1 of each predicted text ("" for no answer) with the best fitting of its
     question's answers (lists of texts, empty where there is none): float64 [n] each.
 
@@ -220,7 +223,9 @@ def summary(exact: np.ndarray, f1: np.ndarray, answerable: np.ndarray, null: boo
     return out
 
 
-def best_threshold(diffs, scores, answerable) -> tuple[float, float]:
+def best_threshold(
+    diffs: np.ndarray, scores: np.ndarray, answerable: np.ndarray
+) -> tuple[float, float]:
     """The threshold of `diffs` at which the mean of the scores is best, and that mean, by the sweep
     of SQuAD 2's script: the first of the best, among equal diffs in their order.
 

@@ -1,9 +1,13 @@
 """What every model card says: what the run cost, and what it read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import write_text
 from .cost import sentence
+
+if TYPE_CHECKING:
+    from .config import PretrainConfig
 
 FINETUNED, PRETRAINED = "fine-tuned with bertfast", "pre-trained with bertfast"
 _SHOWN = 20  # inputs in a card; manifest.json has all
@@ -41,7 +45,7 @@ compares them.
 {more}"""
 
 
-def pretrained(path: Path, config, results: dict, inputs: list[dict]) -> None:
+def pretrained(path: Path, config: "PretrainConfig", results: dict, inputs: list[dict]) -> None:
     """The card of a pre-trained model."""
     score = results["valid"]
     figures = "\n".join(f"| {k} | {v:.4f} |" for k, v in score.items() if isinstance(v, float))

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..files import json_text, os_errors, regular, sha256, sync
+from ..progress import Say
 from .ranks import full, like
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -45,7 +47,7 @@ def _bytes(text):
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
-def gather(model, optimizer) -> tuple[dict, dict]:
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """(parameters by name, optimizer state by "name|key"), whole tensors; all ranks together."""
     names = {id(p): name for name, p in model.named_parameters()}
     moments = {
@@ -194,7 +196,7 @@ def read_best(folder: Path, best_weights: dict) -> dict:
     return load_file(path)
 
 
-def latest(folder: Path, warn) -> tuple[Path, dict] | None:
+def latest(folder: Path, warn: Say) -> tuple[Path, dict] | None:
     """The newest whole checkpoint and its state; `warn` hears of each damaged one passed over.
 
     Raises ValueError where some are whole, yet of none the best weights so far.
@@ -221,7 +223,7 @@ def latest(folder: Path, warn) -> tuple[Path, dict] | None:
     return None
 
 
-def restore(checkpoint: Path, model, optimizer) -> None:
+def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Parameters and optimizer state, in place."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..arguments import nearest
 from ..data.errors import ConfigError
 from ..data.masking import KINDS
+from ..files import StrPath
 
 METRICS = {  # of classification, the first by default
     "single_label": ("macro_f1", "accuracy", "micro_f1", "loss"),
@@ -30,7 +32,7 @@ CHOICES = {
 }
 
 
-def setting(default, text):
+def setting(default: Any, text: str) -> Any:
     """A field that is an option too."""
     kind = {"default_factory": default} if callable(default) else {"default": default}
     return field(**kind, metadata={"help": text})
@@ -65,7 +67,7 @@ class RunConfig:
     )
     metric: str | None = None  # what picks the weights kept at the end; None: the last
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             if f.type is float:
                 self._check(f.name, math.isfinite(getattr(self, f.name)), "a finite number")
@@ -95,7 +97,7 @@ class RunConfig:
         kind = getattr(self, "kind", None)
         return ({"kind": kind} if kind else {}) | dataclasses.asdict(self)
 
-    def require(self, *names):
+    def require(self, *names: str) -> None:
         """ConfigError where one of these is not set, or what to resume is not there."""
         for name in names:
             if not getattr(self, name):
@@ -129,7 +131,7 @@ class FinetuneConfig(RunConfig):
     allow_pickle: bool = setting(False, "read pickled weights (weights_only)")
     split_seed: int | None = None  # of the parts that are split off; None: `seed`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "max_length", "seeds"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
@@ -153,7 +155,7 @@ class FinetuneConfig(RunConfig):
         """Whether `model` gives a tokenizer alone."""
         return False
 
-    def check_weights(self, name) -> None:
+    def check_weights(self, name: str) -> None:
         """Of classes or tags, as the loss takes them."""
         for label, weight in getattr(self, name).items():
             if not (isinstance(weight, int | float) and 0 <= weight <= MAX_WEIGHT):
@@ -186,7 +188,7 @@ class PretrainConfig(RunConfig):
     log_steps: int = setting(50, "print a line every N steps")
     eval_tokens: int = setting(200_000, "validation tokens an evaluation reads")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_tokens", "log_steps", "eval_tokens"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
@@ -201,7 +203,7 @@ class PretrainConfig(RunConfig):
         )
 
 
-def read_yaml(path, settings, only=None) -> dict:
+def read_yaml(path: StrPath, settings: Any, only: Collection[str] | None = None) -> dict:
     """The settings in a YAML file, checked for names and kinds against a dataclass; `only` these
     names, whatever else is there.
 

@@ -2,11 +2,17 @@
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..progress import Say
 from .energy import Meter
 from .task import Task
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .ranks import Ranks
 
 PROBE, SETTLING = 20, 5  # steps that tell how long all take; of them those at first don't count
 _LONGEST = 60.0  # seconds that a dry run spends on them
@@ -40,7 +46,16 @@ class Cost:
     """Of one run, on every rank: `begin`, `add` at each step, `state` for a checkpoint, `end` and
     then `record`. Energy that is read is the whole machine's."""
 
-    def __init__(self, task, config, steps: int, group: int, ranks, device: torch.device, say):
+    def __init__(
+        self,
+        task: Task,
+        config: "RunConfig",
+        steps: int,
+        group: int,
+        ranks: "Ranks",
+        device: torch.device,
+        say: Say,
+    ) -> None:
         self.ranks, self.watts, self.say = ranks, config.watts, say
         self.device, self.precision = device, config.precision
         self.plan = planned(task, steps, group)

@@ -15,7 +15,7 @@ class Rapl:
     """The packages of all processors, and their memory where it has a counter: whatever runs there.
     Raises OSError where there is none that may be read (Linux gives them to root alone)."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         self.zones, names = [], []
         for zone in sorted(root.glob("intel-rapl:*")):  # AMD's, too
             name = (zone / "name").read_text().strip()
@@ -45,7 +45,7 @@ class Nvml:
     """A GPU's power, between two readings taken for their mean. Raises what torch does without
     nvidia-ml-py."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.source = f"NVML power ({torch.cuda.get_device_name(device)})"
         self.at, self.watts = time.perf_counter(), self._read()
@@ -64,7 +64,7 @@ class Meter:
     """This process's share of the counters: its GPU's, and on the first process of a machine the
     processors'. `why` says why there are none, else None. Read between `begin` and `end`."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.counters, self.why, self.sum = [], None, 0.0
         self.lock, self.ended, self.thread = threading.Lock(), threading.Event(), None
         gpu, first = device.type == "cuda", os.environ.get("LOCAL_RANK", "0") == "0"

@@ -1,6 +1,7 @@
 """Entities of words' scores, and what found ones are worth beside the true."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -120,7 +121,9 @@ def tag_scores(truth: list[list[str]], found: list[list[str]]) -> dict:
     }
 
 
-def word_scores(probabilities: np.ndarray, words: np.ndarray, strategy: str = "first"):
+def word_scores(
+    probabilities: np.ndarray, words: np.ndarray, strategy: str = "first"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One tag a word from the tokens of a row: (words int64 [n], tags int64 [n], scores [n]).
 
     Args:
@@ -144,7 +147,9 @@ def word_scores(probabilities: np.ndarray, words: np.ndarray, strategy: str = "f
     return there, tags, rows[np.arange(len(rows)), tags]
 
 
-def scored_entities(tags: list[str], scores) -> list[tuple[Entity, float]]:
+def scored_entities(
+    tags: list[str], scores: Sequence[float] | np.ndarray
+) -> list[tuple[Entity, float]]:
     """A row's entities, each with the mean of its words' scores."""
     scores = np.asarray(scores)
     return [(e, float(scores[e.start : e.end].mean())) for e in entities_of(tags)]

@@ -4,6 +4,7 @@ where all is trained a step has three times its forward's. What is computed over
 (`gradient_checkpointing`) and projections of relative positions don't count.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..encoder.packed import Freezable
 from ..encoder.spec import LayerSpec, Unfit
 
 
-def pairs(lengths, window: int | None = None) -> float:
+def pairs(lengths: Sequence[int] | np.ndarray, window: int | None = None) -> float:
     """Pairs of tokens of which the first sees the second, in sequences of these lengths, int [n];
     window: how far a token sees to either side."""
     n = np.asarray(lengths, np.int64)
@@ -56,7 +57,9 @@ class Products:
     the head is for. whole: whether the scores of all layers are among them.
     """
 
-    def __init__(self, layers: list[LayerWork], before=0.0, head=0.0, whole: bool = True):
+    def __init__(
+        self, layers: list[LayerWork], before: float = 0.0, head: float = 0.0, whole: bool = True
+    ) -> None:
         self.layers, self.before, self.head, self.whole = layers, before, head, whole
 
     @classmethod
@@ -90,7 +93,9 @@ class Products:
         head = sum(_linear(m, below) for m in behind)
         return cls(work, before, head, not any(isinstance(one, Unfit) for one in found))
 
-    def flops(self, lengths, rows: int, last: int | None = None) -> float:
+    def flops(
+        self, lengths: Sequence[int] | np.ndarray, rows: int, last: int | None = None
+    ) -> float:
         """Of sequences of these lengths, int [n].
 
         rows: that the head is for. last: tokens that the last layer's outward part is for, None for
@@ -115,7 +120,7 @@ class Translation:
 
     whole = True
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         self.encoder, c = Products.of(model.encoder), model.config.decoder
         h, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
         self.pair = 6.0 * layers * 2 * h
@@ -125,7 +130,9 @@ class Translation:
         if between is not None:
             self.source += _linear(between, True)
 
-    def flops(self, sources, targets) -> float:
+    def flops(
+        self, sources: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray
+    ) -> float:
         """sources, targets: lengths int [n] of each pair."""
         s, t = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
         seen = float((t * (t + 1) // 2 + s * t).sum())

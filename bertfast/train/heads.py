@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+from torch import nn
+
 from .. import data
+from ..progress import Say
 from . import opening
 from .config import ConfigError
 from .outputs import say
@@ -15,7 +18,7 @@ PROBLEM = {
 }
 
 
-def label_set(model) -> data.LabelSet:
+def label_set(model: nn.Module) -> data.LabelSet:
     """The task and class names that a model's configuration says."""
     problem = (
         model.config.problem_type
@@ -34,8 +37,8 @@ def load(
     *,
     flags: bool = False,
     allow_pickle: bool = False,
-    say=say,
-):
+    say: Say = say,
+) -> tuple[nn.Module, data.LabelSet]:
     """A checkpoint's model with a head for the data's classes (or numbers).
 
     Its head stays where its classes have the data's names, in any order. One without names

@@ -1,14 +1,22 @@
 """How a model reads text: the columns and the length it was trained with, and a tokenizer that
 fits it."""
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from .. import data
+from ..files import StrPath
 from ..model import checkpoint
 from . import networks, tasks
 from .config import ConfigError, read_yaml
 from .outputs import RUN_CONFIG, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LONGEST = 512  # tokens a text is cut to, where the model takes more or says nothing
 
@@ -19,7 +27,9 @@ def _defaults(kind: str) -> dict:
     return {f.name: f.default for f in fields(config)} | {"max_length": None}
 
 
-def remembered(folder: Path, kind: str = "classify", names=("text_pair_column",)) -> dict:
+def remembered(
+    folder: Path, kind: str = "classify", names: Collection[str] = ("text_pair_column",)
+) -> dict:
     """The settings of these names that the run which left `folder` was trained with; {} of no
     run."""
     path = folder / RUN_CONFIG
@@ -31,7 +41,7 @@ def remembered(folder: Path, kind: str = "classify", names=("text_pair_column",)
         return {}
 
 
-def as_trained(folder: Path, kind: str = "classify", **given) -> dict:
+def as_trained(folder: Path, kind: str = "classify", **given: Any) -> dict:
     """What is `given`; for None what the run that left `folder` was trained with, or else the
     default of that kind of task. "" stands for no column. Says which come from the run, where they
     are not the default's, and where `given` differs from it."""
@@ -52,7 +62,13 @@ def as_trained(folder: Path, kind: str = "classify", **given) -> dict:
     return {name: chosen[name] for name in given}
 
 
-def check(tokenizer, model, folder, max_length: int | None, pairs: bool) -> int:
+def check(
+    tokenizer: "PreTrainedTokenizerBase",
+    model: nn.Module,
+    folder: StrPath,
+    max_length: int | None,
+    pairs: bool,
+) -> int:
     """Tokens a text (or pair) is cut to: `max_length`, or 512 or what the model takes.
 
     CheckpointError where the tokenizer gives ids or, for pairs, token types that the model has no
@@ -90,7 +106,12 @@ def check(tokenizer, model, folder, max_length: int | None, pairs: bool) -> int:
     return max_length
 
 
-def encoded_rows(tokenizer, examples, labels, max_length):
+def encoded_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: data.Examples,
+    labels: data.LabelSet | None,
+    max_length: int | None,
+) -> list[dict]:
     """Rows of token ids, with labels where a `LabelSet` is given."""
     rows = data.encode(tokenizer, examples.texts, examples.pairs, max_length)
     if labels is not None:
@@ -99,7 +120,7 @@ def encoded_rows(tokenizer, examples, labels, max_length):
     return rows
 
 
-def warn_unknown(tokenizer, rows, pairs: bool) -> None:
+def warn_unknown(tokenizer: "PreTrainedTokenizerBase", rows: list[dict], pairs: bool) -> None:
     """Says so where many of the rows' tokens are unknown to the tokenizer."""
     share = data.unknown_share(tokenizer, rows, pairs)
     if share > data.UNKNOWN:

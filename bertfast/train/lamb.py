@@ -3,6 +3,9 @@
 You et al., "Large batch optimization for deep learning", arXiv:1904.00962, algorithm 2.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch.optim import Optimizer
 
@@ -18,13 +21,20 @@ class Lamb(Optimizer):
 
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ) -> None:
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():

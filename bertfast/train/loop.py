@@ -3,7 +3,6 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import heap
-from ..progress import Progress
+from ..progress import Progress, Say
 from . import checkpoint, networks
-from .config import LOWER_IS_BETTER
+from .config import LOWER_IS_BETTER, RunConfig
 from .cost import Cost
 from .optimizer import learning_rate, make_optimizer
 from .ranks import Ranks, join, like
@@ -46,7 +45,9 @@ class _Loss(nn.Module):
         return (self.task.score if score else self.task.loss)(self.model, batch)
 
 
-def train(model, task: Task, config, out: Path, fingerprint: dict, say: Callable = print) -> dict:
+def train(
+    model: nn.Module, task: Task, config: RunConfig, out: Path, fingerprint: dict, say: Say = print
+) -> dict:
     """Train `model` in place; afterwards it holds the best evaluation's weights, or the last ones
     where config.metric is None or was a number in none.
 

@@ -1,6 +1,8 @@
 """Metrics of a task, by scikit-learn."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,9 @@ def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
     return e / e.sum(1, keepdims=True)
 
 
-def predicted(logits: np.ndarray, task: str, thresholds=None) -> np.ndarray:
+def predicted(
+    logits: np.ndarray, task: str, thresholds: Sequence[float] | None = None
+) -> np.ndarray:
     """Class ids [n], flags [n, classes] where p > 1/2 (or thresholds [classes]), or numbers [n]."""
     if task == "regression":
         return logits[:, 0]
@@ -29,7 +33,7 @@ def predicted(logits: np.ndarray, task: str, thresholds=None) -> np.ndarray:
     return logits > 0 if task == "multi_label" else logits.argmax(1)
 
 
-def mean_loss(logits: np.ndarray, targets: np.ndarray, task: str) -> float:
+def mean_loss(logits: np.ndarray, targets: Sequence[Any] | np.ndarray, task: str) -> float:
     """Of logits [n, outputs], as a model's own loss without weights."""
     logits, targets = torch.from_numpy(logits), torch.from_numpy(targets)
     if task == "regression":
@@ -39,7 +43,7 @@ def mean_loss(logits: np.ndarray, targets: np.ndarray, task: str) -> float:
     return F.cross_entropy(logits, targets).item()
 
 
-def best_thresholds(logits: np.ndarray, targets: np.ndarray) -> list[float]:
+def best_thresholds(logits: np.ndarray, targets: Sequence[Any] | np.ndarray) -> list[float]:
     """For each class of a multi-label task the probability above which its F1 is largest: midway
     between two neighbours of the sorted ones, the lowest of equals nearest 1/2; 1/2 for a class
     that no row has."""
@@ -57,7 +61,13 @@ def best_thresholds(logits: np.ndarray, targets: np.ndarray) -> list[float]:
     return found
 
 
-def summary(logits: np.ndarray, targets: np.ndarray, task: str, loss: float, cut=None) -> dict:
+def summary(
+    logits: np.ndarray,
+    targets: np.ndarray,
+    task: str,
+    loss: float,
+    cut: Sequence[float] | None = None,
+) -> dict:
     """The figures that a validation prints: floats by name, NaN where there is no such figure (r2
     and pearson of equal targets; all of logits that are not finite). cut: `predicted`'s
     thresholds."""
@@ -98,7 +108,14 @@ def _present(targets, y, classes, task):
     return sorted(set(np.unique(targets)) | set(np.unique(y)))
 
 
-def full(logits, targets, task: str, names, loss: float, cut=None) -> dict:
+def full(
+    logits: np.ndarray,
+    targets: np.ndarray,
+    task: str,
+    names: Sequence[str],
+    loss: float,
+    cut: Sequence[float] | None = None,
+) -> dict:
     """`summary`, and precision, recall and F1 by macro and micro average and by class."""
     from sklearn import metrics as sk
 

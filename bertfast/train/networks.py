@@ -1,5 +1,6 @@
 """Models of a task, of any family, run on packed batches."""
 
+from collections.abc import Callable
 from functools import cache
 from inspect import signature
 from itertools import takewhile
@@ -25,18 +26,18 @@ def _takes(cls: type) -> frozenset[str]:
     return frozenset(signature(cls.forward).parameters)
 
 
-def takes_types(model) -> bool:
+def takes_types(model: nn.Module) -> bool:
     """Whether the model has embeddings of token types."""
     size = getattr(model.config, "type_vocab_size", None)
     return "token_type_ids" in _takes(type(model)) and size != 0
 
 
-def padded(model) -> bool:
+def padded(model: nn.Module) -> bool:
     """Whether a model takes its sequences in padded rows."""
     return not isinstance(model, BertPreTrainedModel)
 
 
-def logits(model, batch: Packed, per_token: bool = False) -> torch.Tensor:
+def logits(model: nn.Module, batch: Packed, per_token: bool = False) -> torch.Tensor:
     """[sequences, outputs]; per_token: [tokens, outputs], or of `batch.positions` where there are.
     A question answering head's two outputs are its start and its end."""
     if batch.rows is None:
@@ -55,13 +56,13 @@ def logits(model, batch: Packed, per_token: bool = False) -> torch.Tensor:
     return found.flatten(0, 1)[index]
 
 
-def layers(model) -> list[nn.Module]:
+def layers(model: nn.Module) -> list[nn.Module]:
     """The layers of its encoder, in their order, each once."""
     encoders = [m for m in model.modules() if isinstance(m, Freezable)]
     return list(dict.fromkeys(layer for m in encoders for layer in m.layer))
 
 
-def freeze(model, count: int | None) -> None:
+def freeze(model: nn.Module, count: int | None) -> None:
     """Freeze the embeddings and the first `count` layers; None freezes nothing."""
     if count is None:
         return
@@ -78,7 +79,7 @@ def freeze(model, count: int | None) -> None:
             p.requires_grad_(False)
 
 
-def longest(model) -> int | None:
+def longest(model: nn.Module) -> int | None:
     """Tokens that there are positions for; None where any number is."""
     limit = getattr(model.config, "max_position_embeddings", None)
     embeddings = getattr(model.base_model, "embeddings", None)
@@ -89,7 +90,7 @@ def longest(model) -> int | None:
     return limit if first is None else limit - first - 1
 
 
-def gathered(model, ranks: Ranks):
+def gathered(model: nn.Module, ranks: Ranks) -> nn.Module | None:
     """On rank 0 a plain model with the weights of a perhaps sharded one, None on the others; all
     ranks together."""
     if not ranks.sharded:
@@ -105,7 +106,7 @@ def gathered(model, ranks: Ranks):
     return plain.eval()
 
 
-def unfused(model) -> list[str]:
+def unfused(model: nn.Module) -> list[str]:
     """What of the encoder doesn't run on our kernels, and why; for people."""
     if isinstance(model, BertPreTrainedModel):
         return []
@@ -116,7 +117,14 @@ def unfused(model) -> list[str]:
 
 
 def outputs(
-    model, rows, pad: int, per_token: bool = False, *, tokens=EVAL_TOKENS, score=None, ranks=None
+    model: nn.Module,
+    rows: list[dict],
+    pad: int,
+    per_token: bool = False,
+    *,
+    tokens: int = EVAL_TOKENS,
+    score: Callable[[Packed], torch.Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> list[np.ndarray]:
     """fp32 logits of encoded rows, in their order, computed in order of length: of each [outputs],
     or per_token [tokens (those of its `places`, where it has them), outputs].

@@ -4,9 +4,10 @@ BERT is ours; every other is transformers' own class, on our kernels by `acceler
 """
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from ..model.errors import unreadable
 from ..model.tensors import opened
 from .config import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class Head(NamedTuple):
     """What of a task's model is not its encoder."""
@@ -29,7 +33,7 @@ class Head(NamedTuple):
     outputs: str  # BERT's own linear layer for it
     per_token: bool  # whether it has outputs for each token, or for a sequence
 
-    def of_another(self, config) -> str | None:
+    def of_another(self, config: "PreTrainedConfig") -> str | None:
         """The models that a checkpoint's head is of, where those are others: its weights may have
         the same names all the same."""
         names = config.architectures or ()
@@ -37,7 +41,7 @@ class Head(NamedTuple):
         return None if own else ", ".join(names)
 
 
-def read_configuration(folder: Path):
+def read_configuration(folder: Path) -> "PreTrainedConfig":
     """Of any family; BERT's with every value checked. Raises CheckpointError."""
     if not (folder / CONFIG).exists():
         raise checkpoint.CheckpointError(
@@ -64,7 +68,9 @@ def verify(folder: Path, allow_pickle: bool = False) -> None:
                 pass  # the header's sizes must add up to the file's
 
 
-def pretrained(folder: Path, head: Head, which: str, outputs: int | None, allow_pickle: bool):
+def pretrained(
+    folder: Path, head: Head, which: str, outputs: int | None, allow_pickle: bool
+) -> tuple[nn.Module, tuple[str, ...]]:
     """(a checkpoint's model with a task's head, whether that is new).
 
     which: "fresh" makes a new one, whatever there is; "keep" needs the checkpoint's; "auto" takes
@@ -140,7 +146,7 @@ def _native(folder, head, fresh, outputs, allow_pickle):
 
 
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Without the bars and tables that transformers shows for each model."""
     from transformers.utils import logging
 
@@ -172,7 +178,7 @@ def _stock(folder, auto: str, allow_pickle, **options):
     return model, sorted(info["missing_keys"])
 
 
-def trained(folder: Path, head: Head, allow_pickle: bool):
+def trained(folder: Path, head: Head, allow_pickle: bool) -> nn.Module:
     """A fine-tuned model: CheckpointError where its head would be a new one."""
     config = read_configuration(folder)
     other = head.of_another(config)

@@ -1,13 +1,19 @@
 """What an update is made of: groups of parameters, the schedule, AdamW or LAMB."""
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .lamb import Lamb
 
+if TYPE_CHECKING:
+    from .config import RunConfig
 
-def parameter_groups(model, weight_decay: float) -> list[dict]:
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's groups: no decay on biases and LayerNorm, which are the vectors."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -16,7 +22,7 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
     ]
 
 
-def learning_rate(step: int, steps: int, config) -> float:
+def learning_rate(step: int, steps: int, config: "RunConfig") -> float:
     """The rate of step `step` (from 0) of `steps`: linear warm-up, then the schedule's decay."""
     warmup = round(config.warmup * steps)
     if step < warmup:
@@ -26,7 +32,7 @@ def learning_rate(step: int, steps: int, config) -> float:
     return config.lr * factor[config.schedule]
 
 
-def make_optimizer(model, config):
+def make_optimizer(model: nn.Module, config: "RunConfig") -> torch.optim.Optimizer:
     """One that reads its rate and, in `found_inf`, whether to do nothing from tensors."""
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "lamb":
@@ -40,7 +46,7 @@ _BUCKET = 25 * 2**20  # bytes, as DDP's
 _ALIGNMENT = 16  # values, so that kernels may load each gradient by vectors
 
 
-def flat_gradients(parameters) -> list[torch.Tensor]:
+def flat_gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Zeros that stay the parameters' `.grad`: each a view of one of these buffers, which are
     cleared and summed over ranks as they are."""
     buffers, parts, size = [], [], 0

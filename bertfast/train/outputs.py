@@ -3,11 +3,16 @@
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ..files import (
+    StrPath,
     check_file,
     check_folder,
     json_text,
@@ -21,8 +26,12 @@ from ..files import (
 from ..verify import MANIFEST, READ, WEIGHTS
 from ..verify import write as write_manifest
 from . import card
-from .config import ConfigError
+from .config import ConfigError, RunConfig
 from .opening import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 RUN_CONFIG = "run_config.yaml"
 DECISION = "decision.json"  # what a task's outputs are decided by, beside the largest
@@ -36,11 +45,11 @@ _BEFORE = {RUN_CONFIG, "config.json", "model.safetensors", "tokenizer.json"}  # 
 _BEFORE |= {"tokenizer_config.json", "metrics.jsonl", "data_report.json"}
 
 
-def say(text):
+def say(text: object) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check(out: Path, model: str | None, inputs=()) -> None:
+def check(out: Path, model: str | None, inputs: Iterable[str | None] = ()) -> None:
     """Before a run: OSError where its files can't be written to `out`, ConfigError where one would
     take the place of `model`, of an input, or of what no run made."""
     check_folder(out)
@@ -63,7 +72,7 @@ def check(out: Path, model: str | None, inputs=()) -> None:
         check_folder(out / name)
 
 
-def check_result(path, *inputs) -> None:
+def check_result(path: StrPath | None, *inputs: StrPath) -> None:
     """Before the work whose result goes to the file `path` (None or "-": to stdout): OSError where
     it can't be written, ConfigError where it would take the place of an input, a file or one of
     those that make a model's folder."""
@@ -78,7 +87,7 @@ def check_result(path, *inputs) -> None:
             raise ConfigError(f"{path} is read from, and would be overwritten: give another file")
 
 
-def write_result(path, text: str) -> None:
+def write_result(path: StrPath, text: str) -> None:
     """Into a file, or to stdout (None, "-"); there too where the file fails, for it took long."""
     try:
         if path not in (None, "-"):
@@ -89,7 +98,7 @@ def write_result(path, text: str) -> None:
     sys.stdout.write(text)
 
 
-def write_lines(path, lines) -> None:
+def write_lines(path: StrPath, lines: Iterable[str]) -> None:
     """Lines as they are made, to stdout (None, "-") or into a file: those done are in PATH.partial,
     which takes the place of `path` when all are, and is what an error or a kill leaves."""
     if path in (None, "-"):
@@ -114,7 +123,7 @@ def write_lines(path, lines) -> None:
         put(partial, path)
 
 
-def save(model, tokenizer, out: Path) -> list[str]:
+def save(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", out: Path) -> list[str]:
     """The model and its tokenizer, in place of an older run's and of what that one found; their
     files' names. Raises OSError, which says what is left of the run."""
     try:
@@ -137,7 +146,7 @@ def save(model, tokenizer, out: Path) -> list[str]:
         ) from e
 
 
-def finish(out: Path, saved, inputs) -> None:
+def finish(out: Path, saved: Iterable[str], inputs: Iterable[Any]) -> None:
     """The manifest, when all else is written. saved: of `save`; inputs: see `verify.entry`."""
     with optional(out / MANIFEST):
         names = {*_MADE, *saved}
@@ -171,7 +180,7 @@ def read_decision(folder: Path) -> dict:
 
 
 @contextmanager
-def optional(path: Path):
+def optional(path: Path) -> Iterator[Path]:
     """Around what is written to `path` after the model: a failure is a warning."""
     try:
         yield path
@@ -179,11 +188,11 @@ def optional(path: Path):
         say(f"warning: {path} is not written: {type(e).__name__}: {e}; the model is saved")
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: object) -> None:
     write_text(path, json_text(value, indent=2) + "\n")
 
 
-def write_yaml(path: Path, config) -> None:
+def write_yaml(path: Path, config: RunConfig) -> None:
     import yaml
 
     write_text(path, yaml.safe_dump(config.as_dict(), sort_keys=False))

@@ -2,7 +2,7 @@
 
 from itertools import accumulate, pairwise
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ import torch
 from ..encoder.graph import Bucket, bucket, rounded
 
 IGNORED = -100  # a label that counts for nothing
+
+B = TypeVar("B", torch.Tensor, np.ndarray)
 
 
 class Rows(NamedTuple):
@@ -21,7 +23,7 @@ class Rows(NamedTuple):
     index: torch.Tensor  # int64 [tokens]: where each is in the flattened rows
 
     @classmethod
-    def of(cls, ids, types, starts, pad: int) -> "Rows":
+    def of(cls, ids: np.ndarray, types: np.ndarray, starts: np.ndarray, pad: int) -> "Rows":
         lengths = np.diff(starts)
         mask = np.arange(lengths.max()) < lengths[:, None]
         tables = np.full(mask.shape, pad, np.int64), np.zeros(mask.shape, np.int64)
@@ -79,7 +81,7 @@ class Packed(NamedTuple):
         """int64 [sequences]: where each starts; any token, of an empty one."""
         return self.cu_seqlens[:-1].long().clamp(max=len(self.input_ids) - 1)
 
-    def to(self, device) -> "Packed":
+    def to(self, device: torch.device | str) -> "Packed":
         def moved(value):
             return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
@@ -136,7 +138,7 @@ class Layout(NamedTuple):
     def length(self) -> int:
         return sum(self._lengths)
 
-    def views(self, buffer) -> list:
+    def views(self, buffer: B) -> list[B]:
         """ids, positions in sequences, types, starts, real, masked tokens, their labels, targets"""
         return [buffer[a:b] for a, b in pairwise(accumulate(self._lengths, initial=0))]
 

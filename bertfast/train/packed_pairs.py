@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
         inputs = [[start, *target[:-1]] for target in targets]
         return cls(*_side(sources), *_side(inputs), _flat(targets))
 
-    def to(self, device) -> "Pairs":
+    def to(self, device: torch.device | str) -> "Pairs":
         moved = (
             v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in self
         )

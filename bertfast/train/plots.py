@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,12 @@ def _figure(width, height):
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
-def confusion_matrix(truth, predicted, names, folder: Path) -> None:
+def confusion_matrix(
+    truth: Sequence[int] | np.ndarray,
+    predicted: Sequence[int] | np.ndarray,
+    names: Sequence[str],
+    folder: Path,
+) -> None:
     """confusion_matrix.csv and .png: rows the truth, columns the prediction.
 
     truth, predicted: class ids [n]. The picture shows SHOWN classes at most, those with the most

@@ -3,11 +3,14 @@
 import math
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..data import DataError, masking
@@ -22,7 +25,7 @@ from ..model.presets import bert_config
 from ..model.tokenizer import load_tokenizer
 from ..verify import entry
 from . import card, outputs, plots
-from .config import ConfigError, PretrainConfig
+from .config import ConfigError, PretrainConfig, RunConfig
 from .flops import LayerWork, Products
 from .loop import train
 from .networks import gathered
@@ -32,6 +35,10 @@ from .ranks import Ranks
 from .rehearse import rehearse
 from .task import Task
 from .tasks.base import choose_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 
 # What may differ when a run is resumed; neither ranks nor accumulation change a step.
 _FREE = {"out", "resume", "keep", "save_steps", "log_steps", "allow_pickle", "device"}
@@ -45,7 +52,14 @@ _RANDOM = (0.3, 0.8)  # share of random pairs that is like the paper's half
 class PretrainTask(Task):
     """Packed, masked batches and their two losses."""
 
-    def __init__(self, config, model_config, train: Sequences, valid: Sequences | None, tokenizer):
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model_config: "PreTrainedConfig",
+        train: Sequences,
+        valid: Sequences | None,
+        tokenizer: "PreTrainedTokenizerBase",
+    ) -> None:
         self.config, self.model_config, self.tokenizer = config, model_config, tokenizer
         self.train, self.valid = train, valid
         self.names = ("mlm_loss", "nsp_loss") if config.nsp else ("mlm_loss",)
@@ -60,32 +74,32 @@ class PretrainTask(Task):
         layer = LayerWork.of(LayerSpec(*sizes, c.hidden_act, c.layer_norm_eps))
         self.products = Products([layer] * c.num_hidden_layers)
 
-    def batches(self, part):
+    def batches(self, part: int) -> list:
         self.window = self.train.window(part)
         parts = self.config.accumulation * self.world
         return self.train.steps(self.window, self.config.batch_tokens, parts)
 
-    def steps(self, config, group):
+    def steps(self, config: RunConfig, group: int) -> int:
         if config.max_steps is not None:
             return config.max_steps
         first = len(self.batches(0)) // group  # the other windows are alike
         return config.epochs * self.train.windows * first
 
-    def load(self, chosen):
+    def load(self, chosen: Any) -> Packed:
         return self._packed(self.train.build(self.window, chosen))
 
     def _packed(self, batch):
         return Packed(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in batch))
 
-    def weight(self, batch):
+    def weight(self, batch: Packed) -> list[float]:
         sequences = len(batch.cu_seqlens) - 1
         targets = len(batch.labels)
         return [targets, sequences] if self.config.nsp else [targets]
 
-    def tokens(self, batch):
+    def tokens(self, batch: Packed) -> int:
         return len(batch.input_ids)
 
-    def flops(self, batch):
+    def flops(self, batch: Packed) -> float:
         """Counted as computed: the head at the masked tokens only, the last layer's projections and
         feed-forward at those and at [CLS]."""
         return self._flops(np.diff(batch.cu_seqlens), len(batch.labels))
@@ -96,7 +110,7 @@ class PretrainTask(Task):
         heads = masked * (h * h + h * vocabulary) + pairs * (h * h + 2 * h)
         return self.products.flops(lengths, 0, masked + pairs) + 6.0 * heads
 
-    def work(self, batches):
+    def work(self, batches: list) -> tuple[int, float]:
         lengths = self.window.lengths()[np.concatenate(batches)]
         words = lengths - (3 if self.config.nsp else 2)  # the rest is never hidden
         share = np.round(words * self.config.mask_share).astype(np.int64)  # as `masking.mask` does
@@ -115,7 +129,7 @@ class PretrainTask(Task):
         )
         return hidden[:sequences], hidden[sequences:]
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: Packed) -> torch.Tensor:
         """fp32 [1 or 2]: summed losses of the masked tokens and of the pairs."""
         first, masked = self._hidden(model, batch)
         mean = model.cls.predictions.loss(masked, batch.labels)
@@ -125,7 +139,7 @@ class PretrainTask(Task):
             losses.append(F.cross_entropy(relation, batch.targets, reduction="sum"))
         return torch.stack(losses)
 
-    def score(self, model, batch):
+    def score(self, model: nn.Module, batch: Packed) -> torch.Tensor:
         """fp64 [7]: of masked tokens the loss, the right ones, those that the commonest token
         would get right, and their number; of pairs the loss, the right ones, their number."""
         first, masked = self._hidden(model, batch)
@@ -162,7 +176,7 @@ class PretrainTask(Task):
             out.append(" ".join(words).replace(" ##", ""))
         return out
 
-    def evaluate(self, model, score):
+    def evaluate(self, model: nn.Module, score: Callable) -> dict:
         """Losses, perplexity and accuracies of up to eval_tokens validation tokens, masked the
         same each time; what always saying the commonest token would score."""
         if self.valid is None:

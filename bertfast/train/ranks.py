@@ -1,6 +1,8 @@
 """One process or many: what the loop needs to know of the others, under torchrun."""
 
 import os
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
@@ -11,6 +13,8 @@ try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # a torch built without distributed
     DTensor = distribute_tensor = None
+
+V = TypeVar("V")
 
 
 def require_one_process(command: str) -> None:
@@ -56,7 +60,7 @@ class Ranks:
     micro-batch; "fsdp": FSDP2 shares them out, and every forward and backward is a meeting.
     """
 
-    def __init__(self, parallel: str | None = "ddp"):
+    def __init__(self, parallel: str | None = "ddp") -> None:
         self.on = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if self.on else 0
         self.world = distributed.get_world_size() if self.on else 1
@@ -69,7 +73,7 @@ class Ranks:
             for work in [distributed.all_reduce(v, async_op=True) for v in values]:
                 work.wait()
 
-    def agree(self, value):
+    def agree(self, value: V) -> V:
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
@@ -77,7 +81,7 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value) -> list:
+    def gather(self, value: V) -> list:
         """Every rank's value, on every rank."""
         if self.world == 1:
             return [value]
@@ -92,7 +96,7 @@ class Ranks:
         mine = [(b, 1.0) for b in group[self.rank :: self.world]]
         return mine + [(group[0], 0.0)] * (count - len(mine))
 
-    def wrap(self, module: nn.Module, layers) -> nn.Module:
+    def wrap(self, module: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
         """`module` with rank 0's parameters on every rank, or sharded, with a unit each layer."""
         if self.reduces:
             for p in module.parameters():

@@ -5,13 +5,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from .cost import EnoughError
 from .loop import _Run
 from .task import Task
 
+if TYPE_CHECKING:
+    from .config import RunConfig
 
-def rehearse(model, task: Task, config, say: Callable = print) -> None:
+
+def rehearse(model: nn.Module, task: Task, config: "RunConfig", say: Callable = print) -> None:
     """Takes the first steps of `train`, on weights that the caller throws away, to tell what all of
     them would cost. Raises what it does."""
     once = dataclasses.replace(config, resume="no", eval_steps=10**9, save_steps=None)

@@ -28,7 +28,7 @@ class Replay:
     then on is launched.
     """
 
-    def __init__(self, device: torch.device, say: Callable):
+    def __init__(self, device: torch.device, say: Callable) -> None:
         self.device, self.say, self.recorder = device, say, graph.recorder(device)
         self.counts = Counter(hits=0, captures=0, misses=0, launched=0)
         self.turn = self.recorder.Turn()
@@ -91,7 +91,7 @@ class Replay:
             self.recorder = None
             self.say(f"warning: steps are launched, not replayed: {why}")
 
-    def __str__(self):
+    def __str__(self) -> str:
         c = self.counts
         return (
             f"graphs: {c['hits'] + c['captures']:,} micro-batches and updates replayed, "

@@ -34,7 +34,7 @@ def _best_rate(run, flops: float, device: str) -> float:
     return best
 
 
-def synchronize(device: str):
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -42,10 +42,10 @@ def synchronize(device: str):
 class Speed:
     """Rates over the last steps; evaluation and checkpoints between them don't count."""
 
-    def __init__(self, peak: float | None, window: int = 50):
+    def __init__(self, peak: float | None, window: int = 50) -> None:
         self.peak, self.steps = peak, deque(maxlen=window)
 
-    def add(self, tokens: float, flops: float, seconds: float):
+    def add(self, tokens: float, flops: float, seconds: float) -> None:
         self.steps.append((tokens, flops, seconds))
 
     def record(self, steps_left: int) -> dict:

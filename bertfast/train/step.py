@@ -1,11 +1,16 @@
 """An optimizer step on the device: gradients of micro-batches, then one update, without waiting."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 
 from ..encoder import graph
+from ..progress import Say
 from .optimizer import flat_gradients
 from .packed import Filled, Packed
-from .ranks import full
+from .ranks import Ranks, full
 from .replay import Replay
 
 
@@ -28,7 +33,16 @@ class Step:
         say: hears what isn't replayed.
     """
 
-    def __init__(self, loss, optimizer, objectives, clip, autocast, ranks, say):
+    def __init__(
+        self,
+        loss: Callable[..., torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        objectives: int,
+        clip: float,
+        autocast: Callable[[], AbstractContextManager],
+        ranks: Ranks,
+        say: Say,
+    ) -> None:
         self.loss, self.optimizer, self.clip = loss, optimizer, clip
         self.autocast, self.ranks, self.say = autocast, ranks, say
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -55,7 +69,7 @@ class Step:
         for group in optimizer.param_groups:
             group["lr"] = self.rate
 
-    def ready(self, batch):
+    def ready(self, batch: Any) -> Any:
         """What `add` takes of a batch that a task has loaded; for another thread to make."""
         if not isinstance(batch, Packed):
             return batch
@@ -69,7 +83,7 @@ class Step:
         numbers = torch.tensor([*weights, rate], dtype=torch.float64, pin_memory=self.pin)
         self.numbers.copy_(numbers, non_blocking=True)
 
-    def add(self, ready, factor: float = 1.0, last: bool = True) -> None:
+    def add(self, ready: Any, factor: float = 1.0, last: bool = True) -> None:
         """A micro-batch's losses and gradients. factor: 0.0 for one that counts for nothing, and
         only takes part. last: whether it is the step's."""
         if isinstance(ready, Filled):
@@ -130,7 +144,7 @@ class Step:
 class Report:
     """Values on their way from the device."""
 
-    def __init__(self, values: torch.Tensor):
+    def __init__(self, values: torch.Tensor) -> None:
         self.event = None
         if values.is_cuda:
             self.values = torch.empty(values.shape, pin_memory=True)

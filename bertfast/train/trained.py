@@ -1,5 +1,7 @@
 """A fine-tuned model at work, whatever its task."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..freeze import freeze
@@ -23,7 +25,14 @@ class Trained:
     Raises: CheckpointError where it is no fine-tuned model of the task; ConfigError.
     """
 
-    def __init__(self, model, head: opening.Head, allow_pickle, device, precision):
+    def __init__(
+        self,
+        model: str,
+        head: opening.Head,
+        allow_pickle: bool,
+        device: str | None,
+        precision: str | None,
+    ) -> None:
         if precision is not None and device == "cuda":
             raise ConfigError(f"precision {precision} is for a CPU, device is 'cuda'; drop one")
         self.folder, self.head = checkpoint.resolve(model), head
@@ -39,7 +48,9 @@ class Trained:
         self.tokenizer = load_tokenizer(self.folder)
         self.decision = outputs.read_decision(self.folder)
 
-    def outputs(self, rows, place, tokens: int = networks.EVAL_TOKENS) -> list[np.ndarray]:
+    def outputs(
+        self, rows: list[dict], place: Callable[[int], str], tokens: int = networks.EVAL_TOKENS
+    ) -> list[np.ndarray]:
         """`networks.outputs`; place(i) says where a row comes from. CheckpointError where one is
         not finite."""
         pad = self.tokenizer.pad_token_id

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..files import json_text
 
@@ -13,7 +14,7 @@ from ..files import json_text
 class Stop:
     """SIGTERM as a flag, so that the step under way ends and is saved."""
 
-    def __enter__(self):
+    def __enter__(self) -> "Stop":
         self.asked = self.at_once = False
         try:
             self.old = signal.signal(signal.SIGTERM, self._ask)
@@ -26,7 +27,7 @@ class Stop:
         if self.at_once:
             raise StoppedError
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.old is not None:
             signal.signal(signal.SIGTERM, self.old)
 
@@ -45,7 +46,7 @@ class Log:
     TensorBoard that fails, which ends no run.
     """
 
-    def __init__(self, out: Path, size: int, on: bool, warn: Callable = print):
+    def __init__(self, out: Path, size: int, on: bool, warn: Callable = print) -> None:
         self.file = self.board = None
         self.warn = warn
         if not on:
@@ -66,7 +67,7 @@ class Log:
         except ImportError:
             pass
 
-    def write(self, **record):
+    def write(self, **record: Any) -> None:
         if self.file is None:
             return
         self.file.write((json_text(record) + "\n").encode())
@@ -90,7 +91,7 @@ class Log:
         os.fsync(self.file.fileno())
         return self.file.seek(0, os.SEEK_END)
 
-    def close(self):
+    def close(self) -> None:
         if self.file:
             self.file.close()
         with self._board_may_fail():

@@ -15,7 +15,7 @@ from ...ops.library import CPU_DTYPES, GPU_DTYPES, lazy, once, plain
 from ...ops.linear_act import _WIDE
 from .. import layer as arithmetic
 from ..batch import Batch
-from ..spec import DROPOUTS, Layer
+from ..spec import DROPOUTS, Layer, Seeds
 from ..weights import BERT, FLAT, IS_MATRIX, LayerWeights, Parameters, fit
 from .operators import DISPATCHED
 from .whole_cpu import EVEN
@@ -69,7 +69,7 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
     return None
 
 
-def run(layers: list[Layer], batch: Batch):
+def run(layers: list[Layer], batch: Batch) -> torch.Tensor:
     hidden = batch.hidden
     if hidden.is_cuda and hidden.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device_of(hidden):
@@ -77,7 +77,9 @@ def run(layers: list[Layer], batch: Batch):
     return arithmetic.each(layers, batch, one)
 
 
-def one(layer: Layer, batch: Batch, hidden, seeds, rows):
+def one(
+    layer: Layer, batch: Batch, hidden: torch.Tensor, seeds: Seeds | None, rows: torch.Tensor | None
+) -> torch.Tensor:
     """[tokens or rows, hidden]"""
     spec, flat = layer.spec, layer.weights.flat()[:BERT]
     device = hidden.device.type
@@ -135,7 +137,7 @@ class _Node(torch.autograd.Function):
         return _once(ctx, grad)
 
 
-def is_batched(grad) -> bool:
+def is_batched(grad: torch.Tensor) -> bool:
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 

@@ -9,7 +9,7 @@ import torch
 from ...ops.library import call
 from .. import layer as arithmetic
 from ..batch import Batch
-from ..spec import Layer
+from ..spec import Layer, Seeds
 
 _STEMS = ("attention", "linear_act", "qkv_linear", "add_layer_norm")
 _MORE = ("gated_act", "rotary", "cross_attention")
@@ -25,11 +25,13 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
     return None
 
 
-def run(layers: list[Layer], batch: Batch):
+def run(layers: list[Layer], batch: Batch) -> torch.Tensor:
     return arithmetic.each(layers, batch, lambda *args: one(*args)[0])
 
 
-def one(layer: Layer, batch: Batch, hidden, seeds, rows):
+def one(
+    layer: Layer, batch: Batch, hidden: torch.Tensor, seeds: Seeds | None, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """-> [tokens or rows, hidden], and the query, key and value [tokens, 3, heads, head_dim]"""
     wanted = [t for t in (hidden, batch.bias, *layer.weights.present()) if t is not None]
     wanted += [p for adapter in layer.adapters.values() for p in adapter.parameters()]

@@ -3,9 +3,10 @@ comes to it and keeps none for the next call, so that none can be stale; packed.
 
 import functools
 from array import array
+from collections.abc import Sequence
 from itertools import compress
 from operator import attrgetter, methodcaller
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,7 +82,7 @@ def _specs_limit(specs: tuple[LayerSpec, ...]) -> str | None:
     return None
 
 
-def positions_limit(specs, batch: Batch) -> str | None:
+def positions_limit(specs: Sequence[LayerSpec], batch: Batch) -> str | None:
     """What of a call's positions doesn't fit its layers."""
     dim, tokens, relative = specs[0].head_dim, len(batch.hidden), batch.relative
     if specs[0].relative:
@@ -150,7 +151,7 @@ def _weights_limit(layers, hidden):
 
 
 @functools.lru_cache
-def c_spec(spec: LayerSpec):
+def c_spec(spec: LayerSpec) -> Any:
     """Of C++."""
     return C.LayerSpec(
         hidden=spec.hidden,
@@ -176,7 +177,7 @@ def _apart(layers: list[Layer]) -> list[Layer]:
     ]
 
 
-def run(layers: list[Layer], batch: Batch):
+def run(layers: list[Layer], batch: Batch) -> torch.Tensor:
     """In bf16 the residual stream stays in fp32 between layers."""
     layers = _apart(layers)
     hidden, relative = batch.hidden, batch.relative
@@ -228,7 +229,7 @@ def _reached(batch: Batch):
 
 
 @torch.no_grad()
-def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
+def relative_tables(layer: Layer, embeddings: torch.Tensor) -> list[torch.Tensor | None]:
     """[buckets, hidden] -> what a layer's queries meet, and its keys: fp32, [buckets, width]."""
     found = dict.fromkeys(("c2p", "p2c"))
     for kind in layer.spec.relative:
@@ -240,7 +241,7 @@ def relative_tables(layer: Layer, embeddings) -> list[torch.Tensor | None]:
     return [*found.values()]
 
 
-def forward(encoder, first: int, last: int, batch: Batch, dtype):
+def forward(encoder: Any, first: int, last: int, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     """Layers [first, last) of a `C.Encoder`, whose size the batch was checked for: [tokens or rows,
     hidden] in `dtype`."""
     for given in (batch.hidden.dtype, dtype):
@@ -260,7 +261,18 @@ def forward(encoder, first: int, last: int, batch: Batch, dtype):
     return out
 
 
-def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None, even=None):
+def c_batch(
+    batch: Batch,
+    hidden: torch.Tensor,
+    out: torch.Tensor,
+    starts: torch.Tensor,
+    used: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    angles: Sequence[torch.Tensor] = (),
+    index: torch.Tensor | None = None,
+    even: torch.Tensor | None = None,
+) -> Any:
     """Of C++, with whatever stands for the batch's tensors in memory."""
     return C.Batch(
         hidden=hidden.data_ptr(),
@@ -281,13 +293,18 @@ def c_batch(batch, hidden, out, starts, used, rows, bias, angles=(), index=None,
     )
 
 
-def live_texts(layers: list[Layer], tables, *given):
+def live_texts(layers: list[Layer], tables: Sequence[torch.Tensor], *given: Any) -> torch.Tensor:
     """`texts` by layers whose weights may change."""
     encoder, _kept = _live(_apart(layers), tables[0].dtype)
     return texts(encoder, tables[0].dtype, tables, *given)
 
 
-def texts_fit(tables, ids, mask, types) -> bool:
+def texts_fit(
+    tables: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    types: torch.Tensor | None,
+) -> bool:
     """Whether `texts` may take a call's place: nobody watches, and memory is as C++ reads it."""
     words, positions, *_ = tables
     given = [t for t in (ids, mask, types) if t is not None]
@@ -326,7 +343,15 @@ def texts_fit(tables, ids, mask, types) -> bool:
     )
 
 
-def texts(encoder, dtype, tables, eps, ids, mask, types):
+def texts(
+    encoder: Any,
+    dtype: torch.dtype,
+    tables: Sequence[torch.Tensor],
+    eps: float,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    types: torch.Tensor | None,
+) -> torch.Tensor:
     """A padded batch from its ids to its states by one call, for which Python's own time for
     packing, embedding and unpacking is a third of a short text's.
 

@@ -54,7 +54,7 @@ def call_limit(spec: LayerSpec, batch: Batch) -> str | None:
     return None
 
 
-def weights_limit(layers: list[Layer], dtype, device) -> str | None:
+def weights_limit(layers: list[Layer], dtype: torch.dtype, device: torch.device) -> str | None:
     """What of the layers: for weights that stay, asked once."""
     why, flat, spec = layers_limit(layers), flat_weights(layers), layers[0].spec
     if why:
@@ -75,12 +75,12 @@ def _new_enough(device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def run(layers: list[Layer], batch: Batch):
+def run(layers: list[Layer], batch: Batch) -> torch.Tensor:
     at = addresses([layer.weights for layer in layers])
     return forward(layers[0].spec, at.buffer_info()[0], len(layers), batch)
 
 
-def forward(spec: LayerSpec, address: int, layers: int, batch: Batch):
+def forward(spec: LayerSpec, address: int, layers: int, batch: Batch) -> torch.Tensor:
     """Of so many layers, whose `addresses` are there."""
     parts = batch.hidden, batch.cu_seqlens, batch.seqused_k, batch.rows
     hidden, starts, used, rows = map(real, parts)

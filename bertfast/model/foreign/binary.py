@@ -1,7 +1,12 @@
 """What TensorFlow's files are made of: varints, protobuf messages, Snappy. Damage is ValueError."""
 
+from mmap import mmap
+from typing import TypeAlias
 
-def varint(data, at: int) -> tuple[int, int]:
+Buffer: TypeAlias = bytes | mmap
+
+
+def varint(data: Buffer, at: int) -> tuple[int, int]:
     """(value, place after it)"""
     value = 0
     for i in range(10):
@@ -14,14 +19,14 @@ def varint(data, at: int) -> tuple[int, int]:
     raise ValueError(f"a number at byte {at} has more than 10 bytes")
 
 
-def part(data, at: int, size: int):
+def part(data: Buffer, at: int, size: int) -> Buffer:
     """`size` bytes from `at`."""
     if size > len(data) - at:
         raise ValueError(f"{size} bytes from byte {at} on, where it has {len(data)}")
     return data[at : at + size]
 
 
-def message(data) -> dict[int, list]:
+def message(data: Buffer) -> dict[int, list]:
     """The fields of a protobuf message by number: whole numbers, or bytes."""
     found, at = {}, 0
     while at < len(data):
@@ -41,7 +46,7 @@ def message(data) -> dict[int, list]:
     return found
 
 
-def unsnappy(data) -> bytes:
+def unsnappy(data: Buffer) -> bytes:
     """What a Snappy block holds."""
     size, at = varint(data, 0)
     found = bytearray()

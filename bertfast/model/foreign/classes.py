@@ -1,12 +1,20 @@
 """Which of transformers' classes a checkpoint is: it follows from the tensors that are there."""
 
 import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...data.errors import ConfigError
+from ...files import StrPath
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
+    from .weights import Weight
 
 # model_type -> what its classes' names begin with
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
@@ -29,16 +37,16 @@ class Candidate:
     def required(self) -> set[str]:
         return self.shapes.keys() - self.tied
 
-    def own_name(self, name) -> str:
+    def own_name(self, name: str) -> str:
         """As the class itself calls a tensor."""
         return name.removeprefix(self.prefix) if self.name.endswith("Model") else name
 
-    def head(self, names) -> set[str]:
+    def head(self, names: Iterable[str]) -> set[str]:
         """Which of these its head has."""
         return {n for n in names & self.shapes.keys() if not n.startswith(self.prefix)}
 
 
-def candidates(config) -> list[Candidate]:
+def candidates(config: "BertConfig") -> list[Candidate]:
     """Every class of a configuration's family."""
     import transformers
 
@@ -71,14 +79,20 @@ def _made(cls, config) -> dict[str, torch.Tensor]:
         return cls(config).state_dict()
 
 
-def prefixed(known, weights) -> dict:
+def prefixed(known: list[Candidate], weights: "Mapping[str, Weight]") -> dict:
     """The weights of a model without a head under the names that they have below one."""
     prefix = known[0].prefix
     bare = not any(name.startswith(prefix) for name in weights)
     return {prefix * bare + name: weight for name, weight in weights.items()}
 
 
-def choose(path, weights, known: list[Candidate], wanted, listed) -> Candidate:
+def choose(
+    path: StrPath,
+    weights: "Mapping[str, Weight]",
+    known: list[Candidate],
+    wanted: str | None,
+    listed: Sequence[str] | None,
+) -> Candidate:
     """The class whose tensors are there and that leaves no head out.
 
     Args:
@@ -118,7 +132,9 @@ def choose(path, weights, known: list[Candidate], wanted, listed) -> Candidate:
     return next((c for c in best if c.name in (listed or ())), best[0])
 
 
-def check_known(path, weights, known, config) -> None:
+def check_known(
+    path: StrPath, weights: "Mapping[str, Weight]", known: list[Candidate], config: "BertConfig"
+) -> None:
     """CheckpointError where there is a tensor that no class has."""
     unknown = _unknown(weights, known)
     if not unknown:
@@ -151,6 +167,6 @@ def _lacks(path, weights, known, asked):
     )
 
 
-def some(names) -> str:
+def some(names: Sequence[str]) -> str:
     """Names for a message, three at most."""
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)

@@ -6,6 +6,7 @@ linear map, and adds its next word. At the end halves are folded onto each other
 """
 
 from functools import cache
+from mmap import mmap
 
 import numpy as np
 
@@ -13,7 +14,7 @@ _POLYNOMIAL = 0x82F63B78  # bits reversed
 _LANES = 14  # log2; rows of 64 KB, as caches have room for
 
 
-def crc32c(data) -> int:
+def crc32c(data: bytes | mmap | np.ndarray) -> int:
     """The checksum of bytes (anything with a contiguous buffer)."""
     data = np.frombuffer(data, np.uint8)
     count = len(data)
@@ -40,7 +41,7 @@ def crc32c(data) -> int:
     return value ^ int(start[0]) ^ 0xFFFFFFFF
 
 
-def masked(data) -> int:
+def masked(data: bytes | mmap | np.ndarray) -> int:
     """The checksum as TensorFlow stores it, so that one of data with checksums in it is sound."""
     value = crc32c(data)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -4,7 +4,8 @@ A library would hold all of them, twice while it reads; what a checkpoint has of
 """
 
 import struct
-from typing import NamedTuple
+from mmap import mmap
+from typing import Any, NamedTuple
 
 _DEPTH = 64  # of maps in maps
 _NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
@@ -25,7 +26,7 @@ class Extension(NamedTuple):
     data: memoryview
 
 
-def decode(data):
+def decode(data: bytes | mmap) -> Any:
     """The one value in bytes: dict, list, str, number, None, bool; a memoryview for binary data, an
     Extension. Raises ValueError."""
     reader = _Reader(memoryview(data))

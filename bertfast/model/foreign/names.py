@@ -1,6 +1,7 @@
 """What other frameworks call BERT's tensors, and what transformers calls them."""
 
 import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from ...data.errors import ConfigError
@@ -48,7 +49,7 @@ def _same_modules(name, leaves):
     return f"{path}/{leaves.get(leaf, leaf)}".replace("/", "."), leaf == "kernel"
 
 
-def split(names, patterns) -> tuple[list[str], dict[str, int]]:
+def split(names: Iterable[str], patterns: Sequence[str]) -> tuple[list[str], dict[str, int]]:
     """(names of weights, how many others each pattern has).
 
     Raises ConfigError for a pattern, of those given, that has none.

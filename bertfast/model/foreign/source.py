@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files import regular
+from ...files import StrPath, regular
 from ..errors import CheckpointError, unreadable
 from . import flax, keras, names, tensorflow
 
@@ -29,7 +29,7 @@ class Source:
         return self.path.parent
 
 
-def find(given) -> Source:
+def find(given: StrPath) -> Source:
     """Of a folder, or of a file in it; of TensorFlow's also the prefix. Raises CheckpointError."""
     path = Path(given)
     with unreadable(f"{str(given)!r:.200} is no name of a file or folder"):

@@ -1,7 +1,7 @@
 """A tensor in a file of another framework."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ class Stored:
         return math.prod(self.shape)
 
 
-def tensor(raw: np.ndarray, dtype: str, shape) -> torch.Tensor:
+def tensor(raw: np.ndarray, dtype: str, shape: Sequence[int]) -> torch.Tensor:
     """A copy, with memory of its own, of a file's bytes (uint8), as one of FLOATS."""
     made = torch.empty(math.prod(shape), dtype=FLOATS[dtype])
     made.view(torch.uint8).numpy()[:] = raw

@@ -4,6 +4,8 @@ Blocks of entries, a block of their places, a footer of 48 bytes. A key says how
 the one before it; each block has a checksum, and may be compressed by Snappy.
 """
 
+from mmap import mmap
+
 from .binary import part, unsnappy, varint
 from .crc32c import masked
 
@@ -11,7 +13,7 @@ FOOTER = 48
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
 
 
-def read(data) -> dict[bytes, bytes]:
+def read(data: bytes | mmap) -> dict[bytes, bytes]:
     """The entries of a table's bytes in its order. Raises ValueError."""
     footer = part(data, len(data) - FOOTER, FOOTER) if len(data) >= FOOTER else b""
     if footer[-8:] != MAGIC:

@@ -3,11 +3,15 @@
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...data.errors import ConfigError
 from ...files import read_json, regular
 from ..errors import CheckpointError, unreadable
 from ..tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 VOCAB, CONFIG = "vocab.txt", "tokenizer_config.json"
 _FAST = "tokenizer.json"
@@ -17,7 +21,14 @@ _SETTINGS = "strip_accents", "tokenize_chinese_chars", "model_max_length"
 _ASK = "say --cased or --uncased"
 
 
-def write(folder: Path, vocab: Path | None, config, options, lowercase, out: Path) -> str | None:
+def write(
+    folder: Path,
+    vocab: Path | None,
+    config: "BertConfig",
+    options: dict[str, Any],
+    lowercase: bool | None,
+    out: Path,
+) -> str | None:
     """The tokenizer of a checkpoint's folder into `out`, which has its config.json; what it is, in
     words, or None where there is none.
 

@@ -1,7 +1,9 @@
 """The weights of a checkpoint under transformers' names, and the configuration that they make."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +12,11 @@ from ..config import read as read_config
 from ..errors import CheckpointError, unreadable
 from .classes import FAMILIES
 from .stored import FLOATS, Stored
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
+    from .source import Source
 
 _LABELLED = "classifier.weight", "classifier.out_proj.weight"
 _SIZES = "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"
@@ -33,7 +40,7 @@ class Weight:
         return t.t() if self.transposed else t
 
 
-def renamed(source, stored, kept) -> dict[str, Weight]:
+def renamed(source: "Source", stored: Any, kept: Any) -> dict[str, Weight]:
     """Those of `stored` that are kept, by transformers' name. Raises CheckpointError."""
     found = {}
     for own in kept:
@@ -52,7 +59,7 @@ def renamed(source, stored, kept) -> dict[str, Weight]:
     return found
 
 
-def values(source, given) -> tuple[dict, Path]:
+def values(source: "Source", given: Any) -> tuple[dict, Path]:
     """(what the configuration says, its file). Raises CheckpointError."""
     beside = [source.folder / name for name in source.configs]
     path = Path(given) if given else next((p for p in beside if p.exists()), beside[0])
@@ -67,7 +74,9 @@ def values(source, given) -> tuple[dict, Path]:
     return found, path
 
 
-def settings(source, path, said, weights):
+def settings(
+    source: "Source", path: Path, said: dict[str, Any], weights: Mapping[str, Weight]
+) -> "BertConfig":
     """transformers' configuration, which has as many labels as the head. Raises CheckpointError."""
     kind = said.get("model_type", source.model_type)
     if kind not in FAMILIES:
@@ -91,7 +100,9 @@ def settings(source, path, said, weights):
         return CONFIG_MAPPING[kind].from_dict(said, **labels)
 
 
-def check_shapes(source, path, config, chosen, weights) -> None:
+def check_shapes(
+    source: "Source", path: Path, config: "BertConfig", chosen: Any, weights: Mapping[str, Weight]
+) -> None:
     """CheckpointError where the class has another size for a weight."""
     for name, weight in weights.items():
         expected = chosen.shapes.get(name, weight.shape)

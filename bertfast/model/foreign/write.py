@@ -1,13 +1,19 @@
 """A safetensors file written tensor by tensor: no more than one is in memory."""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .weights import Weight
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def save(path, weights, dtype: torch.dtype) -> None:
+def save(path: Path, weights: "Mapping[str, Weight]", dtype: torch.dtype) -> None:
     """Write a file of `weights` by name, in their order, as tensors of `dtype`."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, weight in weights.items():

@@ -1,7 +1,10 @@
 """How much noise a budget needs, and what was spent, by Opacus' accountant."""
 
 import warnings
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ..tasks.classify import ClassifyConfig
 
 ACCOUNTANT = "prv"  # Gopi et al., arXiv:2106.02848: tighter than Renyi's
 
@@ -29,7 +32,7 @@ class Budget(NamedTuple):
     sigma: float  # noise multiplier: the noise's standard deviation is sigma * clip
 
     @classmethod
-    def of(cls, config, examples: int, steps: int) -> "Budget":
+    def of(cls, config: "ClassifyConfig", examples: int, steps: int) -> "Budget":
         """RuntimeError without Opacus."""
         batch, epsilon, delta = config.batch_size, config.dp_epsilon, config.dp_delta
         _, multiplier = _opacus()

@@ -8,8 +8,9 @@ al., arXiv:2110.05679). With G's rows weighted, G^T X is the weighted sum (book-
 arXiv:2210.00038).
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,16 +28,16 @@ _BACKWARD = {
 class Segments:
     """Which rows are whose. starts: int32 or int64 [examples + 1], on any device."""
 
-    def __init__(self, starts: torch.Tensor):
+    def __init__(self, starts: torch.Tensor) -> None:
         self.starts, self.count = starts.tolist(), len(starts) - 1
         numbers = torch.arange(self.count, device=starts.device)
         self.owner = numbers.repeat_interleave(starts.diff().long(), output_size=self.starts[-1])
 
-    def sums(self, x):
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, size] -> [examples, size]"""
         return x.new_zeros(self.count, x.shape[1]).index_add_(0, self.owner, x)
 
-    def squares(self, x, grad):
+    def squares(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The squared norms of G_i^T X_i, fp64 [examples]; x [rows, in], grad [rows, out]."""
         if len(self.owner) == self.count:
             return x.double().square().sum(1) * grad.double().square().sum(1)
@@ -56,14 +57,14 @@ class Vector(NamedTuple):
 
     each: torch.Tensor  # [examples, size]
 
-    def squares(self):
+    def squares(self) -> torch.Tensor:
         return self.each.double().square().sum(1)
 
-    def add_to(self, p, weights):
+    def add_to(self, p: torch.Tensor, weights: torch.Tensor) -> None:
         """Their sum by `weights` [examples] to p.grad."""
         _add(p, weights @ self.each)
 
-    def to(self, dtype):  # as `layer.backward` asks of a norm's bias
+    def to(self, dtype: torch.dtype) -> "Vector":  # as `layer.backward` asks of a norm's bias
         return self
 
 
@@ -73,12 +74,12 @@ class Product(NamedTuple):
     x: torch.Tensor
     grad: torch.Tensor
     segments: Segments
-    backward: object  # the kernel `linear_act_backward`
+    backward: Callable  # the kernel `linear_act_backward`
 
-    def squares(self):
+    def squares(self) -> torch.Tensor:
         return self.segments.squares(self.x, self.grad)
 
-    def add_to(self, p, weights):
+    def add_to(self, p: torch.Tensor, weights: torch.Tensor) -> None:
         grad = self.grad.mul_(weights[self.segments.owner, None])
         _add(p, self.backward(grad, self.x, p.detach(), None, None, 0, _DW)[1])
 
@@ -91,14 +92,14 @@ class Lookup(NamedTuple):
     segments: Segments
     size: int  # rows of the table
 
-    def squares(self):
+    def squares(self) -> torch.Tensor:
         """Rows of one example that read the same place add up."""
         keys, place = (self.segments.owner * self.size + self.ids).unique(return_inverse=True)
         rows = self.grad.new_zeros(len(keys), self.grad.shape[1]).index_add_(0, place, self.grad)
         found = self.grad.new_zeros(self.segments.count, dtype=torch.float64)
         return found.index_add_(0, keys // self.size, rows.double().square().sum(1))
 
-    def add_to(self, p, weights):
+    def add_to(self, p: torch.Tensor, weights: torch.Tensor) -> None:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         p.grad.index_add_(0, self.ids, self.grad * weights[self.segments.owner, None])
@@ -111,6 +112,9 @@ def _add(p, grad):
         p.grad += grad
 
 
+E = TypeVar("E", Vector, Product, Lookup)
+
+
 class Kernels:
     """A layer's, for `layer.backward`: what they give as a parameter's gradient is by example, and
     `squares`, fp64 [examples], has the sums of their squared norms.
@@ -118,30 +122,48 @@ class Kernels:
     segments: of all tokens, and of the rows that the last layer keeps, told apart by their number.
     """
 
-    def __init__(self, kernels, segments: list[Segments], eps: float):
+    def __init__(self, kernels: Any, segments: list[Segments], eps: float) -> None:
         self.k, self.eps = kernels, eps
         self.segments = {len(s.owner): s for s in segments}
         self.squares = segments[0].owner.new_zeros(segments[0].count, dtype=torch.float64)
         self.attention_backward = kernels.attention_backward
 
-    def counted(self, found):
+    def counted(self, found: E) -> E:
         self.squares += found.squares()
         return found
 
-    def vector(self, x):
+    def vector(self, x: torch.Tensor) -> Vector:
         return self.counted(Vector(self.segments[len(x)].sums(x)))
 
-    def product(self, x, grad):
+    def product(self, x: torch.Tensor, grad: torch.Tensor) -> Product:
         return Product(x, grad, self.segments[len(x)], self.k.linear_act_backward)
 
-    def linear_act_backward(self, grad, x, weight, bias, z, activation, need):
+    def linear_act_backward(
+        self,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        z: torch.Tensor | None,
+        activation: int,
+        need: int,
+    ) -> tuple[Any, ...]:
         if activation:
             grad = _BACKWARD[ACTIVATIONS[activation]](grad, z)
         dx, *_ = self.k.linear_act_backward(grad, x, weight, None, None, 0, _DX)
         vector = None if bias is None else self.vector(grad)
         return dx, self.counted(self.product(x, grad)), vector
 
-    def qkv_linear_backward(self, grad, x, wq, wk, wv, bq, need):
+    def qkv_linear_backward(
+        self,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        wq: torch.Tensor,
+        wk: torch.Tensor,
+        wv: torch.Tensor,
+        bq: torch.Tensor | None,
+        need: int,
+    ) -> tuple[Any, ...]:
         dx = None
         if need & _DX:
             dx, *_ = self.k.qkv_linear_backward(grad, x, wq, wk, wv, bq, _DX)
@@ -150,7 +172,19 @@ class Kernels:
         biases = self.vector(grad).each.chunk(3, 1)
         return dx, *(self.product(x, part) for part in parts), *map(Vector, biases)
 
-    def add_layer_norm_backward(self, grad, x, residual, weight, mean, rstd, x_bias, p, seed, rms):
+    def add_layer_norm_backward(
+        self,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        mean: torch.Tensor | None,
+        rstd: torch.Tensor,
+        x_bias: torch.Tensor | None,
+        p: float,
+        seed: torch.Tensor | None,
+        rms: bool,
+    ) -> tuple[Any, ...]:
         call = x, residual, torch.ones_like(weight), None, self.eps, x_bias, p, seed, rms
         normed = self.k.add_layer_norm(*call)[0]
         dx, ds, *_ = self.k.add_layer_norm_backward(

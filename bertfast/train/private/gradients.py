@@ -1,7 +1,10 @@
 """The clipped gradients of a batch's examples, summed: one forward and one backward through the
 kernels that training uses, and for the norms two small products more a matrix and example."""
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 from ...encoder import Batch, Layer
 from ...encoder import layer as arithmetic
@@ -16,7 +19,7 @@ from ..packed import Packed
 from .examples import Kernels, Lookup, Segments, Vector
 
 
-def check(model) -> None:
+def check(model: nn.Module) -> None:
     """ConfigError for a model whose examples' gradients aren't known here."""
     if type(model) is not BertForSequenceClassification:
         raise ConfigError(
@@ -34,7 +37,9 @@ def check(model) -> None:
 
 
 @torch.no_grad()
-def clipped(model, batch: Packed, losses, clip: float):
+def clipped(
+    model: nn.Module, batch: Packed, losses: Callable[..., torch.Tensor], clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds to each trained parameter's `.grad` the sum of the examples' gradients, each over all
     trained parameters scaled to a norm of at most `clip`.
 

@@ -5,7 +5,7 @@ import numpy as np
 MOST = 10_000  # rows of each side
 
 
-def membership_auc(members, others) -> float:
+def membership_auc(members: np.ndarray, others: np.ndarray) -> float:
     """The chance that a member's loss is below another's, ties by half: 0.5 tells nothing.
 
     members, others: losses [n], [m] of rows trained on, and of rows that were not.

@@ -1,10 +1,15 @@
 """What a private run may be asked for."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..tasks.classify import ClassifyConfig
+
 MOST = 20.0  # of epsilon: above it nothing is promised, and Opacus' search takes minutes
 OFF = {"dp_epsilon": None, "dp_delta": None, "dp_clip": 0.1}  # Li et al., arXiv:2110.05679: 0.1
 
 
-def check(config, metric: str | None) -> None:
+def check(config: "ClassifyConfig", metric: str | None) -> None:
     """ConfigError for what would break the guarantee. metric: as it was given, or None.
 
     Without a validation file nothing is chosen by the rows that are split off the private ones: the
@@ -40,7 +45,7 @@ def check(config, metric: str | None) -> None:
     config.metric = None
 
 
-def notes(config) -> list[str]:
+def notes(config: "ClassifyConfig") -> list[str]:
     """What the guarantee doesn't cover, for people."""
     found = [
         "privacy covers the weights; the data report, the classes' names, the number of rows and "

@@ -1,6 +1,8 @@
 """Classification by DP-SGD: what of the task is otherwise."""
 
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +26,14 @@ class PrivateClassification(ClassificationTask):
     tells_losses = exact = False
     budget = privacy = None
 
-    def read(self):
+    def read(self) -> None:
         require_one_process("private training")
         super().read()
         self.rng = np.random.default_rng()
         for note in settings.notes(self.config):
             self.say(f"note: {note}")
 
-    def check(self, folder):
+    def check(self, folder: Path) -> None:
         super().check(folder)
         gradients.check(self.model)
         examples, batch = len(self.parts["train"]), self.config.batch_size
@@ -45,20 +47,20 @@ class PrivateClassification(ClassificationTask):
         if budget.delta * examples >= 1:
             self.say(f"warning: dp_delta is not below 1 / examples, {1 / examples:.2g}")
 
-    def batches(self, part):
+    def batches(self, part: int) -> list:
         examples, batch = len(self.parts["train"]), self.config.batch_size
         steps = -(-examples // batch)
         return [draw(examples, batch / examples, self.rng) for _ in range(steps)]
 
-    def load(self, batch):
+    def load(self, batch: Any) -> Any:
         """Parts, as each goes through the model; none where nobody was drawn."""
         most = min(PART, self.config.batch_size)
         return [super(PrivateClassification, self).load(own) for own in parts(batch, most)]
 
-    def step(self, *arguments):
+    def step(self, *arguments: Any) -> PrivateStep:
         return PrivateStep(self.budget, self.losses, *arguments)
 
-    def weight(self, batch):
+    def weight(self, batch: Any) -> float:
         return float(self.config.batch_size)
 
     @cached_property
@@ -68,21 +70,21 @@ class PrivateClassification(ClassificationTask):
         whole = sum(lengths), self._flops(lengths, len(lengths))
         return tuple(self.budget.rate * n for n in whole)
 
-    def tokens(self, batch):
+    def tokens(self, batch: Any) -> int:
         return round(self.expected[0])
 
-    def flops(self, batch):
+    def flops(self, batch: Any) -> float:
         return self.expected[1]
 
-    def work(self, batches):
+    def work(self, batches: list) -> tuple[int, float]:
         tokens, flops = self.expected
         return round(len(batches) * tokens), len(batches) * flops
 
-    def losses(self, logits, targets):
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Of each example [n], the mean over its targets."""
         return self.summed_loss(logits, targets, reduction="none").view(len(logits), -1).mean(1)
 
-    def results(self, outcome):
+    def results(self, outcome: dict) -> dict:
         found = {}
         for name in ("train", "valid"):
             rows = spread(self.rows[name])
@@ -94,7 +96,7 @@ class PrivateClassification(ClassificationTask):
         self.privacy["membership_auc"] = membership_auc(found["train"], found["valid"])
         return {"privacy": self.privacy}
 
-    def card(self):
+    def card(self) -> str:
         p = self.privacy
         return f"""{super().card()}
 

@@ -6,15 +6,20 @@ A task's module has `HELP`, one line; `Task`, a `FinetuneTask`, whose `Config` i
 """
 
 from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..config import FinetuneConfig
 
 KINDS = ("classify", "pairs", "qa", "tokens", "translate")
 
 
-def module(kind: str):
+def module(kind: str) -> ModuleType:
     return import_module(f".{kind}", __name__)
 
 
-def of(config) -> type:
+def of(config: "FinetuneConfig") -> type:
     """The task that settings are of."""
     if getattr(config, "dp_epsilon", None) is not None:
         return import_module("..private.task", __name__).PrivateClassification

@@ -1,15 +1,18 @@
 """What fine-tuning tasks share: encoded rows, batches of them, and what is done with parts."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from ... import data
-from ...files import regular
+from ...files import StrPath, regular
+from ...progress import Say
 from ..config import ConfigError, FinetuneConfig
 from ..flops import Products
 from ..networks import logits, outputs, padded
@@ -31,15 +34,19 @@ class FinetuneTask(Task):
     Config: ClassVar[type[FinetuneConfig]]  # of each
     head: ClassVar[Head]  # of each
     pipeline_tag: ClassVar[str]  # of each: transformers' name of the task
+    config: FinetuneConfig
+    model: Any
+    tokenizer: Any
+    products: Any
 
-    def __init__(self, config, device: torch.device, say=print):
+    def __init__(self, config: FinetuneConfig, device: torch.device, say: Say = print) -> None:
         self.config, self.device, self.say = config, device, say
         self.parts: dict[str, Any] = {}  # examples; without those that there are none of
         self.rows: dict[str, list[dict]] = {}  # as the model takes them
         self.tokenizer = self.model = self.products = None
         self.decision: dict = {}  # what `tune` found, which is saved with the model
 
-    def load_part(self, path):
+    def load_part(self, path: StrPath) -> Any:
         """Of each: the examples of a file, with `__len__`, `place`, `keys` and `select`."""
         raise NotImplementedError
 
@@ -63,26 +70,26 @@ class FinetuneTask(Task):
                 )
         self.parts = {name: given[name] for name in PARTS if name in given and len(given[name])}
 
-    def build(self, folder: Path):
+    def build(self, folder: Path) -> nn.Module:
         """Of each: the model, of `opening.pretrained`, its outputs named as the data have them."""
         raise NotImplementedError
 
     def check(self, folder: Path) -> None:
         """Of each: that tokenizer, model and settings fit; ConfigError, CheckpointError."""
 
-    def report(self):
+    def report(self) -> Any:
         """Of each: what the data look like; has `as_dict`, and is told as its text."""
         raise NotImplementedError
 
-    def encode(self, examples) -> list[dict]:
+    def encode(self, examples: Any) -> list[dict]:
         """Of each: rows for `Packed.of_rows`, of `input_ids` and what is to be learnt."""
         raise NotImplementedError
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Of each: the batch's summed loss, from `self.logits(model, batch)`."""
         raise NotImplementedError
 
-    def weight(self, batch) -> float:
+    def weight(self, batch: Any) -> float:
         """Of each, where it isn't the sequences' number."""
         return float(len(batch.cu_seqlens) - 1)
 
@@ -109,7 +116,7 @@ class FinetuneTask(Task):
         """Of each: a sentence for the model card on what the outputs are."""
         return ""
 
-    def logits(self, model, batch: Packed) -> torch.Tensor:
+    def logits(self, model: nn.Module, batch: Packed) -> torch.Tensor:
         return logits(model, batch, self.head.per_token)
 
     @property
@@ -125,10 +132,10 @@ class FinetuneTask(Task):
         rows = [self.rows["train"][i] for i in batch]
         return Packed.of_rows(rows, self.pad if padded(self.model) else None)
 
-    def tokens(self, batch) -> int:
+    def tokens(self, batch: Any) -> int:
         return len(batch.input_ids)
 
-    def count(self, model) -> None:
+    def count(self, model: nn.Module) -> None:
         """Of each whose model isn't an encoder and a head: `products`, of what is frozen now."""
         self.products = Products.of(model)
 
@@ -136,7 +143,7 @@ class FinetuneTask(Task):
     def counts_whole(self) -> bool:
         return self.products is None or self.products.whole
 
-    def flops(self, batch) -> float:
+    def flops(self, batch: Any) -> float:
         if not isinstance(batch, Packed):
             return 0.0
         lengths = np.diff(batch.cu_seqlens)
@@ -149,7 +156,7 @@ class FinetuneTask(Task):
             return 0.0
         return self.products.flops(lengths, rows, None if padded(self.model) else rows)
 
-    def work(self, batches):
+    def work(self, batches: list) -> tuple[int, float]:
         rows = [self.rows["train"][i] for batch in batches for i in batch]
         lengths = [len(row["input_ids"]) for row in rows]
         read = len(rows)
@@ -157,17 +164,19 @@ class FinetuneTask(Task):
             read = sum(len(row.get("places", row["input_ids"])) for row in rows)
         return sum(lengths), self._flops(lengths, read)
 
-    def score(self, model, batch):
+    def score(self, model: nn.Module, batch: Any) -> Any:
         return self.logits(model, batch)
 
-    def outputs(self, name: str, model, score=None, ranks: Ranks | None = None) -> list[np.ndarray]:
+    def outputs(
+        self, name: str, model: nn.Module, score: Callable | None = None, ranks: Ranks | None = None
+    ) -> list[np.ndarray]:
         """`networks.outputs` of a part."""
         score = score or partial(self.score, model)
         return outputs(
             *(model, self.rows[name], self.pad, self.head.per_token), score=score, ranks=ranks
         )
 
-    def evaluate(self, model, score) -> dict:
+    def evaluate(self, model: nn.Module, score: Callable) -> dict:
         found = self.outputs("valid", model, score, Ranks(self.config.parallel))
         return self.figures("valid", found, brief=True)
 

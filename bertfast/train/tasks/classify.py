@@ -1,16 +1,19 @@
 """Classification (single- and multi-label, pairs) and regression."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ... import data
+from ...files import StrPath
 from .. import heads, inputs, metrics, outputs, plots
 from ..config import METRICS, ConfigError, FinetuneConfig, setting
-from ..packed import IGNORED
+from ..packed import IGNORED, Packed
 from ..private import settings
 from .base import FinetuneTask
 from .classify_inference import HEAD, evaluate, inference_arguments, predict_table, scored
@@ -41,7 +44,7 @@ class ClassifyConfig(FinetuneConfig):
     dp_delta: float | None = setting(None, "the chance that dp_epsilon's promise fails")
     dp_clip: float = setting(settings.OFF["dp_clip"], "norm an example's gradient is clipped to")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.text_pair_column = self.text_pair_column or None
         metric = self.metric
         super().__post_init__()
@@ -51,19 +54,20 @@ class ClassifyConfig(FinetuneConfig):
         self.check_weights("class_weights")
         settings.check(self, metric)
 
-    def known_metrics(self):
+    def known_metrics(self) -> tuple[str, ...]:
         return METRICS[self.task]
 
 
 class ClassificationTask(FinetuneTask):
     """Texts and their classes, or numbers."""
 
+    config: ClassifyConfig
     Config = ClassifyConfig
     head = HEAD
     pipeline_tag = "text-classification"
     labels = class_weights = on_device = None
 
-    def load_part(self, path):
+    def load_part(self, path: StrPath) -> data.Examples:
         config = self.config
         return data.load_classification(
             path,
@@ -74,7 +78,7 @@ class ClassificationTask(FinetuneTask):
             dedup=config.dedup,
         )
 
-    def read(self):
+    def read(self) -> None:
         super().read()
         valid = self.parts["valid"]
         if self.config.metric in ("r2", "pearson") and len(set(valid.labels)) < 2:
@@ -84,7 +88,7 @@ class ClassificationTask(FinetuneTask):
             )
             self.config.metric = "loss"
 
-    def build(self, folder):
+    def build(self, folder: Path) -> nn.Module:
         config, train = self.config, self.parts["train"]
         labels = data.LabelSet.from_examples(train)
         options = {"flags": train.width is not None, "allow_pickle": config.allow_pickle}
@@ -93,7 +97,7 @@ class ClassificationTask(FinetuneTask):
         self.name(labels)
         return model
 
-    def name(self, labels) -> None:
+    def name(self, labels: data.LabelSet) -> None:
         """Take the classes in the order of the model's outputs."""
         self.labels, given = labels, self.config.class_weights
         if not given:
@@ -111,26 +115,32 @@ class ClassificationTask(FinetuneTask):
             raise ConfigError("class_weights are 0 for all classes, expected one above 0")
         self.on_device = self.class_weights.to(self.device)
 
-    def check(self, folder):
+    def check(self, folder: Path) -> None:
         pairs = self.parts["train"].pairs is not None
         inputs.check(self.tokenizer, self.model, folder, self.config.max_length, pairs)
 
-    def report(self):
+    def report(self) -> data.Report:
         parts = [self.parts.get(name) for name in ("train", "valid", "test")]
         return data.dataset_report(*parts, self.tokenizer, self.config.max_length)
 
-    def encode(self, examples):
+    def encode(self, examples: data.Examples) -> list[dict]:
         return inputs.encoded_rows(self.tokenizer, examples, self.labels, self.config.max_length)
 
-    def weight(self, batch):
+    def weight(self, batch: Packed) -> float:
         if self.class_weights is not None:
             return float(self.class_weights[batch.targets].sum())
         return float(batch.targets.numel())
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: Packed) -> torch.Tensor:
         return self.summed_loss(self.logits(model, batch).float(), batch.targets, batch.real)
 
-    def summed_loss(self, logits, targets, real=None, reduction="sum"):
+    def summed_loss(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        real: torch.Tensor | None = None,
+        reduction: str = "sum",
+    ) -> torch.Tensor:
         """targets: `IGNORED` of what counts for nothing, or numbers. real: int64 [sequences]: 0
         where numbers do; None where all count. reduction: torch's."""
         if self.config.task == "single_label":
@@ -145,14 +155,14 @@ class ClassificationTask(FinetuneTask):
             return losses
         return torch.where(real.unsqueeze(1) > 0, losses.view(len(real), -1), 0).sum()
 
-    def tune(self, found):
+    def tune(self, found: list[np.ndarray]) -> dict:
         if not self.config.thresholds:
             return {}
         targets = np.array([row["labels"] for row in self.rows["valid"]])
         best = metrics.best_thresholds(np.stack(found), targets)
         return {"thresholds": dict(zip(self.labels.names, best, strict=True))}
 
-    def figures(self, name, found, brief=False):
+    def figures(self, name: str, found: list[np.ndarray], brief: bool = False) -> dict:
         rows, logits = self.rows[name], np.stack(found)
         if not brief:
             return scored(logits, rows, self.labels, self.decision)
@@ -160,7 +170,7 @@ class ClassificationTask(FinetuneTask):
         loss = metrics.mean_loss(logits, targets, self.config.task)
         return metrics.summary(logits, targets, self.config.task, loss)
 
-    def draw(self, out, found, results):
+    def draw(self, out: Path, found: dict[str, list[np.ndarray]], results: dict) -> None:
         if self.config.task != "single_label":
             return
         name = "test" if "test" in found else "valid"
@@ -169,7 +179,7 @@ class ClassificationTask(FinetuneTask):
         with outputs.optional(out / "confusion_matrix.png"):
             plots.confusion_matrix(truth, predicted, self.labels.names, out)
 
-    def card(self):
+    def card(self) -> str:
         return f"Classes: {', '.join(self.labels.names) or 'none (regression)'}"
 
 

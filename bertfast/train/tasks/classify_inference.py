@@ -1,12 +1,13 @@
 """Fine-tuned classifiers and regressors at work: `evaluate`, `predict`."""
 
+import argparse
 from collections.abc import Iterator
 
 import numpy as np
 
 from ... import data
 from ...model import BertForSequenceClassification, checkpoint
-from ...progress import Progress
+from ...progress import Progress, Say
 from .. import metrics, networks, opening
 from ..config import ConfigError
 from ..heads import label_set
@@ -17,7 +18,7 @@ from ..trained import Trained
 HEAD = opening.Head("SequenceClassification", BertForSequenceClassification, "classifier", False)
 
 
-def thresholds(decision: dict, labels) -> list[float] | None:
+def thresholds(decision: dict, labels: data.LabelSet) -> list[float] | None:
     """Of the classes, in the order of `labels`; None where 1/2 decides."""
     found = decision.get("thresholds")
     if found is None:
@@ -31,7 +32,7 @@ def thresholds(decision: dict, labels) -> list[float] | None:
     return [found[name] for name in labels.names]
 
 
-def scored(logits, rows, labels, decision) -> dict:
+def scored(logits: np.ndarray, rows: list[dict], labels: data.LabelSet, decision: dict) -> dict:
     """All metrics of logits; says which are not a number."""
     targets = np.array([row["labels"] for row in rows])
     loss = metrics.mean_loss(logits, targets, labels.task)
@@ -46,22 +47,32 @@ def scored(logits, rows, labels, decision) -> dict:
 class Classifier(Trained):
     """A fine-tuned model with its classes."""
 
-    def __init__(self, model, allow_pickle, device, precision):
+    def __init__(
+        self, model: str, allow_pickle: bool, device: str | None, precision: str | None
+    ) -> None:
         super().__init__(model, HEAD, allow_pickle, device, precision)
         self.labels = label_set(self.model)
         thresholds(self.decision, self.labels)  # that they fit
 
-    def check(self, max_length, pairs: bool) -> int:
+    def check(self, max_length: int | None, pairs: bool) -> int:
         return check(self.tokenizer, self.model, self.folder, max_length, pairs)
 
-    def encoded(self, examples, labels, max_length, warn=True):
+    def encoded(
+        self,
+        examples: data.Examples,
+        labels: data.LabelSet | None,
+        max_length: int | None,
+        warn: bool = True,
+    ) -> list[dict]:
         """`encoded_rows`; `warn` of unknown tokens."""
         rows = encoded_rows(self.tokenizer, examples, labels, max_length)
         if warn:
             warn_unknown(self.tokenizer, rows, examples.pairs is not None)
         return rows
 
-    def logits(self, examples, rows, tokens=networks.EVAL_TOKENS) -> np.ndarray:
+    def logits(
+        self, examples: data.Examples, rows: list[dict], tokens: int = networks.EVAL_TOKENS
+    ) -> np.ndarray:
         """fp32 [examples, outputs]"""
         found = self.outputs(rows, examples.place, tokens)
         return np.stack(found) if found else np.empty((0, self.model.config.num_labels), np.float32)
@@ -135,7 +146,7 @@ def predict_table(
     device: str | None = None,
     precision: str | None = None,
     batch_tokens: int = networks.EVAL_TOKENS,
-    say=None,
+    say: Say | None = None,
 ) -> Iterator[dict]:
     """`predict` for the rows of a table of any size, "-" for JSON lines on standard input, in their
     order, while it is read; columns and length as in `evaluate`. `say` is called with a line of
@@ -176,7 +187,7 @@ def _predicted(given: Classifier, examples, rows, tokens=networks.EVAL_TOKENS) -
     ]
 
 
-def inference_arguments(parser, labelled: bool) -> None:
+def inference_arguments(parser: argparse.ArgumentParser, labelled: bool) -> None:
     """`evaluate`'s (labelled) and `predict_table`'s settings as options."""
     text = "column of the text (default: the one trained with, or text)"
     parser.add_argument("--text-column", metavar="COLUMN", help=text)

@@ -1,13 +1,16 @@
 """Scores of pairs: how alike two texts are, or how well a document answers a query."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ... import data
+from ...files import StrPath
 from .. import heads, inputs, outputs, plots
 from ..config import FinetuneConfig, setting
 from .base import FinetuneTask
@@ -21,6 +24,9 @@ from .pairs_inference import (
     predict,
     predict_table,
 )
+
+if TYPE_CHECKING:
+    from ..packed import Packed
 
 __all__ = ["HELP", "Task", "evaluate", "inference_arguments", "predict", "predict_table"]
 
@@ -48,7 +54,7 @@ class PairsConfig(FinetuneConfig):
     label_column: str = setting("label", "column of the label, where documents are not in lists")
     positive_weight: float = setting(1.0, "of ranking: weight of relevant documents in the loss")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check("goal", self.goal in GOALS, f"one of {', '.join(GOALS)}")
         super().__post_init__()
         self._check("positive_weight", self.positive_weight > 0, "above 0")
@@ -58,18 +64,19 @@ class PairsConfig(FinetuneConfig):
         self.text_column = self.text_column or first
         self.text_pair_column = self.text_pair_column or second
 
-    def known_metrics(self):
+    def known_metrics(self) -> tuple[str, ...]:
         return GOALS[self.goal]
 
 
 class PairsTask(FinetuneTask):
     """Pairs of texts and their scores."""
 
+    config: PairsConfig
     Config = PairsConfig
     head = HEAD
     pipeline_tag = "text-ranking"
 
-    def load_part(self, path):
+    def load_part(self, path: StrPath) -> data.Examples:
         config = self.config
         columns = config.text_column, config.text_pair_column, config.label_column
         if config.goal == "ranking":
@@ -82,7 +89,7 @@ class PairsTask(FinetuneTask):
             return found
         return data.load_classification(path, *columns, task="regression")
 
-    def read(self):
+    def read(self) -> None:
         super().read()
         if self.config.goal == "ranking":
             self.largest = max(self.parts["train"].labels)
@@ -94,7 +101,7 @@ class PairsTask(FinetuneTask):
                     f"{self.parts[name].labels[0]:g}: similarity needs pairs that differ in it"
                 )
 
-    def build(self, folder):
+    def build(self, folder: Path) -> nn.Module:
         labels = data.LabelSet((), "regression")
         allow = self.config.allow_pickle
         options = {"allow_pickle": allow, "say": self.say}
@@ -106,22 +113,22 @@ class PairsTask(FinetuneTask):
         model.config.problem_type = "regression" if self.config.goal == "similarity" else None
         return model
 
-    def check(self, folder):
+    def check(self, folder: Path) -> None:
         length = inputs.check(self.tokenizer, self.model, folder, self.config.max_length, True)
         self.tokenizer.model_max_length = length  # which a CrossEncoder cuts pairs to
 
-    def report(self):
+    def report(self) -> data.Report:
         parts = [self.parts.get(name) for name in ("train", "valid", "test")]
         return data.dataset_report(*parts, self.tokenizer, self.config.max_length)
 
-    def encode(self, examples):
+    def encode(self, examples: data.Examples) -> list[dict]:
         rows = data.encode(self.tokenizer, examples.texts, examples.pairs, self.config.max_length)
         scale = 1 / self.largest if self.config.goal == "ranking" else 1
         for row, label in zip(rows, examples.labels, strict=True):
             row["labels"] = float(label) * scale
         return rows
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: "Packed") -> torch.Tensor:
         """Squared errors, or the cross entropy of relevances as shares of the largest."""
         scores, targets = self.logits(model, batch)[:, 0].float(), batch.targets.float()
         if self.config.goal == "similarity":
@@ -133,16 +140,16 @@ class PairsTask(FinetuneTask):
             )
         return losses.sum() if batch.real is None else torch.where(batch.real > 0, losses, 0).sum()
 
-    def figures(self, name, found, brief=False):
+    def figures(self, name: str, found: list[np.ndarray], brief: bool = False) -> dict:
         return figures(np.stack(found)[:, 0], self.parts[name], self.config.goal)
 
-    def draw(self, out, found, results):
+    def draw(self, out: Path, found: dict[str, list[np.ndarray]], results: dict) -> None:
         name = "test" if "test" in found else "valid"
         labels = np.asarray(self.parts[name].labels)
         with outputs.optional(out / "scores.png") as path:
             plots.scores(np.stack(found[name])[:, 0], labels, self.config.goal, path)
 
-    def card(self):
+    def card(self) -> str:
         if self.config.goal == "similarity":
             return "Its one output is the similarity, on the labels' scale."
         return "Its one output's sigmoid is the relevance; `CrossEncoder` ranks by it."

@@ -1,12 +1,14 @@
 """Fine-tuned scores of pairs at work: `evaluate`, `predict`."""
 
+import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from ... import data
 from ...model import checkpoint
-from ...progress import Progress
+from ...progress import Progress, Say
 from .. import networks, ranking
 from ..config import ConfigError
 from ..inputs import as_trained, check, warn_unknown
@@ -25,7 +27,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500)))
 
 
-def figures(logits: np.ndarray, examples, goal: str) -> dict:
+def figures(logits: np.ndarray, examples: data.Examples, goal: str) -> dict:
     """Metrics of outputs [n] for labelled pairs; says which are not a number."""
     labels = np.asarray(examples.labels, np.float64)
     if not np.isfinite(logits).all():
@@ -43,7 +45,16 @@ def figures(logits: np.ndarray, examples, goal: str) -> dict:
 class Scorer(Trained):
     """A fine-tuned model of one number for a pair, with its goal and columns."""
 
-    def __init__(self, model, goal, columns, max_length, allow_pickle, device, precision):
+    def __init__(
+        self,
+        model: str,
+        goal: str | None,
+        columns: Any,
+        max_length: int | None,
+        allow_pickle: bool,
+        device: str | None,
+        precision: str | None,
+    ) -> None:
         super().__init__(model, HEAD, allow_pickle, device, precision)
         if self.model.config.num_labels != 1:
             raise checkpoint.CheckpointError(
@@ -61,7 +72,7 @@ class Scorer(Trained):
         length = known["max_length"]
         self.max_length = check(self.tokenizer, self.model, self.folder, length, True)
 
-    def scores(self, examples, tokens=networks.EVAL_TOKENS) -> np.ndarray:
+    def scores(self, examples: data.Examples, tokens: int = networks.EVAL_TOKENS) -> np.ndarray:
         """The outputs of pairs, fp32 [n]."""
         pairs = examples.texts, examples.pairs
         rows = data.encode(self.tokenizer, *pairs, self.max_length)
@@ -140,7 +151,7 @@ def predict_table(
     device: str | None = None,
     precision: str | None = None,
     batch_tokens: int = networks.EVAL_TOKENS,
-    say=None,
+    say: Say | None = None,
 ) -> Iterator[dict]:
     """For each row of a table, "-" for JSON lines on standard input, {"score"}; for a query with a
     list of documents {"ranking": [{"document": its place in the list, from 0, "score"}, ...]}, the
@@ -175,7 +186,7 @@ def _rankings(scores, rows):
         yield {"ranking": [{"document": int(i), "score": float(own[i])} for i in order]}
 
 
-def inference_arguments(parser, labelled: bool) -> None:
+def inference_arguments(parser: argparse.ArgumentParser, labelled: bool) -> None:
     """`evaluate`'s (labelled) and `predict_table`'s settings as options."""
     text = "similarity or ranking (default: the one trained with, or similarity)"
     parser.add_argument("--goal", choices=GOALS, help=text)

@@ -1,20 +1,24 @@
 """Extractive question answering: the span of a context that answers a question, or none."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ... import data
-from ...data.question_report import question_report
-from ...data.questions import load_questions
+from ...data.question_report import QuestionReport, question_report
+from ...data.questions import Questions, load_questions
 from ...data.spans import question_windows
+from ...files import StrPath
+from ...progress import Say
 from .. import answers, inputs, opening, outputs
 from ..answer_plots import score_diffs
 from ..config import FinetuneConfig, setting
-from ..packed import IGNORED
+from ..packed import IGNORED, Packed
 from .base import FinetuneTask
 from .qa_inference import HEAD, evaluate, inference_arguments, predict_table, scored
 
@@ -43,7 +47,7 @@ class QAConfig(FinetuneConfig):
     answers_column: str | None = setting(None, "column of the answers (default: answers or answer)")
     id_column: str = setting("id", "column of the question's name, if there is one")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check("stride", self.stride >= 0, "0 or more")
         for name in ("max_query_length", "max_answer_length", "n_best"):
@@ -53,16 +57,17 @@ class QAConfig(FinetuneConfig):
 class QATask(FinetuneTask):
     """Questions over windows of their contexts; the first and the last token of the answer."""
 
+    config: QAConfig
     Config = QAConfig
     head = HEAD
     pipeline_tag = "question-answering"
 
-    def __init__(self, config, device, say=print):
+    def __init__(self, config: QAConfig, device: torch.device, say: Say = print) -> None:
         super().__init__(config, device, say)
         self.windows = {}  # of each part
         self.null = False  # whether a question may have no answer
 
-    def load_part(self, path):
+    def load_part(self, path: StrPath) -> Questions:
         config = self.config
         return load_questions(
             path,
@@ -72,7 +77,7 @@ class QATask(FinetuneTask):
             id_column=config.id_column,
         )
 
-    def read(self):
+    def read(self) -> None:
         super().read()
         none = {name: sum(not a for a in part.answers) for name, part in self.parts.items()}
         train = self.parts["train"]
@@ -86,7 +91,7 @@ class QATask(FinetuneTask):
                     "one, so the model will always give one"
                 )
 
-    def build(self, folder):
+    def build(self, folder: Path) -> nn.Module:
         config = self.config
         options = config.head, 2, config.allow_pickle
         model, new = opening.pretrained(folder, self.head, *options)
@@ -95,7 +100,7 @@ class QATask(FinetuneTask):
         self.say(f"head: {'new' if new else f'kept from {folder}'}")
         return model
 
-    def check(self, folder):
+    def check(self, folder: Path) -> None:
         config = self.config
         inputs.check(self.tokenizer, self.model, folder, config.max_length, pairs=True)
         for name, part in self.parts.items():
@@ -107,12 +112,12 @@ class QATask(FinetuneTask):
                 max_query_length=config.max_query_length,
             )
 
-    def report(self):
+    def report(self) -> QuestionReport:
         config = self.config
         lengths = config.max_length, config.max_answer_length
         return question_report(self.parts, self.windows, self.tokenizer, *lengths)
 
-    def encode(self, examples):
+    def encode(self, examples: Questions) -> list[dict]:
         name = next(n for n, part in self.parts.items() if part is examples)
         windows = self.windows[name]
         if name == "train":
@@ -120,10 +125,10 @@ class QATask(FinetuneTask):
         pairs = zip(windows.rows, windows.targets, strict=True)
         return [row | {"labels": target} for row, target in pairs]
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: Packed) -> torch.Tensor:
         return span_loss(self.logits(model, batch).float(), batch)
 
-    def figures(self, name, found, brief=False):
+    def figures(self, name: str, found: list[np.ndarray], brief: bool = False) -> dict:
         part = name, self.parts[name], self.windows[name], found
         predicted = self._predicted(name, found)
         if predicted is None:
@@ -153,13 +158,13 @@ class QATask(FinetuneTask):
         diffs = [p.diff for p in predicted]
         return {"null_threshold": answers.best_threshold(diffs, f1, answerable)[0]}
 
-    def tune(self, found):
+    def tune(self, found: list[np.ndarray]) -> dict:
         predicted = self._predicted("valid", found)
         if predicted is None:
             return {"null_threshold": 0.0 if self.null else None}
         return self._tuned("valid", predicted)
 
-    def draw(self, out, found, results):
+    def draw(self, out: Path, found: dict[str, list[np.ndarray]], results: dict) -> None:
         if not self.null:
             return
         name = "test" if "test" in found else "valid"
@@ -171,7 +176,7 @@ class QATask(FinetuneTask):
         with outputs.optional(out / "score_diffs.png") as path:
             score_diffs(diffs, answerable, self.decision["null_threshold"], path)
 
-    def card(self):
+    def card(self) -> str:
         config = self.config
         text = (
             f"Answers are spans of up to {config.max_answer_length} tokens, found in windows of "
@@ -186,7 +191,7 @@ class QATask(FinetuneTask):
         )
 
 
-def span_loss(logits: torch.Tensor, batch) -> torch.Tensor:
+def span_loss(logits: torch.Tensor, batch: Packed) -> torch.Tensor:
     """The mean of the cross entropies of starts and ends, each among the tokens of its window,
     summed over windows. logits: fp32 [tokens, 2]."""
     starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff()

@@ -1,16 +1,18 @@
 """Fine-tuned question answering at work: `evaluate`, `predict`."""
 
+import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from ... import data
-from ...data.questions import load_questions, read_questions
+from ...data.questions import Questions, load_questions, read_questions
 from ...data.spans import QuestionWindows, question_windows
 from ...model import checkpoint
 from ...model.token_heads import BertForQuestionAnswering
-from ...progress import Progress
+from ...progress import Progress, Say
 from .. import answers, networks, opening
 from ..config import ConfigError
 from ..inputs import as_trained, check
@@ -21,7 +23,14 @@ HEAD = opening.Head("QuestionAnswering", BertForQuestionAnswering, "qa_outputs",
 _LENGTHS = ("max_length", "stride", "max_query_length", "max_answer_length", "n_best")
 
 
-def scored(questions, windows, found, predicted, threshold, brief=False) -> dict:
+def scored(
+    questions: Questions,
+    windows: QuestionWindows,
+    found: list[np.ndarray],
+    predicted: Sequence[Any],
+    threshold: float | None,
+    brief: bool = False,
+) -> dict:
     """The metrics of predictions; their scores by SQuAD 1.1's script where every question has an
     answer and gets one, else by SQuAD 2's."""
     gold = [[a.text for a in own] for own in questions.answers]
@@ -41,7 +50,14 @@ def scored(questions, windows, found, predicted, threshold, brief=False) -> dict
 class Answerer(Trained):
     """A fine-tuned model, and how long its windows and answers are."""
 
-    def __init__(self, model, allow_pickle, device, precision, **lengths):
+    def __init__(
+        self,
+        model: str,
+        allow_pickle: bool,
+        device: str | None,
+        precision: str | None,
+        **lengths: int | None,
+    ) -> None:
         super().__init__(model, HEAD, allow_pickle, device, precision)
         known = as_trained(self.folder, "qa", **{name: lengths.get(name) for name in _LENGTHS})
         limits = {"max_answer_length": 1, "n_best": 1, "max_query_length": 1, "stride": 0}
@@ -72,7 +88,7 @@ class Answerer(Trained):
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ConfigError(f"null_threshold is {value!r}, expected a number or none")
 
-    def windows(self, questions, warn=True) -> QuestionWindows:
+    def windows(self, questions: Questions, warn: bool = True) -> QuestionWindows:
         """Says which questions are cut."""
         found = question_windows(self.tokenizer, questions, **self.windowing)
         if found.cut and warn:
@@ -83,7 +99,9 @@ class Answerer(Trained):
             )
         return found
 
-    def logits(self, questions, windows, tokens=networks.EVAL_TOKENS) -> list[np.ndarray]:
+    def logits(
+        self, questions: Questions, windows: QuestionWindows, tokens: int = networks.EVAL_TOKENS
+    ) -> list[np.ndarray]:
         """fp32 [tokens, 2] of each window."""
         return self.outputs(windows.rows, lambda i: questions.place(windows.question[i]), tokens)
 
@@ -149,7 +167,7 @@ def predict_table(
     device: str | None = None,
     precision: str | None = None,
     batch_tokens: int = networks.EVAL_TOKENS,
-    say=None,
+    say: Say | None = None,
 ) -> Iterator[dict]:
     """The answers of a table's questions (or SQuAD's JSON), in their order, while it is read:
     {"id", "answer", "start", "end", "context", "score", "probability", "null_score"}.
@@ -209,7 +227,7 @@ def _span(questions, i, span, probability) -> dict:
     return {"answer": text, **places, "score": span.score, "probability": probability}
 
 
-def inference_arguments(parser, labelled: bool) -> None:
+def inference_arguments(parser: argparse.ArgumentParser, labelled: bool) -> None:
     """`evaluate`'s (labelled) and `predict_table`'s settings as options."""
     names = ["question", "context", *["answers"] * labelled, "id"]
     for name in names:

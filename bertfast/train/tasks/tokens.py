@@ -1,20 +1,26 @@
 """Tagging words: named entities, parts of speech."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ... import data
 from ...data.aligned import Aligned, align, check_shared
 from ...data.tag_schemes import SCHEMES, parts
-from ...data.tagged import load_tagged
-from ...data.tagged_report import tagged_report
+from ...data.tagged import Tagged, load_tagged
+from ...data.tagged_report import Report, tagged_report
 from ...data.text_spans import signed_forms
+from ...files import StrPath
+from ...progress import Say
 from .. import heads, inputs, opening, outputs
 from ..config import ConfigError, FinetuneConfig, setting
-from ..packed import IGNORED
+from ..packed import IGNORED, Packed
 from . import tokens_plots as plots
 from .base import FinetuneTask
 from .tokens_inference import (
@@ -66,7 +72,7 @@ class TokensConfig(FinetuneConfig):
     )
     class_weights: dict[str, float] = setting(dict, "tag=weight or type=weight in the loss, else 1")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in COLUMNS:
             setattr(self, name, getattr(self, name) or None)
         super().__post_init__()
@@ -81,23 +87,24 @@ class TokensConfig(FinetuneConfig):
 class TokensTask(FinetuneTask):
     """Words and their tags."""
 
+    config: TokensConfig
     Config = TokensConfig
     head = HEAD
     pipeline_tag = "token-classification"
     tags = class_weights = on_device = None
 
-    def __init__(self, config, device, say=print):
+    def __init__(self, config: TokensConfig, device: torch.device, say: Say = print) -> None:
         super().__init__(config, device, say)
         self.aligned: dict[str, Aligned] = {}
         self.encoded: dict[str, Encoded] = {}
         # Whether all sub-words have outputs, or each word's first alone.
         self.every = config.label_all or config.strategy != "first"
 
-    def load_part(self, path):
+    def load_part(self, path: StrPath) -> Tagged:
         columns = {name: getattr(self.config, name) for name in COLUMNS}
         return load_tagged(path, self.config.scheme, **columns_of(path, columns))
 
-    def read(self):
+    def read(self) -> None:
         super().read()
         train = self.parts["train"]
         if self.config.spaced is None:  # for predictions later, whatever they are of
@@ -110,7 +117,7 @@ class TokensTask(FinetuneTask):
                     f"train and {name} of one kind, or --scheme plain"
                 )
 
-    def build(self, folder):
+    def build(self, folder: Path) -> nn.Module:
         config = self.config
         labels = data.LabelSet(self._names(folder))
         options = {"allow_pickle": config.allow_pickle, "say": self.say}
@@ -133,7 +140,7 @@ class TokensTask(FinetuneTask):
         kept = self.config.head == "auto" and self.head.of_another(config) is None
         return own if kept and names < {*own} else tuple(sorted(names))
 
-    def name(self, names) -> None:
+    def name(self, names: Sequence[str]) -> None:
         """Take the tags in the order of the model's outputs."""
         self.tags, given = Tags(names), self.config.class_weights
         if not given:
@@ -151,7 +158,7 @@ class TokensTask(FinetuneTask):
             raise ConfigError("class_weights are 0 for all tags, expected one above 0")
         self.on_device = self.class_weights.to(self.device)
 
-    def check(self, folder):
+    def check(self, folder: Path) -> None:
         config = self.config
         inputs.check(self.tokenizer, self.model, folder, config.max_length, pairs=False)
         for name, part in self.parts.items():
@@ -165,10 +172,10 @@ class TokensTask(FinetuneTask):
             )
             check_shared(self.aligned[name], part)
 
-    def report(self):
+    def report(self) -> Report:
         return tagged_report(self.parts, self.aligned, self.tokenizer, self.config.max_length)
 
-    def encode(self, examples):
+    def encode(self, examples: Tagged) -> list[dict]:
         name = next(name for name, part in self.parts.items() if part is examples)
         tags = self.tags.encode(examples)
         own = encoded(self.aligned[name], self.every, tags, self.config.label_all)
@@ -177,28 +184,28 @@ class TokensTask(FinetuneTask):
         self.encoded[name] = own
         return own.rows
 
-    def weight(self, batch):
+    def weight(self, batch: Packed) -> float:
         real = batch.labels[batch.labels != IGNORED]
         if self.class_weights is not None:
             return float(self.class_weights[real].sum())
         return float(len(real))
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: Packed) -> torch.Tensor:
         logits = self.logits(model, batch).float()
         more = {"weight": self.on_device, "ignore_index": IGNORED}
         return F.cross_entropy(logits, batch.labels, reduction="sum", **more)
 
-    def tune(self, found):
+    def tune(self, found: list[np.ndarray]) -> dict:
         """Of words the forms that texts are not to be split within, so that they are read alike."""
         train = self.parts["train"]
         forms = signed_forms(train.words) if train.texts is None else []
         return {"forms": forms} if forms else {}
 
-    def figures(self, name, found, brief=False):
+    def figures(self, name: str, found: list[np.ndarray], brief: bool = False) -> dict:
         how = self.tags, self.config.strategy, self.every
         return scored(self.encoded[name], found, self.parts[name], *how, brief=brief)
 
-    def draw(self, out, found, results):
+    def draw(self, out: Path, found: dict[str, list[np.ndarray]], results: dict) -> None:
         if self.tags.plain:
             return
         name = "test" if "test" in found else "valid"
@@ -210,7 +217,7 @@ class TokensTask(FinetuneTask):
             chosen = words_tagged(self.encoded[name], own, part, *how)
             plots.score_histogram(part.tags, chosen, path)
 
-    def card(self):
+    def card(self) -> str:
         config, names = self.config, ", ".join(self.tags.names)
         if self.tags.plain:
             return f"Tags: {names}"

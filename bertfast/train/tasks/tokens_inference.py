@@ -1,6 +1,8 @@
 """Fine-tuned taggers at work: `evaluate`, `predict`."""
 
+import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -9,9 +11,10 @@ from ...data.aligned import align, warn_silent
 from ...data.conll import is_conll
 from ...data.tagged import Tagged, load_tagged, read_tagged
 from ...data.text_spans import split_words
+from ...files import StrPath
 from ...model import checkpoint
 from ...model.token_heads import BertForTokenClassification
-from ...progress import Progress
+from ...progress import Progress, Say
 from .. import networks, opening
 from ..config import ConfigError
 from ..entities import STRATEGIES, scored_entities
@@ -30,7 +33,7 @@ def stride_of(stride: int | None, max_length: int) -> int:
     return max_length // 4 if stride is None else stride
 
 
-def columns_of(path, names: dict) -> dict:
+def columns_of(path: StrPath, names: dict) -> dict:
     """Names of columns for a reader of `path`: CoNLL has none, whatever other files have."""
     return {} if is_conll(path) else {name: column for name, column in names.items() if column}
 
@@ -53,7 +56,14 @@ def check_strategy(strategy: str) -> None:
 class Tagger(Trained):
     """A fine-tuned model, and how it reads its rows: as it was trained, where None is given."""
 
-    def __init__(self, model, allow_pickle, device, precision, **given):
+    def __init__(
+        self,
+        model: str,
+        allow_pickle: bool,
+        device: str | None,
+        precision: str | None,
+        **given: Any,
+    ) -> None:
         super().__init__(model, HEAD, allow_pickle, device, precision)
         config = self.model.config
         self.tags = Tags(str(config.id2label[i]) for i in range(self.model.num_labels))
@@ -80,17 +90,21 @@ class Tagger(Trained):
             tell(f"warning: {data.unknown_text(share)}")
         return out
 
-    def logits(self, examples, given: Encoded, tokens=networks.EVAL_TOKENS) -> list[np.ndarray]:
+    def logits(
+        self, examples: Tagged, given: Encoded, tokens: int = networks.EVAL_TOKENS
+    ) -> list[np.ndarray]:
         return self.outputs(given.rows, lambda row: given.place(examples, row), tokens)
 
-    def predicted(self, examples: Tagged, given: Encoded, tokens=networks.EVAL_TOKENS):
+    def predicted(
+        self, examples: Tagged, given: Encoded, tokens: int = networks.EVAL_TOKENS
+    ) -> Iterator[Any]:
         """What `predict` gives, row by row."""
         found = self.logits(examples, given, tokens)
         how = self.tags, self.strategy, self.every
         for i, (tags, scores) in enumerate(words_tagged(given, found, examples, *how)):
             yield self.told(examples, i, tags, scores)
 
-    def told(self, examples: Tagged, i: int, tags, scores) -> dict:
+    def told(self, examples: Tagged, i: int, tags: list[str], scores: np.ndarray) -> dict:
         words = {"tags": tags} if examples.texts is None or self.tags.plain else {}
         if self.tags.plain:
             return {"words": examples.words[i]} | words | {"scores": [float(s) for s in scores]}
@@ -189,7 +203,7 @@ def predict_table(
     device: str | None = None,
     precision: str | None = None,
     batch_tokens: int = networks.EVAL_TOKENS,
-    say=None,
+    say: Say | None = None,
 ) -> Iterator[dict]:
     """`predict` for the rows of a file of any size, CoNLL or a table, "-" for JSON lines on
     standard input, in their order, while it is read. `say` is called with a line of progress, now
@@ -216,7 +230,7 @@ def predict_table(
     return rows()
 
 
-def inference_arguments(parser, labelled: bool) -> None:
+def inference_arguments(parser: argparse.ArgumentParser, labelled: bool) -> None:
     """`evaluate`'s (labelled) and `predict_table`'s settings as options."""
     import argparse
 

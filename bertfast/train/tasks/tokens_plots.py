@@ -1,5 +1,8 @@
 """Pictures of entities, as PNG."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from ..entities import entities_of, scored_entities
@@ -8,7 +11,7 @@ from ..plots import _figure, _label
 SHOWN = 40  # types, those with the most entities
 
 
-def entity_f1(per_type: dict, path) -> None:
+def entity_f1(per_type: dict, path: Path) -> None:
     """F1, precision and recall of each type. ValueError where there is none."""
     if not per_type:
         raise ValueError("there are no entities, neither true nor found")
@@ -30,7 +33,9 @@ def entity_f1(per_type: dict, path) -> None:
     figure.savefig(path)
 
 
-def score_histogram(truth, found, path) -> None:
+def score_histogram(
+    truth: Sequence[list[str]], found: Sequence[tuple[list[str], np.ndarray]], path: Path
+) -> None:
     """Scores of the entities that were found, right and wrong ones.
 
     truth: IOB2 tags of each row. found: (tags, scores [words]) of each.

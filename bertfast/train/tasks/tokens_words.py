@@ -1,6 +1,7 @@
 """Words, rows for a model, and tags out of its outputs: what training and inference share."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ class Tags:
     and I- alone, or those of BIOES or BILOU, which are brought to IOB2.
     """
 
-    def __init__(self, names):
+    def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
         letters = {parts(name)[0] for name in self.names}
         self.plain, self.iob2 = letters == {"O"}, letters <= {"O", "B", "I"}
@@ -63,7 +64,9 @@ class Encoded:
         return examples.place(self.aligned.windows[self.windows[row]].example)
 
 
-def encoded(aligned: Aligned, every: bool, tags=None, label_all: bool = False) -> Encoded:
+def encoded(
+    aligned: Aligned, every: bool, tags: list[np.ndarray] | None = None, label_all: bool = False
+) -> Encoded:
     """every: outputs for all sub-words, or for each word's first. tags: `Tags.encode`'s, where
     there are targets: at the first sub-words, with label_all at all."""
     out = Encoded(aligned, [], [])

@@ -1,13 +1,18 @@
 """Translation by a BERT encoder and decoder; any text into another, summaries too."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
+from torch import nn
 
 from ... import data
-from ...data.translation_report import pair_report
+from ...data.translation_report import PairReport, pair_report
+from ...files import StrPath
 from ...model import BertEncoderDecoder
 from ...model.presets import bert_config
 from ...model.translation_checkpoint import make_config, read_kind
@@ -28,6 +33,9 @@ from .translate_inference import (
     summed_loss,
     translated,
 )
+
+if TYPE_CHECKING:
+    from ...data.translations import Translations
 
 __all__ = ["HELP", "Task", "evaluate", "inference_arguments", "predict_table"]
 
@@ -57,7 +65,7 @@ class TranslateConfig(FinetuneConfig):
     length_penalty: float = setting(1.0, "above 0 prefers long translations, below short ones")
     eval_rows: int = setting(500, "validation rows that an evaluation translates, greedily")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check("head", self.head == "auto", "auto: a decoder has one of its own kind")
         for name in ("num_beams", "eval_rows"):
@@ -67,7 +75,7 @@ class TranslateConfig(FinetuneConfig):
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to less than 1")
 
     @property
-    def fresh_weights(self):
+    def fresh_weights(self) -> bool:
         return bool(self.size)
 
 
@@ -81,13 +89,14 @@ class Found(NamedTuple):
 class TranslationTask(FinetuneTask):
     """Pairs of a text and its translation."""
 
+    config: TranslateConfig
     Config = TranslateConfig
     pipeline_tag = "translation"
 
-    def load_part(self, path):
+    def load_part(self, path: StrPath) -> "Translations":
         return data.load_translations(path, self.config.source_column, self.config.target_column)
 
-    def build(self, folder):
+    def build(self, folder: Path) -> nn.Module:
         config, start, end = self.config, self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         if start is None or end is None:
             raise ConfigError(
@@ -124,7 +133,7 @@ class TranslationTask(FinetuneTask):
                 )
         return BertEncoderDecoder.from_pretrained(folder, allow_pickle=self.config.allow_pickle)
 
-    def check(self, folder):
+    def check(self, folder: Path) -> None:
         import sacrebleu  # noqa: F401  where it lacks, no run should start
 
         config, model = self.config, self.model
@@ -134,10 +143,10 @@ class TranslationTask(FinetuneTask):
         if config.max_length > limit:
             raise ConfigError(f"max_length is {config.max_length}, the encoder takes up to {limit}")
 
-    def report(self):
+    def report(self) -> PairReport:
         return pair_report(self.parts, self.tokenizer, self.config.max_length)
 
-    def encode(self, examples):
+    def encode(self, examples: "Translations") -> list[dict]:
         """`input_ids`, and `labels`: a target without its start, with its end."""
         longest = self.config.max_length
         rows, _ = encode_sources(self.tokenizer, examples.sources, longest)
@@ -149,43 +158,45 @@ class TranslationTask(FinetuneTask):
     def _lengths(self, part: str):
         return [len(row["input_ids"]) + len(row["labels"]) for row in self.rows[part]]
 
-    def batches(self, part):
+    def batches(self, part: int) -> list[list[int]]:
         config = self.config
         return data.batches(
             self._lengths("train"), config.batch_size, config.seed, part, config.batch_tokens
         )
 
-    def load(self, batch):
+    def load(self, batch: list[int]) -> Pairs:
         start = self.model.config.decoder_start_token_id
         return Pairs.of_rows([self.rows["train"][i] for i in batch], start)
 
-    def weight(self, batch):
+    def weight(self, batch: Pairs) -> float:
         return float(len(batch.labels))
 
-    def tokens(self, batch):
+    def tokens(self, batch: Pairs) -> int:
         return len(batch.input_ids) + len(batch.labels)
 
-    def count(self, model):
+    def count(self, model: nn.Module) -> None:
         self.products = Translation(model)
 
-    def flops(self, batch):
+    def flops(self, batch: Pairs) -> float:
         sides = np.diff(batch.cu_seqlens), np.diff(batch.decoder_cu_seqlens)
         return self.products.flops(*sides) if self.products else 0.0
 
-    def work(self, batches):
+    def work(self, batches: list) -> tuple[int, float]:
         rows = [self.rows["train"][i] for batch in batches for i in batch]
         sides = [[len(row[k]) for row in rows] for k in ("input_ids", "labels")]
         return sum(map(sum, sides)), self.products.flops(*sides) if self.products else 0.0
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: Pairs) -> torch.Tensor:
         pairs = batch.to(self.device)
         return model.loss_packed(*pairs, self.config.label_smoothing)[0]
 
-    def score(self, model, batch):
+    def score(self, model: nn.Module, batch: Any) -> Any:
         """batch: a function of the model."""
         return batch(model)
 
-    def outputs(self, name, model, score=None, ranks=None) -> Found:
+    def outputs(
+        self, name: str, model: nn.Module, score: Callable | None = None, ranks: Ranks | None = None
+    ) -> Found:
         """Of validation the first `eval_rows`, greedily; of other parts all, by beam search."""
         config, score = self.config, score or partial(self.score, model)
         share = (lambda found: [(b, 1.0) for b in found]) if ranks is None else ranks.share
@@ -209,11 +220,11 @@ class TranslationTask(FinetuneTask):
         loss = sum(total for _, total, _ in every) / sum(count for *_, count in every)
         return Found([texts[i] for i in range(len(rows))], loss)
 
-    def evaluate(self, model, score):
+    def evaluate(self, model: nn.Module, score: Callable) -> dict:
         found = self.outputs("valid", model, score, Ranks(self.config.parallel))
         return self.figures("valid", found, brief=True)
 
-    def figures(self, name, found, brief=False):
+    def figures(self, name: str, found: Found, brief: bool = False) -> dict:
         targets = self.parts[name].targets[: len(found.texts)]
         result = scores(self.tokenizer, found.texts, targets) | {"loss": found.loss}
         if brief:
@@ -221,7 +232,7 @@ class TranslationTask(FinetuneTask):
         beams = 1 if name == "valid" else self.config.num_beams
         return result | {"examples": len(targets), "num_beams": beams}
 
-    def card(self):
+    def card(self) -> str:
         config = self.config
         return (
             "An encoder and a decoder: transformers' `EncoderDecoderModel`. By sacrebleu, of the "

@@ -1,23 +1,29 @@
 """Translating models at work: `evaluate`, `predict`, and what both and training make of texts."""
 
+import argparse
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tokenizers.models import WordPiece
+from torch import nn
 
 from ... import data
+from ...files import StrPath
 from ...freeze import freeze
 from ...model import BertEncoderDecoder, checkpoint
 from ...model.tokenizer import load_tokenizer
-from ...progress import Progress
+from ...progress import Progress, Say
 from .. import networks
 from ..config import ConfigError
 from ..inputs import as_trained
 from ..outputs import say
 from ..packed_pairs import Pairs
 from .base import choose_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_ROWS = 256  # beams of sources that are decoded side by side
 _INSIDE = re.compile(r"(?<=\w) (['\u2019\-]) (?=\w)|(?<=\d) ([.,:]) (?=\d)")
@@ -31,7 +37,7 @@ class Search(NamedTuple):
     length_penalty: float
     max_length: int  # tokens of a target
 
-    def check(self, model) -> "Search":
+    def check(self, model: BertEncoderDecoder) -> "Search":
         """Raises ConfigError for what the model can't do."""
         limit = model.config.decoder.max_position_embeddings
         for name, good, expected in (
@@ -48,7 +54,7 @@ def _backend(tokenizer):
     return getattr(tokenizer, "backend_tokenizer", None)
 
 
-def text_of(tokenizer, ids) -> str:
+def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     """Token ids as text. WordPiece's words are put together as they are written: "l ' arbre ." is
     "l'arbre.", "2 . 5" is "2.5"; what they can't tell, a hyphen between spaces, say, is taken for
     the commoner case."""
@@ -59,7 +65,9 @@ def text_of(tokenizer, ids) -> str:
     return _BEHIND.sub(r"\1", _BEFORE.sub(r"\1", text))
 
 
-def encode_sources(tokenizer, texts, max_length) -> tuple[list[dict], list[bool]]:
+def encode_sources(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int | None
+) -> tuple[list[dict], list[bool]]:
     """Rows of `input_ids`, and which of them were cut."""
     rows = data.encode(tokenizer, texts)
     whole = [row["input_ids"] for row in rows]
@@ -71,13 +79,13 @@ def encode_sources(tokenizer, texts, max_length) -> tuple[list[dict], list[bool]
     return rows, cut
 
 
-def lowercases(tokenizer) -> bool:
+def lowercases(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer makes no difference between upper and lower case."""
     normalizer = getattr(_backend(tokenizer), "normalizer", None)
     return normalizer is not None and normalizer.normalize_str("A") == "a"
 
 
-def scores(tokenizer, found: list[str], targets: list[str]) -> dict:
+def scores(tokenizer: "PreTrainedTokenizerBase", found: list[str], targets: list[str]) -> dict:
     """BLEU (Post, arXiv:1804.08771) and chrF of a corpus, by sacrebleu, with its signatures; of a
     tokenizer without upper case both sides in lower case."""
     from sacrebleu.metrics import BLEU, CHRF
@@ -88,7 +96,14 @@ def scores(tokenizer, found: list[str], targets: list[str]) -> dict:
     return result | {"signatures": {k: str(m.get_signature()) for k, m in both.items()}}
 
 
-def translated(model, tokenizer, rows, search: Search, tokens=networks.EVAL_TOKENS, scored=True):
+def translated(
+    model: BertEncoderDecoder,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[dict],
+    search: Search,
+    tokens: int = networks.EVAL_TOKENS,
+    scored: bool = True,
+) -> list[Any]:
     """[(text, score)] of rows, in their order, decoded in order of length; see `Generated.scores`
     (0.0 unless `scored`)."""
     ends = ends_of(model)
@@ -113,7 +128,9 @@ def translated(model, tokenizer, rows, search: Search, tokens=networks.EVAL_TOKE
 
 
 @torch.no_grad()
-def summed_loss(model, rows, batches) -> tuple[float, float]:
+def summed_loss(
+    model: BertEncoderDecoder, rows: list[dict], batches: Iterable[list[int]]
+) -> tuple[float, float]:
     """The summed cross entropy of targets, and their tokens."""
     total, count = 0.0, 0
     for chosen in batches:
@@ -129,7 +146,9 @@ class Translator:
     precision: of `bertfast.freeze`, on a CPU, for the encoder; the decoder stays in fp32.
     """
 
-    def __init__(self, model, allow_pickle, device, precision):
+    def __init__(
+        self, model: str, allow_pickle: bool, device: str | None, precision: str | None
+    ) -> None:
         if precision is not None and device == "cuda":
             raise ConfigError(f"precision {precision} is for a CPU, device is 'cuda'; drop one")
         self.folder = checkpoint.resolve(model)
@@ -142,10 +161,14 @@ class Translator:
         self.tokenizer = load_tokenizer(self.folder)
         check_tokenizer(self.tokenizer, self.model, self.folder)
 
-    def search(self, num_beams, length_penalty, max_length) -> Search:
+    def search(
+        self, num_beams: int | None, length_penalty: float | None, max_length: int | None
+    ) -> Search:
         return Search(num_beams, length_penalty, max_length).check(self.model)
 
-    def encoded(self, texts, max_length, place) -> list[dict]:
+    def encoded(
+        self, texts: Sequence[str], max_length: int | None, place: Callable[[int], str]
+    ) -> list[dict]:
         limit = self.model.config.encoder.max_position_embeddings
         rows, cut = encode_sources(self.tokenizer, texts, min(max_length, limit))
         if any(cut):
@@ -154,13 +177,15 @@ class Translator:
         return rows
 
 
-def ends_of(model) -> list[int]:
+def ends_of(model: nn.Module) -> list[int]:
     """The tokens that end a target."""
     ends = model.config.eos_token_id
     return [ends] if isinstance(ends, int) else ends or []
 
 
-def check_tokenizer(tokenizer, model, folder) -> None:
+def check_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", model: nn.Module, folder: StrPath
+) -> None:
     """CheckpointError where it gives ids that the model has no embedding for, or texts that don't
     begin and end as the model's targets do."""
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -235,7 +260,7 @@ def predict_table(
     device: str | None = None,
     precision: str | None = None,
     batch_tokens: int = networks.EVAL_TOKENS,
-    say=None,
+    say: Say | None = None,
 ) -> Iterator[dict]:
     """{"translation": text, "score": number} for the rows of a file of any size, in their order,
     while it is read; see `data.read_sources`, and `evaluate` for the settings. The model is loaded
@@ -260,7 +285,7 @@ def predict_table(
     return lines()
 
 
-def inference_arguments(parser, labelled: bool) -> None:
+def inference_arguments(parser: argparse.ArgumentParser, labelled: bool) -> None:
     """`evaluate`'s (labelled) and `predict_table`'s settings as options."""
     text = "column of the text (default: the one trained with; the first, where there is no header)"
     parser.add_argument("--source-column", metavar="COLUMN", help=text)
