@@ -61,6 +61,7 @@ def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     if not isinstance(getattr(_backend(tokenizer), "model", None), WordPiece):
         return tokenizer.decode(ids, skip_special_tokens=True)
     pieces = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
+    pieces = [piece for piece in pieces if piece is not None]  # of rows that no word has
     text = _INSIDE.sub(lambda m: m[1] or m[2], " ".join(pieces).replace(" ##", ""))
     return _BEHIND.sub(r"\1", _BEFORE.sub(r"\1", text))
 
