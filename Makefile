@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
+RELEASE_INSTALLED := $(VENV)/.release-installed
+DIST ?= dist
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 OPERATOR_TESTS = $(wildcard $(addprefix tests/*/test_,fuzz.py frozen.py node.py whole_cpu.py whole_kinds.py attention_*.py *_cuda.py cuda_*.py $(notdir $(wildcard bertfast/ops/*.py))))
@@ -12,7 +14,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report lint format build clean
+.PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report lint format build wheel clean
 
 demo: build ## fine-tune MiniLM on docstrings and compare with transformers
 	$(BIN)/python examples/docstrings.py --out build/demo
@@ -55,6 +57,17 @@ bench: build $(BENCH_INSTALLED) ## what a CPU can show beside its rivals, and th
 report: build ## tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
+# libgomp is torch's, by its soname: a second one's threads would take turns with torch's, and go by
+# other settings. Of libstdc++ what is used is linked in, as the compiler's is newer than old systems'.
+wheel: $(RELEASE_INSTALLED) ## dist/: an sdist, and of it a wheel with every instruction set and no CUDA
+	rm -rf $(DIST) build/wheel
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt BERTFAST_CUDA=off \
+	LDFLAGS="-static-libstdc++ -Wl,--exclude-libs,libstdc++.a,--gc-sections" \
+	$(BIN)/python -m build --outdir build/wheel
+	$(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) build/wheel/*.whl
+	cp build/wheel/*.tar.gz $(DIST)
+	$(BIN)/twine check --strict $(DIST)/*
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,5 +100,10 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	$(INSTALL) --no-build-isolation -e '.[bench]'
 	@touch $@
 
+# What the wheel is made and checked with, which nothing else needs.
+$(RELEASE_INSTALLED): $(INSTALLED)
+	$(INSTALL) --no-build-isolation -e '.[release]'
+	@touch $@
+
 clean: ## everything built; the environment stays
-	rm -rf build *.egg-info bertfast/*.so
+	rm -rf build dist *.egg-info bertfast/*.so

@@ -4,7 +4,7 @@ from .encoder import executor
 from .freeze import freeze
 from .ops import backend
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # transformers takes seconds to import, and operators don't need it: these come when asked for.
 _MODELS = (
