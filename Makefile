@@ -102,7 +102,7 @@ $(BENCH_INSTALLED): $(INSTALLED)
 
 # What the wheel is made and checked with, which nothing else needs.
 $(RELEASE_INSTALLED): $(INSTALLED)
-	$(INSTALL) --no-build-isolation -e '.[release]'
+	$(INSTALL) --group release
 	@touch $@
 
 clean: ## everything built; the environment stays
