@@ -57,8 +57,9 @@ bench: build $(BENCH_INSTALLED) ## what a CPU can show beside its rivals, and th
 report: build ## tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
-# libgomp is torch's, by its soname: a second one's threads would take turns with torch's, and go by
-# other settings. Of libstdc++ what is used is linked in, as the compiler's is newer than old systems'.
+# Without libgomp: torch's is loaded first and serves, whose threads and settings are then ours; a copy
+# would lie unused, and ask for glibc 2.34. Of libstdc++ what is used is linked in: it is newer than
+# old systems'.
 wheel: $(RELEASE_INSTALLED) ## dist/: an sdist, and of it a wheel with every instruction set and no CUDA
 	rm -rf $(DIST) build/wheel
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt BERTFAST_CUDA=off \
