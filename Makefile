@@ -6,6 +6,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
+RELEASE_INSTALLED := $(VENV)/.release-installed
+DIST ?= dist
 EXTENSION := build/.extension
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 OPERATOR_TESTS = $(wildcard $(addprefix tests/*/test_,fuzz.py frozen.py node.py whole_cpu.py whole_kinds.py attention_*.py *_cuda.py cuda_*.py $(notdir $(wildcard bertfast/ops/*.py))))
@@ -13,7 +15,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report docs lint format build clean
+.PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report docs lint format build wheel clean
 
 demo: build ## fine-tune MiniLM on docstrings and compare with transformers
 	$(BIN)/python examples/docstrings.py --out build/demo
@@ -59,6 +61,18 @@ report: build ## tables and plots from benchmarks/results
 docs: $(DOCS_INSTALLED) ## the site, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# Without libgomp: torch's is loaded first and serves, whose threads and settings are then ours; a copy
+# would lie unused, and ask for glibc 2.34. Of libstdc++ what is used is linked in: it is newer than
+# old systems'.
+wheel: $(RELEASE_INSTALLED) ## dist/: an sdist, and of it a wheel with every instruction set and no CUDA
+	rm -rf $(DIST) build/wheel
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt BERTFAST_CUDA=off \
+	LDFLAGS="-static-libstdc++ -Wl,--exclude-libs,libstdc++.a,--gc-sections" \
+	$(BIN)/python -m build --outdir build/wheel
+	$(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) build/wheel/*.whl
+	cp build/wheel/*.tar.gz $(DIST)
+	$(BIN)/twine check --strict $(DIST)/*
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,5 +111,10 @@ $(DOCS_INSTALLED): $(INSTALLED)
 	$(INSTALL) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
+# What the wheel is made and checked with, which nothing else needs.
+$(RELEASE_INSTALLED): $(INSTALLED)
+	$(INSTALL) --group release
+	@touch $@
+
 clean: ## everything built; the environment stays
-	rm -rf build *.egg-info bertfast/*.so
+	rm -rf build dist *.egg-info bertfast/*.so

@@ -7,7 +7,7 @@ from .encoder import executor
 from .freeze import freeze
 from .ops import backend
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BertEncoderDecoder",

@@ -331,6 +331,8 @@ def _info(args):
         return
     backends, executors = found.pop("backends"), found.pop("executors")
     rows = {name.replace("_", " "): value for name, value in found.items()}
+    if found.get("cuda_built") is False:
+        rows["cuda built"] = "no: a GPU runs the Triton kernels (BERTFAST_CUDA=on builds CUDA's)"
     for name, why in executors.items():
         rows[f"executor {name}"] = f"not here: {why}" if why else "ready"
     rows |= {f"backends of {name}": own for name, own in backends.items()}

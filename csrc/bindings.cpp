@@ -9,6 +9,11 @@
 #include "cuda/bindings.h"
 #endif
 
+// std::shared_ptr asks glibc 2.32 for this; a wheel is for older ones too. 0: counts are atomic.
+extern "C" {
+char __libc_single_threaded = 0;
+}
+
 namespace bertfast {
 namespace {
 
