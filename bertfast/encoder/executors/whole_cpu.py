@@ -206,7 +206,7 @@ def _live(layers: list[Layer], dtype, tables=()):
         keep.append(wide)
         first = wide.data_ptr()
         for i in narrow:
-            at[i], first = first, first + wide.itemsize * len(keep[i])
+            at[i], first = first, first + wide.itemsize * keep[i].numel()
     given = iter(at)
     slots = array("q", [next(given) if there else 0 for there in plan.there])
     encoder = C.Encoder(
