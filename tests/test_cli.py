@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import tiny
+import torch
 
 import bertfast
 from bertfast.cli import main
@@ -204,3 +205,17 @@ def test_damaged_checkpoint_is_found_before_training(folder, tmp_path, capsys):
     (bad / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert finetune(folder, model=str(bad), out=str(tmp_path / "o")) == 1
     assert "corrupt or truncated" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_a_success_leaves_the_other_ranks(tmp_path):
+    """At the interpreter's end Gloo's threads would abort some processes; a failure may not wait."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert main(["verify", str(tmp_path / "none")]) != 0
+        assert torch.distributed.is_initialized()
+        assert main(["info", "--json"]) == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
