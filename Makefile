@@ -26,8 +26,8 @@ test: build ## the quick tests
 # K: the quick tests of the files that have it in their names.
 FAST = $(if $(K),$(or $(wildcard tests/test_*$(K)*.py tests/*/test_*$(K)*.py),$(error no test file has '$(K)' in its name)),--fast)
 
-test-fast: build ## in two minutes: a few cases of every test; K=attention: all of attention's
-	$(BIN)/pytest $(FAST)
+test-fast: build ## in three minutes: a few cases of every test; K=attention: all of attention's
+	$(BIN)/pytest $(if $(K),,-n 2 --dist loadfile) $(FAST)
 
 test-slow: build
 	$(BIN)/pytest -m slow

@@ -169,6 +169,7 @@ def test_another_process(tmp_path):
     assert same(pickle.loads(pickle.dumps(native)), native)
 
 
+@pytest.mark.seconds
 def test_two_instruction_sets_in_a_folder(tmp_path):
     """Each processor takes its own; one that has none says so, and what to do."""
     other = next(

@@ -56,6 +56,7 @@ for make in models:
     assert run(program, threads) == ["0"] * 5
 
 
+@pytest.mark.seconds
 def test_a_forked_process_answers():
     """Whether its parent has run the model or only loaded it; and so does the parent afterwards."""
     program = """

@@ -144,6 +144,7 @@ def test_compiled_finetune(tmp_path, monkeypatch):
     ] * 2
 
 
+@pytest.mark.seconds
 def test_pretrain(tmp_path, monkeypatch):
     what = ("--what", "pretrain")
     result, cells = run(monkeypatch, gpu_training, "gpu_pretrain_tiny", tmp_path, *what)

@@ -57,6 +57,7 @@ def test_register_rates():
     assert all(C.register_rate(i) > 1e8 for i in range(3))
 
 
+@pytest.mark.seconds
 def test_scaling(tmp_path, monkeypatch):
     monkeypatch.setattr(threads, "WORKLOADS", {"tiny": (TINY, [20, 7])})
     before = torch.get_num_threads()

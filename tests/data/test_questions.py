@@ -245,7 +245,7 @@ def test_columns_that_lack(tmp_path):
         (json.dumps(_squad(QAS[0], {"id": 1, "question": "x"})).encode(), ["row 2", "of id '1' is missing"]),
         (b'{"data": [], "data": []}', ["'data' stands twice"]),
         (b'{"data":\n "\xff"}', ["byte 0xff at line 2"]),
-        (gzip.compress(b'{"data": []}')[:-9], ["truncated gzip"]),
+        (gzip.compress(b'{"data": []}', mtime=0)[:-9], ["truncated gzip"]),
     ],
 )  # fmt: skip
 def test_bad_json(tmp_path, content, parts):

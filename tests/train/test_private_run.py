@@ -199,6 +199,7 @@ def test_without_a_validation_file_the_last_weights_stay(tmp_path, capsys):
     assert "validation rows are split off the private file" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 def test_resume_spends_no_noise_twice(tmp_path, monkeypatch):
     """A resumed run draws other noise and other examples, and counts its steps once."""
     drawn, call, load = [], Noise.__call__, PrivateClassification.load
