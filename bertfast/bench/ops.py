@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ from .encoder import first_line
 from .measure import copy, product, take_turns
 from .rivals import torch_dtype
 from .shape import Shape
-
-if TYPE_CHECKING:
-    pass
 
 STEPS = ("forward", "training")
 PLAIN = "torch"  # what transformers' layers run: plain PyTorch, padding included
