@@ -19,7 +19,7 @@ import frozen
 def test_figures(tmp_path, monkeypatch):
     untimed(monkeypatch)
     monkeypatch.setattr(frozen, "OVERLAP", 0.8)  # of so few texts
-    frozen.main(["--rounds", "1", "--texts", "6", "--ranked", "20", "--out", str(tmp_path)])
+    frozen.main(["--rounds", "1", "--texts", "48", "--ranked", "20", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "frozen.json").read_text())
     for cell in result["cells"]:
         assert {row["name"].partition(",")[0] for row in cell["rows"]} == {
