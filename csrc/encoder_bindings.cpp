@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 #include <iterator>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,11 +38,16 @@ class Encoder {
     args_.precision = Precision(precision);
     check_layers(relative);
   }
-  // Of LayerWeights, which are copied, with the matrices in bf16 or fp32 and the rest in fp32.
-  Encoder(std::vector<LayerSpec> specs, ptr weights, bool bf16, int precision,
-          const Tables& relative)
+  // Of LayerWeights, which are copied, with the matrices in bf16 or fp32. narrow: of each
+  // parameter, the length of a vector that is in bf16, 0 of any other; none at all where there are
+  // none.
+  Encoder(std::vector<LayerSpec> specs, ptr weights, std::vector<int64_t> narrow, bool bf16,
+          int precision, const Tables& relative)
       : specs_(std::move(specs)),
-        live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + specs_.size()) {
+        live_(at<const LayerWeights>(weights), at<const LayerWeights>(weights) + specs_.size()),
+        narrow_(std::move(narrow)) {
+    if (!narrow_.empty() && narrow_.size() != live_.size() * kParameters)
+      throw std::invalid_argument("encoder: expected a length of each parameter");
     args_.precision = Precision(precision), args_.live_bf16 = bf16;
     check_layers(relative);
   }
@@ -114,11 +120,29 @@ class Encoder {
     if (live_.empty())
       g.packed = packed_.data() + first;
     else
-      g.live = live_.data() + first;
+      g.live = widened().data() + first;
     g.center =
         first && g.packed ? static_cast<const float*>(packed_[first - 1].norm2.bias) : center_;
     if (watched) g.seconds = spent.data();
     kernels().encoder(g);
+  }
+  // The weights, with a copy in fp32 of each vector that isn't; a thread's until its next call.
+  const std::vector<LayerWeights>& widened() const {
+    if (narrow_.empty()) return live_;
+    static thread_local std::vector<LayerWeights> layers;
+    static thread_local std::vector<uint32_t> wide;
+    layers = live_;
+    wide.resize(std::accumulate(narrow_.begin(), narrow_.end(), int64_t(0)));
+    auto* slots = reinterpret_cast<const void**>(layers.data());
+    uint32_t* to = wide.data();
+    for (size_t i = 0; i < narrow_.size(); ++i) {
+      if (!narrow_[i]) continue;
+      const auto* from = static_cast<const uint16_t*>(slots[i]);
+      slots[i] = to;
+      to =
+          std::transform(from, from + narrow_[i], to, [](uint16_t v) { return uint32_t(v) << 16; });
+    }
+    return layers;
   }
   static void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t size) {
     if (ids.empty()) return;
@@ -132,6 +156,7 @@ class Encoder {
   std::vector<RelativeTables> relative_;  // of each layer, or none at all
   std::vector<PackedLayer> packed_;
   std::vector<LayerWeights> live_;
+  std::vector<int64_t> narrow_;
   const float* center_ = nullptr;
   EncoderArgs args_{};
 };
@@ -191,8 +216,9 @@ void bind_encoder(py::module_& m) {
       .def(py::init<std::vector<LayerSpec>, std::vector<PackedLayer>, int, ptr, const Tables&>(),
            py::arg("specs"), py::arg("packed"), py::arg("precision"), py::arg("center"),
            py::arg("relative"))
-      .def(py::init<std::vector<LayerSpec>, ptr, bool, int, const Tables&>(), py::arg("specs"),
-           py::arg("weights"), py::arg("bf16"), py::arg("precision"), py::arg("relative"))
+      .def(py::init<std::vector<LayerSpec>, ptr, std::vector<int64_t>, bool, int, const Tables&>(),
+           py::arg("specs"), py::arg("weights"), py::arg("narrow"), py::arg("bf16"),
+           py::arg("precision"), py::arg("relative"))
       .def("forward", &Encoder::forward)
       .def("texts", &Encoder::texts);
   // While on is true, calls of one thread at a time are timed. Returns the seconds of each part

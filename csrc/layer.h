@@ -18,7 +18,8 @@ struct LayerWeights {
 };
 constexpr const char* kRoles[] = {"query", "key",   "value", "out",     "norm1",    "up",
                                   "down",  "norm2", "gate",  "pos_key", "pos_query"};
-static_assert(sizeof(LayerWeights) == std::size(kRoles) * 2 * sizeof(int64_t));
+constexpr int kParameters = 2 * std::size(kRoles);
+static_assert(sizeof(LayerWeights) == kParameters * sizeof(void*));
 
 struct LayerSpec {
   int64_t hidden, heads, inner;

@@ -9,7 +9,7 @@ import torch
 from .batch import Batch
 from .replay import Graphs
 from .run import Choice
-from .spec import Layer, LayerSpec, Unfit
+from .spec import Layer, Layers, LayerSpec, Unfit
 from .watch import Seen
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Freezable(Mixed):
         """`read`, asked at every forward: a model can change between two."""
         if self.bertfast_seen is None or torch.compiler.is_compiling():
             return self.read()
-        return self.bertfast_seen.get(self.get_submodule(self.LAYERS), self.sizes(), self.read)
+        root = self.get_submodule(self.LAYERS)
+        return self.bertfast_seen.get(root, self.sizes(), lambda: Layers(self.read()))
 
     def empty(self) -> None:
         """Takes the layers out, for `packed` to take their place."""

@@ -124,6 +124,8 @@ def texts(
 
 def _parts(layers: list[Layer]) -> list[list[Layer]]:
     """As they follow each other, those with adapters and those without apart."""
+    if not any([layer.adapters for layer in layers]):
+        return [layers]
     parts = [[layers[0]]]
     for layer in layers[1:]:
         if bool(layer.adapters) == bool(parts[-1][0].adapters):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import starmap
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -107,6 +107,15 @@ class Layer(NamedTuple):
             own = [[p and p[i] for p in parts] for i in range(len(roles))]
             weights = weights._replace(**dict(zip(roles, starmap(Parameters, own), strict=True)))
         return weights
+
+
+class Layers(list["Layer | Unfit"]):
+    """Of an encoder, for as long as its modules stay as they are."""
+
+    kept: Any = None  # of `executors.whole_cpu`, between calls; a copy has none
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ([*self],)
 
 
 class Unfit(NamedTuple):

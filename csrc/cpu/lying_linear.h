@@ -1,7 +1,7 @@
 // A linear layer on weights as they lie in memory, [n][k], for live ones that meet few rows, which
 // would not pay for packing them. The rows are packed instead: their panel stands where a packed
-// weight's does, and each weight is broadcast, so that sums are the same to the bit. Of a row or
-// four, for which most lanes would be empty, vectors run along k.
+// weight's does, and each weight is broadcast, so that sums are the same to the bit. Of a few
+// rows, for which most lanes would be empty, vectors run along k.
 #pragma once
 #include "pack_weights.h"
 #include "rows_dot.h"
@@ -37,7 +37,7 @@ struct LyingLinear {
     const int64_t k = packed.k, units = ceil_div(k, kPerUnit);
     const float* given = reinterpret_cast<const float*>(a.at(0, 0));
     const int64_t given_row = a.row / kPerUnit;
-    const bool few = kUnit == Unit::fp32 && rows <= kDotRows;
+    const bool few = rows <= kDotRows<kUnit>;
     float* lanes = scratch + NR * k;
     for (int64_t m = 0; m < (few ? 0 : rows); m += NR)
       pack_panel<Unit::fp32, NR>(lanes + m * units, given + m * given_row, given_row, 1,
@@ -50,7 +50,7 @@ struct LyingLinear {
       const Stretch next =
           last ? Stretch{reinterpret_cast<const char*>(weights), 0} : rows_of(live, p + 1, k);
       if (few) {
-        dot_tile(given, given_row, rows, weights, k, sums, next.data, next.bytes);
+        dot_tile<kUnit>(given, given_row, rows, weights, units, sums, next.data, next.bytes);
         for (int64_t m = 0; m < rows; ++m)
           for (int64_t n = 0; n < NR; n += W)
             put(m, p * NR + n, load(sums + m * NR + n) + load(packed.bias + p * NR + n));
@@ -62,13 +62,18 @@ struct LyingLinear {
   }
 
  private:
-  // sums[rows / NR][NR weights][NR rows]
-  static void by_lanes(const float* weights, const float* lanes, int64_t rows, int64_t units,
-                       const Stretch& next, float* sums) {
+  // sums[rows / NR][NR weights][NR rows]. Of weights in their place the next tile's are fetched
+  // meanwhile, of copies a part of the next panel's.
+  void by_lanes(const float* weights, const float* lanes, int64_t rows, int64_t units,
+                const Stretch& next, float* sums) const {
+    const bool copies = weights == scratch;
     const int64_t steps = ceil_div(rows, NR) * units;
     for (int64_t t = 0; t < tile_count<kUnit>(NR); ++t) {
       const int64_t n = tile_begin<kUnit>(NR, t), count = tile_begin<kUnit>(NR, t + 1) - n;
-      Ahead ahead{next.data + next.bytes * n / NR, next.bytes * count / (NR * steps)};
+      Stretch soon{next.data + (copies ? next.bytes * n / NR : 0), next.bytes * count / NR};
+      if (!copies && n + count < NR)
+        soon = {reinterpret_cast<const char*>(weights + (n + count) * units), count * units * 4};
+      Ahead ahead{soon.data, soon.bytes / steps};
       for (int64_t m = 0; m < rows; m += NR, ahead.from += ahead.step * units) {
         const float *from = weights + n * units, *with = lanes + m * units;
         float* to = sums + (m + n) * NR;

@@ -6,7 +6,10 @@
 namespace bertfast::BERTFAST_ISA {
 namespace {
 
-constexpr int kDotColumns = 4, kDotRows = MR < 12 ? 3 : 4;  // in registers at a time
+constexpr int kDotColumns = 4, kDotTile = MR < 12 ? 3 : 4;  // columns and rows in registers
+// More of them cost what lanes do (Zen 5).
+template <Unit u>
+constexpr int64_t kDotRows = (u == Unit::bf16 ? 3 : 2) * kDotTile;
 static_assert(NR % kDotColumns == 0);
 
 // out[0:4] = the sums of four registers, folded side by side.
@@ -23,9 +26,9 @@ inline void store_sums(vf* v, float* out) {
   out[0] = folded[0], out[1] = folded[2 * q], out[2] = folded[q], out[3] = folded[3 * q];
 }
 
-template <int R>
-void dot_block(const float* a, int64_t a_row, const float* b, int64_t k, float* out,
-               int64_t out_row, Ahead& ahead) {
+template <Unit u, int R>
+void dot_block(const float* a, int64_t a_row, const float* b, int64_t units, float* out,
+               int64_t out_row, Ahead ahead) {
   vf acc[R][kDotColumns];
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i)
@@ -37,45 +40,38 @@ void dot_block(const float* a, int64_t a_row, const float* b, int64_t k, float* 
     for (int i = 0; i < R; ++i) rows[i] = at(a + i * a_row);
 #pragma GCC unroll 4
     for (int c = 0; c < kDotColumns; ++c) {
-      const vf column = at(b + c * k);
+      const vf column = at(b + c * units);
 #pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) acc[i][c] += rows[i] * column;
+      for (int i = 0; i < R; ++i) acc[i][c] = dot<u>(acc[i][c], rows[i], column);
     }
   };
   int64_t j = 0;
-  const char* next = ahead.from;
-  for (; j + W <= k; j += W, next += ahead.step) {
-    __builtin_prefetch(next, 0, 2);
+  for (; j + W <= units; j += W, ahead.from += ahead.step) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kDotColumns; ++c)
+      __builtin_prefetch(ahead.from + c * ahead.step / kDotColumns, 0, 2);
     add([&](const float* p) { return load(p + j); });
   }
-  if (j < k) add([&](const float* p) { return load_n(p + j, k - j); });
-  ahead.from = next;
+  if (j < units) add([&](const float* p) { return load_n(p + j, units - j); });
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) store_sums(acc[i], out + i * out_row);
 }
 
-// out[rows][NR] = a[rows][k] b[NR][k]^T, rows <= kDotRows; `fetched` bytes of `next` are fetched
-// meanwhile.
-inline void dot_tile(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t k,
-                     float* out, const char* next, int64_t fetched) {
-  Ahead ahead{next, fetched / (NR / kDotColumns * max(k / W, 1))};
-  for (int64_t c = 0; c < NR; c += kDotColumns) {
-    const float* columns = b + c * k;
-    float* to = out + c;
-    switch (rows) {
-      case 1:
-        dot_block<1>(a, a_row, columns, k, to, NR, ahead);
-        break;
-      case 2:
-        dot_block<2>(a, a_row, columns, k, to, NR, ahead);
-        break;
-      case 3:
-        dot_block<3>(a, a_row, columns, k, to, NR, ahead);
-        break;
-      default:
-        dot_block<4>(a, a_row, columns, k, to, NR, ahead);
+// out[rows][NR] = a[rows][units] b[NR][units]^T, rows <= kDotRows<u>; `fetched` bytes of `next` are
+// fetched meanwhile.
+template <Unit u>
+void dot_tile(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t units,
+              float* out, const char* next, int64_t fetched) {
+  constexpr auto blocks =
+      std::array{dot_block<u, 1>, dot_block<u, 2>, dot_block<u, 3>, dot_block<u, kDotTile>};
+  const int64_t parts = ceil_div(rows, kDotTile), share = fetched / NR * kDotColumns;
+  const int64_t step = share / (parts * max(units / W, 1));
+  for (int64_t c = 0; c < NR; c += kDotColumns, next += share)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t m = rows * part / parts, count = rows * (part + 1) / parts - m;
+      blocks[count - 1](a + m * a_row, a_row, b + c * units, units, out + m * NR + c, NR,
+                        {next + share * part / parts, step});
     }
-  }
 }
 
 }  // namespace

@@ -94,6 +94,7 @@ MUTANTS = [
     ("lying queries for keys and values", "pack_weights.h", "weight = from.part[s.part].weight", "weight = from.part[0].weight", "whole_cpu"),
     ("live weights of the first layer for all", "encoder_layers.h", "g.live ? g.live[i] : LayerWeights{}", "g.live ? g.live[0] : LayerWeights{}", "whole_cpu"),
     ("lying panels are all the first", "lying_linear.h", "lying_rows<u>(live, k, p,", "lying_rows<u>(live, k, 0,", "whole_cpu"),
+    ("a second tile of few rows over the first", "rows_dot.h", "out + m * NR + c", "out + c", "whole_cpu"),
     ("half of the lanes of a panel", "lying_linear.h", "if (rows - m > W)", "if (rows - m > 2 * W)", "whole_cpu"),
     ("sums of dot products change places", "rows_dot.h", "out[1] = folded[2 * q]", "out[1] = folded[q]", "whole_cpu"),
     ("dot products without the last k", "rows_dot.h", "if (j < k) add(", "if (false) add(", "whole_kinds"),

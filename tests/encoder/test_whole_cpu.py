@@ -3,6 +3,7 @@ nobody could tell."""
 
 import contextlib
 import copy
+import pickle
 from unittest import mock
 
 import pytest
@@ -20,6 +21,8 @@ from bertfast.encoder import Batch
 from bertfast.encoder.batch import Packing, PaddedPacking
 from bertfast.encoder.executors import operators, whole_cpu
 from bertfast.model.encoder import BertLayer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @contextlib.contextmanager
@@ -71,6 +74,17 @@ def test_same_states(how, shape, lengths):
     assert cosine_similarity(a, e, dim=1).min() > COSINE[bound]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("guarded")
+def test_few_tokens(shape, dtype):
+    """Whose weights are multiplied where they lie, in tiles of few rows, then of many."""
+    model = build(shape).to(DTYPES[dtype])
+    for tokens in (*range(1, 14), 16, 17, 32, 33):
+        given = batch((tokens,))
+        close_states(states(model, given), model, given, floor=BOUND[dtype])
+
+
 @pytest.mark.parametrize("act", ["relu", "gelu_new"])
 def test_activations(act):
     model, given = build(act=act), batch((40, 17))
@@ -103,14 +117,58 @@ def by_loading(model):
     model.load_state_dict(changed, assign=True)
 
 
-@pytest.mark.parametrize("change", [through_data, by_fused_adamw, by_loading])
-def test_never_stale(change):
-    model, given = build(), batch((40, 17))
+def by_other_memory(model):
+    for p in model.parameters():
+        p.data = p.data * 1.1
+
+
+def by_strides(model):
+    for layer in model.encoder.layer:  # square: their pointers and shapes stay
+        for dense in (layer.attention.self.query, layer.attention.output.dense):
+            dense.weight.data = dense.weight.data.t()
+
+
+def by_vectors_in_bf16(model):
+    for p in model.encoder.parameters():
+        p.data = p.data if p.dim() == 2 else (1.1 * p.data).bfloat16()
+
+
+def by_a_flag(model):
+    for p in model.encoder.parameters():
+        p.data = torch._neg_view(p.data)
+
+
+CHANGES = [through_data, by_fused_adamw, by_loading, by_other_memory, by_strides]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", [*CHANGES, by_vectors_in_bf16, by_a_flag])
+def test_never_stale(change, dtype):
+    model, given = build().to(DTYPES[dtype]), batch((40, 17))
     before = states(model, given)
     change(model)
-    after = states(model, given)
-    assert apart(after, before) > 1000 * BOUND["fp32"]
-    close_states(after, model, given)
+    after = states(model, given, fast=change is not by_a_flag)
+    assert apart(after, before) > 4 * BOUND[dtype]
+    close_states(after, model, given, floor=BOUND[dtype])
+    assert torch.equal(states(model, given, fast=change is not by_a_flag), after)
+
+
+def test_encoder_is_kept_and_copied_without():
+    """While weights lie where they lay: by who asks for another dtype, or of a copy, it is not."""
+    model, given = build(), batch((40, 17))
+    layers = model.encoder.describe()
+    states(model, given)
+    kept = layers.kept
+    through_data(model)
+    states(model, given)
+    assert kept is not None and layers.kept is kept
+    assert copy.deepcopy(layers).kept is pickle.loads(pickle.dumps(layers)).kept is None
+    twin = copy.deepcopy(model)
+    close_states(states(twin, given), model, given)
+    assert twin.encoder.describe().kept.flat[0] is twin.encoder.layer[0].attention.self.query.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert states(model, given).dtype == torch.bfloat16
+    close_states(states(model, given), model, given)
 
 
 def test_weights_that_are_no_rows_of_memory():

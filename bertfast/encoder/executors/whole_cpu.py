@@ -2,10 +2,11 @@
 comes to it and keeps none for the next call, so that none can be stale; packed.py keeps them."""
 
 import functools
+import operator
 from array import array
 from collections.abc import Sequence
 from itertools import compress
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +27,12 @@ from ...ops.library import (
 )
 from ...ops.linear_act import ACTIVATIONS
 from ..batch import Batch, Relative
-from ..spec import Layer, LayerSpec
+from ..spec import Layer, Layers, LayerSpec
 from ..weights import IS_MATRIX, needed, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
-_pointer = methodcaller("data_ptr")
+_pointer, _is_contiguous = torch._C.TensorBase.data_ptr, torch._C.TensorBase.is_contiguous
+_is_neg = torch._C.TensorBase.is_neg
 DEVICE = "cpu"
 EVEN = "rows of padding see all places alike"
 _ANGLES = 3  # tables of a call, see csrc/layer.h
@@ -48,7 +50,7 @@ def limit(layers: list[Layer], batch: Batch) -> str | None:
         return f"heads of {layers[0].spec.head_dim} are no pairs"
     why = inference_limit(batch) or layers_limit(layers)
     why = why or positions_limit([layer.spec for layer in layers], batch)
-    return why or _weights_limit(_apart(layers), hidden)
+    return why or _weights_limit(layers, hidden)
 
 
 def even_limit(batch: Batch) -> str | None:
@@ -135,8 +137,28 @@ def _planned(layers: list[Layer]) -> tuple[list[torch.Tensor], _Plan]:
     return [p for p in slots if p is not None], plan
 
 
+class _Kept:
+    """A `C.Encoder` on weights where and as they lie, for as long as they do."""
+
+    def __init__(self, layers: list[Layer], dtype: torch.dtype, encoder: Any) -> None:
+        self.flat, self.dtype, self.encoder = flat_weights(layers), dtype, encoder
+        self.form = self._form()
+
+    def _form(self):
+        looks = _pointer, _shape, _dtype, _device, _is_contiguous, _is_neg
+        return [[*map(look, self.flat)] for look in looks]
+
+    def holds(self, hidden: torch.Tensor) -> bool:
+        return hidden.dtype is self.dtype and self.form == self._form()
+
+
 def _weights_limit(layers, hidden):
-    flat, plan = _planned(layers)
+    kept = getattr(layers, "kept", None)
+    if kept is not None:
+        if kept.holds(hidden):
+            return None
+        layers.kept = None
+    flat, plan = _planned(_apart(layers))
     if plan.missing:
         return "a weight is missing"
     dtypes = list(map(_dtype, flat))
@@ -179,41 +201,38 @@ def _apart(layers: list[Layer]) -> list[Layer]:
 
 def run(layers: list[Layer], batch: Batch) -> torch.Tensor:
     """In bf16 the residual stream stays in fp32 between layers."""
-    layers = _apart(layers)
     hidden, relative = batch.hidden, batch.relative
     tables = []
     if layers[0].spec.relative:
         index, first, last = _reached(batch)
         rows = relative.embeddings[first : last + 1].to(hidden.dtype)
         batch = batch._replace(relative=Relative(rows, index - first))
-        tables = [relative_tables(layer, rows) for layer in layers]
-    encoder, _kept = _live(layers, hidden.dtype, tables)
+        tables = [relative_tables(layer, rows) for layer in _apart(layers)]
+    encoder, _memory = _live(layers, hidden.dtype, tables)
     return forward(encoder, 0, len(layers), batch, hidden.dtype)
 
 
 def _live(layers: list[Layer], dtype, tables=()):
-    """A `C.Encoder` on the weights as they are, and what it must not outlive."""
-    flat, plan = _planned(layers)
-    keep = [p if p.is_contiguous() else p.contiguous() for p in flat]
-    at = [*map(_pointer, keep)]
-    narrow = [
-        i
-        for i, (p, matrix) in enumerate(zip(keep, plan.matrices, strict=True))
-        if not matrix and p.dtype is not torch.float32
-    ]
-    if narrow:  # all by one call
-        wide = torch.cat([keep[i] for i in narrow]).float()
-        keep.append(wide)
-        first = wide.data_ptr()
-        for i in narrow:
-            at[i], first = first, first + wide.itemsize * keep[i].numel()
-    given = iter(at)
+    """A `C.Encoder` on the weights as they are, and what it must not outlive. Of weights that a
+    `limit` just found in their places, the one that is kept."""
+    kept = getattr(layers, "kept", None)
+    if kept is not None and kept.dtype is dtype:
+        return kept.encoder, kept
+    flat, plan = _planned(_apart(layers))
+    memory = [p if p.is_contiguous() else p.contiguous() for p in flat]
+    narrow = [p.numel() * (not matrix and p.dtype is not torch.float32)
+              for p, matrix in zip(memory, plan.matrices, strict=True)]  # fmt: skip
+    given, sizes = map(_pointer, memory), iter(narrow)
     slots = array("q", [next(given) if there else 0 for there in plan.there])
+    narrow = [next(sizes) if there else 0 for there in plan.there] if any(narrow) else []
     encoder = C.Encoder(
-        *([c_spec(layer.spec) for layer in layers], slots.buffer_info()[0]),
-        *(is_bf16(keep[0]), int(dtype == torch.bfloat16), [list(map(ptr, two)) for two in tables]),
+        *([c_spec(layer.spec) for layer in layers], slots.buffer_info()[0], narrow),
+        *(is_bf16(memory[0]), int(dtype == torch.bfloat16), [list(map(ptr, t)) for t in tables]),
     )
-    return encoder, keep
+    own = all(map(operator.is_, memory, flat)) and not tables
+    if own and isinstance(layers, Layers):
+        layers.kept = _Kept(layers, dtype, encoder)
+    return encoder, memory
 
 
 def _reached(batch: Batch):
@@ -295,7 +314,7 @@ def c_batch(
 
 def live_texts(layers: list[Layer], tables: Sequence[torch.Tensor], *given: Any) -> torch.Tensor:
     """`texts` by layers whose weights may change."""
-    encoder, _kept = _live(_apart(layers), tables[0].dtype)
+    encoder, _memory = _live(layers, tables[0].dtype)
     return texts(encoder, tables[0].dtype, tables, *given)
 
 
