@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <thread>
+#include <vector>
 
 #include "vec.h"
 
@@ -25,12 +26,12 @@ inline void relax() {
 
 class Crew {
  public:
+  explicit Crew(int threads) : parts_(threads) {}
   // Everyone waits for everyone; what a thread wrote before, all see afterwards.
   void meet() {
     const int64_t now = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
       arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
       phase_.store(now + 1, std::memory_order_release);
       return;
     }
@@ -44,18 +45,33 @@ class Crew {
       else
         std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
-  // work(i) for all i < n, by whoever is free; then everyone meets.
+  // work(i) for all i < n; then everyone meets. A thread takes its own part, which is the same of
+  // the same rows each time and in its cache, then what others haven't come to.
   template <class Work>
   void share(int64_t n, const Work& work) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t turn = parts_[me].shared++ % 2;
+    parts_[me].taken[!turn].store(0, std::memory_order_relaxed);  // for the next time
+    for (int64_t k = 0; k < threads; ++k) {
+      const int64_t t = (me + k) % threads, begin = n * t / threads, end = n * (t + 1) / threads;
+      auto& taken = parts_[t].taken[turn];
+      while (begin + taken.load(std::memory_order_relaxed) < end) {
+        const int64_t i = begin + taken.fetch_add(1, std::memory_order_relaxed);
+        if (i < end) work(i);
+      }
+    }
     meet();
   }
 
  private:
-  // Apart: those who wait read one while the others are written.
+  struct alignas(64) Part {
+    std::atomic<int64_t> taken[2] = {};  // of it, in turns of `share`
+    int64_t shared = 0;                  // how often, its own thread's
+  };
+  // Apart: those who wait read one while the other is written.
   alignas(64) std::atomic<int64_t> phase_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> arrived_{0};
+  std::vector<Part> parts_;
 };
 
 // Those who share a piece of work, each taking its part of n rows or panels: the whole crew, or

@@ -177,7 +177,7 @@ struct Decoder {
     panels = {panel_buffer, 2 * max(split_panel<u>(spec.inner), split_panel<u>(hidden))};
     scores = {score_buffer, max(g.done + 1, g.longest) + W};
     found = {found_buffer, 2 * rows * W};
-    Crew crew;
+    Crew crew(omp_get_max_threads());
 #pragma omp parallel
     {
       const Team team = Team::all(crew);

@@ -309,7 +309,7 @@ struct Encoder {
     panel_memory = {panels, max(split, g.live ? Matrix<u>::scratch(widest, tokens) : 0)};
     const int64_t tasks = batch.batch * spec.heads;
     const int64_t parts = tasks < 2 * threads ? ceil_div(2 * threads, tasks) : 1;
-    Crew crew;
+    Crew crew(threads);
 #pragma omp parallel num_threads(threads)
     {
       const Team team = Team::all(crew);
