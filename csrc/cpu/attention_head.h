@@ -145,9 +145,10 @@ class Head {
     vf top = splat(-kInf), total = {};
     const int64_t row = keys.panels();
     for (int64_t j = 0; j < row; j += W) top = max(load(s + j), top);
-    const float peak = max_of(top), shift = peak == -kInf ? 0 : peak * factor;
+    const float peak = max_of(top), from = peak == -kInf ? 0 : peak;
+    const float in_twos = factor * 1.44269504f;  // log2(e)
     for (int64_t j = 0; j < row; j += W) {
-      const vf p = exp(load(s + j) * factor - shift);
+      const vf p = exp2_down((load(s + j) - from) * in_twos);
       total += p;
       if constexpr (kPer<u> == 2)
         store(reinterpret_cast<bf16*>(probabilities_ + i * width_) + j, p);
@@ -155,7 +156,7 @@ class Head {
         store(s + j, p);
     }
     const float z = sum(total);
-    done(shift, z);
+    done(from * factor, z);
     return z == 0 ? 0 : 1 / z;  // a row without a key
   }
 

@@ -74,6 +74,15 @@ struct Encoder {
     team.meet();
   }
 
+  // sum = x + a product; of x what the next panel meets is fetched.
+  auto onto(const float* x, float* sum) const {
+    return [x, sum, row = hidden_row](int64_t m, int64_t n, vf v) {
+      const int64_t at = m * row + n;
+      __builtin_prefetch(x + at + NR);
+      store(sum + at, v + load(x + at));
+    };
+  }
+
   void project_qkv(int64_t index, int64_t m0, int64_t rows, const Block& s,
                    const Team& team) const {
     const Watch watch(g, EncoderPart::qkv);
@@ -154,11 +163,7 @@ struct Encoder {
       const Watch watch(g, EncoderPart::down);
       const float* before = c ? sum : x;
       const int64_t columns = min(s.inner.row, spec.inner - c);
-      product(down, {0, down.packed.panels, c, columns}, s.inner, rows, team,
-              [&](int64_t m, int64_t n, vf v) {
-                const int64_t at = m * hidden_row + n;
-                store(sum + at, v + load(before + at));
-              });
+      product(down, {0, down.packed.panels, c, columns}, s.inner, rows, team, onto(before, sum));
     }
   }
 
@@ -206,10 +211,7 @@ struct Encoder {
     }
     float* sum = spec.pre_norm ? states : s.sum;
     const Matrix<u> out = layers.out(index);
-    product(out, out.packed.whole(), operand, rows, team, [&](int64_t m, int64_t n, vf v) {
-      const int64_t at = m * hidden_row + n;
-      store(sum + at, v + load(states + at));
-    });
+    product(out, out.packed.whole(), operand, rows, team, onto(states, sum));
     watch.reset();
     const auto normalised = [&](const Parameter& norm, Normed from, const float* smooth,
                                 const auto& to) {

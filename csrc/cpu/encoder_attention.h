@@ -60,6 +60,10 @@ struct Heads {
                                 n, Head<u>::units(dim), reach(spec),
                                 memory + Head<u>::floats(n, dim, reach(spec)));
     const auto factor = [&](float* s, int64_t query, Span keys) {
+      // The next head's row is read soon.
+      for (const T* next : {q, k, k + spec.keys()})
+        for (int64_t j = dim; j < 2 * dim; j += 64 / sizeof(T))
+          __builtin_prefetch(next + query * row + j, 0, 2);
       if (relative) positions.add(s, query, keys);
       if (!bias.data) return scale;
       const int64_t at = bias.row(b, h, query) + keys.first;

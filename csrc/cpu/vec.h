@@ -121,6 +121,21 @@ inline vf exp(vf x) {
   return x < low ? vf{} : p * power;
 }
 
+// 2^x to 1 ulp or so for x <= 0, by a polynomial fitted for the least relative error where
+// |x - n| <= 1/2; 0 below -126.
+inline vf exp2_down(vf x) {
+  const vf magic = splat(12582912.f);  // as in exp
+  const vf shifted = x + magic, r = x - (shifted - magic);
+  vf p = r * 0.00015345811f + 0.00133999309f;
+  p = p * r + 0.00961848907f;
+  p = p * r + 0.0555032864f;
+  p = p * r + 0.240226462f;
+  p = p * r + 0.693147182f;
+  p = p * r + 1.f;
+  const vf power = (vf)((bits(shifted) << 23) + (127 << 23));
+  return x < -126.f ? vf{} : p * power;
+}
+
 inline vf sigmoid_of_twice(vf u) {  // 1 / (1 + e^-2u)
   return 1.f / (1.f + exp(u * -2.f));
 }

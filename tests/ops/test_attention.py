@@ -166,6 +166,12 @@ def test_small_probabilities_count(backend):
             found = ops.attention(value, starts([len(gaps)], backend), len(gaps), scale=1.0)
         truth = plain(value.double().cpu(), [len(gaps)], scale=1.0)
         close_to_truth(found, truth, floor=3e-5)  # the scores' own rounding, times 86
+    qkv.requires_grad_()
+    with ops.backend(backend):
+        found = ops.attention(qkv, starts([len(gaps)], backend), len(gaps), scale=1.0)
+        grad = torch.autograd.grad(found.sum(), qkv)[0][:, 2, 0].cpu()
+    for row, probability in zip(grad, len(gaps) * gaps.double().softmax(0), strict=True):
+        close_to_truth(row, probability.expand(32), floor=3e-5)
 
 
 def flash(qkv, lengths):
