@@ -3,6 +3,7 @@ it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -124,15 +125,8 @@ def texts(
 
 def _parts(layers: list[Layer]) -> list[list[Layer]]:
     """As they follow each other, those with adapters and those without apart."""
-    if not any([layer.adapters for layer in layers]):
-        return [layers]
-    parts = [[layers[0]]]
-    for layer in layers[1:]:
-        if bool(layer.adapters) == bool(parts[-1][0].adapters):
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return parts
+    parts = [[*part] for _, part in groupby(layers, lambda layer: bool(layer.adapters))]
+    return [layers] if len(parts) == 1 else parts  # itself, of which an executor keeps something
 
 
 def served() -> dict[str, str | None]:

@@ -148,13 +148,13 @@ def test_never_stale(change, dtype):
     before = states(model, given)
     change(model)
     after = states(model, given, fast=change is not by_a_flag)
-    assert apart(after, before) > 4 * BOUND[dtype]
+    assert apart(after, before) > {"fp32": 1000, "bf16": 4}[dtype] * BOUND[dtype]
     close_states(after, model, given, floor=BOUND[dtype])
     assert torch.equal(states(model, given, fast=change is not by_a_flag), after)
 
 
 def test_encoder_is_kept_and_copied_without():
-    """While weights lie where they lay: by who asks for another dtype, or of a copy, it is not."""
+    """While weights lie where they lay; not for another dtype, nor by a copy."""
     model, given = build(), batch((40, 17))
     layers = model.encoder.describe()
     states(model, given)

@@ -113,7 +113,6 @@ def flat_weights(layers: list[Layer]) -> list[torch.Tensor]:
 class _Plan(NamedTuple):
     """Of `flat_weights`, all layers' in one list."""
 
-    there: tuple[bool, ...]  # of `LayerWeights.flat` of each layer
     missing: bool  # whether a layer lacks a weight that it can't do without
     matrices: list[bool]
     shapes: list[tuple[int, ...]]
@@ -124,7 +123,6 @@ def _plan(spec: LayerSpec, there: tuple[bool, ...]) -> _Plan:
     """there: of `LayerWeights.flat` of each layer, which parameters it has."""
     count = len(there) // len(IS_MATRIX)
     return _Plan(
-        there,
         not all([there[i + j] for i in range(0, len(there), len(IS_MATRIX)) for j in needed(spec)]),
         [*compress(IS_MATRIX * count, there)],
         [*compress(shapes(spec) * count, there)],
@@ -218,16 +216,17 @@ def _live(layers: list[Layer], dtype, tables=()):
     kept = getattr(layers, "kept", None)
     if kept is not None and kept.dtype is dtype:
         return kept.encoder, kept
-    flat, plan = _planned(_apart(layers))
-    memory = [p if p.is_contiguous() else p.contiguous() for p in flat]
-    narrow = [p.numel() * (not matrix and p.dtype is not torch.float32)
-              for p, matrix in zip(memory, plan.matrices, strict=True)]  # fmt: skip
-    given, sizes = map(_pointer, memory), iter(narrow)
-    slots = array("q", [next(given) if there else 0 for there in plan.there])
-    narrow = [next(sizes) if there else 0 for there in plan.there] if any(narrow) else []
+    flat = [p for layer in _apart(layers) for p in layer.weights.flat()]
+    memory = [p if p is None or p.is_contiguous() else p.contiguous() for p in flat]
+    slots = array("q", map(ptr, memory))
+    narrow = [
+        0 if p is None or matrix or p.dtype is torch.float32 else p.numel()
+        for p, matrix in zip(memory, IS_MATRIX * len(layers), strict=True)
+    ]
     encoder = C.Encoder(
-        *([c_spec(layer.spec) for layer in layers], slots.buffer_info()[0], narrow),
-        *(is_bf16(memory[0]), int(dtype == torch.bfloat16), [list(map(ptr, t)) for t in tables]),
+        *([c_spec(layer.spec) for layer in layers], slots.buffer_info()[0]),
+        *(narrow if any(narrow) else [], is_bf16(memory[0]), int(dtype == torch.bfloat16)),
+        [list(map(ptr, two)) for two in tables],
     )
     own = all(map(operator.is_, memory, flat)) and not tables
     if own and isinstance(layers, Layers):
