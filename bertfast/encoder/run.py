@@ -3,7 +3,6 @@ it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -125,8 +124,15 @@ def texts(
 
 def _parts(layers: list[Layer]) -> list[list[Layer]]:
     """As they follow each other, those with adapters and those without apart."""
-    parts = [[*part] for _, part in groupby(layers, lambda layer: bool(layer.adapters))]
-    return [layers] if len(parts) == 1 else parts  # itself, of which an executor keeps something
+    if not any([layer.adapters for layer in layers]):
+        return [layers]  # itself, of which an executor keeps something
+    parts = [[layers[0]]]  # by hand: dynamo can't trace itertools.groupby
+    for layer in layers[1:]:
+        if bool(layer.adapters) == bool(parts[-1][0].adapters):
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return parts
 
 
 def served() -> dict[str, str | None]:
