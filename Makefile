@@ -14,6 +14,7 @@ OPERATOR_TESTS = $(wildcard $(addprefix tests/*/test_,fuzz.py frozen.py node.py 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+unexport PYTHONDONTWRITEBYTECODE # where it is set, every process of a test compiles all that it imports
 
 .PHONY: demo test test-fast test-slow test-sanitize test-cuda-host bench report docs lint format build wheel clean
 
@@ -26,7 +27,7 @@ test: build ## the quick tests
 # K: the quick tests of the files that have it in their names.
 FAST = $(if $(K),$(or $(wildcard tests/test_*$(K)*.py tests/*/test_*$(K)*.py),$(error no test file has '$(K)' in its name)),--fast)
 
-test-fast: build ## in three minutes: a few cases of every test; K=attention: all of attention's
+test-fast: build ## in two minutes: a few cases of every test; K=attention: all of attention's
 	$(BIN)/pytest $(if $(K),,-n 2 --dist loadfile) $(FAST)
 
 test-slow: build

@@ -38,6 +38,7 @@ def run(program, threads):
     return done.stdout.split()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("threads, cores", [("4", None), ("16", 1)])
 def test_a_worker_thread_takes_as_many_threads_as_torch(threads, cores):
     """Whatever OpenMP was told, and where the process is limited to fewer cores."""

@@ -142,6 +142,7 @@ def test_a_damaged_record(run, change, text):
     refused(ValueError, "is no JSON", verify, run)
 
 
+@pytest.mark.seconds
 def test_seeds_resumed_and_overwritten(tmp_path):
     """Of several seeds each folder has its own; what is trained over, or on, has the new one."""
     given, out = tiny.settings(tmp_path, max_steps=2), tmp_path / "out"

@@ -79,6 +79,7 @@ def test_other_families(family, tmp_path, monkeypatch):
         assert all(r["cosine"] > 0.99 for r in rows.values())
 
 
+@pytest.mark.seconds
 def test_wrong_outputs_have_no_speed(tmp_path, monkeypatch):
     states = gpu_inference.Model.states
 
@@ -93,6 +94,7 @@ def test_wrong_outputs_have_no_speed(tmp_path, monkeypatch):
     assert list(notes) == ["bertfast accelerate, launched"] and "wrong" in notes.popitem()[1]
 
 
+@pytest.mark.seconds
 def test_compiled_inference(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # minutes
     options = ("--compiled",)
@@ -101,6 +103,7 @@ def test_compiled_inference(tmp_path, monkeypatch):
         assert set(rows) == {gpu_inference.FAST, "transformers compiled, reduce-overhead"}
 
 
+@pytest.mark.seconds
 def test_finetune(tmp_path, monkeypatch):
     result, cells = run(monkeypatch, gpu_training, "gpu_finetune_tiny", tmp_path)
     assert list(cells) == [f"BERT-tiny fine-tuning, {shape}, bf16" for shape in SHAPES]
@@ -135,6 +138,7 @@ def test_replays_are_counted_and_compared(tmp_path, monkeypatch):
     assert losses["largest_difference"] < 1e-3
 
 
+@pytest.mark.seconds
 def test_compiled_finetune(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
     what = ("--what", "compiled")
@@ -156,6 +160,7 @@ def test_pretrain(tmp_path, monkeypatch):
     assert losses["equal"] and losses["steps"] >= 4
 
 
+@pytest.mark.seconds
 def test_checks(tmp_path, monkeypatch):
     result, cells = run(monkeypatch, gpu_training, "gpu_checks_tiny", tmp_path, "--what", "checks")
     repeats, losses, _ = result["notes"].values()
@@ -163,6 +168,7 @@ def test_checks(tmp_path, monkeypatch):
     assert losses == {"steps": 8, "equal": True, "largest_difference": 0.0}
 
 
+@pytest.mark.seconds
 def test_what_does_not_fit_says_so(tmp_path, monkeypatch):
     for module, name in (
         (gpu_inference, "gpu_inference_tiny"),
@@ -180,6 +186,7 @@ def test_profile(tmp_path, monkeypatch):
     assert text.count("=== ") == 4 and "Self CPU" in text and "tottime" in text
 
 
+@pytest.mark.seconds
 def test_sanitize(monkeypatch, capsys):
     monkeypatch.setattr(gpu_sanitize, "LENGTHS", ((5, 1, 9),))
     assert script(monkeypatch, gpu_sanitize, "--device", "cpu", "--seconds", 100) == 0

@@ -151,6 +151,7 @@ def test_wrong_candidates_are_told(capsys):
     assert "BEST right" in capsys.readouterr().out
 
 
+@pytest.mark.seconds
 def test_a_candidate_that_dies_costs_itself_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu_tune, "JOB", 1)

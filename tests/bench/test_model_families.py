@@ -53,6 +53,7 @@ def test_cells(tmp_path, monkeypatch, capsys):
     assert "1 x 4096" in capsys.readouterr().out
 
 
+@pytest.mark.seconds
 def test_what_is_not_frozen_says_why(tmp_path, monkeypatch):
     def refuse(model, precision):
         raise ValueError("so it is")

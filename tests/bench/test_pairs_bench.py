@@ -40,6 +40,7 @@ def test_runs(options, tmp_path):
     assert [row["unit"] for row in result["summary"]] == ["s", ""]
 
 
+@pytest.mark.seconds
 def test_losses_that_differ(options, monkeypatch):
     from bertfast.train.tasks.pairs import PairsTask
 

@@ -102,6 +102,7 @@ def test_a_nameless_cpu_says_its_family(monkeypatch, told, name):
     assert measure.cpu_name() == name
 
 
+@pytest.mark.seconds
 def test_held_to():
     """A process so held says so, torch too."""
     assert held_to("avx512_amx") == {"BERTFAST_CPU_ISA": "avx512_amx"}

@@ -107,6 +107,7 @@ def test_nothing_changed_nothing_said(tmp_path):
         assert saved["id2label"] == {"0": "no", "1": "yes"}
 
 
+@pytest.mark.seconds
 def test_saving_brings_no_compiler():
     code = """import sys, tempfile, bertfast, transformers
         sizes = dict(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=50)

@@ -97,6 +97,7 @@ def ran():
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", [case[0] for case in CASES])
 def test_scratch_memory(ran, name):
     assert f"{name}: as it should be\n" in ran.stdout, ran.stdout + ran.stderr[-2000:]

@@ -77,6 +77,7 @@ def test_classes_of_texts(tmp_path, language):
     assert set(saved["label2id"]) == {"文件", "сервер é"}
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("language", TEXTS)
 def test_placeholders_are_cut_out_of_the_raw_text(tmp_path, language):
     """In code points, whatever stands before: here a character beyond 16 bits and accents apart."""
@@ -139,6 +140,7 @@ def test_tags_by_rules(text, found):
     assert (spans and [(text[s["start"] : s["end"]], s["label"]) for s in spans]) == found
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("language", ["zh_CN", "ru", "fr", "hi", "bn", "ta", "th"])
 def test_messages_of_this_system(tmp_path, language):
     """No text twice or in two parts; marks of held-out ones come back, hardly any is unknown."""

@@ -79,6 +79,7 @@ def test_more_refusals(tmp_path, monkeypatch, saved):
     refused(ConfigError, "WORLD_SIZE is 2", finetune, config(tmp_path))
 
 
+@pytest.mark.seconds
 def test_epsilon_is_opacus(tmp_path):
     """Stepped as a loop of training steps would."""
     from opacus.accountants import PRVAccountant
@@ -193,6 +194,7 @@ def test_a_run(tmp_path):
     assert (out / "training_curve.png").exists()
 
 
+@pytest.mark.seconds
 def test_without_a_validation_file_the_last_weights_stay(tmp_path, capsys):
     results = finetune(config(tmp_path, valid=None, epochs=3))
     assert results["train"]["best"] is None

@@ -16,6 +16,7 @@ from bertfast.model import CheckpointError
 from bertfast.train import ClassifyConfig, ConfigError, evaluate, finetune, metrics, predict
 
 
+@pytest.mark.seconds
 def test_figures_over_seeds(tmp_path, capsys):
     given = tiny.settings(tmp_path, max_steps=3, seed=4)
     results = finetune(ClassifyConfig(**given | {"seeds": 3}))
@@ -88,6 +89,7 @@ def test_of_the_command_line(tmp_path, capsys):
     refused(ConfigError, "resume is 'x', expected auto or no", ClassifyConfig, seeds=2, resume="x")
 
 
+@pytest.mark.seconds
 def test_best_thresholds_beside_a_search():
     r = np.random.default_rng(0)
     for _ in range(30):
@@ -114,6 +116,7 @@ def multi(n, seed=0):
     return rows
 
 
+@pytest.mark.seconds
 def test_an_older_runs_findings_go(tmp_path):
     """Its thresholds, its seeds, its pictures: they are of another model."""
     given, out = tiny.settings(tmp_path, max_steps=1, resume="no"), tmp_path / "out"
