@@ -138,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
   bind_norms(m);
   bind_rows(m);
   bind_encoder(m);
+  bind_layouts(m);
   bind_decoder(m);
 #ifdef BERTFAST_WITH_CUDA
   cuda::bind(m);

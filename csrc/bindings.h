@@ -5,5 +5,6 @@
 namespace bertfast {
 
 void bind_encoder(pybind11::module_& m);
+void bind_layouts(pybind11::module_& m);
 
 }  // namespace bertfast

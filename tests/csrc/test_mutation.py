@@ -93,6 +93,7 @@ MUTANTS = [
     ("live queries for keys and values", "pack_weights.h", "static_cast<const T*>(from.part[s.part].weight)", "static_cast<const T*>(from.part[0].weight)", "whole_cpu"),
     ("lying queries for keys and values", "pack_weights.h", "weight = from.part[s.part].weight", "weight = from.part[0].weight", "whole_cpu"),
     ("live weights of the first layer for all", "encoder_layers.h", "g.live ? g.live[i] : LayerWeights{}", "g.live ? g.live[0] : LayerWeights{}", "whole_cpu"),
+    ("weights turned where they lie", "../layouts.cpp", "found.insert(found.end(), t.strides, t.strides + t.ndim);", "", "whole_cpu"),
     ("lying panels are all the first", "lying_linear.h", "lying_rows<u>(live, k, p,", "lying_rows<u>(live, k, 0,", "whole_cpu"),
     ("a second tile of few rows over the first", "rows_dot.h", "out + m * NR + c", "out + c", "whole_cpu"),
     ("half of the lanes of a panel", "lying_linear.h", "if (rows - m > W)", "if (rows - m > 2 * W)", "whole_cpu"),

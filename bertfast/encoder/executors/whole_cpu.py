@@ -31,7 +31,6 @@ from ..spec import Layer, Layers, LayerSpec
 from ..weights import IS_MATRIX, needed, shapes
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
-_pointer, _is_contiguous = torch._C.TensorBase.data_ptr, torch._C.TensorBase.is_contiguous
 _is_neg = torch._C.TensorBase.is_neg
 DEVICE = "cpu"
 EVEN = "rows of padding see all places alike"
@@ -143,11 +142,11 @@ class _Kept:
         self.form = self._form()
 
     def _form(self):
-        looks = _pointer, _shape, _dtype, _device, _is_contiguous, _is_neg
-        return [[*map(look, self.flat)] for look in looks]
+        layouts = C.layouts(torch.Tensor.__dlpack_c_exchange_api__, self.flat)
+        return layouts and (layouts, [*map(_is_neg, self.flat)])  # a flag that DLPack doesn't know
 
     def holds(self, hidden: torch.Tensor) -> bool:
-        return hidden.dtype is self.dtype and self.form == self._form()
+        return hidden.dtype is self.dtype and self.form is not None and self.form == self._form()
 
 
 def _weights_limit(layers, hidden):
