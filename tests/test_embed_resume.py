@@ -129,12 +129,12 @@ def test_one_run_at_a_time(folder, tmp_path):
     embed(folder, tmp_path / "v.npy")
 
 
-def command(folder, output, *more):
+def command(folder, output, *more, pause=0.0):
+    """pause: seconds before each chunk is written."""
     arguments = ["embed", "--model", folder / "model", "--input", folder / "long.jsonl"]
     arguments += ["--output", output, "--batch-tokens", "256", "--device", "cpu", *more]
-    # Slow enough to be met at work.
     code = "import sys, time, bertfast.embedding as e; e.SYNC = 0.0; step = e._finite; "
-    code += "e._finite = lambda *a: time.sleep(0.02) or step(*a); "
+    code += f"e._finite = lambda *a: time.sleep({pause}) or step(*a); "
     code += "from bertfast.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -158,7 +158,8 @@ def test_killed(folder, tmp_path):
     embed(folder, whole, "long.jsonl", batch_tokens=256)
     partial, r = tmp_path / "b.npy.partial", random.Random(0)
     for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
-        before, process = rows_done(partial), command(folder, output)
+        # Slow enough not to end before this process gets its turn again.
+        before, process = rows_done(partial), command(folder, output, pause=0.1)
         while process.poll() is None and rows_done(partial) == before:
             time.sleep(0.01)
         time.sleep(r.uniform(0, 0.2))
