@@ -129,10 +129,10 @@ def test_one_run_at_a_time(folder, tmp_path):
     embed(folder, tmp_path / "v.npy")
 
 
-def command(folder, output, *more, pause=0.0):
+def command(folder, output, pause=0.0):
     """pause: seconds before each chunk is written."""
     arguments = ["embed", "--model", folder / "model", "--input", folder / "long.jsonl"]
-    arguments += ["--output", output, "--batch-tokens", "256", "--device", "cpu", *more]
+    arguments += ["--output", output, "--batch-tokens", "256", "--device", "cpu"]
     code = "import sys, time, bertfast.embedding as e; e.SYNC = 0.0; step = e._finite; "
     code += f"e._finite = lambda *a: time.sleep({pause}) or step(*a); "
     code += "from bertfast.cli import main; sys.exit(main(sys.argv[1:]))"
